@@ -1,0 +1,1 @@
+"""Bytes to batches: sources, records, images, text, pipeline."""

@@ -1,0 +1,1 @@
+"""Weights to numbers: captions, likelihoods, few-shot accuracy."""

@@ -1,0 +1,1 @@
+"""Batches to predictions: encoder, decoder, captioner, generation."""

@@ -1,0 +1,1 @@
+"""Predictions to weights: losses, optimizers, schedules, trainer."""

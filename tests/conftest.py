@@ -1,0 +1,48 @@
+"""What all tests share: quiet TensorFlow, a clean gin, optional real data."""
+
+import os
+import pathlib
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def shared_data(name):
+    """Path of an optional real data set; skips the test where it is absent.
+
+    Args:
+        name: A folder or file below `CAPPA_TEST_DATA` (by default
+            `../shared/data` beside the repository).
+    """
+    default = ROOT.parent / "shared" / "data"
+    path = pathlib.Path(os.environ.get("CAPPA_TEST_DATA", default)) / name
+    if not path.exists():
+        pytest.skip(f"real data not found: {path} (set CAPPA_TEST_DATA)")
+    return path
+
+
+def shared_reference(name):
+    """Path of an optional reference array file; skips where it is absent.
+
+    Args:
+        name: A file below `CAPPA_TEST_REFERENCE` (by default
+            `../shared/reference` beside the repository).
+    """
+    default = ROOT.parent / "shared" / "reference"
+    path = pathlib.Path(os.environ.get("CAPPA_TEST_REFERENCE", default)) / name
+    if not path.exists():
+        pytest.skip(f"reference not found: {path} (set CAPPA_TEST_REFERENCE)")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+    """No binding of one test reaches the next."""
+    import gin
+
+    gin.clear_config()
+    yield
+    gin.clear_config()
