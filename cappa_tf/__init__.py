@@ -1,0 +1,39 @@
+"""CapPa in TensorFlow and Keras 3: vision encoders pretrained by captioning.
+
+The public names below are imported when they are first used (PEP 562), so
+`import cappa_tf` costs nothing: TensorFlow takes several seconds to load.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdamW": "cappa_tf.training.optimizers",
+    "Adafactor": "cappa_tf.training.adafactor",
+    "CaptionDataset": "cappa_tf.data.pipeline",
+    "Captioner": "cappa_tf.models.captioner",
+    "Cosine": "cappa_tf.training.schedules",
+    "DatasetDescription": "cappa_tf.data.tfrecord",
+    "TextDecoder": "cappa_tf.models.text_decoder",
+    "Tokenizer": "cappa_tf.data.tokenizer",
+    "VisionEncoder": "cappa_tf.models.vision_encoder",
+    "train": "cappa_tf.training.trainer",
+    "variant": "cappa_tf.models.variants",
+    "write_dataset": "cappa_tf.data.tfrecord",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name):
+    """Imports the module of a public name and returns the name from it."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cappa_tf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_PUBLIC})
