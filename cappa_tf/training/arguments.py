@@ -1,28 +1,61 @@
-"""Checks of what a configuration hands to the trainer."""
+"""Checks of the arguments that a configuration may give wrongly."""
+
+import math
 
 
-def check_int(minimum=1, **values):
-    """Refuses what is not an integer of at least `minimum`.
+def check_integer(name, value, minimum=0):
+    """Returns `value` if it is an integer of at least `minimum`.
 
     Configuration files know no types: 1e6 is a float and '3' a string, and
     either would fail much later, far from its name.
 
     Raises:
-        ValueError: Naming the first argument at fault.
+        ValueError: It is something else.
     """
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < minimum:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_number(name, value, minimum=0.0, maximum=None, exclusive=False):
+    """Returns `value` as a float if it is a number in the range.
+
+    Args:
+        name: Name of the argument.
+        value: What was given for it.
+        minimum: Smallest allowed value.
+        maximum: Largest allowed value; `None` for no limit.
+        exclusive: If `True`, `minimum` itself is not allowed.
+
+    Raises:
+        ValueError: It is no finite number, or outside the range.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number and math.isfinite(value)
+    if (
+        not number
+        or value < minimum
+        or (exclusive and value == minimum)
+        or (maximum is not None and value > maximum)
+    ):
+        bound = "above" if exclusive else "of at least"
+        most = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(
+            f"`{name}` must be a number {bound} {minimum}{most}. "
+            f"Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def check_counts(optional=False, **values):
+    """Refuses what is no integer of at least 1 (or None, if `optional`)."""
     for name, value in values.items():
-        integer = isinstance(value, int) and not isinstance(value, bool)
-        if not integer or value < minimum:
-            raise ValueError(
-                f"`{name}` must be an integer of at least {minimum}. "
-                f"Received: {name}={value!r}"
-            )
-
-
-def check_optional_int(minimum=1, **values):
-    """As `check_int`, with None allowed."""
-    given = {name: v for name, v in values.items() if v is not None}
-    check_int(minimum, **given)
+        if not (optional and value is None):
+            check_integer(name, value, 1)
 
 
 def check_bool(**values):

@@ -1,0 +1,182 @@
+"""The training step, and the compiled loop that runs many of them.
+
+B: examples of one replica's batch.  A: accumulation steps (microbatches).
+S: steps of one loop.  M: number of metrics.
+"""
+
+import tensorflow as tf
+
+# Sums over examples, captions' tokens and steps; `metrics.py` divides them.
+METRICS = (
+    "autoregressive/loss",
+    "autoregressive/examples",
+    "autoregressive/nll",
+    "autoregressive/tokens",
+    "parallel/loss",
+    "parallel/examples",
+    "parallel/nll",
+    "parallel/tokens",
+    "gradient_norm",
+)
+
+
+class TrainLoop:
+    """Runs training steps on the device; metrics come back once a call.
+
+    One step, the arithmetic of Keras' own TensorFlow trainer spelled out for
+    several replicas: the per-example losses are summed and divided by the
+    GLOBAL batch, so that the SUM of the replicas' gradients (and of the
+    microbatches') is the gradient of the mean; then the optimizer applies it.
+
+    Args:
+        strategy: The strategy under whose scope model and optimizer were built.
+        model: Has `compute_losses(batch, training)`, a dict of per-example
+            float32 [B] "loss", "nll", "tokens", "parallel".
+        optimizer: A built Keras optimizer.
+        batch_size: Global batch size (all replicas, all microbatches).
+        accumulation_steps: Microbatches a step, one after the other.
+        jit_compile: Compile with XLA; with several replicas only forward and
+            backward pass are, as XLA cannot read another device's variables.
+        stop: Optional boolean `tf.Variable`; once true, the loop ends at the
+            next step boundary.
+    """
+
+    def __init__(
+        self,
+        strategy,
+        model,
+        optimizer,
+        batch_size,
+        accumulation_steps=1,
+        jit_compile=False,
+        stop=None,
+    ):
+        self._strategy = strategy
+        self._model = model
+        self._optimizer = optimizer
+        self._batch_size = batch_size
+        self._accumulation_steps = accumulation_steps
+        self._replicas = strategy.num_replicas_in_sync
+        self._stop = tf.constant(False) if stop is None else stop
+        self._gradients_fn = self._gradients
+        self._step_fn = self._replica_step
+        if jit_compile and self._replicas == 1:
+            self._step_fn = tf.function(self._replica_step, jit_compile=True)
+        elif jit_compile:
+            self._gradients_fn = tf.function(self._gradients, jit_compile=True)
+        self._loop = tf.function(self._run_steps, reduce_retracing=True)
+
+    def __call__(self, iterator, steps):
+        """Runs up to `steps` steps.
+
+        Args:
+            iterator: Yields batches (distributed, with several replicas).
+            steps: Python integer.
+
+        Returns:
+            (sums, steps, waited, weight_norm): dict of float sums by the names
+            in `METRICS`, steps really run, seconds spent waiting for the next
+            batch, global norm of the weights afterwards.
+        """
+        sums, done, waited, norm = self._loop(iterator, tf.constant(steps))
+        sums = dict(zip(METRICS, sums.numpy().tolist()))
+        return sums, int(done), float(waited), float(norm)
+
+    def _run_steps(self, iterator, steps):
+        # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
+        totals = tf.zeros([len(METRICS)], tf.float64)
+        waited = tf.zeros([], tf.float64)
+        done = tf.constant(0)
+        while tf.logical_and(done < steps, tf.logical_not(self._stop)):
+            batch, seconds = self._timed_next(iterator, after=totals)
+            sums = self._strategy.run(self._step_fn, args=(batch,))
+            sums = self._strategy.reduce("SUM", sums, axis=None)
+            totals += tf.cast(sums, tf.float64)
+            waited += seconds
+            done += 1
+        with tf.control_dependencies([totals]):
+            weights = [
+                tf.cast(v.value, tf.float32)
+                for v in self._model.trainable_variables
+            ]
+        return totals, done, waited, tf.linalg.global_norm(weights)
+
+    def _timed_next(self, iterator, after):
+        """The next batch and how long the step had to wait for it, in s.
+
+        On an accelerator the host runs ahead of the device; the figure is
+        then an upper bound on the time the device stood still.
+        """
+        with tf.control_dependencies([after]):
+            asked = tf.timestamp()
+        with tf.control_dependencies([asked]):
+            batch = next(iterator)
+        parts = tf.nest.flatten(batch, expand_composites=True)
+        with tf.control_dependencies(parts):
+            return batch, tf.timestamp() - asked
+
+    def _replica_step(self, batch):
+        """One replica's part of a step; returns its metric sums [M]."""
+        gradients, sums = self._gradients_fn(batch)
+        if self._replicas > 1:
+            context = tf.distribute.get_replica_context()
+            gradients = context.all_reduce(
+                tf.distribute.ReduceOp.SUM, gradients
+            )
+        norm = tf.linalg.global_norm(gradients)
+        self._optimizer.apply(gradients, self._model.trainable_variables)
+        # Every replica has the same norm, and all replicas' sums are added.
+        return tf.concat([sums, [norm / self._replicas]], axis=0)
+
+    def _gradients(self, batch):
+        """Sums gradients and metrics over the microbatches of a batch."""
+        count = self._accumulation_steps
+        if count == 1:
+            return self._microbatch_gradients(batch)
+        parts = {
+            key: tf.reshape(value, [count, -1, *value.shape[1:]])  # [A, B/A, .]
+            for key, value in batch.items()
+        }
+
+        def add_one(i, gradients, sums):
+            micro = {key: value[i] for key, value in parts.items()}
+            more, more_sums = self._microbatch_gradients(micro)
+            added = [a + b for a, b in zip(gradients, more)]
+            return i + 1, added, sums + more_sums
+
+        variables = self._model.trainable_variables
+        zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
+        sums = tf.zeros([len(METRICS) - 1])
+        _, gradients, sums = tf.while_loop(
+            lambda i, *_: i < count,
+            add_one,
+            (tf.constant(0), zeros, sums),
+            maximum_iterations=count,
+        )
+        return gradients, sums
+
+    def _microbatch_gradients(self, batch):
+        variables = [v.value for v in self._model.trainable_variables]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(variables)
+            losses = self._model.compute_losses(batch, training=True)
+            loss = tf.reduce_sum(losses["loss"]) / self._batch_size
+        gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
+        # Embedding lookups give IndexedSlices; norms, sums over microbatches
+        # and factored moments all need the dense gradient.
+        dense = [tf.convert_to_tensor(g) for g in gradients]
+        return dense, _metric_sums(losses)
+
+
+def _metric_sums(losses):
+    """The metrics of one microbatch that are sums over examples. [M - 1]"""
+    parallel = losses["parallel"]  # [B]
+    sums = []
+    for drawn in (1.0 - parallel, parallel):
+        sums += [
+            tf.reduce_sum(drawn * losses["loss"]),
+            tf.reduce_sum(drawn),
+            tf.reduce_sum(drawn * losses["nll"]),
+            tf.reduce_sum(drawn * losses["tokens"]),
+        ]
+    return tf.stack(sums)
