@@ -1,0 +1,268 @@
+"""Transformer blocks of encoder and decoder, and attention pooling.
+
+Abbreviations for dimensions:
+    B: batch (of images).      N: batch of captions, K captions an image.
+    P: number of patches.      L: length of the text.
+    D: width.                  H: heads.  C: width of one head, D / H.
+"""
+
+import keras
+from keras import ops
+
+from cappa_tf.models.layers import MLP, MultiHeadAttention, layer_norm
+from cappa_tf.models.random import StatelessDropout
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class EncoderBlock(keras.layers.Layer):
+    """Pre-LayerNorm self-attention and MLP, each with a residual.
+
+    Args:
+        hidden_dim: Width D.
+        num_heads: Attention heads; divides D.
+        mlp_dim: Hidden width of the MLP.
+        dropout: Rate after attention, in the MLP and after it.
+
+    Reference: big_vision models/vit.py `Encoder1DBlock`.
+    """
+
+    def __init__(
+        self, hidden_dim, num_heads, *, mlp_dim, dropout=0.0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+        self.dropout = dropout
+        dtype = self.dtype_policy
+        self._attention_norm = layer_norm("attention_norm", dtype)
+        self._attention = MultiHeadAttention(
+            hidden_dim, num_heads, name="attention", dtype=dtype
+        )
+        self._mlp_norm = layer_norm("mlp_norm", dtype)
+        self._mlp = MLP(mlp_dim, dropout=dropout, name="mlp", dtype=dtype)
+        self._drops = [
+            StatelessDropout(
+                dropout, f"{self.name}/{place}", name=place, dtype=dtype
+            )
+            for place in ("attention_dropout", "mlp_dropout")
+        ]
+
+    def build(self, input_shape):
+        """Creates the block for inputs [B, P, D]."""
+        shape = (None, None, input_shape[-1])
+        for part in (self._attention_norm, self._attention, self._mlp_norm):
+            part.build(shape)
+        self._mlp.build(shape)
+
+    def call(self, x, seeds=None, training=False):
+        """Maps x [B, P, D] to [B, P, D].
+
+        Call arguments:
+            x: [B, P, D].
+            seeds: uint32 [B]; needed in training with dropout.
+            training: Whether to drop.
+        """
+        y = self._attention_norm(x)
+        y = self._attention(y, *self._attention.project(y))
+        x = x + self._drops[0](y, seeds, training=training)
+        y = self._mlp(self._mlp_norm(x), seeds, training=training)
+        return x + self._drops[1](y, seeds, training=training)
+
+    def compute_output_shape(self, input_shape, *unused, **also_unused):
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "num_heads": self.num_heads,
+            "mlp_dim": self.mlp_dim,
+            "dropout": self.dropout,
+        }
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class DecoderBlock(keras.layers.Layer):
+    """Self-attention, cross-attention to an image, MLP; each pre-LayerNorm.
+
+    Attention never has biases. Captions of one image stand side by side
+    ([N, ...] with N = B * K): their queries attend to that image's patches as
+    one long row, so the image's keys and values are never repeated.
+
+    Args:
+        hidden_dim: Width D.
+        num_heads: Attention heads; divides D.
+        mlp_dim: Hidden width of the MLP.
+        use_bias: Whether MLP and LayerNorms have biases.
+        dropout: Rate after both attentions, in the MLP and after it
+            (deviation: the reference also drops attention weights).
+
+    Reference: big_vision models/proj/cappa/cappa.py `EncoderDecoderBlock`.
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        num_heads,
+        *,
+        mlp_dim,
+        use_bias=False,
+        dropout=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+        self.use_bias = use_bias
+        self.dropout = dropout
+        dtype = self.dtype_policy
+        self._norms = [
+            layer_norm(f"{place}_norm", dtype, use_bias)
+            for place in ("self_attention", "cross_attention", "mlp")
+        ]
+        # flax's attention default, which the reference leaves in place.
+        self.self_attention, self.cross_attention = (
+            MultiHeadAttention(
+                hidden_dim,
+                num_heads,
+                use_bias=False,
+                kernel_initializer="lecun_normal",
+                name=name,
+                dtype=dtype,
+            )
+            for name in ("self_attention", "cross_attention")
+        )
+        self._mlp = MLP(
+            mlp_dim, use_bias=use_bias, dropout=dropout, name="mlp", dtype=dtype
+        )
+        self._drops = [
+            StatelessDropout(
+                dropout, f"{self.name}/{place}", name=place, dtype=dtype
+            )
+            for place in ("self_dropout", "cross_dropout", "mlp_dropout")
+        ]
+
+    def build(self, input_shape, memory_shape):
+        """Creates the block for text [N, L, D] and patches [B, P, E]."""
+        shape = (None, None, input_shape[-1])
+        for norm in self._norms:
+            norm.build(shape)
+        self.self_attention.build(shape)
+        self.cross_attention.build(shape, (None, None, memory_shape[-1]))
+        self._mlp.build(shape)
+
+    def call(
+        self,
+        x,
+        memory,
+        attention_mask=None,
+        cache=None,
+        seeds=None,
+        training=False,
+    ):
+        """Runs the block over whole captions, or over one cached position.
+
+        Call arguments:
+            x: [N, L, D]; L = 1 with a cache.
+            memory: Keys and values of the image, two [B, P, H, C] as
+                `cross_attention.project` gives; None leaves the image out.
+            attention_mask: Bool, broadcastable to [N, H, L, keys].
+            cache: None, or (keys, values, index): two [N, M, H, C] of all
+                M positions and the scalar position that x stands at.
+            seeds: uint32 [N]; needed in training with dropout.
+            training: Whether to drop.
+
+        Returns:
+            x [N, L, D], and the (keys, values) that were attended to: with a
+            cache, the two [N, M, H, C] with this position written in.
+        """
+        y = self._norms[0](x)
+        keys, values = self.self_attention.project(y)
+        if cache is not None:
+            start = (0, cache[2], 0, 0)
+            keys = ops.slice_update(cache[0], start, keys)
+            values = ops.slice_update(cache[1], start, values)
+        y = self.self_attention(y, keys, values, attention_mask)
+        x = x + self._drops[0](y, seeds, training=training)
+        if memory is not None:
+            y = self._attend_to_image(self._norms[1](x), memory)
+            x = x + self._drops[1](y, seeds, training=training)
+        y = self._mlp(self._norms[2](x), seeds, training=training)
+        x = x + self._drops[2](y, seeds, training=training)
+        return x, (keys, values)
+
+    def _attend_to_image(self, x, memory):
+        """Cross-attention of [B * K, L, D] as [B, K * L, D]."""
+        shape = ops.shape(x)
+        images = ops.shape(memory[0])[0]
+        x = ops.reshape(x, (images, -1, self.hidden_dim))
+        x = self.cross_attention(x, *memory)
+        return ops.reshape(x, shape)
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "num_heads": self.num_heads,
+            "mlp_dim": self.mlp_dim,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+        }
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class AttentionPooling(keras.layers.Layer):
+    """One learned query attends to all patches (the "MAP head").
+
+    Args:
+        num_heads: Attention heads; divides the width.
+        mlp_dim: Hidden width of the MLP; 4 x the width by default, whatever
+            the encoder's (as the reference has it).
+
+    Reference: big_vision models/vit.py `MAPHead`.
+    """
+
+    def __init__(self, num_heads, *, mlp_dim=None, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+
+    def build(self, input_shape):
+        """Creates probe [1, 1, D], attention, LayerNorm and MLP."""
+        dim = input_shape[-1]
+        shape = (None, None, dim)
+        dtype = self.dtype_policy
+        self.probe = self.add_weight(
+            name="probe", shape=(1, 1, dim), initializer="glorot_uniform"
+        )
+        self._attention = MultiHeadAttention(
+            dim, self.num_heads, name="attention", dtype=dtype
+        )
+        self._norm = layer_norm("norm", dtype)
+        self._mlp = MLP(self.mlp_dim or 4 * dim, name="mlp", dtype=dtype)
+        for part in (self._attention, self._norm, self._mlp):
+            part.build(shape)
+
+    def call(self, x):
+        """Maps x [B, P, D] to [B, D]."""
+        probe = ops.cast(self.probe, self.compute_dtype)
+        probe = ops.broadcast_to(probe, (ops.shape(x)[0], 1, x.shape[-1]))
+        x = self._attention(probe, *self._attention.project(x))
+        return (x + self._mlp(self._norm(x)))[:, 0]
+
+    def compute_output_shape(self, input_shape):
+        """[B, D]."""
+        return (input_shape[0], input_shape[-1])
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "mlp_dim": self.mlp_dim,
+        }

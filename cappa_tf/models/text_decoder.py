@@ -1,0 +1,283 @@
+"""The decoder that predicts captions, left to right or all at once.
+
+Abbreviations for dimensions:
+    B: batch (of images).      N: batch of captions, K captions an image.
+    P: number of patches.      L: length of the text.
+    M: `max_length`.           V: vocabulary.
+    D: width.                  H: heads.  C: width of one head, D / H.
+"""
+
+import keras
+from keras import ops
+
+from cappa_tf.models.blocks import DecoderBlock
+from cappa_tf.models.layers import (
+    PositionEmbedding,
+    check_bools,
+    check_fraction,
+    check_positive_ints,
+    layer_norm,
+)
+
+
+def shift_right(labels, start_id=0):
+    """Inputs that predict `labels` left to right.
+
+    Args:
+        labels: int [N, L].
+        start_id: Token put in front; the last token falls out.
+
+    Returns:
+        int [N, L]: for example [[5, 7, 1]] -> [[0, 5, 7]].
+    """
+    start = ops.full_like(labels[:, :1], start_id)
+    return ops.concatenate([start, labels[:, :-1]], axis=1)
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class TextDecoder(keras.Model):
+    """Transformer decoder over token ids that attends to encoded patches.
+
+    Args:
+        vocabulary_size: Number of token ids V.
+        max_length: Longest text M; the number of positions.
+        hidden_dim: Width D.
+        num_layers: Number of blocks.
+        num_heads: Attention heads; divides D.
+        mlp_dim: Hidden width of the MLPs.
+        encoder_dim: Width of the encoded patches; `hidden_dim` by default.
+        use_bias: Whether MLPs and the blocks' LayerNorms have biases. The
+            final LayerNorm and the output head always have one, attention
+            never.
+        dropout: Dropout rate of the blocks.
+        use_mask_token: Whether the embedding has a row V for MASK, needed
+            for parallel prediction.
+        position_embedding: "learned" or "sincos2d" (of a 1 x M grid).
+
+    Reference: big_vision models/proj/cappa/cappa.py `Decoder`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size=32_000,
+        max_length=64,
+        *,
+        hidden_dim=768,
+        num_layers=6,
+        num_heads=12,
+        mlp_dim=3072,
+        encoder_dim=None,
+        use_bias=False,
+        dropout=0.0,
+        use_mask_token=True,
+        position_embedding="learned",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_positive_ints(
+            vocabulary_size=vocabulary_size,
+            max_length=max_length,
+            num_layers=num_layers,
+            mlp_dim=mlp_dim,
+        )
+        check_fraction(dropout=dropout)
+        check_bools(use_bias=use_bias, use_mask_token=use_mask_token)
+        self.vocabulary_size = vocabulary_size
+        self.max_length = max_length
+        self.hidden_dim = hidden_dim
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+        self.encoder_dim = encoder_dim or hidden_dim
+        check_positive_ints(encoder_dim=self.encoder_dim)
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.use_mask_token = use_mask_token
+        self.position_embedding = position_embedding
+        self._make_layers()
+
+    @property
+    def mask_id(self):
+        """Token id of MASK: one past the vocabulary; None without one."""
+        return self.vocabulary_size if self.use_mask_token else None
+
+    def _make_layers(self):
+        dtype = self.dtype_policy
+        self._embedding = keras.layers.Embedding(
+            self.vocabulary_size + int(self.use_mask_token),
+            self.hidden_dim,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+            name="tokens",
+            dtype=dtype,
+        )
+        self._positions = PositionEmbedding(
+            (1, self.max_length),
+            self.position_embedding,
+            name="positions",
+            dtype=dtype,
+        )
+        self.blocks = [
+            DecoderBlock(
+                self.hidden_dim,
+                self.num_heads,
+                mlp_dim=self.mlp_dim,
+                use_bias=self.use_bias,
+                dropout=self.dropout,
+                name=f"decoder_block_{i}",
+                dtype=dtype,
+            )
+            for i in range(self.num_layers)
+        ]
+        self._norm = layer_norm("decoder_norm", dtype)
+        # float32 even under mixed precision: log-probabilities come from it.
+        self._head = keras.layers.Dense(
+            self.vocabulary_size,
+            kernel_initializer="zeros",
+            name="head",
+            dtype="float32",
+        )
+
+    def build(self, input_shape=None):
+        """Creates all weights; the sizes are known from the constructor."""
+        text = (None, self.max_length, self.hidden_dim)
+        self._embedding.build((None, self.max_length))
+        self._positions.build(text)
+        for block in self.blocks:
+            block.build(text, (None, None, self.encoder_dim))
+        self._norm.build(text)
+        self._head.build(text)
+        self.built = True
+
+    def build_from_config(self, config):
+        """Builds a model that is being loaded."""
+        del config
+        self.build()
+
+    @property
+    def head_weights(self):
+        """Kernel [D, V] and bias [V] of the output head."""
+        return self._head.kernel, self._head.bias
+
+    def project_memory(self, encoded):
+        """Cross-attention keys and values of encoded images, for each block.
+
+        Args:
+            encoded: [B, P, E].
+
+        Returns:
+            List of (keys, values), each [B, P, H, C].
+        """
+        encoded = ops.cast(encoded, self.compute_dtype)
+        return [block.cross_attention.project(encoded) for block in self.blocks]
+
+    def attention_mask(self, length, parallel=None):
+        """Which positions each position may look at.
+
+        Args:
+            length: L.
+            parallel: None (all left to right) or bool [N], True for captions
+                predicted all at once, which look everywhere.
+
+        Returns:
+            Bool [1, 1, L, L] or [N, 1, L, L].
+        """
+        position = ops.arange(length)
+        causal = position[:, None] >= position[None, :]
+        causal = causal[None, None]
+        if parallel is None:
+            return causal
+        return ops.logical_or(causal, parallel[:, None, None, None])
+
+    def call(
+        self,
+        tokens,
+        memory=None,
+        parallel=None,
+        seeds=None,
+        training=False,
+    ):
+        """Hidden states of whole captions.
+
+        Call arguments:
+            tokens: int [N, L] inputs (already shifted or masked), L <= M.
+            memory: From `project_memory`, of B images with N = B * K; None
+                leaves the image out (the blind baseline).
+            parallel: None or bool [N], see `attention_mask`.
+            seeds: uint32 [N]; needed in training with dropout.
+            training: Whether to drop.
+
+        Returns:
+            [N, L, D] after the final LayerNorm.
+        """
+        x = self._positions(self._embedding(tokens))
+        mask = self.attention_mask(ops.shape(tokens)[1], parallel)
+        for i, block in enumerate(self.blocks):
+            keys_values = None if memory is None else memory[i]
+            x, _ = block(
+                x,
+                keys_values,
+                attention_mask=mask,
+                seeds=seeds,
+                training=training,
+            )
+        return self._norm(x)
+
+    def empty_cache(self, batch_size, length=None):
+        """Room for the keys and values of captions to be decoded.
+
+        Args:
+            batch_size: N.
+            length: Positions to reserve, `max_length` by default.
+
+        Returns:
+            For each block (keys, values), zeros [N, length, H, C] in the
+            compute dtype.
+        """
+        head_dim = self.hidden_dim // self.num_heads
+        shape = (batch_size, length or self.max_length)
+        shape = (*shape, self.num_heads, head_dim)
+        zeros = ops.zeros(shape, dtype=self.compute_dtype)
+        return [(zeros, zeros) for _ in self.blocks]
+
+    def call_with_cache(self, tokens, memory, cache, index):
+        """Hidden state of one position, given all before it.
+
+        Args:
+            tokens: int [N, 1], input at position `index`.
+            memory: From `project_memory`, or None.
+            cache: From `empty_cache`, filled up to `index`.
+            index: Scalar int, the position.
+
+        Returns:
+            [N, 1, D] after the final LayerNorm, and the cache with this
+            position filled.
+        """
+        position = ops.slice(
+            self._positions.table(), (0, index, 0), (1, 1, self.hidden_dim)
+        )
+        x = self._embedding(tokens) + position
+        mask = (ops.arange(cache[0][0].shape[1]) <= index)[None, None, None]
+        filled = []
+        for i, block in enumerate(self.blocks):
+            keys_values = None if memory is None else memory[i]
+            x, written = block(
+                x, keys_values, attention_mask=mask, cache=(*cache[i], index)
+            )
+            filled.append(written)
+        return self._norm(x), filled
+
+    def logits(self, hidden):
+        """Scores of all tokens: [N, L, D] -> float32 [N, L, V]."""
+        return self._head(hidden)
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        names = (
+            "vocabulary_size max_length hidden_dim num_layers num_heads "
+            "mlp_dim encoder_dim use_bias dropout use_mask_token "
+            "position_embedding"
+        ).split()
+        config = {name: getattr(self, name) for name in names}
+        base = {"name": self.name, "trainable": self.trainable}
+        dtype = keras.saving.serialize_keras_object(self.dtype_policy)
+        return {**base, "dtype": dtype, **config}

@@ -1,0 +1,262 @@
+"""The vision transformer that captioning pretrains.
+
+Abbreviations for dimensions:
+    B: batch.  H, W: height and width of the image in pixels.
+    P: number of patches.  D: width.  C: number of classes.
+"""
+
+import keras
+from keras import ops
+
+from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
+from cappa_tf.models.layers import (
+    PatchEmbedding,
+    PositionEmbedding,
+    check_choice,
+    check_fraction,
+    check_positive_ints,
+    layer_norm,
+)
+from cappa_tf.models.random import StatelessDropout, salt_of, uniform
+
+POOLINGS = ("gap", "map", "tok", "none")
+
+
+def pair(value, name):
+    """(height, width) from an int or a pair of ints, all at least 1."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * 2
+    if len(values) != 2:
+        raise ValueError(
+            f"`{name}` must be an int or (height, width). "
+            f"Received: {name}={value!r}"
+        )
+    check_positive_ints(**{name: values[0]})
+    check_positive_ints(**{name: values[1]})
+    return values
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class VisionEncoder(keras.Model):
+    """ViT: patches, positions, pre-LayerNorm blocks, final LayerNorm, pooling.
+
+    Args:
+        hidden_dim: Width D.
+        num_layers: Number of blocks.
+        num_heads: Attention heads; divides D.
+        mlp_dim: Hidden width of the MLPs.
+        patch_size: Side of a patch in pixels, or (height, width).
+        image_size: Side of the image in pixels, or (height, width); a
+            multiple of the patch size.
+        position_embedding: "learned" or "sincos2d".
+        dropout: Dropout rate of the embeddings and blocks.
+        patch_dropout: Share of the patches left out in training, drawn for
+            each example; `encoded` is then shorter. Never in inference.
+        pooling: What `pre_logits` is: "gap" (mean of the patches, CapPa's),
+            "map" (attention pooling), "tok" (a class token) or "none" (no
+            `pre_logits`).
+        rep_size: Width of a tanh layer on the pooled features, or None.
+        num_classes: Number of outputs of a linear head, or None for no head.
+
+    Call arguments:
+        images: [B, H, W, 3] in [-1, 1].
+        seeds: uint32 [B] (`random.example_seeds`); needed in training with
+            dropout or patch dropout.
+        training: Whether to drop.
+
+    Returns:
+        Dict with `encoded` [B, P, D] after the final LayerNorm (pooling
+        "tok": [B, 1 + P, D], class token first), `pre_logits` [B, D] and,
+        with a head, `logits` [B, C].
+
+    Reference: big_vision models/vit.py; patch dropout is this project's own
+    (the reference's captioner documents the option and never reads it).
+    """
+
+    def __init__(
+        self,
+        hidden_dim=768,
+        num_layers=12,
+        *,
+        num_heads=12,
+        mlp_dim=3072,
+        patch_size=16,
+        image_size=224,
+        position_embedding="learned",
+        dropout=0.0,
+        patch_dropout=0.0,
+        pooling="gap",
+        rep_size=None,
+        num_classes=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_positive_ints(num_layers=num_layers, mlp_dim=mlp_dim)
+        check_fraction(dropout=dropout, patch_dropout=patch_dropout)
+        check_choice(POOLINGS, pooling=pooling)
+        for name, value in (
+            ("rep_size", rep_size),
+            ("num_classes", num_classes),
+        ):
+            if value is not None:
+                check_positive_ints(**{name: value})
+        self.hidden_dim = hidden_dim
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+        self.patch_size = pair(patch_size, "patch_size")
+        self.image_size = pair(image_size, "image_size")
+        self.position_embedding = position_embedding
+        self.dropout = dropout
+        self.patch_dropout = patch_dropout
+        self.pooling = pooling
+        self.rep_size = rep_size
+        self.num_classes = num_classes
+        self.grid = self._grid()
+        self._make_layers()
+
+    def _grid(self):
+        """(rows, columns) of patches."""
+        (height, width), (h, w) = self.image_size, self.patch_size
+        if height % h != 0 or width % w != 0:
+            raise ValueError(
+                "`image_size` must be a multiple of `patch_size`. Received: "
+                f"image_size={self.image_size}, patch_size={self.patch_size}"
+            )
+        return height // h, width // w
+
+    def _make_layers(self):
+        dtype = self.dtype_policy
+        self._patches = PatchEmbedding(
+            self.hidden_dim, self.patch_size, name="patches", dtype=dtype
+        )
+        self._positions = PositionEmbedding(
+            self.grid, self.position_embedding, name="positions", dtype=dtype
+        )
+        self._embedding_dropout = StatelessDropout(
+            self.dropout, "encoder/embedding", name="dropout", dtype=dtype
+        )
+        self.blocks = [
+            EncoderBlock(
+                self.hidden_dim,
+                self.num_heads,
+                mlp_dim=self.mlp_dim,
+                dropout=self.dropout,
+                name=f"encoder_block_{i}",
+                dtype=dtype,
+            )
+            for i in range(self.num_layers)
+        ]
+        self._norm = layer_norm("encoder_norm", dtype)
+        self._pool = self._representation = self._head = None
+        if self.pooling == "map":
+            self._pool = AttentionPooling(
+                self.num_heads, name="pool", dtype=dtype
+            )
+        if self.rep_size:
+            self._representation = keras.layers.Dense(
+                self.rep_size, "tanh", name="representation", dtype=dtype
+            )
+        if self.num_classes:
+            self._head = keras.layers.Dense(
+                self.num_classes,
+                kernel_initializer="zeros",
+                name="head",
+                dtype="float32",
+            )
+
+    def build(self, input_shape=None):
+        """Creates all weights; the sizes are known from the constructor."""
+        shape = (None, self.grid[0] * self.grid[1], self.hidden_dim)
+        self._patches.build((None, *self.image_size, 3))
+        self._positions.build(shape)
+        if self.pooling == "tok":
+            self.class_token = self.add_weight(
+                name="class_token",
+                shape=(1, 1, self.hidden_dim),
+                initializer="zeros",
+            )
+        for layer in (*self.blocks, self._norm):
+            layer.build(shape)
+        if self._pool is not None:
+            self._pool.build(shape)
+        width = self.hidden_dim
+        if self._representation is not None:
+            self._representation.build((None, width))
+            width = self.rep_size
+        if self._head is not None:
+            self._head.build((None, width))
+        self.built = True
+
+    def build_from_config(self, config):
+        """Builds a model that is being loaded."""
+        del config
+        self.build()
+
+    def call(self, images, seeds=None, training=False):
+        """Encodes images; see the class for shapes."""
+        self._check_images(images)
+        x = ops.cast(images, self.compute_dtype)
+        x = self._positions(self._patches(x))  # -> [B, P, D]
+        if training and self.patch_dropout > 0.0:
+            x = self._drop_patches(x, seeds)
+        if self.pooling == "tok":
+            token = ops.cast(self.class_token, x.dtype)
+            token = ops.broadcast_to(token, (ops.shape(x)[0], 1, x.shape[-1]))
+            x = ops.concatenate([token, x], axis=1)
+        x = self._embedding_dropout(x, seeds, training=training)
+        for block in self.blocks:
+            x = block(x, seeds, training=training)
+        return self._outputs(self._norm(x))
+
+    def _check_images(self, images):
+        if tuple(images.shape[1:]) != (*self.image_size, 3):
+            raise ValueError(
+                f"Images must be [B, {self.image_size[0]}, "
+                f"{self.image_size[1]}, 3]. Received: shape={images.shape}"
+            )
+
+    def num_kept_patches(self):
+        """How many patches of an image are encoded in training (at least 1)."""
+        patches = self.grid[0] * self.grid[1]
+        return max(1, round(patches * (1.0 - self.patch_dropout)))
+
+    def _drop_patches(self, x, seeds):
+        """Keeps a random subset of the patches, in their order."""
+        if seeds is None:
+            raise ValueError(
+                "Training with patch dropout needs the seeds of the examples "
+                "(`seeds=example_seeds(seed, index)`). Received: seeds=None"
+            )
+        order = uniform(seeds, (x.shape[1],), salt_of("encoder/patches"))
+        kept = ops.argsort(order, axis=1)[:, : self.num_kept_patches()]
+        kept = ops.sort(kept, axis=1)
+        return ops.take_along_axis(x, ops.expand_dims(kept, -1), axis=1)
+
+    def _outputs(self, encoded):
+        outputs = {"encoded": encoded}
+        if self.pooling == "none":
+            return outputs
+        if self.pooling == "gap":
+            pooled = ops.mean(encoded, axis=1)
+        elif self.pooling == "tok":
+            pooled = encoded[:, 0]
+        else:
+            pooled = self._pool(encoded)
+        if self._representation is not None:
+            pooled = self._representation(pooled)
+        outputs["pre_logits"] = pooled
+        if self._head is not None:
+            outputs["logits"] = self._head(pooled)
+        return outputs
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        names = (
+            "hidden_dim num_layers num_heads mlp_dim patch_size image_size "
+            "position_embedding dropout patch_dropout pooling rep_size "
+            "num_classes"
+        ).split()
+        config = {name: getattr(self, name) for name in names}
+        base = {"name": self.name, "trainable": self.trainable}
+        dtype = keras.saving.serialize_keras_object(self.dtype_policy)
+        return {**base, "dtype": dtype, **config}
