@@ -1,0 +1,209 @@
+"""dataset.json: what a folder of shards holds, and whether it still does."""
+
+import dataclasses
+import hashlib
+import json
+import os
+
+import tensorflow as tf
+
+FILE_NAME = "dataset.json"
+SCHEMA_VERSION = 1
+# The record schema as people and other readers see it; `tfrecord.parse` is
+# the same in code.
+FEATURES = {
+    "image/encoded": {"dtype": "bytes", "shape": []},
+    "captions": {"dtype": "bytes", "shape": [None]},
+    "key": {"dtype": "bytes", "shape": []},
+    "label": {"dtype": "int64", "shape": [], "optional": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One TFRecord file of a split, as the description recorded it.
+
+    Attributes:
+        path: Full path of the file.
+        num_examples: Records in it.
+        num_bytes: Size of the file.
+        sha256: Hexadecimal digest of the file.
+    """
+
+    path: str
+    num_examples: int
+    num_bytes: int
+    sha256: str
+
+
+def shard_name(name, split, number, count):
+    """Names shard 3 of 8: pets-train.tfrecord-00003-of-00008."""
+    return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
+
+
+def file_sha256(path):
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with tf.io.gfile.GFile(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class DatasetDescription:
+    """The parsed dataset.json of one data set folder.
+
+    Args:
+        directory: The folder that holds dataset.json and the shards.
+        content: The JSON object: "name", "schema_version", "features",
+            "splits" (split -> "num_examples", "num_captions",
+            "max_captions", "shards") and "metadata" (free).
+    """
+
+    def __init__(self, directory, content):
+        self.directory = os.fspath(directory)
+        self.content = content
+
+    @classmethod
+    def load(cls, directory):
+        """Reads the description of a data set.
+
+        Raises:
+            ValueError: There is none, or it is not one of this schema.
+        """
+        path = os.path.join(os.fspath(directory), FILE_NAME)
+        try:
+            with tf.io.gfile.GFile(path) as file:
+                content = json.loads(file.read())
+        except tf.errors.NotFoundError:
+            raise ValueError(
+                f"A data set is a folder with a {FILE_NAME} "
+                "(tools/prepare_data.py writes one; an interrupted "
+                f"preparation leaves none). Received: {directory}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        _check_content(path, content)
+        return cls(directory, content)
+
+    def save(self):
+        """Writes dataset.json under a temporary name, then renames it."""
+        path = os.path.join(self.directory, FILE_NAME)
+        temporary = f"{path}.incomplete-{os.getpid()}"
+        with tf.io.gfile.GFile(temporary, "w") as file:
+            file.write(json.dumps(self.content, indent=1) + "\n")
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+
+    @property
+    def name(self):
+        """The data set's name, the first part of each shard's name."""
+        return self.content["name"]
+
+    @property
+    def metadata(self):
+        """What the writer noted about the source (free form)."""
+        return self.content.get("metadata", {})
+
+    @property
+    def splits(self):
+        """The names of the splits, in the order they were written."""
+        return list(self.content["splits"])
+
+    def split(self, split):
+        """The JSON object of one split."""
+        if split not in self.content["splits"]:
+            raise ValueError(
+                f"`split` must be one of {self.splits} of {self.directory}. "
+                f"Received: split={split!r}"
+            )
+        return self.content["splits"][split]
+
+    def shards(self, split):
+        """The split's shards, in order."""
+        return [
+            Shard(
+                path=os.path.join(self.directory, shard["file"]),
+                num_examples=shard["num_examples"],
+                num_bytes=shard["num_bytes"],
+                sha256=shard["sha256"],
+            )
+            for shard in self.split(split)["shards"]
+        ]
+
+    def num_examples(self, split):
+        """Records of a split."""
+        return self.split(split)["num_examples"]
+
+    def max_captions(self, split):
+        """Captions of the record of the split that has most of them."""
+        return self.split(split)["max_captions"]
+
+    def disagreements(self, split, checksums=False):
+        """Lists how the shards on disk differ from the description.
+
+        Args:
+            split: Name of the split.
+            checksums: Whether to read every byte and compare SHA-256, too.
+
+        Returns:
+            A list of (shard, what is wrong).
+        """
+        wrong = []
+        for shard in self.shards(split):
+            if not tf.io.gfile.exists(shard.path):
+                wrong.append((shard, "is missing"))
+                continue
+            size = tf.io.gfile.stat(shard.path).length
+            if size != shard.num_bytes:
+                wrong.append(
+                    (shard, f"has {size} bytes, not {shard.num_bytes}")
+                )
+            elif checksums and file_sha256(shard.path) != shard.sha256:
+                wrong.append((shard, "has another SHA-256"))
+        return wrong
+
+    def verify(self, checksums=False):
+        """Checks all splits against the files.
+
+        Args:
+            checksums: Whether to compare SHA-256 as well as sizes.
+
+        Raises:
+            ValueError: Some shard is missing or differs; it names them.
+        """
+        wrong = []
+        for split in self.splits:
+            wrong.extend(self.disagreements(split, checksums))
+        if wrong:
+            raise ValueError(disagreement_message(self.directory, wrong))
+
+
+def disagreement_message(directory, wrong, most=5):
+    """One sentence that names the first shards that differ."""
+    listed = "; ".join(
+        f"{os.path.basename(shard.path)} {what}" for shard, what in wrong[:most]
+    )
+    more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
+    return (
+        f"{FILE_NAME} and the shards of {directory} disagree: {listed}{more}. "
+        "Write the data set again (tools/prepare_data.py) or restore the files."
+    )
+
+
+def _check_content(path, content):
+    """Refuses what is not a description of this schema version."""
+    missing = {"name", "schema_version", "splits"} - set(content)
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} must have schema_version {SCHEMA_VERSION}. "
+            f"Received: schema_version={content['schema_version']!r}"
+        )
+    for split, value in content["splits"].items():
+        total = sum(shard["num_examples"] for shard in value["shards"])
+        if total != value["num_examples"]:
+            raise ValueError(
+                f"{path}: the shards of split {split!r} hold {total} examples, "
+                f"the split {value['num_examples']}"
+            )

@@ -1,0 +1,246 @@
+"""Captions to token ids and back; training a vocabulary.
+
+Dimensions:
+    N: number of captions.
+    L: text length, `max_length` of the tokenizer.
+"""
+
+import io
+import os
+import re
+
+import sentencepiece
+import tensorflow as tf
+import tensorflow_text as tf_text
+
+PAD_ID = 0
+EOS_ID = 1
+UNKNOWN_ID = 2
+
+
+class Tokenizer(tf.Module):
+    """SentencePiece ids of fixed length, computed in the TensorFlow graph.
+
+    With max_length=3 and a vocabulary in which "a" is 5:
+
+        sticky_eos=True     "" -> [1, 0, 0]     "a" -> [5, 1, 0]
+                            "a a" -> [5, 5, 1]  "a a a" -> [5, 5, 1]
+        sticky_eos=False    "a a" -> [5, 5, 1]  "a a a" -> [5, 5, 5]
+
+    1 is the end of the caption (eos), 0 padding. A sticky eos stays when a
+    caption is cut, at the price of its last token. That is what CapPa trains
+    with (big_vision pp/ops_text.py, eos="sticky"); without it a model learns
+    that a cut caption has no end.
+
+    The vocabulary file is opened at first use, not by the constructor: a
+    configuration can name one that a preparation step has yet to train. It is
+    a tf.Module so that an exported model carries the vocabulary with it.
+
+    Args:
+        path: A SentencePiece model file with pad 0 and eos 1, such as
+            `train_tokenizer` writes.
+        max_length: L, tokens of a caption including eos.
+        lowercase: Whether to lower-case (Unicode; big_vision lower-cases
+            ASCII only, which is the same for English).
+        sticky_eos: See above.
+    """
+
+    def __init__(self, path, max_length=64, lowercase=True, sticky_eos=True):
+        super().__init__(name="tokenizer")
+        if not isinstance(max_length, int) or max_length < 2:
+            raise ValueError(
+                "`max_length` must be an integer of at least 2 (one token and "
+                f"eos). Received: max_length={max_length!r}"
+            )
+        self.path = os.fspath(path)
+        self.max_length = max_length
+        self.lowercase = lowercase
+        self.sticky_eos = sticky_eos
+        self._sentencepiece = None
+
+    @property
+    def pad_id(self):
+        """Id of padding."""
+        return PAD_ID
+
+    @property
+    def eos_id(self):
+        """Id of the end of a caption."""
+        return EOS_ID
+
+    @property
+    def vocabulary_size(self):
+        """Number of pieces, pad, eos and unknown included."""
+        return int(self.load().vocab_size().numpy())
+
+    def load(self):
+        """Opens the vocabulary if it is not open; returns the TF Text op.
+
+        Raises:
+            ValueError: No such file, or not a vocabulary with pad 0, eos 1.
+        """
+        if self._sentencepiece is None:
+            # The resource must belong to no function that is being traced.
+            with tf.init_scope():
+                self._sentencepiece = tf_text.SentencepieceTokenizer(
+                    model=_read_model(self.path)
+                )
+        return self._sentencepiece
+
+    def __call__(self, strings):
+        """Tokenizes captions.
+
+        Args:
+            strings: String tensor (or list) of any shape [...].
+
+        Returns:
+            int32 [..., L].
+        """
+        strings = tf.convert_to_tensor(strings, tf.string)
+        shape = tf.shape(strings)
+        flat = tf.reshape(strings, [-1])  # [N]
+        if self.lowercase:
+            flat = tf.strings.lower(flat, encoding="utf-8")
+        tokens = self.load().tokenize(flat)  # ragged [N, (tokens)]
+        if self.sticky_eos:
+            tokens = tokens[:, : self.max_length - 1]
+        eos = tf.fill([tf.size(flat), 1], EOS_ID)
+        ids = tf.concat([tokens, eos], axis=1).to_tensor(
+            PAD_ID, shape=[None, self.max_length]
+        )  # [N, L]
+        ids = tf.reshape(ids, tf.concat([shape, [self.max_length]], 0))
+        return tf.ensure_shape(ids, strings.shape + [self.max_length])
+
+    def detokenize(self, ids):
+        """Turns ids back into text: up to the first eos, without padding.
+
+        Args:
+            ids: Integers [N, any length].
+
+        Returns:
+            A list of N strings.
+        """
+        ids = tf.cast(tf.convert_to_tensor(ids), tf.int32)
+        ended = tf.cumsum(tf.cast(ids == EOS_ID, tf.int32), axis=-1) > 0
+        kept = tf.ragged.boolean_mask(ids, ~ended & (ids != PAD_ID))
+        texts = self.load().detokenize(kept).numpy()
+        return [text.decode(errors="replace") for text in texts]
+
+
+def train_tokenizer(
+    captions,
+    output_path,
+    vocabulary_size,
+    lowercase=True,
+    character_coverage=1.0,
+    byte_fallback=False,
+    max_sentences=1_000_000,
+):
+    """Trains a SentencePiece (unigram) vocabulary and writes its model file.
+
+    The same captions in the same order give the same bytes. A corpus with
+    too few different words for `vocabulary_size` pieces gives a smaller
+    vocabulary.
+
+    Args:
+        captions: Iterable of strings, read once.
+        output_path: The model file, written under a temporary name first.
+        vocabulary_size: Pieces, the ids 0 (pad), 1 (eos) and 2 (unknown)
+            included.
+        lowercase: Whether captions are lower-cased first, as `Tokenizer` does.
+        character_coverage: Fraction of characters that get a piece; 0.9995
+            for languages of many characters.
+        byte_fallback: Whether a character without a piece becomes its bytes
+            (256 pieces) rather than unknown.
+        max_sentences: Captions used of a larger corpus: the first ones.
+
+    Returns:
+        The number of pieces.
+
+    Raises:
+        ValueError: No caption, or fewer pieces than the text's characters.
+    """
+    if not isinstance(vocabulary_size, int) or vocabulary_size < 4:
+        raise ValueError(
+            "`vocabulary_size` must be an integer of at least 4. Received: "
+            f"vocabulary_size={vocabulary_size!r}"
+        )
+    texts = _corpus(captions, lowercase, max_sentences)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocabulary_size,
+            hard_vocab_limit=False,
+            character_coverage=character_coverage,
+            byte_fallback=byte_fallback,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNKNOWN_ID,
+            bos_id=-1,
+            # Sums over threads depend on their number, so it is fixed.
+            num_threads=4,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"SentencePiece made no vocabulary of {len(texts)} captions with "
+            f"vocabulary_size={vocabulary_size}: {error}"
+        ) from None
+    _write_atomically(output_path, model.getvalue())
+    return sentencepiece.SentencePieceProcessor(
+        model_proto=model.getvalue()
+    ).get_piece_size()
+
+
+def _corpus(captions, lowercase, max_sentences):
+    """The non-empty captions on one line each, as a list."""
+    texts = []
+    for caption in captions:
+        text = re.sub(r"\s+", " ", caption).strip()
+        if text:
+            texts.append(text.lower() if lowercase else text)
+        if len(texts) == max_sentences:
+            break
+    if not texts:
+        raise ValueError("A vocabulary needs at least one non-empty caption.")
+    return texts
+
+
+def _read_model(path):
+    """Bytes of a SentencePiece model, checked."""
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            model = file.read()
+    except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
+        raise ValueError(
+            "The tokenizer's `path` must be a SentencePiece model file "
+            f"(tools/train_tokenizer.py writes one). Received: path={path!r}"
+        ) from None
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is not a SentencePiece model: {error}"
+        ) from None
+    special = (processor.pad_id(), processor.eos_id())
+    if special != (PAD_ID, EOS_ID):
+        raise ValueError(
+            f"The vocabulary {path} must have pad {PAD_ID} and eos {EOS_ID}. "
+            f"Received: pad, eos = {special}"
+        )
+    return model
+
+
+def _write_atomically(path, content):
+    """Writes a file under a temporary name, then renames it."""
+    path = os.fspath(path)
+    directory = os.path.dirname(path)
+    if directory:
+        tf.io.gfile.makedirs(directory)
+    temporary = f"{path}.incomplete-{os.getpid()}"
+    with tf.io.gfile.GFile(temporary, "wb") as file:
+        file.write(content)
+    tf.io.gfile.rename(temporary, path, overwrite=True)
