@@ -59,9 +59,10 @@ def clip_by_global_norm(gradients, max_norm):
 def moving_average(average, value, decay):
     """One step of an average that may be stored in a narrower type.
 
-    As `optax.ema` with an `accumulator_dtype` has it: the stored average is
-    scaled in its own type (so 0.9 becomes 0.8984375 in bfloat16), the sum is
-    float32, and only what is stored is rounded.
+    As a compiled `optax.ema` with an `accumulator_dtype` has it: the decay is
+    rounded to the stored type (0.9 becomes 0.8984375 in bfloat16), all else
+    is float32, and only what is stored is rounded. (Uncompiled, optax rounds
+    one product more, which moves an update by about 0.4%.)
 
     Args:
         average: Variable with the average so far.
@@ -71,9 +72,10 @@ def moving_average(average, value, decay):
     Returns:
         The new average as float32, not yet stored.
     """
-    past = ops.convert_to_tensor(average)
-    past = past * ops.cast(decay, past.dtype)
-    return (1.0 - decay) * value + ops.cast(past, "float32")
+    # As a Python number: XLA would fold a cast to bfloat16 and back away.
+    rounded_decay = float(tf.as_dtype(average.dtype).as_numpy_dtype(decay))
+    past = tf.cast(tf.convert_to_tensor(average), "float32")
+    return (1.0 - decay) * value + rounded_decay * past
 
 
 class ScheduledOptimizer(keras.optimizers.Optimizer):
@@ -187,7 +189,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable; called by Keras on each replica."""
         index = self._get_variable_index(variable)
-        value = ops.cast(ops.convert_to_tensor(variable), "float32")
+        value = ops.cast(tf.convert_to_tensor(variable), "float32")
         update = self.base_learning_rate * self.direction(
             ops.cast(gradient, "float32"), index
         )
@@ -202,7 +204,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         """Moves the average of a variable; the first step starts it."""
         average = self._model_variables_moving_average[index]
         momentum = self.ema_momentum * ops.cast(self.iterations > 0, "float32")
-        past = ops.cast(ops.convert_to_tensor(average), "float32")
+        past = ops.cast(tf.convert_to_tensor(average), "float32")
         self.assign(average, momentum * past + (1.0 - momentum) * value)
 
     def _backend_apply_gradients(self, grads, trainable_variables):
