@@ -1,0 +1,429 @@
+"""From flags to a parsed, checked and saved configuration.
+
+This is the only file that knows gin. The files under gin/ name what is built
+(dynamic registration: no decorators in the library) and bind one root
+function, `cappa_tf.training.trainer.train`:
+
+    parse(["gin/cappa_b16.gin"], ["DATA='data/mine'"], workdir="runs/mine")
+    run()
+
+gin alone lets four mistakes pass, all of them caught by `parse`, before
+anything is built or read: a misspelled macro is to gin a new macro; a class
+with **kwargs (every Keras class) takes any name; a binding in a scope that
+nothing uses does nothing; and values have no types.
+"""
+
+import difflib
+import functools
+import os
+import pathlib
+
+import gin
+from absl import flags
+
+from cappa_tf import signatures
+
+ROOT = "cappa_tf.training.trainer.train"
+
+# gin has no public way to list bindings; the version is bounded for it.
+_BINDINGS = gin.config._CONFIG
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, and which binding is at fault."""
+
+
+# -- Flags ---------------------------------------------------------------------
+
+
+def define_flags():
+    """Defines --gin_file, --gin_param, --workdir and --dry_run for a tool."""
+    flags.DEFINE_multi_string(
+        "gin_file",
+        [],
+        "Configuration file, such as gin/quickstart.gin. May be repeated; "
+        "later files win.",
+    )
+    flags.DEFINE_multi_string(
+        "gin_param",
+        [],
+        "Binding such as BATCH_SIZE=64 or \"DATA='data/mine'\". May be "
+        "repeated; wins over files.",
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of checkpoints and logs; the same as --gin_param=\"WORKDIR='"
+        "...'\". A run in it is continued.",
+    )
+    flags.DEFINE_bool(
+        "dry_run", False, "Build everything, print sizes, and stop."
+    )
+
+
+def parse_flags():
+    """Parses what the flags of `define_flags` name.
+
+    Raises:
+        SystemExit: With the `ConfigError`'s message and no traceback.
+    """
+    values = flags.FLAGS
+    try:
+        parse(values.gin_file, values.gin_param, workdir=values.workdir)
+    except ConfigError as error:
+        raise SystemExit(f"Configuration error: {error}") from None
+
+
+# -- Parsing and running -------------------------------------------------------
+
+
+def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
+    """Parses and checks a configuration; it is locked afterwards.
+
+    Args:
+        gin_files: Paths, as given, or below the folder that holds gin/ (the
+            repository or the installed package); later files win.
+        gin_params: Strings "NAME = VALUE", which win over files.
+        workdir: Sets the macro WORKDIR, or None.
+        root: Full name of the function that everything hangs from.
+
+    Raises:
+        ConfigError: Nothing binds the root; a file cannot be found or parsed;
+            a binding is misspelled, missing, of a wrong type or has no effect.
+    """
+    if isinstance(gin_files, str) or isinstance(gin_params, str):
+        raise ValueError(
+            "`gin_files` and `gin_params` must be lists of strings. Received: "
+            f"gin_files={gin_files!r}, gin_params={gin_params!r}"
+        )
+    if not gin_files:
+        raise ConfigError(
+            f"Give a --gin_file. Shipped with this program: {_shipped()}."
+        )
+    gin.clear_config()
+    _add_search_path()
+    used = set()
+    for path in gin_files:
+        _parse_file(path)
+        # What a later file replaces (another optimizer) had a use before.
+        used |= _Walk(root).used
+    params = list(gin_params)
+    if workdir is not None:
+        params.append(f"WORKDIR = {str(workdir)!r}")
+    given = [_parse_param(param) for param in params]
+    _check(root, used, given)
+    gin.finalize()
+
+
+def run(root=ROOT, **kwargs):
+    """Calls the root function with the parsed configuration.
+
+    Args:
+        root: As given to `parse`.
+        **kwargs: Arguments that are no configuration, such as `dry_run`.
+
+    Returns:
+        What the root function returns.
+    """
+    return gin.get_configurable(root)(**kwargs)
+
+
+def arguments(root=ROOT):
+    """Arguments that `run` would give to the root function, built.
+
+    Returns:
+        A dict, defaults included. What the files reference without "()"
+        (`model`, `optimizer`) is still to be called.
+    """
+    function = gin.config._REGISTRY[root].wrapped
+    named, _ = signatures.parameters(function)
+    defaults = {
+        name: parameter.default
+        for name, parameter in named.items()
+        if parameter.default is not parameter.empty
+    }
+    return {**defaults, **gin.get_bindings(root)}
+
+
+def load_run(workdir, gin_params=(), root=ROOT):
+    """Parses the configuration that a run saved in its workdir.
+
+    Args:
+        workdir: Folder of the run; where it lay before does not matter.
+        gin_params: Strings "NAME = VALUE", for example of moved data.
+        root: As given to `parse`.
+
+    Returns:
+        The dict of `arguments`. Call what it holds before another `parse`.
+
+    Raises:
+        ConfigError: There is no config.gin, or as `parse`.
+    """
+    path = os.path.join(os.path.abspath(workdir), "config.gin")
+    if not os.path.isfile(path):
+        raise ConfigError(f"No configuration of a run was found: {path}")
+    parse([path], gin_params, workdir=workdir, root=root)
+    return arguments(root)
+
+
+# -- Saving --------------------------------------------------------------------
+
+
+def save_config(workdir):
+    """Writes what was parsed to WORKDIR/config.gin; call it on the chief."""
+    _write(workdir, "config.gin", gin.config_str())
+
+
+def save_operative_config(workdir, step):
+    """Writes all values in use, defaults included, beside the checkpoints.
+
+    gin knows a value once its constructor has been called: call this on the
+    chief after the first step.
+
+    Args:
+        workdir: The folder.
+        step: Number of finished steps, for the name of the file.
+    """
+    name = f"operative_config-{step}.gin"
+    _write(workdir, name, gin.operative_config_str())
+
+
+def _write(workdir, name, text):
+    """Writes a file so that it exists whole or not at all."""
+    os.makedirs(workdir, exist_ok=True)
+    path = os.path.join(workdir, name)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+# -- Files ---------------------------------------------------------------------
+
+
+@functools.cache
+def gin_root():
+    """The folder that holds gin/: of a checkout, or of an installed wheel."""
+    package = pathlib.Path(__file__).resolve().parent
+    for folder in (package.parent, package):
+        if (folder / "gin" / "models" / "b16.gin").is_file():
+            return folder
+    raise ConfigError(f"The folder gin/ is missing beside or in {package}.")
+
+
+@functools.cache
+def _add_search_path():
+    """Lets 'gin/models/b16.gin' be found from any working directory."""
+    gin.add_config_file_search_path(str(gin_root()))
+
+
+def _shipped():
+    names = sorted((gin_root() / "gin").glob("*.gin"))
+    return ", ".join(f"gin/{path.name}" for path in names)
+
+
+def _parse_file(path):
+    try:
+        gin.parse_config_file(path)
+    except OSError as error:
+        raise ConfigError(
+            f"--gin_file={path}: {error} Shipped with this program: "
+            f"{_shipped()}."
+        ) from None
+    except Exception as error:
+        raise ConfigError(f"--gin_file={path}: {error}") from error
+
+
+def _parse_param(param):
+    """Parses one "NAME = VALUE"; returns the key and name that it binds."""
+    name, equals, value = param.partition("=")
+    name = name.strip()
+    if not (name and equals and value.strip()):
+        raise ConfigError(
+            f"--gin_param must be NAME=VALUE. Received: {param!r}"
+        )
+    try:
+        gin.parse_config(param)
+        if "." not in name:
+            return (name, "gin.macro"), "value"
+        key = gin.config.ParsedBindingKey.parse(name)
+    except SyntaxError as error:
+        raise ConfigError(
+            f"--gin_param={param}: values are Python literals, so strings "
+            f"need quotes inside the quotes: --gin_param=\"{name}='...'\". "
+            f"({error})"
+        ) from None
+    except Exception as error:
+        raise ConfigError(f"--gin_param={param}: {error}") from error
+    return key.config_key, key.arg_name
+
+
+# -- Checks --------------------------------------------------------------------
+
+
+def _check(root, used, given):
+    """Raises ConfigError for what would fail, or do nothing, in a run.
+
+    Args:
+        root: Full name of the root function.
+        used: Keys of bindings that had an effect after some file.
+        given: (key, name) of the bindings of the command line.
+    """
+    walk = _Walk(root)
+    if not walk.found_root:
+        raise ConfigError(
+            f"No --gin_file binds {root}; start from one of {_shipped()}."
+        )
+    ineffective = [key for key in _BINDINGS if key not in walk.used | used]
+    ineffective += [key for key, _ in given if key not in walk.used]
+    problems = [_no_effect(key, walk) for key in dict.fromkeys(ineffective)]
+    problems += walk.problems
+    if problems:
+        raise ConfigError("\n  ".join(["", *problems]).strip())
+    # Saved files must parse again, without the history of this command line.
+    for key in [key for key in _BINDINGS if key not in walk.used]:
+        del _BINDINGS[key]
+
+
+def _no_effect(key, walk):
+    """The message for a binding that nothing reads, with a guess."""
+    scope, selector = key
+    name = _key_name(key)
+    known = [_key_name(other) for other in walk.used]
+    similar = difflib.get_close_matches(name, known, n=1)
+    guess = f" Did you mean {similar[0]}?" if similar else ""
+    if selector == "gin.macro":
+        return f"{name} is set, but nothing in this run reads it.{guess}"
+    names = ", ".join(_BINDINGS.get(key, ()))
+    return f"{name} ({names}) is bound, but not used in this run.{guess}"
+
+
+def _key_name(key):
+    """MACRO, or scope/module.Class as the files write it."""
+    scope, selector = key
+    if selector == "gin.macro":
+        return scope
+    short = ".".join(selector.split(".")[-2:])
+    return f"{scope}/{short}" if scope else short
+
+
+class _Walk:
+    """All that a run reads, found from the root without building anything.
+
+    Bindings reach only what the files reference, so following the references
+    visits exactly the constructors that a run calls through gin.
+
+    Attributes:
+        found_root: Whether anything binds the root.
+        used: Keys (scope, selector) of bindings that are read.
+        problems: Messages: missing, unknown and wrongly typed arguments.
+    """
+
+    def __init__(self, root):
+        self.used = set()
+        self.problems = []
+        self._visited = set()
+        self.found_root = ("", root) in _BINDINGS
+        if self.found_root:
+            self._visit((), gin.config._REGISTRY[root], evaluated=True)
+
+    def _visit(self, scopes, configurable, evaluated):
+        """Checks one call: `configurable` inside the scopes."""
+        if (scopes, configurable.selector) in self._visited:
+            return
+        self._visited.add((scopes, configurable.selector))
+        bound, origin = {}, {}
+        for i in range(len(scopes) + 1):
+            key = ("/".join(scopes[:i]), configurable.selector)
+            if key in _BINDINGS:
+                self.used.add(key)
+                bound.update(_BINDINGS[key])
+                origin.update(dict.fromkeys(_BINDINGS[key], key))
+        for name, value in bound.items():
+            self._follow(scopes, value, f"{_key_name(origin[name])}.{name}")
+        short = _key_name(("/".join(scopes), configurable.selector))
+        self._check_call(short, configurable.wrapped, bound, evaluated)
+
+    def _follow(self, scopes, value, reader):
+        """Visits the references inside a bound value."""
+        for reference in gin.config.iterate_references({"": value}):
+            inner = tuple(reference.scopes) or scopes
+            if _is_macro(reference):
+                self._follow_macro(inner, reader)
+            elif reference.configurable.selector != "gin.constant":
+                self._visit(inner, reference.configurable, reference.evaluate)
+                if not reference.evaluate and not reference.scopes:
+                    # It is called later, perhaps outside these scopes.
+                    self._visit((), reference.configurable, False)
+
+    def _follow_macro(self, scopes, reader):
+        key = ("/".join(scopes), "gin.macro")
+        if key in _BINDINGS:
+            self.used.add(key)
+            self._follow(scopes, _BINDINGS[key]["value"], scopes[-1])
+        else:
+            self._problem(
+                f"{key[0]} is missing: {reader} reads it. Set it with "
+                f'--gin_param="{key[0]}=..." or in a gin file.'
+            )
+
+    def _check_call(self, short, function, bound, evaluated):
+        """Names, types and presence of the arguments of one call."""
+        named, is_open = signatures.parameters(function)
+        for name, value in bound.items():
+            if name in named:
+                self._check_value(f"{short}.{name}", named[name], value)
+            elif not is_open:
+                similar = difflib.get_close_matches(name, named, n=1)
+                guess = f" Did you mean {similar[0]}?" if similar else ""
+                self._problem(f"{short} has no argument {name}.{guess}")
+        missing = [
+            name
+            for name, parameter in named.items()
+            if parameter.default is parameter.empty and name not in bound
+        ]
+        # What is only referenced may get arguments from its caller.
+        if missing and evaluated:
+            self._problem(f"{short} needs {', '.join(missing)}; bind it.")
+
+    def _check_value(self, name, parameter, value):
+        value, macros = _resolve(value)
+        if value is gin.REQUIRED:
+            setting = macros[-1] if macros else name
+            self._problem(
+                f"{setting} must be set (it is {name}): for example "
+                f"--gin_param=\"{setting}='...'\"."
+            )
+        elif not _holds_reference(value):
+            phrase = signatures.expected(parameter, value)
+            if phrase:
+                via = f" (set by {macros[-1]})" if macros else ""
+                self._problem(
+                    f"{name}{via} must be {phrase}. Received: {value!r}"
+                )
+
+    def _problem(self, message):
+        if message not in self.problems:
+            self.problems.append(message)
+
+
+def _resolve(value):
+    """The value behind macros, and the macros' names on the way."""
+    macros = []
+    while isinstance(value, gin.config.ConfigurableReference):
+        if value.configurable.selector == "gin.constant":
+            return value.scoped_configurable_fn(), macros
+        name = "/".join(value.scopes)
+        # A circle of macros ends here; gin reports it when it is read.
+        if not _is_macro(value) or name in macros:
+            break
+        macros.append(name)
+        value = _BINDINGS.get((name, "gin.macro"), {"value": value})["value"]
+    return value, macros
+
+
+def _is_macro(reference):
+    return reference.configurable.selector == "gin.macro"
+
+
+def _holds_reference(value):
+    return any(gin.config.iterate_references({"": value}))

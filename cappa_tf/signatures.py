@@ -1,0 +1,116 @@
+"""What a function or a constructor accepts: names, and types of values.
+
+Keras classes take `**kwargs`, so a misspelled argument travels far before
+anything notices it. The names are therefore collected over all base classes.
+An argument's annotation says what it accepts; without one, the default's type
+does.
+"""
+
+import collections.abc
+import inspect
+import types
+import typing
+
+_NUMBERS = {int: "an integer", float: "a number"}
+_SEQUENCES = (tuple, list, collections.abc.Sequence)
+
+
+def parameters(function_or_class):
+    """Arguments that can be given by keyword.
+
+    Args:
+        function_or_class: What would be called.
+
+    Returns:
+        A dict from name to `inspect.Parameter`, its annotation evaluated, and
+        whether any other name is accepted too (a function with `**kwargs`;
+        of a class with `**kwargs`, the names of its bases are known).
+    """
+    if not inspect.isclass(function_or_class):
+        return _keywords(function_or_class)
+    found = {}
+    for base in inspect.getmro(function_or_class):
+        if base is object or "__init__" not in base.__dict__:
+            continue
+        names, is_open = _keywords(base.__init__)
+        found = {**names, **found}
+        if base.__init__ is function_or_class.__init__ and not is_open:
+            break
+    return found, False
+
+
+def _keywords(function):
+    """`parameters` of one function, without looking at base classes."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Some built-ins have none.
+        return {}, True
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # An annotation that cannot be evaluated says nothing.
+        hints = {}
+    named, is_open = {}, False
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            is_open = True
+        elif name != "self" and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
+            hint = hints.get(name, parameter.empty)
+            named[name] = parameter.replace(annotation=hint)
+    return named, is_open
+
+
+def expected(parameter, value):
+    """What an argument accepts, if `value` is not that.
+
+    Args:
+        parameter: `inspect.Parameter` with an evaluated annotation.
+        value: The literal to be given.
+
+    Returns:
+        A phrase such as "an integer", or None if `value` may be right.
+    """
+    hint, default = parameter.annotation, parameter.default
+    if hint is not parameter.empty:
+        if value is default or fits(value, hint):
+            return None
+        return _NUMBERS.get(hint) or inspect.formatannotation(hint)
+    if default is parameter.empty or default is None or value is None:
+        return None
+    # A number stands for a pair of numbers too (image_size=224).
+    if type(default) in _NUMBERS and not isinstance(value, (tuple, list)):
+        hint, phrase = type(default), _NUMBERS[type(default)]
+    elif isinstance(default, bool):
+        hint, phrase = bool, "True or False"
+    elif isinstance(default, str):
+        hint, phrase = str, "a string"
+    else:
+        return None
+    return None if fits(value, hint) else phrase
+
+
+def fits(value, hint):
+    """Whether a literal is of an annotated type; unknown types always fit."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (typing.Any, inspect.Parameter.empty):
+        return True
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, choice) for choice in inner)
+    if origin is typing.Literal:
+        return any(value == x and type(value) is type(x) for x in inner)
+    if hint in _SEQUENCES or origin in _SEQUENCES:
+        kinds = {inner[0]} if inner else set()
+        return isinstance(value, (tuple, list)) and all(
+            fits(item, kind) for item in value for kind in kinds
+        )
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, bytes, dict):
+        return isinstance(value, hint)
+    return not isinstance(value, (bool, int, float, str))

@@ -1,0 +1,257 @@
+"""The configuration: every mistake stops the run and is named."""
+
+import sys
+import textwrap
+import types
+
+import keras
+import pytest
+
+from cappa_tf import config
+
+ROOT = "stand_ins.root"
+
+
+class Layer(keras.layers.Layer):
+    """Takes any keyword as far as gin can see, like every Keras class."""
+
+    def __init__(self, width=8, ratio=0.5, size: int | str = 4, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+        self.ratio = ratio
+        self.size = size
+
+
+class Reader:
+    def __init__(self, path, split="train", flip=False):
+        self.path, self.split, self.flip = path, split, flip
+
+
+class Rate:
+    def __init__(self, steps=1):
+        self.steps = steps
+
+
+class Slope(Rate):
+    def __init__(self, steps=1, end=0.0):
+        super().__init__(steps)
+        self.end = end
+
+
+CALLS = []
+
+
+def prepare(path, pieces=3):
+    CALLS.append((path, pieces))
+
+
+def root(layer, data, eval_data, rate, steps, workdir, prepare=None, hook=None):
+    """Stands in for the trainer: builds, records the configuration, reads."""
+    model = layer()
+    config.save_config(workdir)
+    if prepare is not None:
+        prepare()
+    config.save_operative_config(workdir, 1)
+    return {
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "rate": rate,
+        "steps": steps,
+        "hook": hook,
+    }
+
+
+GIN = """
+    from __gin__ import dynamic_registration
+    import stand_ins
+
+    WORKDIR = %gin.REQUIRED
+    DATA = %gin.REQUIRED
+    STEPS = 10
+    WIDTH = 16
+    RATE = @stand_ins.Rate()
+
+    stand_ins.root:
+        layer = @stand_ins.Layer
+        data = @train/stand_ins.Reader()
+        eval_data = @eval/stand_ins.Reader()
+        rate = %RATE
+        steps = %STEPS
+        workdir = %WORKDIR
+        prepare = @stand_ins.prepare
+    stand_ins.Layer.width = %WIDTH
+    stand_ins.Reader.path = %DATA
+    train/stand_ins.Reader.flip = True
+    eval/stand_ins.Reader.split = 'heldout'
+    stand_ins.Rate.steps = %STEPS
+    stand_ins.prepare.path = %DATA
+"""
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch):
+    module = types.ModuleType("stand_ins")
+    for part in (Layer, Reader, Rate, Slope, prepare, root):
+        setattr(module, part.__name__, part)
+    monkeypatch.setitem(sys.modules, "stand_ins", module)
+    CALLS.clear()
+
+
+@pytest.fixture(name="write")
+def _write(tmp_path):
+    def write(text, name="run.gin"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return str(path)
+
+    return write
+
+
+def parse(files, params=("DATA='here'",), workdir="somewhere"):
+    config.parse(files, params, workdir=workdir, root=ROOT)
+
+
+def test_run_builds_what_the_files_say(write, tmp_path):
+    parse([write(GIN)], ["DATA='here'", "STEPS=12"], tmp_path)
+    result = config.run(ROOT, hook="given")
+    assert result["model"].width == 16
+    assert (result["data"].flip, result["data"].split) == (True, "train")
+    assert result["eval_data"].split == "heldout"
+    assert result["data"].path == result["eval_data"].path == "here"
+    assert result["steps"] == result["rate"].steps == 12
+    assert result["hook"] == "given"
+    assert CALLS == [("here", 3)]
+    # What gin builds is the plain class: Keras reads its signature.
+    assert type(result["model"]) is Layer
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("STPES = 3", ["STPES", "Did you mean STEPS"]),
+        ("stand_ins.Layer.widht = 3", ["Layer", "widht", "width"]),
+        ("stand_ins.Reader.splt = 'a'", ["Reader", "splt", "line"]),
+        ("stand_ins.Raeder.split = 'a'", ["Raeder"]),
+        ("tran/stand_ins.Reader.flip = True", ["tran/stand_ins.Reader", "did"]),
+        ("stand_ins.Slope.end = 0.5", ["stand_ins.Slope", "end"]),
+        ("STEPS = %gin.REQUIRED", ["STEPS", "must be set"]),
+        ("STEPS = %LATER", ["LATER", "STEPS", "is missing"]),
+        ("WIDTH = '16'", ["WIDTH", "Layer.width", "an integer", "'16'"]),
+        ("WIDTH = 1e3", ["WIDTH", "an integer", "1000.0"]),
+        ("WIDTH = True", ["WIDTH", "an integer", "True"]),
+        ("stand_ins.Layer.ratio = '3e-4'", ["Layer.ratio", "a number", "3e-4"]),
+        ("stand_ins.Layer.size = 1.5", ["Layer.size", "int | str", "1.5"]),
+        ("train/stand_ins.Reader.flip = 1", ["Reader.flip", "True or False"]),
+        ("eval/stand_ins.Reader.split = 3", ["Reader.split", "a string"]),
+        ("stand_ins.root.rate = @stand_ins.Rated()", ["Rated"]),
+        ("stand_ins.root.rate = 3e--4", ["line"]),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(write, line, named):
+    with pytest.raises(config.ConfigError) as error:
+        parse([write(GIN), write(_header(line), "other.gin")])
+    for word in named:
+        assert word.lower() in str(error.value).lower()
+
+
+def _header(line):
+    start = "from __gin__ import dynamic_registration\nimport stand_ins\n"
+    return start + line
+
+
+@pytest.mark.parametrize(
+    ("param", "named"),
+    [
+        ("STPES=3", "STPES"),
+        ("STEPS", "NAME=VALUE"),
+        ("DATA=/my/data", "quotes"),
+        ("WIDTH='3'", "WIDTH"),
+        ("Layer.widht=3", "widht"),
+        ("Lyaer.width=3", "Lyaer"),
+        ("Slope.end=0.5", "Slope"),
+        ("tran/Reader.flip=True", "tran/stand_ins.Reader"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(write, param, named):
+    path = write(GIN + "\n    stand_ins.root.hook = @stand_ins.Slope\n")
+    if "Slope" in param:  # Known to gin, but replaced.
+        other = write(_header("stand_ins.root.hook = None"), "other.gin")
+        files = [path, other]
+    else:
+        files = [path]
+    with pytest.raises(config.ConfigError, match=named):
+        parse(files, ["DATA='here'", param])
+
+
+def test_all_that_is_missing_is_listed_at_once(write):
+    with pytest.raises(config.ConfigError) as error:
+        parse([write(GIN)], [], workdir=None)
+    assert "DATA must be set" in str(error.value)
+    assert "WORKDIR must be set" in str(error.value)
+    assert "--gin_param=\"DATA='...'\"" in str(error.value)
+
+
+def test_an_argument_nobody_binds_is_named(write):
+    with pytest.raises(config.ConfigError, match="root needs steps"):
+        parse([write(GIN.replace("steps = %STEPS", "hook = %STEPS", 1))])
+
+
+def test_a_later_file_may_replace_a_part(write):
+    """The replaced part's own bindings are no mistake, then."""
+    other = """
+        from __gin__ import dynamic_registration
+        import stand_ins
+        RATE = @stand_ins.Slope()
+        stand_ins.Slope.end = 0.25
+    """
+    parse([write(GIN), write(other, "other.gin")])
+    rate = config.arguments(ROOT)["rate"]
+    assert (type(rate), rate.end) == (Slope, 0.25)
+
+
+def test_no_file_and_no_root(write):
+    with pytest.raises(config.ConfigError, match="gin/quickstart.gin"):
+        parse([])
+    with pytest.raises(config.ConfigError, match=r"absent.gin.*quickstart"):
+        parse(["absent.gin"])
+    with pytest.raises(config.ConfigError, match="No --gin_file binds"):
+        parse([write("STEPS = 3")])
+
+
+def test_both_saved_files_parse_again(write, tmp_path):
+    other = write(_header("RATE = @stand_ins.Slope()"), "other.gin")
+    parse([write(GIN), other], ["DATA='here'", "WIDTH=5"], tmp_path)
+    config.run(ROOT)
+    first = (tmp_path / "config.gin").read_text()
+    for name in ("config.gin", "operative_config-1.gin"):
+        parse([str(tmp_path / name)], [], workdir=None)
+        result = config.run(ROOT)
+        assert result["model"].width == 5
+        assert result["data"].flip is True
+        assert type(result["rate"]) is Slope
+        if name == "config.gin":
+            assert (tmp_path / "config.gin").read_text() == first
+    # The operative one holds the defaults too.
+    text = (tmp_path / "operative_config-1.gin").read_text()
+    assert "stand_ins.prepare.pieces = 3" in text
+
+
+def test_load_run_gives_the_arguments_of_a_moved_run(write, tmp_path):
+    parse([write(GIN)], ["DATA='here'"], tmp_path / "old")
+    config.run(ROOT)
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = config.load_run(tmp_path / "new", ["DATA='there'"], root=ROOT)
+    assert found["workdir"] == str(tmp_path / "new")
+    assert found["layer"]().width == 16
+    assert found["data"].path == "there"
+    assert found["hook"] is None
+    with pytest.raises(config.ConfigError, match=r"old.config\.gin"):
+        config.load_run(tmp_path / "old", root=ROOT)
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    config.save_config(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [
+        "config.gin"
+    ]
