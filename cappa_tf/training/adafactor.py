@@ -16,6 +16,7 @@ from cappa_tf.training.optimizers import (
     moving_average,
 )
 from cappa_tf.training.ranges import check_integer, check_number
+from cappa_tf.training.schedules import Schedule
 
 
 def factored_axes(shape, min_dim_size_to_factor):
@@ -74,9 +75,9 @@ class Adafactor(ScheduledOptimizer):
     def __init__(
         self,
         learning_rate=1e-3,
-        schedule=None,
+        schedule: Schedule | None = None,
         weight_decay=1e-4,
-        global_clip_norm=1.0,
+        global_clip_norm: float | None = 1.0,
         beta2_cap=0.999,
         decay_exponent=0.8,
         momentum=0.9,

@@ -283,9 +283,9 @@ class AdamW(ScheduledOptimizer):
     def __init__(
         self,
         learning_rate=1e-3,
-        schedule=None,
+        schedule: Schedule | None = None,
         weight_decay=1e-4,
-        global_clip_norm=1.0,
+        global_clip_norm: float | None = 1.0,
         beta_1=0.9,
         beta_2=0.999,
         epsilon=1e-8,

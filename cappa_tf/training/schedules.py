@@ -126,7 +126,7 @@ class Rsqrt(Schedule):
         total_steps,
         warmup_steps=0,
         cooldown_steps=0,
-        timescale=10_000,
+        timescale: float = 10_000,
     ):
         super().__init__(total_steps, warmup_steps)
         self.cooldown_steps = check_integer("cooldown_steps", cooldown_steps)
