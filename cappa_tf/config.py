@@ -4,8 +4,8 @@ This is the only file that knows gin. The files under gin/ name what is built
 (dynamic registration: no decorators in the library) and bind one root
 function, `cappa_tf.training.trainer.train`:
 
-    parse(["gin/cappa_b16.gin"], ["DATA='data/mine'"], workdir="runs/mine")
-    run()
+    parse(["gin/quickstart.gin"], ["TOTAL_STEPS=500"], workdir="runs/mine")
+    run(on_start=save_config, on_first_step=save_operative_config)
 
 gin alone lets four mistakes pass, all of them caught by `parse`, before
 anything is built or read: a misspelled macro is to gin a new macro; a class
@@ -13,7 +13,6 @@ with **kwargs (every Keras class) takes any name; a binding in a scope that
 nothing uses does nothing; and values have no types.
 """
 
-import difflib
 import functools
 import os
 import pathlib
@@ -39,26 +38,18 @@ class ConfigError(ValueError):
 def define_flags():
     """Defines --gin_file, --gin_param, --workdir and --dry_run for a tool."""
     flags.DEFINE_multi_string(
-        "gin_file",
-        [],
-        "Configuration file, such as gin/quickstart.gin. May be repeated; "
-        "later files win.",
+        "gin_file", [], "Such as gin/quickstart.gin; repeatable, later wins."
     )
     flags.DEFINE_multi_string(
         "gin_param",
         [],
-        "Binding such as BATCH_SIZE=64 or \"DATA='data/mine'\". May be "
-        "repeated; wins over files.",
+        "Such as BATCH_SIZE=64 or \"DATA='data/mine'\"; repeatable, wins over "
+        "files.",
     )
     flags.DEFINE_string(
-        "workdir",
-        None,
-        "Folder of checkpoints and logs; the same as --gin_param=\"WORKDIR='"
-        "...'\". A run in it is continued.",
+        "workdir", None, "Folder of the run (WORKDIR), which is continued."
     )
-    flags.DEFINE_bool(
-        "dry_run", False, "Build everything, print sizes, and stop."
-    )
+    flags.DEFINE_bool("dry_run", False, "Build all, print sizes, and stop.")
 
 
 def parse_flags():
@@ -93,8 +84,8 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
     """
     if isinstance(gin_files, str) or isinstance(gin_params, str):
         raise ValueError(
-            "`gin_files` and `gin_params` must be lists of strings. Received: "
-            f"gin_files={gin_files!r}, gin_params={gin_params!r}"
+            "`gin_files` and `gin_params` must be lists. Received: "
+            f"{gin_files!r}, {gin_params!r}"
         )
     if not gin_files:
         raise ConfigError(
@@ -184,8 +175,8 @@ def save_operative_config(workdir, step):
         workdir: The folder.
         step: Number of finished steps, for the name of the file.
     """
-    name = f"operative_config-{step}.gin"
-    _write(workdir, name, gin.operative_config_str())
+    text = gin.operative_config_str()
+    _write(workdir, f"operative_config-{step}.gin", text)
 
 
 def _write(workdir, name, text):
@@ -234,7 +225,7 @@ def _parse_file(path):
 
 
 def _parse_param(param):
-    """Parses one "NAME = VALUE"; returns the key and name that it binds."""
+    """Parses one "NAME = VALUE"; returns the key of what it binds."""
     name, equals, value = param.partition("=")
     name = name.strip()
     if not (name and equals and value.strip()):
@@ -244,8 +235,8 @@ def _parse_param(param):
     try:
         gin.parse_config(param)
         if "." not in name:
-            return (name, "gin.macro"), "value"
-        key = gin.config.ParsedBindingKey.parse(name)
+            return (name, "gin.macro")
+        return gin.config.ParsedBindingKey.parse(name).config_key
     except SyntaxError as error:
         raise ConfigError(
             f"--gin_param={param}: values are Python literals, so strings "
@@ -254,7 +245,6 @@ def _parse_param(param):
         ) from None
     except Exception as error:
         raise ConfigError(f"--gin_param={param}: {error}") from error
-    return key.config_key, key.arg_name
 
 
 # -- Checks --------------------------------------------------------------------
@@ -266,31 +256,29 @@ def _check(root, used, given):
     Args:
         root: Full name of the root function.
         used: Keys of bindings that had an effect after some file.
-        given: (key, name) of the bindings of the command line.
+        given: Keys of the bindings of the command line.
     """
     walk = _Walk(root)
     if not walk.found_root:
         raise ConfigError(
             f"No --gin_file binds {root}; start from one of {_shipped()}."
         )
-    ineffective = [key for key in _BINDINGS if key not in walk.used | used]
-    ineffective += [key for key, _ in given if key not in walk.used]
+    unread = [key for key in (*_BINDINGS, *given) if key not in walk.used]
+    ineffective = [key for key in unread if key in given or key not in used]
     problems = [_no_effect(key, walk) for key in dict.fromkeys(ineffective)]
     problems += walk.problems
     if problems:
         raise ConfigError("\n  ".join(["", *problems]).strip())
-    # Saved files must parse again, without the history of this command line.
-    for key in [key for key in _BINDINGS if key not in walk.used]:
-        del _BINDINGS[key]
+    # Saved files must parse again, without this command line's history.
+    for key in unread:
+        _BINDINGS.pop(key, None)
 
 
 def _no_effect(key, walk):
     """The message for a binding that nothing reads, with a guess."""
     scope, selector = key
     name = _key_name(key)
-    known = [_key_name(other) for other in walk.used]
-    similar = difflib.get_close_matches(name, known, n=1)
-    guess = f" Did you mean {similar[0]}?" if similar else ""
+    guess = signatures.guess(name, [_key_name(other) for other in walk.used])
     if selector == "gin.macro":
         return f"{name} is set, but nothing in this run reads it.{guess}"
     names = ", ".join(_BINDINGS.get(key, ()))
@@ -300,10 +288,9 @@ def _no_effect(key, walk):
 def _key_name(key):
     """MACRO, or scope/module.Class as the files write it."""
     scope, selector = key
-    if selector == "gin.macro":
-        return scope
     short = ".".join(selector.split(".")[-2:])
-    return f"{scope}/{short}" if scope else short
+    named = [scope] if selector == "gin.macro" else [scope, short]
+    return "/".join(filter(None, named))
 
 
 class _Walk:
@@ -356,6 +343,7 @@ class _Walk:
                     self._visit((), reference.configurable, False)
 
     def _follow_macro(self, scopes, reader):
+        """Visits what a macro stands for; `reader` names who asks for it."""
         key = ("/".join(scopes), "gin.macro")
         if key in _BINDINGS:
             self.used.add(key)
@@ -368,42 +356,30 @@ class _Walk:
 
     def _check_call(self, short, function, bound, evaluated):
         """Names, types and presence of the arguments of one call."""
-        named, is_open = signatures.parameters(function)
-        for name, value in bound.items():
-            if name in named:
-                self._check_value(f"{short}.{name}", named[name], value)
-            elif not is_open:
-                similar = difflib.get_close_matches(name, named, n=1)
-                guess = f" Did you mean {similar[0]}?" if similar else ""
-                self._problem(f"{short} has no argument {name}.{guess}")
-        missing = [
-            name
-            for name, parameter in named.items()
-            if parameter.default is parameter.empty and name not in bound
-        ]
-        # What is only referenced may get arguments from its caller.
-        if missing and evaluated:
-            self._problem(f"{short} needs {', '.join(missing)}; bind it.")
-
-    def _check_value(self, name, parameter, value):
-        value, macros = _resolve(value)
-        if value is gin.REQUIRED:
-            setting = macros[-1] if macros else name
-            self._problem(
-                f"{setting} must be set (it is {name}): for example "
-                f"--gin_param=\"{setting}='...'\"."
-            )
-        elif not _holds_reference(value):
-            phrase = signatures.expected(parameter, value)
-            if phrase:
-                via = f" (set by {macros[-1]})" if macros else ""
+        known, labels = {}, {}
+        for name, bound_value in bound.items():
+            value, macros = _resolve(bound_value)
+            if macros:
+                labels[name] = macros[-1]
+            known[name] = value
+            if value is gin.REQUIRED:
+                setting = macros[-1] if macros else f"{short}.{name}"
                 self._problem(
-                    f"{name}{via} must be {phrase}. Received: {value!r}"
+                    f"{setting} must be set (it is {short}.{name}): for "
+                    f"example --gin_param=\"{setting}='...'\"."
                 )
+                known[name] = signatures.UNKNOWN
+            # What is built, or a tuple with parts that are.
+            if any(gin.config.iterate_references({"": value})):
+                known[name] = signatures.UNKNOWN
+        # What is only referenced may get arguments from its caller.
+        for problem in signatures.problems(
+            short, function, known, labels, complete=evaluated
+        ):
+            self._problem(problem)
 
     def _problem(self, message):
-        if message not in self.problems:
-            self.problems.append(message)
+        self.problems += [message] * (message not in self.problems)
 
 
 def _resolve(value):
@@ -423,7 +399,3 @@ def _resolve(value):
 
 def _is_macro(reference):
     return reference.configurable.selector == "gin.macro"
-
-
-def _holds_reference(value):
-    return any(gin.config.iterate_references({"": value}))

@@ -7,9 +7,13 @@ does.
 """
 
 import collections.abc
+import difflib
 import inspect
 import types
 import typing
+
+# A value that is there but not known yet.
+UNKNOWN = object()
 
 _NUMBERS = {int: "an integer", float: "a number"}
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
@@ -60,6 +64,50 @@ def _keywords(function):
             hint = hints.get(name, parameter.empty)
             named[name] = parameter.replace(annotation=hint)
     return named, is_open
+
+
+def problems(called, function, values, labels, complete):
+    """What is wrong with the arguments of one call.
+
+    Args:
+        called: Name of the function or class, for the messages.
+        function: What would be called.
+        values: Dict of the arguments; `UNKNOWN` fits everything.
+        labels: What set an argument, where it has a name of its own.
+        complete: Whether all required arguments must be among them.
+
+    Returns:
+        A list of messages.
+    """
+    named, is_open = parameters(function)
+    found = []
+    for name, value in values.items():
+        if name not in named:
+            if not is_open:
+                found.append(
+                    f"{called} has no argument {name}.{guess(name, named)}"
+                )
+            continue
+        phrase = value is not UNKNOWN and expected(named[name], value)
+        if phrase:
+            via = f" (set by {labels[name]})" if name in labels else ""
+            found.append(
+                f"{called}.{name}{via} must be {phrase}. Received: {value!r}"
+            )
+    missing = [
+        name
+        for name, parameter in named.items()
+        if parameter.default is parameter.empty and name not in values
+    ]
+    if missing and complete:
+        found.append(f"{called} needs {', '.join(missing)}; bind it.")
+    return found
+
+
+def guess(name, known):
+    """The end of a message: " Did you mean X?", or nothing."""
+    similar = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {similar[0]}?" if similar else ""
 
 
 def expected(parameter, value):

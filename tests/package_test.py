@@ -1,0 +1,109 @@
+"""The package: cheap to import, bounded dependencies, gin files as data."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+import cappa_tf
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def python(code, cwd, path):
+    """What an interpreter prints that knows the standard library and `path`."""
+    code = f"import sys; sys.path.insert(0, {str(path)!r}); {code}"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return result.stdout.strip()
+
+
+def test_importing_it_is_cheap(tmp_path):
+    code = "import cappa_tf; print(*sorted(sys.modules))"
+    loaded = python(code, tmp_path, ROOT).split()
+    assert "cappa_tf" in loaded
+    assert not {"tensorflow", "keras", "gin", "numpy", "PIL"} & {*loaded}
+
+
+@pytest.mark.parametrize("name", cappa_tf.__all__)
+def test_every_public_name_is_there(name):
+    value = getattr(cappa_tf, name)
+    if name != "__version__":
+        assert value.__name__ == name
+        assert value.__doc__
+    assert name in dir(cappa_tf)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="captoiner"):
+        _ = cappa_tf.captoiner
+
+
+def test_every_dependency_is_bounded_on_both_sides():
+    project = PROJECT["project"]
+    groups = [
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+    ]
+    for requirement in [one for group in groups for one in group]:
+        assert re.search(r">=[\d.]+,<[\d.]+$", requirement), requirement
+
+
+def test_tensorflow_and_its_text_ops_are_of_one_minor_version():
+    bounds = {
+        re.match(r"[\w-]+", one)[0]: one.partition(">=")[2]
+        for one in PROJECT["project"]["dependencies"]
+    }
+    assert bounds["tensorflow"] == bounds["tensorflow-text"]
+
+
+def test_versions_agree():
+    module = (ROOT / "MODULE.bazel").read_text()
+    assert f'version = "{cappa_tf.__version__}"' in module
+
+
+def test_gin_holds_no_python_and_every_folder_is_listed():
+    """Python in gin/ would shadow gin-config; an unlisted folder is lost."""
+    assert not list((ROOT / "gin").rglob("*.py"))
+    folders = [path.parent for path in ROOT.glob("cappa_tf/**/__init__.py")]
+    names = {".".join(path.relative_to(ROOT).parts) for path in folders}
+    listed = {*PROJECT["tool"]["setuptools"]["packages"]}
+    assert listed == names | {"cappa_tf.gin"}
+
+
+def test_a_wheel_holds_the_gin_files_where_config_finds_them(tmp_path):
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("cappa_tf", "gin"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    (source / "README.md").write_text("CapPa")
+    options = ["--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "-w", wheels, source],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = wheels.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    shipped = {path.relative_to(ROOT) for path in ROOT.glob("gin/**/*.gin")}
+    packed = {name for name in names if name.endswith(".gin")}
+    assert packed == {f"cappa_tf/{path.as_posix()}" for path in shipped}
+    assert not [name for name in names if name.startswith("gin/")]
+    code = "from cappa_tf import config; print(config.gin_root())"
+    found = python(code, tmp_path, tmp_path / "site")
+    assert pathlib.Path(found) == (tmp_path / "site" / "cappa_tf").resolve()
