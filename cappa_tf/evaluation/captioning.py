@@ -1,0 +1,285 @@
+"""Greedy captions of images, and how right they are on a data set.
+
+Abbreviations for dimensions:
+    B: batch (of images).      H, W: height and width of the image in pixels.
+    K: captions an image.      L: length of the text in tokens.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.evaluation import caption_metrics
+
+
+@dataclasses.dataclass
+class CaptionRow:
+    """One captioned image.
+
+    Attributes:
+        key: Name of the image.
+        caption: The greedy caption.
+        log_likelihood: Of the caption, eos included: the sum of the logs of
+            `probabilities`.
+        pieces: The caption's tokens as text, "<eos>" at the end of a caption
+            that was not cut; a leading space where a word begins.
+        probabilities: Of each piece, given the image and those before it.
+        references: Captions written by people; empty where there are none.
+        image: Encoded bytes of the image, for the picture sheet, or None.
+    """
+
+    key: str
+    caption: str
+    log_likelihood: float
+    pieces: list
+    probabilities: list
+    references: list = dataclasses.field(default_factory=list)
+    image: bytes | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def exact_match(self):
+        """Whether the caption is, normalised, one of the references."""
+        return normalize(self.caption) in map(normalize, self.references)
+
+
+@dataclasses.dataclass
+class CaptionResult:
+    """Captions of a data set (`rows`) and their figures (`metrics`)."""
+
+    rows: list
+    metrics: dict
+
+
+def normalize(caption):
+    """Lower case and single spaces: what exact match compares."""
+    return " ".join(caption.lower().split())
+
+
+class CaptionDecoder:
+    """Captions batches of images, always of B: one graph, compiled once.
+
+    Hold on to one object where a model is evaluated again and again.
+
+    Args:
+        captioner: A built `Captioner`.
+        tokenizer: The `Tokenizer` it was trained with.
+        batch_size: B.
+        max_length: Longest caption L in tokens; the decoder's by default.
+    """
+
+    def __init__(self, captioner, tokenizer, batch_size=64, max_length=None):
+        if batch_size < 1:
+            raise ValueError(
+                "`batch_size` must be at least 1. Received: "
+                f"batch_size={batch_size}"
+            )
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self._generate = tf.function(
+            lambda images: captioner.generate(images, max_length=max_length)
+        )
+        # Shapes of L are few (`_cut`), but each would else be a new trace.
+        self._losses = tf.function(
+            lambda batch: captioner.compute_losses(batch, training=False),
+            reduce_retracing=True,
+        )
+
+    def decode(self, images, keys, references=None):
+        """Captions up to B images.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1], or fewer.
+            keys: The names of the images; as many rows come back, and what
+                follows them in `images` counts as padding.
+            references: Optional list of lists of captions.
+
+        Returns:
+            A list of `CaptionRow`s, one for each key.
+        """
+        output = self._generate(self._fill(images))
+        tokens = output["tokens"].numpy()[: len(keys)]
+        log_probs = output["log_probs"].numpy()[: len(keys)]
+        captions = self.tokenizer.detokenize(tokens)
+        references = references or [[] for _ in keys]
+        return [
+            self._row(*columns)
+            for columns in zip(keys, captions, tokens, log_probs, references)
+        ]
+
+    def _row(self, key, caption, tokens, log_probs, references):
+        ended = np.flatnonzero(tokens == self.tokenizer.eos_id)
+        count = ended[0] + 1 if ended.size else len(tokens)
+        return CaptionRow(
+            key=key,
+            caption=caption,
+            log_likelihood=float(log_probs[:count].sum()),
+            pieces=self._pieces(tokens[:count]),
+            probabilities=np.exp(log_probs[:count]).tolist(),
+            references=list(references),
+        )
+
+    def _pieces(self, tokens):
+        strings = self.tokenizer.load().id_to_string(tokens).numpy()
+        return [
+            "<eos>"
+            if token == self.tokenizer.eos_id
+            else string.decode(errors="replace").replace("\u2581", " ")
+            for token, string in zip(tokens, strings)
+        ]
+
+    def reference_nll(self, images, references):
+        """Likelihood of captions written by people, left to right.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1], or fewer.
+            references: A list of lists of captions: of the first images.
+
+        Returns:
+            The negative log-likelihood in nats, summed over all references,
+            and the number of tokens it is of (eos counts, padding does not).
+        """
+        batch = {
+            "image": self._fill(images),
+            "labels": self._labels(references),
+        }
+        losses = self._losses(batch)
+        return tuple(
+            float(losses[name].numpy().sum(dtype=np.float64))
+            for name in ("nll", "tokens")
+        )
+
+    def _fill(self, images):
+        """The same images, padded to [B, H, W, 3] with grey ones."""
+        images = tf.convert_to_tensor(images, tf.float32)
+        missing = self.batch_size - images.shape[0]
+        if missing < 0:
+            raise ValueError(
+                "No more images than `batch_size` go through at once. "
+                f"Received: {images.shape[0]} images, "
+                f"batch_size={self.batch_size}"
+            )
+        return tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
+
+    def _labels(self, references):
+        """int32 [B, K, L] of ragged lists; what is missing is all padding."""
+        most = max(len(captions) for captions in references)
+        flat = [caption for captions in references for caption in captions]
+        tokens = np.asarray(self.tokenizer(tf.constant(flat)))
+        labels = np.zeros(
+            (self.batch_size, most, tokens.shape[-1]), tokens.dtype
+        )
+        counts = np.array([len(captions) for captions in references])
+        filled = np.arange(most) < counts[:, None]  # [images, K]
+        labels[: len(references)][filled] = tokens
+        return tf.constant(_cut(labels))
+
+
+def _cut(labels, multiple=8):
+    """Drops positions at the end that are padding in all captions."""
+    longest = int((labels != 0).sum(-1).max())
+    return labels[..., : max(multiple * -(-longest // multiple), multiple)]
+
+
+def evaluate_captions(
+    captioner,
+    dataset,
+    tokenizer,
+    batch_size=64,
+    limit=None,
+    *,
+    max_length=None,
+    corpus_scores=False,
+    keep_images=0,
+    progress=None,
+):
+    """Captions every image of a split once and compares with its references.
+
+    Args:
+        captioner: A built `Captioner`.
+        dataset: A `CaptionDataset` of the split.
+        tokenizer: The `Tokenizer` that the captioner was trained with.
+        batch_size: Images that go through at once.
+        limit: Only the first `limit` images.
+        max_length: Longest caption in tokens; the decoder's by default.
+        corpus_scores: Whether to add `caption_metrics.score_captions`.
+        keep_images: How many of the first rows keep their image's bytes.
+        progress: Optional function, called with the number of images done
+            after each batch.
+
+    Returns:
+        A `CaptionResult`, its metrics being: `num_images`; `exact_match`, the
+        share of captions equal to one of their references; `nll_per_token`,
+        in nats, of the references, left to right, over all their tokens;
+        `distinct_captions`; `mean_words`, of a caption; and CIDEr and the
+        like if asked for.
+
+    Raises:
+        ValueError: There is nothing to caption.
+    """
+    decoder = CaptionDecoder(captioner, tokenizer, batch_size, max_length)
+    rows, nll, tokens = [], 0.0, 0.0
+    for images, examples in _batches(dataset, batch_size, limit):
+        references = [example.captions for example in examples]
+        new = decoder.decode(images, [e.key for e in examples], references)
+        for row, example in zip(new, examples):
+            if len(rows) < keep_images:
+                row.image = example.image
+            rows.append(row)
+        if any(references):
+            some_nll, some_tokens = decoder.reference_nll(images, references)
+            nll, tokens = nll + some_nll, tokens + some_tokens
+        if progress is not None:
+            progress(len(rows))
+    if not rows:
+        raise ValueError(
+            "Captioning needs at least one image. Received: "
+            f"dataset={dataset!r}, limit={limit}"
+        )
+    metrics = summarize(rows)
+    if tokens:
+        metrics["nll_per_token"] = nll / tokens
+    if corpus_scores:
+        metrics |= _corpus_scores(rows)
+    return CaptionResult(rows, metrics)
+
+
+def _batches(dataset, batch_size, limit):
+    """(images [<= B, H, W, 3], their `Example`s) of a split, in order."""
+    examples = list(dataset.read_examples(limit))
+    for batch in dataset.evaluate(batch_size):
+        index = batch["index"].numpy()
+        kept = (batch["_mask"].numpy() > 0) & (index < len(examples))
+        if kept.any():
+            yield (
+                tf.boolean_mask(batch["image"], kept),
+                [examples[i] for i in index[kept]],
+            )
+        if limit is not None and not kept.all():
+            return
+
+
+def summarize(rows):
+    """Figures of captioned images that need no model.
+
+    Args:
+        rows: `CaptionRow`s, at least one.
+
+    Returns:
+        A dict: `num_images`, `exact_match`, `distinct_captions`, `mean_words`.
+    """
+    captions = [normalize(row.caption) for row in rows]
+    return {
+        "num_images": len(rows),
+        "exact_match": sum(row.exact_match for row in rows) / len(rows),
+        "distinct_captions": len(set(captions)),
+        "mean_words": sum(len(c.split()) for c in captions) / len(rows),
+    }
+
+
+def _corpus_scores(rows):
+    # Numbered, because nothing keeps two images from having one key.
+    return caption_metrics.score_captions(
+        {i: row.caption for i, row in enumerate(rows)},
+        {i: row.references for i, row in enumerate(rows)},
+    )

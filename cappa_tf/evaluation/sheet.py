@@ -1,0 +1,226 @@
+"""Picture sheet: images in a grid, under each what was said of it and how sure.
+
+Every tile has the image; the caption, beside it a green bar where it is one of
+the references, a red one where not; the first reference in grey; and the
+caption's tokens, each on a colour from red (improbable) to green with its
+probability in percent below.
+
+All lengths are in pixels.
+"""
+
+import io
+import math
+import os
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+_TILE = 260  # width of a tile and height of its image
+_MARGIN = 14
+_GAP = 6  # between the parts of a tile
+_CHIP_PAD = 3
+_ENLARGED_WITHOUT_SMOOTHING = 130  # images up to this size: drawn, not photos
+
+_INK = (28, 28, 28)
+_GREY = (96, 96, 96)
+_PAPER = (255, 255, 255)
+_FRAME = (244, 244, 244)
+_RIGHT = (36, 160, 72)
+_WRONG = (212, 52, 44)
+# A token's probability: 0, 0.5 and 1.
+_COLORS = ((244, 150, 140), (250, 226, 140), (158, 218, 160))
+
+
+def write_sheet(path, rows, title=None, columns=4, marks=True):
+    """Draws captioned images and saves them as one PNG.
+
+    Args:
+        path: The file; its folder is made if need be.
+        rows: `captioning.CaptionRow`s with images, at least one.
+        title: Text above all, or None.
+        columns: Tiles side by side.
+        marks: Whether to show which captions are exactly a reference, which
+            on photos hardly any is.
+
+    Raises:
+        ValueError: No rows, or one without its image.
+    """
+    rows = list(rows)
+    if not rows or columns < 1:
+        raise ValueError(
+            "A sheet needs at least one row and column. Received: "
+            f"{len(rows)} rows, columns={columns}"
+        )
+    columns = min(columns, len(rows))
+    tiles = [_tile(row, marks) for row in rows]
+    lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    sheet = _assemble(lines, columns, title)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.incomplete-{os.getpid()}"
+    sheet.save(temporary, "PNG", optimize=True)
+    os.replace(temporary, path)
+
+
+def _assemble(lines, columns, title):
+    """Tiles in a grid, each line as high as its highest tile."""
+    width = columns * (_TILE + _MARGIN) + _MARGIN
+    header = _header(title, width - 2 * _MARGIN)
+    heights = [max(tile.height for tile in line) + _MARGIN for line in lines]
+    top = _MARGIN + header.height
+    sheet = Image.new("RGB", (width, top + sum(heights)), _PAPER)
+    sheet.paste(header, (_MARGIN, _MARGIN))
+    for line, height in zip(lines, heights):
+        for column, tile in enumerate(line):
+            sheet.paste(tile, (_MARGIN + column * (_TILE + _MARGIN), top))
+        top += height
+    return sheet
+
+
+def _header(title, width):
+    """The title, and how to read a tile."""
+    legend = "Under each caption: a reference; its tokens' probabilities in %."
+    texts = [_paragraph(legend, _font(13), width, _GREY)]
+    if title:
+        texts.insert(0, _paragraph(title, _font(20), width))
+    return _stack(texts, width)
+
+
+def _tile(row, marks):
+    """One image with all that is said below it."""
+    if row.image is None:
+        raise ValueError(
+            "Rows of a sheet need their images. Received: none for "
+            f"key={row.key!r}"
+        )
+    parts = [_picture(row.image), _caption(row, marks)]
+    if row.references:
+        parts.append(_paragraph(row.references[0], _font(13), _TILE, _GREY))
+    if row.pieces:
+        parts.append(_chips(row.pieces, row.probabilities))
+    return _stack(parts, _TILE)
+
+
+def _stack(parts, width):
+    """Images one below the other, with gaps."""
+    height = sum(part.height + _GAP for part in parts)
+    stack = Image.new("RGB", (width, height), _PAPER)
+    top = 0
+    for part in parts:
+        stack.paste(part, (0, top))
+        top += part.height + _GAP
+    return stack
+
+
+def _picture(encoded):
+    """The image as large as fits on a square of the tile's width."""
+    image = Image.open(io.BytesIO(encoded))
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    size = max(image.size)
+    if size <= _ENLARGED_WITHOUT_SMOOTHING:
+        scale = max(_TILE // size, 1)  # whole, so that all pixels are equal
+        image = image.resize(
+            (image.width * scale, image.height * scale),
+            Image.Resampling.NEAREST,
+        )
+    else:
+        image = ImageOps.contain(image, (_TILE, _TILE))
+    square = Image.new("RGB", (_TILE, _TILE), _FRAME)
+    free = (_TILE - image.width, _TILE - image.height)
+    square.paste(image, (free[0] // 2, free[1] // 2))
+    return square
+
+
+def _caption(row, marks):
+    """The caption; with references, marked as right or wrong."""
+    indent = 10 if marks and row.references else 0
+    text = row.caption or "(empty caption)"
+    block = _paragraph(text, _font(16), _TILE - indent)
+    part = Image.new("RGB", (_TILE, block.height), _PAPER)
+    part.paste(block, (indent, 0))
+    if indent:
+        color = _RIGHT if row.exact_match else _WRONG
+        ImageDraw.Draw(part).rectangle((0, 0, 4, part.height - 1), color)
+    return part
+
+
+def _paragraph(text, font, width, color=_INK):
+    """Text, broken into lines of at most `width`."""
+    lines = _wrap(text, font, width)
+    spacing = _line_height(font)
+    block = Image.new("RGB", (width, spacing * len(lines)), _PAPER)
+    pen = ImageDraw.Draw(block)
+    for i, line in enumerate(lines):
+        pen.text((0, i * spacing), line, color, font)
+    return block
+
+
+def _wrap(text, font, width):
+    """Lines of at most `width`, broken at spaces, long words anywhere."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _chips(pieces, probabilities):
+    """Tokens side by side, each with its probability below."""
+    font, small = _font(13), _font(10)
+    height = _line_height(font) + _line_height(small) + 2
+    placed, x, line = [], 0, 0
+    for piece, probability in zip(pieces, probabilities):
+        text = _shorten(piece.strip() or "\u00b7", font)
+        percent = f"{100 * probability:.0f}"
+        wide = max(font.getlength(text), small.getlength(percent))
+        wide = math.ceil(wide) + 2 * _CHIP_PAD
+        # A word's later pieces touch its first one.
+        gap = 3 if piece.startswith(" ") or piece == "<eos>" else 1
+        if x and x + gap + wide > _TILE:
+            x, line = 0, line + 1
+        left = x + gap if x else 0
+        placed.append((left, line, wide, text, percent, probability))
+        x = left + wide
+    block = Image.new("RGB", (_TILE, (line + 1) * (height + 3)), _PAPER)
+    pen = ImageDraw.Draw(block)
+    for left, line, wide, text, percent, probability in placed:
+        top = line * (height + 3)
+        box = (left, top, left + wide - 1, top + height - 1)
+        pen.rectangle(box, probability_color(probability))
+        middle = left + wide / 2
+        pen.text((middle, top), text, _INK, font, anchor="ma")
+        baseline = top + _line_height(font)
+        pen.text((middle, baseline), percent, _GREY, small, anchor="ma")
+    return block
+
+
+def _shorten(text, font):
+    """No piece is wider than a tile."""
+    while font.getlength(text) > _TILE - 2 * _CHIP_PAD:
+        text = text[:-2] + "\u2026"
+    return text
+
+
+def probability_color(probability):
+    """RGB between red (0), yellow (0.5) and green (1)."""
+    position = 2 * min(max(probability, 0.0), 1.0)
+    low = min(int(position), 1)
+    part = position - low
+    return tuple(
+        round(a + part * (b - a)) for a, b in zip(*_COLORS[low : low + 2])
+    )
+
+
+def _font(size):
+    # Comes with Pillow: the same on every machine.
+    return ImageFont.load_default(size)
+
+
+def _line_height(font):
+    return sum(font.getmetrics())
