@@ -146,20 +146,16 @@ class DatasetDescription:
             checksums: Whether to read every byte and compare SHA-256, too.
 
         Returns:
-            A list of (shard, what is wrong).
+            A list of (shard, its size on disk): 0 for a missing shard, the
+            right size for one that only its checksum gives away.
         """
         wrong = []
         for shard in self.shards(split):
-            if not tf.io.gfile.exists(shard.path):
-                wrong.append((shard, "is missing"))
-                continue
-            size = tf.io.gfile.stat(shard.path).length
-            if size != shard.num_bytes:
-                wrong.append(
-                    (shard, f"has {size} bytes, not {shard.num_bytes}")
-                )
-            elif checksums and file_sha256(shard.path) != shard.sha256:
-                wrong.append((shard, "has another SHA-256"))
+            size = file_size(shard.path)
+            if size != shard.num_bytes or (
+                checksums and file_sha256(shard.path) != shard.sha256
+            ):
+                wrong.append((shard, size))
         return wrong
 
     def verify(self, checksums=False):
@@ -178,16 +174,34 @@ class DatasetDescription:
             raise ValueError(disagreement_message(self.directory, wrong))
 
 
+def file_size(path):
+    """Bytes of a file, 0 where there is none that can be read."""
+    if not tf.io.gfile.exists(path):
+        return 0
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        return 0
+    return tf.io.gfile.stat(path).length
+
+
 def disagreement_message(directory, wrong, most=5):
     """One sentence that names the first shards that differ."""
     listed = "; ".join(
-        f"{os.path.basename(shard.path)} {what}" for shard, what in wrong[:most]
+        f"{os.path.basename(shard.path)} {_what_differs(shard, size)}"
+        for shard, size in wrong[:most]
     )
     more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
     return (
         f"{FILE_NAME} and the shards of {directory} disagree: {listed}{more}. "
         "Write the data set again (tools/prepare_data.py) or restore the files."
     )
+
+
+def _what_differs(shard, size):
+    if size == shard.num_bytes:
+        return "has another SHA-256"
+    if size == 0:
+        return "is missing or unreadable"
+    return f"has {size} bytes, not {shard.num_bytes}"
 
 
 def _check_content(path, content):

@@ -151,7 +151,7 @@ def test_verify_names_each_kind_of_disagreement(tmp_path):
         file.write(b"x")
     with pytest.raises(ValueError) as error:
         description.verify(checksums=True)
-    assert "00000-of-00003 is missing" in str(error.value)
+    assert "00000-of-00003 is missing or unreadable" in str(error.value)
     assert "00001-of-00003 has 20 bytes" in str(error.value)
     assert "00002-of-00003 has another SHA-256" in str(error.value)
 

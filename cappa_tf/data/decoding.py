@@ -1,0 +1,196 @@
+"""Serialized records to pixels and captions, with bad ones set apart.
+
+An exception in a tf.data function ends the whole stream, and TensorFlow has
+no try. But `ignore_errors` drops the elements of a data set that fail: so a
+chunk of records is decoded by a small data set inside the function, and the
+records that did not come out are the bad ones. They keep their place in the
+chunk (a step is always the same number of positions) and travel on as raw
+bytes, for Python to find out what was wrong. Against decoding one record per
+call of the function this costs nothing measurable.
+
+Dimensions:
+    C: records of a chunk.
+    K: captions an image.
+    H, W: height and width after resizing.
+"""
+
+import tensorflow as tf
+
+from cappa_tf.data import draws, images, order, tfrecord
+
+
+class RecordDecoder:
+    """Decodes chunks of serialized records in a tf.data graph.
+
+    Args:
+        size: (H, W) of the pictures that come out.
+        resize: "squash" or "resize_small_central_crop".
+        small: Length of the shorter side for the latter.
+        antialias: Whether shrinking averages over all pixels.
+        max_pixels: Larger pictures are bad records.
+        num_captions: K; 0 where captions are not wanted, and then a record
+            without any is a good one.
+        seed: Seed of the choice of captions, or None for the first K.
+    """
+
+    def __init__(
+        self,
+        size,
+        resize,
+        small,
+        antialias,
+        max_pixels,
+        num_captions,
+        seed,
+    ):
+        self.size = size
+        self.resize = resize
+        self.small = small
+        self.antialias = antialias
+        self.max_pixels = max_pixels
+        self.num_captions = num_captions
+        self.seed = seed
+
+    def decode_one(self, serialized, index):
+        """Decodes one record; fails where it is a bad one.
+
+        Args:
+            serialized: Scalar string.
+            index: Scalar int64, the position in the stream.
+
+        Returns:
+            A dict: "image" uint8 [H, W, 3], "captions" string [K], "count"
+            int32 (captions the record has), "label" int64 (-1 for none).
+        """
+        record = tfrecord.parse(serialized)
+        image = images.decode(record["image/encoded"], self.max_pixels)
+        captions = non_empty(record["captions"])
+        count = tf.size(captions)
+        if self.num_captions:
+            with tf.control_dependencies(
+                [tf.debugging.Assert(count > 0, ["no caption"])]
+            ):
+                slots = choose_slots(
+                    self.seed, index[tf.newaxis], count, self.num_captions
+                )[0]
+            captions = tf.gather(captions, slots)
+        return {
+            "image": self._resize(image),
+            "captions": captions[: self.num_captions],
+            "count": count,
+            "label": record["label"],
+        }
+
+    def decode_chunk(self, serialized, index):
+        """Decodes C records.
+
+        Args:
+            serialized: string [C], with a static C.
+            index: int64 [C].
+
+        Returns:
+            The dict of `decode_one` with a leading [C], and "index" int64
+            [C], "ok" bool [C], "raw" string [C]: the record where it is bad
+            (the other entries are then zeros), "" elsewhere.
+        """
+        count = serialized.shape[0]
+        numbers = tf.range(count)
+        good = tf.data.Dataset.from_tensor_slices(
+            (serialized, index, numbers)
+        ).map(lambda s, i, n: {**self.decode_one(s, i), "number": n})
+        # The blank keeps the data set from being empty and is what the bad
+        # records' places are filled with.
+        blank = tf.data.Dataset.from_tensors(self._blank(count))
+        decoded = (
+            blank.concatenate(good.ignore_errors())
+            .batch(count + 1)
+            .get_single_element()
+        )
+        row = tf.tensor_scatter_nd_update(
+            tf.zeros([count + 1], tf.int32),
+            decoded.pop("number")[:, tf.newaxis],
+            tf.range(tf.shape(decoded["label"])[0]),
+        )[:count]
+        chunk = {k: tf.gather(v, row) for k, v in decoded.items()}
+        chunk["index"] = index
+        chunk["ok"] = row > 0
+        chunk["raw"] = tf.where(chunk["ok"], "", serialized)
+        return chunk
+
+    def _blank(self, number):
+        return {
+            "image": tf.zeros([*self.size, 3], tf.uint8),
+            "captions": tf.fill([self.num_captions], ""),
+            "count": tf.constant(0),
+            "label": tf.constant(-1, tf.int64),
+            "number": tf.constant(number),
+        }
+
+    def _resize(self, image):
+        if self.resize == "squash":
+            return images.resize(image, self.size, self.antialias)
+        return images.resize_small_central_crop(
+            image, self.small, self.size, self.antialias
+        )
+
+    def diagnose(self, raw):
+        """Says in Python what is wrong with a record that failed.
+
+        Args:
+            raw: The serialized record.
+
+        Returns:
+            (reason, name): a short reason to count by, and the record's key
+            or whatever else is known of it.
+        """
+        if raw.startswith(order.LOST):
+            return "lost record", raw.removeprefix(order.LOST).decode()
+        try:
+            example = tfrecord.deserialize(raw)
+        except ValueError as error:
+            return "not a record of this schema", str(error)
+        name = example.key or "a record without key"
+        if self.num_captions and not any(c.strip() for c in example.captions):
+            return "no caption", name
+        if self._is_too_large(example.image):
+            return f"more than {self.max_pixels} pixels", name
+        return "image cannot be decoded", name
+
+    def _is_too_large(self, encoded):
+        try:
+            with tf.device("CPU:0"):
+                size = images.header_size(tf.constant(encoded)).numpy()
+        except tf.errors.OpError:
+            return False
+        return self.max_pixels is not None and size.prod() > self.max_pixels
+
+
+def non_empty(captions):
+    """Drops empty and blank captions of a string tensor [n]."""
+    stripped = tf.strings.strip(captions)
+    return tf.boolean_mask(stripped, tf.strings.length(stripped) > 0)
+
+
+def choose_slots(seed, index, counts, num_captions):
+    """Chooses K captions for each example.
+
+    Without repetition where there are K; otherwise all of them, over again.
+
+    Args:
+        seed: Scalar integer, or None for the first K in order.
+        index: int64 [B], positions in the stream.
+        counts: int32 [B] or scalar, captions each example has (at least 1).
+        num_captions: K.
+
+    Returns:
+        int32 [B, K], numbers of the chosen captions.
+    """
+    counts = tf.broadcast_to(counts, tf.shape(index))[:, tf.newaxis]  # [B, 1]
+    turns = tf.range(num_captions)[tf.newaxis] % counts  # [B, K]
+    if seed is None:
+        return turns
+    most = tf.reduce_max(counts)
+    keys = draws.uniform(seed, draws.CAPTION, index, most)  # [B, most]
+    absent = tf.range(most)[tf.newaxis] >= counts
+    shuffled = tf.argsort(tf.where(absent, 2.0, keys), stable=True)
+    return tf.gather(shuffled, turns, batch_dims=1)

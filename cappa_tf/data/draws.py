@@ -1,0 +1,83 @@
+"""Random numbers as a pure function of (seed, purpose, example index).
+
+TensorFlow's stateless generators take one seed a call; here each example of a
+batch has its own index, so that the draws of an example do not depend on the
+batch, device or process it lands in. A counter-based hash (the finaliser of
+splitmix64, Steele et al. 2014) does all of them in a few vector operations.
+
+Dimensions:
+    B: batch size.
+    N: numbers drawn an example, or elements permuted.
+"""
+
+import tensorflow as tf
+
+# Purposes, so that no two kinds of draws share their numbers.
+CAPTION = 1
+FLIP = 2
+CROP = 3
+SHIFT = 4
+ORDER = 5
+BLOCK = 6
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def bits(seed, purpose, index, count):
+    """64 random bits for each example and slot.
+
+    Slot j has the same bits whatever `count` is.
+
+    Args:
+        seed: Scalar integer.
+        purpose: One of the constants above.
+        index: Integers [B] or a scalar.
+        count: N.
+
+    Returns:
+        uint64 [B, N], or [N] for a scalar index.
+    """
+    state = _mix(_uint64(seed) + _constant(_GOLDEN))
+    state = _mix(state + _uint64(purpose) * _constant(_GOLDEN))
+    state = _mix(state + _uint64(index) * _constant(_GOLDEN))
+    slots = _uint64(tf.range(tf.cast(count, tf.int64)) + 1)
+    return _mix(state[..., tf.newaxis] + slots * _constant(_GOLDEN))
+
+
+def uniform(seed, purpose, index, count):
+    """Uniform float32 in [0, 1), [B, N]; arguments as `bits`."""
+    # 24 bits are what a float32 holds exactly.
+    top = tf.bitwise.right_shift(
+        bits(seed, purpose, index, count), _constant(40)
+    )
+    return tf.cast(top, tf.float32) / float(1 << 24)
+
+
+def permutation(seed, purpose, index, count):
+    """A random permutation of range(N), int64 [N], for a scalar index."""
+    # One bit less, since sorting knows signed integers only. Equal keys (one
+    # chance in 2^63 a pair) keep their order: a permutation all the same.
+    keys = tf.cast(
+        tf.bitwise.right_shift(bits(seed, purpose, index, count), _constant(1)),
+        tf.int64,
+    )
+    return tf.cast(tf.argsort(keys, stable=True), tf.int64)
+
+
+def _mix(x):
+    """The finaliser of splitmix64: each input bit reaches each output bit."""
+    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _constant(30)))
+    x = x * _constant(_MIX_1)
+    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _constant(27)))
+    x = x * _constant(_MIX_2)
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _constant(31)))
+
+
+def _uint64(x):
+    return tf.cast(x, tf.uint64)
+
+
+def _constant(x):
+    return tf.constant(x, tf.uint64)

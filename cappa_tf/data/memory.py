@@ -1,0 +1,140 @@
+"""Small data sets held in memory: as records, or as pixels and tokens.
+
+Dimensions:
+    B: batch size.
+    K: captions an image.
+    L: text length.
+    N: records of the split.
+    M: captions of the split.
+    H, W: height and width of the pictures held.
+"""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from cappa_tf.data import decoding, order
+
+# Of the machine's memory, at most this part may be taken by pixels.
+MEMORY_FRACTION = 0.6
+CHUNK = 16
+
+
+def load_records(shards):
+    """Reads all records of a split.
+
+    Args:
+        shards: List of `description.Shard`.
+
+    Returns:
+        string [N] on the host.
+    """
+    with tf.device("CPU:0"):
+        return tf.concat(
+            [
+                serialized
+                for _, serialized in order.in_sequence(shards).batch(1024)
+            ],
+            axis=0,
+        )
+
+
+class DecodedImages:
+    """A split as uint8 pixels and token ids, decoded once.
+
+    Args:
+        shards: List of `description.Shard`.
+        decoder: A `decoding.RecordDecoder` that gives all captions of a record
+            in order.
+        tokenizer: A `Tokenizer`, or None for no tokens.
+        name: What to call the data in messages.
+    """
+
+    def __init__(self, shards, decoder, tokenizer, name):
+        num_examples = sum(shard.num_examples for shard in shards)
+        _check_memory(num_examples, decoder.size, name)
+        logging.info("%s: decoding %d images once", name, num_examples)
+        shape = (num_examples, *decoder.size, 3)
+        self._pixels = np.empty(shape, np.uint8)
+        parts = {"label": [], "count": [], "ok": [], "raw": []}
+        tokens = []
+        done = 0
+        for chunk in _chunks(shards, decoder):
+            size = chunk["ok"].shape[0]
+            self._pixels[done : done + size] = chunk["image"].numpy()
+            done += size
+            for key, values in parts.items():
+                values.append(chunk[key])
+            if tokenizer is not None:
+                tokens.append(tokenizer(_captions(chunk)))
+        with tf.device("CPU:0"):
+            self._pixels = tf.constant(self._pixels)
+            self._parts = {k: tf.concat(v, 0) for k, v in parts.items()}
+            if tokenizer is not None:
+                self._tokens = tf.concat(tokens, 0)  # [M, L]
+                self._starts = tf.cumsum(self._parts["count"], exclusive=True)
+        self._has_tokens = tokenizer is not None
+
+    def batch(self, seed, index, numbers, num_captions):
+        """Looks up a batch, in the form `RecordDecoder.decode_chunk` has.
+
+        Args:
+            seed: Seed of the choice of captions, or None for the first K.
+            index: int64 [B], positions in the stream.
+            numbers: int64 [B], record numbers.
+            num_captions: K.
+
+        Returns:
+            A dict: "image" uint8 [B, H, W, 3], "tokens" int32 [B, K, L],
+            "label", "count", "index", "ok" and "raw", each [B].
+        """
+        batch = {k: tf.gather(v, numbers) for k, v in self._parts.items()}
+        batch["image"] = tf.gather(self._pixels, numbers)
+        batch["index"] = index
+        if self._has_tokens:
+            # A bad record has no captions: a slot of any other does for it.
+            counts = tf.maximum(batch["count"], 1)
+            slots = decoding.choose_slots(seed, index, counts, num_captions)
+            starts = tf.gather(self._starts, numbers)[:, tf.newaxis]
+            rows = tf.minimum(starts + slots, tf.shape(self._tokens)[0] - 1)
+            batch["tokens"] = tf.gather(self._tokens, rows)
+        return batch
+
+
+def _chunks(shards, decoder):
+    """Decoded chunks of all records in order; the last may be smaller."""
+    total = sum(shard.num_examples for shard in shards)
+    whole = total - total % CHUNK
+    records = order.in_sequence(shards)
+    parts = [records.take(whole).batch(CHUNK, drop_remainder=True)]
+    if whole < total:
+        rest = records.skip(whole).batch(total - whole, drop_remainder=True)
+        parts.append(rest)
+    for part in parts:
+        yield from part.map(
+            lambda index, serialized: decoder.decode_chunk(serialized, index),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+
+def _captions(chunk):
+    """The captions a chunk's records have, one after the other."""
+    captions = chunk["captions"]  # [C, K], filled up by repetition
+    slots = tf.range(tf.shape(captions)[1])[tf.newaxis]
+    return tf.boolean_mask(captions, slots < chunk["count"][:, tf.newaxis])
+
+
+def _check_memory(num_examples, size, name):
+    """Refuses to hold more pixels than the machine has room for."""
+    needed = num_examples * size[0] * size[1] * 3
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = int(MEMORY_FRACTION * pages)
+    if needed > allowed:
+        raise ValueError(
+            f'cache="images" would hold {needed / 1e9:.1f} GB of pixels of '
+            f"{name}, more than {MEMORY_FRACTION:.0%} of this machine's "
+            f'memory ({allowed / 1e9:.1f} GB). Use cache="records" or '
+            '"stream".'
+        )

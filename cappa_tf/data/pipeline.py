@@ -1,0 +1,506 @@
+"""Shards of captioned pictures to batches: what training and evaluation read.
+
+Dimensions:
+    B: batch size.
+    K: captions an image.
+    L: text length.
+    H, W: height and width the model takes.
+    N: examples of the split.
+"""
+
+import math
+import os
+
+import tensorflow as tf
+
+from cappa_tf.data import (
+    checks,
+    decoding,
+    description,
+    images,
+    memory,
+    order,
+    skips,
+    tfrecord,
+)
+
+CACHES = (None, "stream", "records", "images")
+# Below this, records are kept in memory and epochs are full permutations. By
+# the size of the data, not of the machine: the order must not depend on it.
+RECORDS_IN_MEMORY_BYTES = 256 << 20
+# Decoding is parallel over chunks of a batch, at most this many examples.
+CHUNK = 16
+
+
+class CaptionDataset:
+    """One split of a data set written by `tfrecord.write_dataset`.
+
+    The constructor checks its arguments and opens nothing. Both streams give
+    dicts of tensors with a static batch size:
+
+        train     "image" float32 [B, H, W, 3] in [-1, 1], "labels" int32
+                  [B, L] ([B, K, L] for several captions an image) and "index"
+                  int64 [B], the position in the endless stream.
+        evaluate  the same, with the index counting the split's records in
+                  order, and "_mask" float32 [B]: 0 for padding (and for bad
+                  records), 1 for examples.
+
+    Without a tokenizer there are no "labels", records need no caption, and
+    "label" int64 [B] (-1 for none) is given.
+
+    The training stream is a function of (seed, start_index) alone: started at
+    n it is the stream started at 0 from example n on, and each epoch holds
+    every example exactly once (see `order.py`). A bad record (lost, damaged,
+    without caption, too large) is skipped, counted and named in the log. Its
+    position is given to its neighbour in the batch, so that step times batch
+    size stays the position in the stream.
+
+    Args:
+        path: Folder of the data set.
+        split: Name of the split.
+        tokenizer: A `Tokenizer`, or None.
+        image_size: H and W, one integer or a pair.
+        batch_size: B where `train` and `evaluate` are not told.
+        seed: Seed of order, captions and augmentation where `train` is not
+            told.
+        shuffle: Whether `train` shuffles.
+        shuffle_buffer: Records held for shuffling where the split is too
+            large for memory; changing it changes the order.
+        num_readers: Shards read in turns in that case; changing it changes
+            the order.
+        captions_per_image: K, or "all" for the most any record has. `train`
+            draws them (without repetition while a record has enough, then all
+            over again); `evaluate` takes the first ones.
+        flip: Whether `train` mirrors half of the pictures.
+        crop_scale: (least, most) fraction of the area `train` cuts out, or
+            None for the whole picture.
+        crop_aspect: (least, most) width / height of the cut, relative to the
+            picture's.
+        shift: Pixels `train` moves the picture at most; not with crop_scale.
+        decode_size: Pictures are first resized to this (H, W) and the crop is
+            taken from there; by default image_size, or with crop_scale 1.15
+            times it.
+        resize: "squash" (aspect ratio is lost, as in the recipe) or
+            "resize_small_central_crop".
+        resize_small: Length of the shorter side for the latter, by default
+            256 / 224 of the longer side of image_size.
+        antialias: Whether shrinking averages over all pixels.
+        length_buckets: Text lengths: "labels" are cut to the smallest one
+            that holds the batch's longest caption. None for always L.
+        cache: "stream" reads the shards anew each epoch; "records" holds
+            their bytes in memory; "images" holds pixels (decoded and resized,
+            uint8) and token ids, and costs nearly nothing after its first
+            pass. None decides between the first two by the split's size.
+        max_pixels: A picture with more is a bad record.
+        max_skipped_fraction: Fraction of bad records above which reading
+            stops with an error.
+        num_parallel_calls: Threads for decoding; None lets tf.data decide.
+    """
+
+    def __init__(
+        self,
+        path,
+        split,
+        tokenizer,
+        image_size,
+        *,
+        batch_size=None,
+        seed=0,
+        shuffle=True,
+        shuffle_buffer=4096,
+        num_readers=8,
+        captions_per_image=1,
+        flip=False,
+        crop_scale=None,
+        crop_aspect=(0.75, 4 / 3),
+        shift=0,
+        decode_size=None,
+        resize="squash",
+        resize_small=None,
+        antialias=False,
+        length_buckets=None,
+        cache=None,
+        max_pixels=25_000_000,
+        max_skipped_fraction=0.001,
+        num_parallel_calls=None,
+    ):
+        self.path = os.fspath(path)
+        self.split = split
+        self.tokenizer = tokenizer
+        self.image_size = checks.pair("image_size", image_size)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.shuffle_buffer = shuffle_buffer
+        self.num_readers = num_readers
+        self.captions_per_image = captions_per_image
+        self.flip = flip
+        self.crop_scale = crop_scale
+        self.crop_aspect = crop_aspect
+        self.shift = shift
+        self.resize = resize
+        self.antialias = antialias
+        self.length_buckets = length_buckets
+        self.cache = cache
+        self.max_pixels = max_pixels
+        self.max_skipped_fraction = max_skipped_fraction
+        self.num_parallel_calls = num_parallel_calls
+        self._check()
+        self.decode_size = self._decode_size(decode_size)
+        self.resize_small = resize_small or round(
+            max(self.image_size) * 256 / 224
+        )
+        self._description = None
+        self._skips = None
+        self._records = None
+        self._pixels = None
+
+    @property
+    def description(self):
+        """The `DatasetDescription`, read at first use."""
+        if self._description is None:
+            self._description = description.DatasetDescription.load(self.path)
+        return self._description
+
+    @property
+    def num_examples(self):
+        """N, bad records included."""
+        return self.description.num_examples(self.split)
+
+    @property
+    def num_captions(self):
+        """K: labels an image has in a batch."""
+        if self.tokenizer is None:
+            return 0
+        if self.captions_per_image == "all":
+            return self.description.max_captions(self.split)
+        return self.captions_per_image
+
+    @property
+    def skipped(self):
+        """A dict reason -> number of bad records met so far, at any time."""
+        return {} if self._skips is None else self._skips.counts
+
+    def train(self, batch_size=None, start_index=0, seed=None):
+        """The endless training stream.
+
+        Args:
+            batch_size: B; by default the constructor's.
+            start_index: Position of the first example.
+            seed: By default the constructor's.
+
+        Returns:
+            A tf.data.Dataset of the batches described above.
+        """
+        batch_size = self._batch_size(batch_size)
+        seed = self.seed if seed is None else seed
+        checks.integer("start_index", start_index, 0)
+        self._open()
+        batches = self._train_batches(batch_size, start_index, seed)
+
+        def finish(batch):
+            batch = self._replace_bad(batch, start_index)
+            image = images.augment(
+                batch["image"],
+                self.image_size,
+                seed,
+                batch["index"],
+                flip=self.flip,
+                crop_scale=self.crop_scale,
+                crop_aspect=self.crop_aspect,
+                shift=self.shift,
+            )
+            return self._finish(batch, image)
+
+        return batches.map(finish, num_parallel_calls=2).prefetch(2)
+
+    def evaluate(self, batch_size=None):
+        """One pass over the split in order, the last batch filled up.
+
+        Args:
+            batch_size: B; by default the constructor's.
+
+        Returns:
+            A tf.data.Dataset of the batches described above.
+        """
+        batch_size = self._batch_size(batch_size)
+        self._open()
+        num_batches = math.ceil(self.num_examples / batch_size)
+        padding = tf.data.Dataset.from_tensors("").repeat()
+        records = (
+            order.in_sequence(self.description.shards(self.split))
+            .map(lambda index, serialized: serialized)
+            .concatenate(padding)
+            .take(num_batches * batch_size)
+            .enumerate()
+        )
+        decoder = self._decoder(self.image_size, self.num_captions, None)
+        batches = self._decode(records, decoder, batch_size)
+
+        def finish(batch):
+            good = self._report(batch, 0)
+            result = self._finish(batch, batch["image"])
+            return {**result, "_mask": tf.cast(good, tf.float32)}
+
+        return batches.map(finish, num_parallel_calls=2).prefetch(2)
+
+    def read_examples(self, limit=None):
+        """The split as Python objects, in the order of `evaluate`.
+
+        Args:
+            limit: Most examples to read; None for all.
+
+        Yields:
+            `tfrecord.Example`s; example i is index i of `evaluate`. A record
+            that is lost has neither image nor captions.
+        """
+        records = order.in_sequence(self.description.shards(self.split))
+        if limit is not None:
+            records = records.take(limit)
+        for _, serialized in records.prefetch(16).as_numpy_iterator():
+            try:
+                yield tfrecord.deserialize(serialized)
+            except ValueError:
+                yield tfrecord.Example(key="", image=b"", captions=[])
+
+    def _train_batches(self, batch_size, start_index, seed):
+        """Decoded batches in training order, by way of the cache."""
+        num_captions = self.num_captions
+        if self._cache_mode() == "stream":
+            records = order.from_readers(
+                self.description.shards(self.split),
+                seed,
+                start_index,
+                self.num_readers,
+                self.shuffle_buffer if self.shuffle else 0,
+            )
+        else:
+            numbers = order.in_memory(
+                self.num_examples, seed, start_index, self.shuffle
+            )
+            if self._cache_mode() == "images":
+                pixels = self._pixels_in_memory()
+                return numbers.batch(batch_size, drop_remainder=True).map(
+                    lambda index, number: pixels.batch(
+                        seed if self.shuffle else None,
+                        index,
+                        number,
+                        num_captions,
+                    ),
+                    num_parallel_calls=2,
+                )
+            stored = self._records_in_memory()
+            records = numbers.map(
+                lambda index, number: (index, tf.gather(stored, number))
+            )
+        decoder = self._decoder(
+            self.decode_size, num_captions, seed if self.shuffle else None
+        )
+        return self._decode(records, decoder, batch_size)
+
+    def _decode(self, records, decoder, batch_size):
+        """(index, serialized) to decoded batches, parallel over chunks."""
+        chunk = max(
+            n
+            for n in range(1, min(CHUNK, batch_size) + 1)
+            if batch_size % n == 0
+        )
+        calls = self.num_parallel_calls or tf.data.AUTOTUNE
+        chunks = records.batch(chunk, drop_remainder=True).map(
+            lambda index, serialized: decoder.decode_chunk(serialized, index),
+            num_parallel_calls=calls,
+        )
+        batches = chunks.batch(batch_size // chunk, drop_remainder=True)
+        return batches.map(
+            lambda batch: {
+                k: tf.reshape(v, [batch_size, *v.shape[2:]])
+                for k, v in batch.items()
+            }
+        )
+
+    def _decoder(self, size, num_captions, seed):
+        return decoding.RecordDecoder(
+            size=size,
+            resize=self.resize,
+            small=math.ceil(
+                self.resize_small * max(size) / max(self.image_size)
+            ),
+            antialias=self.antialias,
+            max_pixels=self.max_pixels,
+            num_captions=num_captions,
+            seed=seed,
+        )
+
+    def _report(self, batch, start_index):
+        """Counts the bad records of a batch; returns bool [B], the good."""
+        raw, index = batch["raw"], batch["index"]
+        bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
+
+        def count(raws, last):
+            decoder = self._decoder(self.image_size, self.num_captions, None)
+            for record in raws.numpy():
+                reason, name = decoder.diagnose(record)
+                self._skips.add(reason, name, int(last) - start_index + 1)
+            return raws
+
+        reported = tf.cond(
+            tf.reduce_any(bad),
+            lambda: tf.size(
+                tf.py_function(
+                    count, [tf.boolean_mask(raw, bad), index[-1]], tf.string
+                )
+            ),
+            lambda: 0,
+        )
+        with tf.control_dependencies([reported]):
+            return tf.identity(batch["ok"])
+
+    def _replace_bad(self, batch, start_index):
+        """Gives the positions of bad records to neighbours in the batch."""
+        good = self._report(batch, start_index)
+        batch_size = batch["index"].shape[0]
+        numbers = tf.range(batch_size)
+        # How far each position would have to look for each other, cyclically.
+        distance = (numbers[tf.newaxis] - numbers[:, tf.newaxis]) % batch_size
+        distance += tf.where(good, 0, batch_size)[tf.newaxis]
+        nearest = tf.argmin(distance, axis=1)  # [B]
+        replaced = {k: v for k, v in batch.items() if k != "index"}
+        replaced = tf.cond(
+            tf.reduce_all(good),
+            lambda: replaced,
+            lambda: {k: tf.gather(v, nearest) for k, v in replaced.items()},
+        )
+        return {**replaced, "index": batch["index"]}
+
+    def _finish(self, batch, image):
+        """Value range and labels of a decoded batch."""
+        result = {
+            "image": images.to_model_range(image),
+            "index": batch["index"],
+        }
+        if self.tokenizer is None:
+            return {**result, "label": batch["label"]}
+        labels = batch.get("tokens")
+        if labels is None:
+            labels = self.tokenizer(batch["captions"])  # [B, K, L]
+        if self.length_buckets is not None:
+            labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
+        if self.captions_per_image == 1:
+            labels = labels[:, 0]
+        return {**result, "labels": labels}
+
+    def _cache_mode(self):
+        """The cache chosen: "stream", "records" or "images"."""
+        if self.cache is not None:
+            return self.cache
+        shards = self.description.shards(self.split)
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        small = num_bytes <= RECORDS_IN_MEMORY_BYTES
+        return "records" if small else "stream"
+
+    def _records_in_memory(self):
+        """All records of the split, string [N] on the host."""
+        if self._records is None:
+            shards = self.description.shards(self.split)
+            self._records = memory.load_records(shards)
+        return self._records
+
+    def _pixels_in_memory(self):
+        """The decoded split, made at first use."""
+        if self._pixels is None:
+            most = 0
+            if self.tokenizer is not None:
+                most = self.description.max_captions(self.split)
+            self._pixels = memory.DecodedImages(
+                self.description.shards(self.split),
+                self._decoder(self.decode_size, most, None),
+                self.tokenizer,
+                name=f"{self.path} {self.split}",
+            )
+        return self._pixels
+
+    def _open(self):
+        """Opens description and vocabulary; checks the shards' sizes."""
+        if self.tokenizer is not None:
+            self.tokenizer.load()
+        if self._skips is None:
+            self._skips = skips.SkipCounter(
+                self.max_skipped_fraction,
+                self.num_examples,
+                f"{self.path} {self.split}",
+            )
+            skips.check_shards(
+                self.description, self.split, self.max_skipped_fraction
+            )
+
+    def _batch_size(self, batch_size):
+        batch_size = batch_size or self.batch_size
+        checks.integer("batch_size", batch_size, 1)
+        return batch_size
+
+    def _decode_size(self, decode_size):
+        """The size pictures are held at before cropping."""
+        if decode_size is not None:
+            return checks.pair("decode_size", decode_size)
+        if self.crop_scale is None:
+            return self.image_size
+        return tuple(round(side * 1.15) for side in self.image_size)
+
+    def _check(self):
+        """Refuses arguments that cannot work, before any data is opened."""
+        if not isinstance(self.split, str):
+            raise ValueError(
+                f"`split` must be a string. Received: split={self.split!r}"
+            )
+        if self.tokenizer is not None and not callable(self.tokenizer):
+            raise ValueError(
+                "`tokenizer` must be a Tokenizer or None. Received: "
+                f"tokenizer={self.tokenizer!r}"
+            )
+        for name in ("seed", "shuffle_buffer", "shift"):
+            checks.integer(name, getattr(self, name), 0)
+        checks.integer("num_readers", self.num_readers, 1)
+        for name in ("batch_size", "max_pixels", "num_parallel_calls"):
+            if getattr(self, name) is not None:
+                checks.integer(name, getattr(self, name), 1)
+        if self.captions_per_image != "all":
+            checks.integer("captions_per_image", self.captions_per_image, 1)
+        checks.choice("resize", self.resize, images.RESIZE_MODES)
+        checks.choice("cache", self.cache, CACHES)
+        checks.interval("crop_scale", self.crop_scale, 1.0)
+        checks.interval("crop_aspect", self.crop_aspect, math.inf)
+        if self.crop_scale is not None and self.shift:
+            raise ValueError(
+                "`crop_scale` and `shift` exclude each other. Received: "
+                f"crop_scale={self.crop_scale}, shift={self.shift}"
+            )
+        if not 0 <= self.max_skipped_fraction <= 1:
+            raise ValueError(
+                "`max_skipped_fraction` must be in [0, 1]. Received: "
+                f"max_skipped_fraction={self.max_skipped_fraction}"
+            )
+        self._check_buckets()
+
+    def _check_buckets(self):
+        buckets = self.length_buckets
+        if buckets is None or self.tokenizer is None:
+            return
+        longest = self.tokenizer.max_length
+        for bucket in buckets:
+            checks.integer("length_buckets", bucket, 1)
+        if list(buckets) != sorted(set(buckets)) or buckets[-1] > longest:
+            raise ValueError(
+                "`length_buckets` must grow and not exceed the tokenizer's "
+                f"max_length={longest}. Received: length_buckets={buckets}"
+            )
+        self.length_buckets = sorted({*buckets, longest})
+
+
+def _cut(labels, buckets, pad_id):
+    """Cuts int32 [B, K, L] to the least of `buckets` that holds all tokens."""
+    longest = tf.reduce_max(
+        tf.reduce_sum(tf.cast(labels != pad_id, tf.int32), axis=-1)
+    )
+    buckets = tf.constant(buckets)
+    length = tf.reduce_min(tf.boolean_mask(buckets, buckets >= longest))
+    return labels[..., :length]

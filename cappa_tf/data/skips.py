@@ -1,0 +1,109 @@
+"""Counts what was skipped, names it in the log, and stops above a bound."""
+
+import collections
+import math
+import threading
+
+from absl import logging
+
+from cappa_tf.data import description as description_lib
+
+
+class SkipCounter:
+    """Records skipped so far, by reason.
+
+    Args:
+        max_fraction: Largest fraction of all examples (of those of one epoch,
+            at the start) that may be skipped. One is always tolerated, unless
+            this is 0.
+        num_examples: Examples of an epoch.
+        name: What to call the data in messages.
+    """
+
+    # So many names are logged for each reason; counting goes on.
+    MOST_NAMES = 20
+
+    def __init__(self, max_fraction, num_examples, name):
+        self._max_fraction = max_fraction
+        self._num_examples = num_examples
+        self._name = name
+        self._counts = collections.Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self):
+        """A dict reason -> number."""
+        with self._lock:
+            return dict(self._counts)
+
+    @property
+    def total(self):
+        """Number of all skipped records."""
+        return sum(self.counts.values())
+
+    def add(self, reason, name, seen=0):
+        """Counts one record.
+
+        Args:
+            reason: What is wrong with it, to count by.
+            name: Its key or file.
+            seen: Examples read so far, good or bad.
+
+        Raises:
+            ValueError: More were skipped than is allowed.
+        """
+        with self._lock:
+            self._counts[reason] += 1
+            count = self._counts[reason]
+            total = sum(self._counts.values())
+        if count <= self.MOST_NAMES:
+            last = " (no more names)" if count == self.MOST_NAMES else ""
+            logging.warning(
+                "%s: skipped %s: %s%s", self._name, name, reason, last
+            )
+        if total > self.allowed(seen):
+            raise ValueError(
+                f"{self._name}: {total} records were skipped, more than "
+                f"max_skipped_fraction={self._max_fraction} allows "
+                f"({self.allowed(seen)}): {self.counts}. The last one: {name}"
+            )
+
+    def allowed(self, seen=0):
+        """How many may be skipped after `seen` examples."""
+        if self._max_fraction == 0:
+            return 0
+        examples = max(seen, self._num_examples)
+        return max(1, math.ceil(self._max_fraction * examples))
+
+
+def check_shards(description, split, max_fraction):
+    """Compares a split's shards with the description before reading.
+
+    Shards that are missing or shorter than described are worked around (what
+    they lack is skipped and counted) as long as that is little; shards that
+    have grown belong to another version of the data.
+
+    Args:
+        description: A `DatasetDescription`.
+        split: Name of the split.
+        max_fraction: Largest fraction of the split's examples that may lack.
+
+    Raises:
+        ValueError: Too much lacks, or a shard is larger than described.
+    """
+    wrong = description.disagreements(split)
+    if not wrong:
+        return
+    message = description_lib.disagreement_message(description.directory, wrong)
+    lacking = 0.0
+    for shard, size in wrong:
+        if size > shard.num_bytes:
+            raise ValueError(message)
+        lacking += shard.num_examples * (1 - size / shard.num_bytes)
+    num_examples = description.num_examples(split)
+    if lacking > max_fraction * num_examples:
+        raise ValueError(
+            f"{message} About {lacking / num_examples:.2%} of the examples "
+            f"are missing, more than max_skipped_fraction={max_fraction}."
+        )
+    logging.warning("%s", message)
