@@ -44,12 +44,13 @@ _TOKEN = re.compile(
     | (?<!\w)(?:[a-z]\.)+(?!\w)        # u.s.
     | (?<!\w){_ABBREVIATION}(?!\w)      # mr.
     | '\d0s\b                           # '90s
+    | (?-i:[A-Z]+(?:&[A-Z]+)+)          # AT&T, but: r & b
     | [a-z]+(?:\.[a-z]+)+               # statefarm.com
     | \d+(?:[.,:/]\d+)*(?:-?\w+)*      # 10:30 1/2 1950s 2nd 4-wheeler
     | \w+(?:[-/]\w+)*                  # t-shirt black/white
     | \S
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 
 
@@ -66,8 +67,8 @@ def tokenize(caption):
     Returns:
         A lower-case string without punctuation.
     """
-    text = caption.lower().translate(_QUOTES).replace('"', " '' ")
-    tokens = (_BRACKETS.get(t, t) for t in _TOKEN.findall(text))
+    text = caption.translate(_QUOTES).replace('"', " '' ")
+    tokens = (_BRACKETS.get(t, t.lower()) for t in _TOKEN.findall(text))
     return " ".join(token for token in tokens if token not in _DROPPED)
 
 

@@ -6,6 +6,7 @@ Abbreviations for dimensions:
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import tensorflow as tf
@@ -79,10 +80,8 @@ class CaptionDecoder:
         self._generate = tf.function(
             lambda images: captioner.generate(images, max_length=max_length)
         )
-        # Shapes of L are few (`_cut`), but each would else be a new trace.
         self._losses = tf.function(
-            lambda batch: captioner.compute_losses(batch, training=False),
-            reduce_retracing=True,
+            lambda batch: captioner.compute_losses(batch, training=False)
         )
 
     def decode(self, images, keys, references=None):
@@ -128,12 +127,14 @@ class CaptionDecoder:
             for token, string in zip(tokens, strings)
         ]
 
-    def reference_nll(self, images, references):
+    def reference_nll(self, images, references, most=None):
         """Likelihood of captions written by people, left to right.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1], or fewer.
             references: A list of lists of captions: of the first images.
+            most: K, where it must be the same from batch to batch (each K,
+                and each multiple of 8 tokens, is a graph of its own).
 
         Returns:
             The negative log-likelihood in nats, summed over all references,
@@ -141,13 +142,69 @@ class CaptionDecoder:
         """
         batch = {
             "image": self._fill(images),
-            "labels": self._labels(references),
+            "labels": self._labels(references, most),
         }
         losses = self._losses(batch)
         return tuple(
             float(losses[name].numpy().sum(dtype=np.float64))
             for name in ("nll", "tokens")
         )
+
+    def evaluate(
+        self,
+        dataset,
+        limit=None,
+        *,
+        corpus_scores=False,
+        keep_images=0,
+        progress=None,
+    ):
+        """Captions every image of a split and compares with its references.
+
+        Bad records, which the data set counts, are left out.
+
+        Args:
+            dataset: A `CaptionDataset`.
+            limit: Only the first `limit` records.
+            corpus_scores: Whether to add `caption_metrics.score_captions`.
+            keep_images: How many of the first rows keep their image's bytes.
+            progress: Optional function, called with the number of images done
+                after each batch.
+
+        Returns:
+            A `CaptionResult`, its metrics being: `num_images`; `exact_match`,
+            the share of captions equal to one of their references;
+            `nll_per_token`, in nats, of the references, left to right, over
+            all their tokens; `distinct_captions`; `mean_words`, of a caption;
+            and `cider` and the like if asked for.
+
+        Raises:
+            ValueError: There is no image to caption.
+        """
+        rows, nll, tokens = [], 0.0, 0.0
+        most = dataset.description.max_captions(dataset.split)
+        for images, examples in _batches(dataset, self.batch_size, limit):
+            references = [example.captions for example in examples]
+            keys = [example.key for example in examples]
+            for row, example in zip(
+                self.decode(images, keys, references), examples
+            ):
+                row.image = example.image if len(rows) < keep_images else None
+                rows.append(row)
+            sums = self.reference_nll(images, references, most)
+            nll, tokens = nll + sums[0], tokens + sums[1]
+            if progress is not None:
+                progress(len(rows))
+        if not rows:
+            raise ValueError(
+                "Captioning needs at least one image that can be read. "
+                f"Received: split {dataset.split!r} of {dataset.path}, "
+                f"limit={limit}, skipped={dataset.skipped}"
+            )
+        metrics = summarize(rows) | {"nll_per_token": nll / tokens}
+        if corpus_scores:
+            metrics |= _corpus_scores(rows)
+        return CaptionResult(rows, metrics)
 
     def _fill(self, images):
         """The same images, padded to [B, H, W, 3] with grey ones."""
@@ -161,9 +218,9 @@ class CaptionDecoder:
             )
         return tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
 
-    def _labels(self, references):
+    def _labels(self, references, most):
         """int32 [B, K, L] of ragged lists; what is missing is all padding."""
-        most = max(len(captions) for captions in references)
+        most = most or max(len(captions) for captions in references)
         flat = [caption for captions in references for caption in captions]
         tokens = np.asarray(self.tokenizer(tf.constant(flat)))
         labels = np.zeros(
@@ -189,73 +246,36 @@ def evaluate_captions(
     limit=None,
     *,
     max_length=None,
-    corpus_scores=False,
-    keep_images=0,
-    progress=None,
+    **options,
 ):
-    """Captions every image of a split once and compares with its references.
+    """`CaptionDecoder.evaluate` of a model that is evaluated once.
 
     Args:
         captioner: A built `Captioner`.
-        dataset: A `CaptionDataset` of the split.
+        dataset: A `CaptionDataset`.
         tokenizer: The `Tokenizer` that the captioner was trained with.
         batch_size: Images that go through at once.
-        limit: Only the first `limit` images.
+        limit: Only the first `limit` records.
         max_length: Longest caption in tokens; the decoder's by default.
-        corpus_scores: Whether to add `caption_metrics.score_captions`.
-        keep_images: How many of the first rows keep their image's bytes.
-        progress: Optional function, called with the number of images done
-            after each batch.
+        **options: See `CaptionDecoder.evaluate`.
 
     Returns:
-        A `CaptionResult`, its metrics being: `num_images`; `exact_match`, the
-        share of captions equal to one of their references; `nll_per_token`,
-        in nats, of the references, left to right, over all their tokens;
-        `distinct_captions`; `mean_words`, of a caption; and CIDEr and the
-        like if asked for.
-
-    Raises:
-        ValueError: There is nothing to caption.
+        A `CaptionResult`.
     """
     decoder = CaptionDecoder(captioner, tokenizer, batch_size, max_length)
-    rows, nll, tokens = [], 0.0, 0.0
-    for images, examples in _batches(dataset, batch_size, limit):
-        references = [example.captions for example in examples]
-        new = decoder.decode(images, [e.key for e in examples], references)
-        for row, example in zip(new, examples):
-            if len(rows) < keep_images:
-                row.image = example.image
-            rows.append(row)
-        if any(references):
-            some_nll, some_tokens = decoder.reference_nll(images, references)
-            nll, tokens = nll + some_nll, tokens + some_tokens
-        if progress is not None:
-            progress(len(rows))
-    if not rows:
-        raise ValueError(
-            "Captioning needs at least one image. Received: "
-            f"dataset={dataset!r}, limit={limit}"
-        )
-    metrics = summarize(rows)
-    if tokens:
-        metrics["nll_per_token"] = nll / tokens
-    if corpus_scores:
-        metrics |= _corpus_scores(rows)
-    return CaptionResult(rows, metrics)
+    return decoder.evaluate(dataset, limit, **options)
 
 
 def _batches(dataset, batch_size, limit):
-    """(images [<= B, H, W, 3], their `Example`s) of a split, in order."""
-    examples = list(dataset.read_examples(limit))
+    """(images [<= B, H, W, 3], their `Example`s), in order."""
+    # Example i of `read_examples` is index i of `evaluate`.
+    examples = iter(dataset.read_examples(limit))
     for batch in dataset.evaluate(batch_size):
-        index = batch["index"].numpy()
-        kept = (batch["_mask"].numpy() > 0) & (index < len(examples))
-        if kept.any():
-            yield (
-                tf.boolean_mask(batch["image"], kept),
-                [examples[i] for i in index[kept]],
-            )
-        if limit is not None and not kept.all():
+        some = list(itertools.islice(examples, batch_size))
+        good = np.flatnonzero(batch["_mask"].numpy()[: len(some)])
+        if good.size:
+            yield tf.gather(batch["image"], good), [some[i] for i in good]
+        if len(some) < batch_size:
             return
 
 

@@ -65,7 +65,7 @@ def _assemble(lines, columns, title):
     width = columns * (_TILE + _MARGIN) + _MARGIN
     header = _header(title, width - 2 * _MARGIN)
     heights = [max(tile.height for tile in line) + _MARGIN for line in lines]
-    top = _MARGIN + header.height
+    top = _MARGIN + header.height + _GAP
     sheet = Image.new("RGB", (width, top + sum(heights)), _PAPER)
     sheet.paste(header, (_MARGIN, _MARGIN))
     for line, height in zip(lines, heights):
