@@ -1,0 +1,95 @@
+"""One image file: is it usable, and the bytes to store for it."""
+
+import io
+
+from PIL import Image, ImageOps
+
+# What `images.decode` reads; anything else is stored as JPEG.
+STORED_FORMATS = frozenset(("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP"))
+JPEG_QUALITY = 95
+_ORIENTATION_TAG = 0x0112
+
+
+class UnusableError(Exception):
+    """An image that is left out.
+
+    Attributes:
+        reason: Why, in words to count by.
+    """
+
+    def __init__(self, reason):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def read(path, resize=None, min_side=1, max_pixels=None):
+    """Reads an image file and makes sure that it can be decoded.
+
+    The file is stored as it is, unless it must be shrunk, its EXIF data turn
+    it (TensorFlow does not look at them), or TensorFlow cannot read its
+    format: then it becomes a JPEG.
+
+    Args:
+        path: The file.
+        resize: Length of the shorter side that larger pictures are shrunk to,
+            or None.
+        min_side: Least length of the shorter side.
+        max_pixels: Most pixels; None for any. With `resize` any number is
+            fine, since what is stored is small.
+
+    Returns:
+        The bytes to store.
+
+    Raises:
+        UnusableError: The picture is to be left out.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise UnusableError("image missing") from None
+    except OSError:
+        raise UnusableError("image unreadable") from None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return _checked(image, content, resize, min_side, max_pixels)
+    except UnusableError:
+        raise
+    # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... for
+    # files that are not what they say.
+    except Exception:
+        raise UnusableError("image cannot be decoded") from None
+
+
+def _checked(image, content, resize, min_side, max_pixels):
+    """Decodes an opened image; returns the bytes to store."""
+    width, height = image.size
+    if min(width, height) < min_side:
+        raise UnusableError(f"image with a side below {min_side} pixels")
+    shrink = resize is not None and min(width, height) > resize
+    if not shrink and max_pixels is not None and width * height > max_pixels:
+        raise UnusableError(f"image of more than {max_pixels} pixels")
+    if shrink:
+        # JPEG decoders can leave out detail that is not wanted.
+        image.draft("RGB", (2 * resize, 2 * resize))
+    turned = image.getexif().get(_ORIENTATION_TAG, 1) != 1
+    image.load()
+    if not shrink and not turned and image.format in STORED_FORMATS:
+        return content
+    image = _to_rgb(ImageOps.exif_transpose(image))
+    if shrink:
+        scale = resize / min(image.size)
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    stored = io.BytesIO()
+    image.save(stored, "JPEG", quality=JPEG_QUALITY)
+    return stored.getvalue()
+
+
+def _to_rgb(image):
+    """RGB, transparency laid on white as `images.decode` does."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
