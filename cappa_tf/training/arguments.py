@@ -1,54 +1,6 @@
 """Checks of the arguments that a configuration may give wrongly."""
 
-import math
-
-
-def check_integer(name, value, minimum=0):
-    """Returns `value` if it is an integer of at least `minimum`.
-
-    Configuration files know no types: 1e6 is a float and '3' a string, and
-    either would fail much later, far from its name.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or value < minimum:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {minimum}. "
-            f"Received: {name}={value!r}"
-        )
-    return value
-
-
-def check_number(name, value, minimum=0.0, maximum=None, exclusive=False):
-    """Returns `value` as a float if it is a number in the range.
-
-    Args:
-        name: Name of the argument.
-        value: What was given for it.
-        minimum: Smallest allowed value.
-        maximum: Largest allowed value; `None` for no limit.
-        exclusive: If `True`, `minimum` itself is not allowed.
-
-    Raises:
-        ValueError: It is no finite number, or outside the range.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    number = number and math.isfinite(value)
-    if (
-        not number
-        or value < minimum
-        or (exclusive and value == minimum)
-        or (maximum is not None and value > maximum)
-    ):
-        bound = "above" if exclusive else "of at least"
-        most = "" if maximum is None else f" and at most {maximum}"
-        raise ValueError(
-            f"`{name}` must be a number {bound} {minimum}{most}. "
-            f"Received: {name}={value!r}"
-        )
-    return float(value)
+from cappa_tf.training.ranges import check_integer
 
 
 def check_counts(optional=False, **values):

@@ -46,18 +46,17 @@ def has_accelerator():
     return bool(_names("GPU") or _names("TPU"))
 
 
-def check_batch_size(batch_size, replicas, accumulation_steps):
+def check_batch_size(name, batch_size, replicas, accumulation_steps=1):
     """Refuses a global batch that replicas and microbatches cannot share.
 
     Raises:
-        ValueError: If `batch_size` is no multiple of
-            `replicas * accumulation_steps`.
+        ValueError: If it is no multiple of replicas * accumulation_steps.
     """
     if batch_size % (replicas * accumulation_steps):
         raise ValueError(
-            "`batch_size` must be divisible by the number of replicas times "
-            f"`accumulation_steps`. Received: batch_size={batch_size}, "
-            f"replicas={replicas}, accumulation_steps={accumulation_steps}"
+            f"`{name}` must be divisible by the number of devices times "
+            f"`accumulation_steps`. Received: {name}={batch_size}, "
+            f"{replicas} device(s), accumulation_steps={accumulation_steps}"
         )
 
 

@@ -132,7 +132,7 @@ class TrainLoop:
         """Sums gradients and metrics over the microbatches of a batch."""
         count = self._accumulation_steps
         if count == 1:
-            return self._microbatch_gradients(batch)
+            return self.microbatch_gradients(batch)
         parts = {
             key: tf.reshape(value, [count, -1, *value.shape[1:]])  # [A, B/A, .]
             for key, value in batch.items()
@@ -140,7 +140,7 @@ class TrainLoop:
 
         def add_one(i, gradients, sums):
             micro = {key: value[i] for key, value in parts.items()}
-            more, more_sums = self._microbatch_gradients(micro)
+            more, more_sums = self.microbatch_gradients(micro)
             added = [a + b for a, b in zip(gradients, more)]
             return i + 1, added, sums + more_sums
 
@@ -155,7 +155,8 @@ class TrainLoop:
         )
         return gradients, sums
 
-    def _microbatch_gradients(self, batch):
+    def microbatch_gradients(self, batch):
+        """Dense gradients of one microbatch, and its metric sums [M - 1]."""
         variables = [v.value for v in self._model.trainable_variables]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
@@ -169,7 +170,7 @@ class TrainLoop:
 
 
 def _metric_sums(losses):
-    """The metrics of one microbatch that are sums over examples. [M - 1]"""
+    """Sums over the examples of one microbatch, float32 [M - 1]."""
     parallel = losses["parallel"]  # [B]
     sums = []
     for drawn in (1.0 - parallel, parallel):

@@ -1,0 +1,117 @@
+"""Captions of picture files, prepared exactly as the evaluation prepared them.
+
+B: batch size.  H, W: height and width the model takes.
+"""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.data import picture_files, tfrecord
+from cappa_tf.data.decoding import RecordDecoder
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+
+
+def find_pictures(paths):
+    """Files as given, and the pictures below folders, sorted.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        A list of paths. A file is taken whatever its name: that it is no
+        picture, or not there, is found when it is read.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        below = []
+        for folder, _, names in os.walk(path):
+            below += [
+                os.path.join(folder, name)
+                for name in names
+                if name.lower().endswith(EXTENSIONS)
+            ]
+        found += sorted(below)
+    return found
+
+
+class PictureReader:
+    """Picture files to what the model takes.
+
+    The same graph as the data sets' own: what is decoded here is a record.
+
+    Args:
+        image_size: (H, W).
+        resize: "squash" or "resize_small_central_crop".
+        resize_small: Length of the shorter side for the latter.
+        antialias: Whether shrinking averages over all pixels.
+        max_pixels: A picture with more is refused; None for any.
+    """
+
+    def __init__(self, image_size, resize, resize_small, antialias, max_pixels):
+        decoder = RecordDecoder(
+            size=tuple(image_size),
+            resize=resize,
+            small=resize_small,
+            antialias=antialias,
+            max_pixels=max_pixels,
+            num_captions=0,
+            seed=None,
+        )
+        self._max_pixels = max_pixels
+        self._decode = tf.function(
+            lambda record: decoder.decode_one(record, tf.constant(0, tf.int64)),
+            input_signature=[tf.TensorSpec([], tf.string)],
+        )
+
+    def __call__(self, path):
+        """Reads one file.
+
+        Returns:
+            float32 [H, W, 3] in [-1, 1].
+
+        Raises:
+            picture_files.UnusableError: If it cannot be used.
+        """
+        content = picture_files.read(path, max_pixels=self._max_pixels)
+        example = tfrecord.Example(key=path, image=content, captions=[])
+        try:
+            image = self._decode(tfrecord.serialize(example))["image"]
+        except tf.errors.OpError as error:
+            reason = "image cannot be decoded"
+            raise picture_files.UnusableError(reason) from error
+        return image.numpy().astype("float32") / 127.5 - 1.0
+
+
+def caption_pictures(paths, reader, decoder):
+    """Captions files, a batch at a time.
+
+    Args:
+        paths: Files.
+        reader: `PictureReader`.
+        decoder: `CaptionDecoder`.
+
+    Yields:
+        (path, row, reason) in the order of `paths`: a `CaptionRow` and None,
+        or None and why the file could not be read.
+    """
+    for start in range(0, len(paths), decoder.batch_size):
+        some = paths[start : start + decoder.batch_size]
+        pictures, reasons = {}, {}
+        for path in some:
+            try:
+                pictures[path] = reader(path)
+            except picture_files.UnusableError as error:
+                reasons[path] = error.reason
+        rows = {}
+        if pictures:
+            images = np.stack(list(pictures.values()))  # [<= B, H, W, 3]
+            decoded = decoder.decode(images, list(pictures))
+            rows = {row.key: row for row in decoded}
+        for path in some:
+            yield path, rows.get(path), reasons.get(path)

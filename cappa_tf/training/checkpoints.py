@@ -1,0 +1,222 @@
+"""Checkpoints: what a run needs to go on, and the best weights so far.
+
+Layout below the run's folder:
+
+    checkpoints/step-<n>.*   model, optimizer, state; the newest N are kept
+    best/step-<n>.*          model only, at the best validation so far
+
+A checkpoint is written under a temporary name and renamed; the file
+`checkpoint`, which names the newest one, is replaced last, and older ones are
+deleted after that. A process killed at any moment, or a disk that is full,
+leaves the previous checkpoint loadable.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+
+import tensorflow as tf
+
+_STATE_KEY = "state/.ATTRIBUTES/PYTHON_STATE"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written, or does not fit the model."""
+
+
+class RunState(tf.train.experimental.PythonState):
+    """What is not a tensor: position in the data, best figure, inventory.
+
+    Attributes:
+        values: Dict that JSON can hold.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.values = {}
+
+    def serialize(self):
+        """The values as JSON; called by TensorFlow when saving."""
+        return json.dumps(self.values)
+
+    def deserialize(self, string_value):
+        """Takes the values over; called by TensorFlow when restoring."""
+        self.values = json.loads(string_value)
+
+
+class Checkpoints:
+    """Saves and restores one run.
+
+    Args:
+        folder: The run's folder.
+        model: Built Keras model.
+        optimizer: Built Keras optimizer.
+        keep: How many checkpoints to keep.
+    """
+
+    def __init__(self, folder, model, optimizer, keep=3):
+        self._model, self._optimizer = model, optimizer
+        self.state = RunState()
+        self._all = tf.train.Checkpoint(
+            model=model, optimizer=optimizer, state=self.state
+        )
+        self._weights = tf.train.Checkpoint(model=model, state=self.state)
+        self._manager = _manager(self._all, folder, "checkpoints", keep)
+        self._best_manager = _manager(self._weights, folder, "best", 1)
+        self._saved_step = None
+
+    @property
+    def latest(self):
+        """Path of the newest checkpoint, or None."""
+        return self._manager.latest_checkpoint
+
+    @property
+    def best(self):
+        """Path of the best weights so far, or None."""
+        return self._best_manager.latest_checkpoint
+
+    def restore(self):
+        """Goes back to the newest checkpoint that can be read.
+
+        Returns:
+            Whether there was one. `state.values` then holds what was saved.
+
+        Raises:
+            CheckpointError: If it is of another model or optimizer, or if
+                there are checkpoints and none can be read.
+        """
+        paths = list(reversed(self._manager.checkpoints))
+        if self.latest and self.latest not in paths:
+            paths.insert(0, self.latest)
+        for path in paths:
+            try:
+                self._read(self._all, path, self._optimizer)
+            except tf.errors.OpError as error:
+                logging.warning("cannot read %s: %s", path, error.message)
+                continue
+            self._saved_step = self.state.values["step"]
+            return True
+        if paths:
+            raise CheckpointError(
+                f"None of these checkpoints can be read: {paths}. Move the "
+                "folder away to start anew."
+            )
+        return False
+
+    def restore_best(self):
+        """Puts the best weights into the model; False where there are none."""
+        if not self.best:
+            return False
+        values = self.state.values
+        self._read(self._weights, self.best)
+        self.state.values = values
+        return True
+
+    def save(self, step, **values):
+        """Writes a checkpoint of `step`, unless it is already there."""
+        if step == self._saved_step:
+            return
+        self._describe(step, values, self._optimizer)
+        self._write(self._manager, step)
+        self._saved_step = step
+
+    def save_best(self, step, **values):
+        """Writes the weights as the best so far."""
+        self._describe(step, values)
+        self._write(self._best_manager, step)
+
+    def _describe(self, step, values, optimizer=None):
+        inventory = variable_inventory(self._model, optimizer)
+        self.state.values = {"step": step, **values, "inventory": inventory}
+
+    def _write(self, manager, step):
+        try:
+            manager.save(checkpoint_number=step)
+        except (tf.errors.OpError, OSError) as error:
+            _remove_unfinished(manager.directory)
+            raise CheckpointError(
+                f"Cannot write a checkpoint of step {step} to "
+                f"{manager.directory}: {error}. The last good checkpoint is "
+                f"{manager.latest_checkpoint}; free some space and run the "
+                "same command to go on from there."
+            ) from error
+
+    def _read(self, checkpoint, path, optimizer=None):
+        saved = saved_state(path)["inventory"]
+        check_inventory(saved, variable_inventory(self._model, optimizer), path)
+        checkpoint.read(path).assert_existing_objects_matched()
+
+
+def saved_state(path):
+    """The state values of a checkpoint, without restoring it."""
+    reader = tf.train.load_checkpoint(path)
+    return json.loads(reader.get_tensor(_STATE_KEY))
+
+
+def variable_inventory(model, optimizer=None):
+    """Lists [path, shape] of all variables, in their order of creation."""
+    variables = list(model.weights)
+    if optimizer is not None:
+        variables += list(optimizer.variables)
+    return [[v.path, list(v.shape)] for v in variables]
+
+
+def check_inventory(saved, wanted, path):
+    """Refuses a checkpoint whose variables are not those of the model.
+
+    Args:
+        saved: Inventory in the checkpoint.
+        wanted: Inventory of the model (and optimizer) at hand.
+        path: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: With what is missing, left over or shaped otherwise.
+    """
+    if _comparable(saved) == _comparable(wanted):
+        return
+    have, want = dict(map(tuple, map(_hashable, saved))), {}
+    want.update(map(tuple, map(_hashable, wanted)))
+    lines = [
+        f"  {name}: {have[name]} in the checkpoint, {want[name]} in the model"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    lines += [f"  {n}: only in the model" for n in want if n not in have]
+    lines += [f"  {n}: only in the checkpoint" for n in have if n not in want]
+    more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
+    raise CheckpointError(
+        f"The checkpoint {path} is of another model or optimizer. Choose "
+        "another workdir, or the configuration the run was started with. "
+        "Differences:\n" + "\n".join(lines[:12]) + more
+    )
+
+
+def _hashable(row):
+    return row[0], tuple(row[1])
+
+
+def _comparable(inventory):
+    """Without the numbers Keras appends to the names of a second model."""
+    return [(re.sub(r"_\d+", "", path), tuple(s)) for path, s in inventory]
+
+
+def _manager(checkpoint, folder, name, keep):
+    folder = os.path.join(folder, name)
+    _remove_unfinished(folder)
+    return tf.train.CheckpointManager(
+        checkpoint, folder, max_to_keep=keep, checkpoint_name="step"
+    )
+
+
+def _remove_unfinished(folder):
+    """Deletes what an interrupted write left under temporary names."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if "temp" in name and os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif ".tempstate" in name or ".tmp" in name:
+            os.remove(path)

@@ -1,0 +1,161 @@
+"""How much memory a training step will need, found without running it.
+
+Weights, gradients and optimizer state are counted. Activations come from the
+traced graph of one microbatch's gradient: its operations are walked in order,
+each output alive until its last use, and the peak is what counts. Scratch
+space of the kernels, fragmentation and buffers of the input pipeline come on
+top; XLA may fuse and need less.
+
+B: examples of one replica's microbatch.  L: text length in tokens.
+"""
+
+import tensorflow as tf
+
+from cappa_tf.training.step import TrainLoop
+
+# These give out their input's memory under another shape or name.
+_ALIASES = {
+    "EnsureShape",
+    "ExpandDims",
+    "Identity",
+    "IdentityN",
+    "PreventGradient",
+    "ReadVariableOp",
+    "Reshape",
+    "Squeeze",
+    "StopGradient",
+}
+_FREE = {"Const", "Placeholder", "Shape"}
+
+
+def estimate(model, optimizer, strategy, settings):
+    """Estimates the memory of one device.
+
+    Args:
+        model: Built captioner.
+        optimizer: Built optimizer.
+        strategy: The run's strategy.
+        settings: `RunSettings`.
+
+    Returns:
+        Dict of bytes by what they hold, with their sum as `total`, and
+        `batch_shapes`, the shapes of one microbatch.
+    """
+    weights = [variable.value for variable in model.weights]
+    trained = [variable.value for variable in model.trainable_variables]
+    copies = 1 if settings.accumulation_steps == 1 else 2
+    replicas = strategy.num_replicas_in_sync
+    per_replica = settings.batch_size // replicas
+    batch = example_batch(model, per_replica // settings.accumulation_steps)
+    parts = {
+        "weights": _bytes(weights),
+        "gradients": copies * _bytes(trained),
+        "optimizer state": _bytes([v.value for v in optimizer.variables]),
+        "batch": settings.accumulation_steps * _bytes(batch.values()),
+        "activations": _activations(model, strategy, batch, settings),
+    }
+    shapes = {name: spec.shape.as_list() for name, spec in batch.items()}
+    return {**parts, "total": sum(parts.values()), "batch_shapes": shapes}
+
+
+def example_batch(model, size):
+    """Shapes and types of a training batch of `size` examples."""
+    height, width = model.vision_encoder.image_size
+    length = model.text_decoder.max_length
+    return {
+        "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+        "labels": tf.TensorSpec([size, length], tf.int32),
+        "index": tf.TensorSpec([size], tf.int64),
+    }
+
+
+def table(parts):
+    """The estimate as lines of text."""
+    lines = [
+        f"{name:15} {tuple(shape)}"
+        for name, shape in parts["batch_shapes"].items()
+    ]
+    lines += [
+        f"{name:15} {size / 2**20:>13,.1f} MiB"
+        for name, size in parts.items()
+        if name != "batch_shapes"
+    ]
+    return "\n".join(lines)
+
+
+def _activations(model, strategy, batch, settings):
+    # Traced for one device: all have the same shapes.
+    loop = TrainLoop(strategy, model, None, settings.batch_size)
+    function = tf.function(loop.microbatch_gradients)
+    graph = function.get_concrete_function(batch).graph
+    tokens = batch["labels"].shape.num_elements()
+    gradients = _bytes([v.value for v in model.trainable_variables])
+    # At the peak the gradients made so far are alive too: counted above.
+    return max(0, peak_bytes(graph, unknown=tokens) - gradients)
+
+
+def peak_bytes(graph, unknown=1):
+    """Most memory alive at once when a graph runs in order of its operations.
+
+    Args:
+        graph: A `tf.Graph` (of a traced function).
+        unknown: Size to take for a dimension that the trace left open.
+    """
+    operations = graph.get_operations()
+    base, last_use = {}, {}
+    for position, op in enumerate(operations):
+        for tensor in op.inputs:
+            last_use[_root(base, tensor)] = position
+        if op.type in _ALIASES:
+            for source, output in zip(op.inputs, op.outputs):
+                base[output.ref()] = _root(base, source)
+    ends = {}
+    for ref, position in last_use.items():
+        ends.setdefault(position, []).append(ref)
+    results = {_root(base, t) for t in getattr(graph, "outputs", [])}
+    alive, total, peak = {}, 0, 0
+    for position, op in enumerate(operations):
+        if op.type not in _FREE and op.type not in _ALIASES:
+            for tensor in op.outputs:
+                ref = tensor.ref()
+                if ref in last_use or ref in results:
+                    alive[ref] = _tensor_bytes(tensor, unknown)
+                    total += alive[ref]
+        peak = max(peak, total + _inner_peak(graph, op, unknown))
+        for ref in ends.get(position, []):
+            if ref not in results:
+                total -= alive.pop(ref, 0)
+    return peak
+
+
+def _inner_peak(graph, op, unknown):
+    """Peak inside a loop's or branch's body, beside its own outputs."""
+    names = [
+        value.name
+        for value in op.node_def.attr.values()
+        for value in [value.func]
+        if value.name
+    ]
+    bodies = [graph._get_function(name) for name in names]  # no public way
+    inner = [peak_bytes(b.graph, unknown) for b in bodies if b is not None]
+    outputs = sum(_tensor_bytes(t, unknown) for t in op.outputs)
+    return max(0, max(inner, default=0) - outputs)
+
+
+def _root(base, tensor):
+    return base.get(tensor.ref(), tensor.ref())
+
+
+def _tensor_bytes(tensor, unknown):
+    if tensor.dtype in (tf.resource, tf.variant, tf.string):
+        return 0
+    if tensor.shape.rank is None:
+        return unknown * tensor.dtype.size
+    size = tensor.dtype.size
+    for dim in tensor.shape.as_list():
+        size *= unknown if dim is None else dim
+    return size
+
+
+def _bytes(tensors):
+    return sum(t.shape.num_elements() * t.dtype.size for t in tensors)

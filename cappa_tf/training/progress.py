@@ -1,0 +1,66 @@
+"""What a person sees in the terminal, and what is kept of it in a file."""
+
+import os
+import sys
+import time
+
+import tqdm
+
+
+class Progress:
+    """A progress bar with the time left, and one line per log interval.
+
+    Lines go above the bar and into `train.log` of the run's folder, each
+    with date and time in the file.
+
+    Args:
+        folder: The run's folder; None writes no file.
+        total_steps: Length of the run.
+        initial_step: Where it goes on.
+        shown: False keeps the terminal quiet (all but the chief).
+    """
+
+    def __init__(self, folder, total_steps, initial_step=0, shown=True):
+        self._path = folder and os.path.join(folder, "train.log")
+        self._shown = shown
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=initial_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not shown,
+            # Redrawn at most once a second: logs of batch jobs stay readable.
+            mininterval=1.0,
+        )
+
+    def advance(self, steps):
+        """Moves the bar."""
+        self._bar.update(steps)
+
+    def line(self, text):
+        """Prints a line and keeps it."""
+        if self._path:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f"{stamp} {text}\n")
+        if self._shown:
+            tqdm.tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def figures(self, step, figures):
+        """One line of figures, such as `step 50  loss 3.21  ...`."""
+        parts = [f"{name} {_short(v)}" for name, v in figures.items()]
+        self.line("  ".join([f"step {step}", *parts]))
+
+    def close(self):
+        """Ends the bar."""
+        self._bar.close()
+
+
+def _short(value):
+    if isinstance(value, int) or value == int(value):
+        return f"{int(value)}"
+    magnitude = abs(value)
+    if magnitude >= 100:
+        return f"{value:.0f}"
+    return f"{value:.4f}" if magnitude >= 1e-3 else f"{value:.2e}"

@@ -1,0 +1,231 @@
+"""One run: the loop over steps, and what happens between them."""
+
+import os
+
+from cappa_tf.training import results
+from cappa_tf.training.averaging import averaged_weights
+from cappa_tf.training.build import parameter_counts
+from cappa_tf.training.checkpoints import Checkpoints
+from cappa_tf.training.distribution import has_accelerator, training_iterator
+from cappa_tf.training.interruption import Interruption
+from cappa_tf.training.metrics import Interval, Stopwatch, all_finite
+from cappa_tf.training.progress import Progress
+from cappa_tf.training.samples import Samples
+from cappa_tf.training.step import TrainLoop
+from cappa_tf.training.summaries import Summaries
+from cappa_tf.training.validation import Validation
+from cappa_tf.training.workdir import describe_run
+
+
+class Run:
+    """Trains a built model on opened data, from where its folder stands.
+
+    Args:
+        settings: `RunSettings`.
+        strategy: The strategy the model was built under.
+        model: Built captioner.
+        optimizer: Built optimizer; its `iterations` is the step.
+        train_data: Data set to train on.
+        eval_data: Data set for validation, or None.
+        test_data: Data set for the final evaluation, or None.
+    """
+
+    def __init__(
+        self,
+        settings,
+        strategy,
+        model,
+        optimizer,
+        train_data,
+        eval_data,
+        test_data,
+    ):
+        self._settings = settings
+        self._strategy, self._model = strategy, model
+        self._optimizer = optimizer
+        self._train_data, self._test_data = train_data, test_data
+        self._checkpoints = Checkpoints(
+            settings.workdir, model, optimizer, settings.keep_checkpoints
+        )
+        self._resumed = self._checkpoints.restore()
+        state = self._checkpoints.state.values
+        # Counted in examples: the batch size may change between two starts.
+        self._examples = state.get("examples", 0)
+        self._best_nll = state.get("best_nll")
+        describe_run(settings.workdir, model, train_data)
+        self._validation = self._samples = None
+        if eval_data is not None:
+            self._validation = Validation(
+                strategy, model, eval_data, settings.evaluation_batch
+            )
+            self._samples = Samples(model, eval_data, settings.sample_images)
+
+    @property
+    def step(self):
+        """Optimizer steps made so far."""
+        return int(self._optimizer.iterations.numpy())
+
+    def __call__(self, on_first_step=None):
+        """Trains to the end or to an interruption.
+
+        Args:
+            on_first_step: Called with folder and step after the first step.
+
+        Returns:
+            As `trainer.train`.
+        """
+        folder = self._settings.workdir
+        self._progress = Progress(folder, self._settings.total_steps, self.step)
+        self._summaries = Summaries(folder)
+        try:
+            self._announce()
+            with Interruption() as interruption:
+                self._train(interruption, on_first_step)
+            if interruption.signal:
+                self._progress.line(
+                    f"{interruption.signal} at step {self.step}: saved; the "
+                    "same command goes on from here"
+                )
+                return {"step": self.step, "interrupted": interruption.signal}
+            figures = self._finish()
+            return {"step": self.step, "interrupted": None, **figures}
+        finally:
+            self._progress.close()
+            self._summaries.close()
+
+    def _announce(self):
+        counts = parameter_counts(self._model)
+        self._progress.line(
+            f"{counts['total']:,} parameters (vision encoder "
+            f"{counts['vision_encoder']:,}, text decoder "
+            f"{counts['text_decoder']:,}) on "
+            f"{self._strategy.num_replicas_in_sync} device(s)"
+        )
+        if self._resumed:
+            self._progress.line(
+                f"going on from {self._checkpoints.latest}, example "
+                f"{self._examples}"
+            )
+
+    # The loop.
+
+    def _train(self, interruption, on_first_step):
+        settings = self._settings
+        if self.step >= settings.total_steps:
+            return
+        iterator = self._open_iterator()
+        loop = TrainLoop(
+            self._strategy,
+            self._model,
+            self._optimizer,
+            settings.batch_size,
+            settings.accumulation_steps,
+            self._jit_compile(),
+            interruption.stop,
+        )
+        interval = Interval(settings.batch_size)
+        first = True
+        while self.step < settings.total_steps and not interruption.signal:
+            # The first call traces and compiles: one step, and not timed.
+            steps = 1 if first else self._steps_to_next_event()
+            self._run_loop(loop, iterator, steps, interval, not first)
+            if first and on_first_step is not None:
+                on_first_step(settings.workdir, self.step)
+            first = False
+            self._between_loops(interval)
+        self._save()
+
+    def _jit_compile(self):
+        given = self._settings.jit_compile
+        return has_accelerator() if given == "auto" else given
+
+    def _open_iterator(self):
+        seed, start = self._settings.seed, self._examples
+        return training_iterator(
+            self._strategy,
+            lambda size: self._train_data.train(
+                size, start_index=start, seed=seed
+            ),
+            self._settings.batch_size,
+        )
+
+    def _steps_to_next_event(self):
+        """Steps until something happens between two, at most a loop's."""
+        s, step = self._settings, self.step
+        periods = [s.log_steps, s.checkpoint_steps, s.eval_steps]
+        ahead = [period - step % period for period in periods if period]
+        return min(s.steps_per_loop, s.total_steps - step, *ahead)
+
+    def _run_loop(self, loop, iterator, steps, interval, timed):
+        before = self.step
+        with Stopwatch() as watch:
+            sums, done, waited, self._weight_norm = loop(iterator, steps)
+        if not all_finite(sums, self._weight_norm):
+            raise FloatingPointError(
+                f"Loss, gradients or weights are not finite between steps "
+                f"{before} and {before + done}. The last good checkpoint is "
+                f"{self._checkpoints.latest}; lower the learning rate or clip "
+                "more, and start again from it."
+            )
+        interval.add(sums, done, watch.seconds, waited, timed)
+        self._examples += done * self._settings.batch_size
+        self._progress.advance(done)
+
+    def _between_loops(self, interval):
+        settings, step = self._settings, self.step
+        last = step == settings.total_steps
+        if step % settings.log_steps == 0 or last:
+            self._log(interval.result())
+        if settings.eval_steps and step % settings.eval_steps == 0 or last:
+            self._validate()
+        if step % settings.checkpoint_steps == 0:
+            self._save()
+
+    def _save(self):
+        self._checkpoints.save(
+            self.step, examples=self._examples, best_nll=self._best_nll
+        )
+
+    # Figures.
+
+    def _log(self, figures):
+        figures["weight_norm"] = self._weight_norm
+        figures["learning_rate"] = float(self._optimizer.learning_rate)
+        skipped = dict(getattr(self._train_data, "skipped", {}))
+        self._summaries.scalars(self.step, figures, "train/")
+        self._summaries.scalars(self.step, skipped, "data/skipped/")
+        if any(skipped.values()):
+            figures["skipped"] = sum(skipped.values())
+        self._progress.figures(self.step, figures)
+
+    def _validate(self):
+        if self._validation is None:
+            return
+        with averaged_weights(self._model, self._optimizer):
+            figures = self._validation()
+            self._samples.write(self.step, self._summaries)
+            nll = figures["nll_per_token"]
+            if self._best_nll is None or nll < self._best_nll:
+                self._best_nll = nll
+                self._checkpoints.save_best(self.step, best_nll=nll)
+        self._summaries.scalars(self.step, figures, "validation/")
+        named = {f"validation/{name}": v for name, v in figures.items()}
+        self._progress.figures(self.step, named)
+
+    def _finish(self):
+        """Final evaluation and export, with the weights that were asked for."""
+        settings = self._settings
+        with averaged_weights(self._model, self._optimizer):
+            if settings.final_weights == "best":
+                self._checkpoints.restore_best()
+            figures = results.finish(
+                self._model,
+                self._test_data if settings.final_evaluation else None,
+                settings,
+                step=self.step,
+            )
+        for name, value in figures.items():
+            self._progress.line(f"{name} {value}")
+        path = os.path.join(settings.workdir, "results.json")
+        self._progress.line(f"results in {path}")
+        return figures

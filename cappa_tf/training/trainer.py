@@ -1,0 +1,189 @@
+"""The root function of a run: arguments to a trained, evaluated captioner.
+
+What `train` does, in this order, each in a module of its own:
+
+    arguments checked           settings.py, arguments.py
+    devices                     distribution.py
+    model and optimizer built   build.py
+    data prepared               the function `prepare`, if given
+    data and model compared     build.py
+    folder opened, run resumed  workdir.py, checkpoints.py
+    steps, figures, evaluation  run.py, step.py, metrics.py, validation.py
+    results, sheet, model file  results.py
+
+It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
+"""
+
+import tensorflow as tf
+
+from cappa_tf.training import arguments, memory
+from cappa_tf.training.build import (
+    build_model,
+    check_fit,
+    parameter_counts,
+)
+from cappa_tf.training.distribution import check_batch_size, make_strategy
+from cappa_tf.training.run import Run
+from cappa_tf.training.settings import RunSettings
+from cappa_tf.training.workdir import open_workdir
+
+PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
+
+
+def train(
+    model,
+    optimizer,
+    train_data,
+    workdir: str,
+    total_steps: int,
+    batch_size: int,
+    *,
+    eval_data=None,
+    test_data=None,
+    accumulation_steps=1,
+    eval_batch_size: int | None = None,
+    steps_per_loop=50,
+    log_steps=50,
+    eval_steps: int | None = None,
+    checkpoint_steps=1000,
+    keep_checkpoints=3,
+    seed=0,
+    deterministic=False,
+    precision: str | None = None,
+    jit_compile: bool | str = "auto",
+    strategy="auto",
+    devices: list | None = None,
+    sample_images=8,
+    final_evaluation=True,
+    final_weights="last",
+    caption_metrics=False,
+    sheet_images=24,
+    prepare=None,
+    dry_run=False,
+    on_start=None,
+    on_first_step=None,
+):
+    """Trains a captioner; run again with the same workdir, it goes on.
+
+    Args:
+        model: A `Captioner`, or better its constructor (in a gin file
+            @Captioner without parentheses): then `seed`, `precision` and the
+            devices are decided before any weight exists.
+        optimizer: A Keras optimizer or its constructor; several devices need
+            the constructor.
+        train_data: `CaptionDataset` to train on, or its constructor.
+        workdir: Folder of checkpoints, logs and results; made if missing.
+        total_steps: Optimizer steps of the whole run.
+        batch_size: Examples a step, over all devices and microbatches.
+        eval_data: `CaptionDataset` for validation; None for none.
+        test_data: `CaptionDataset` for the final evaluation; `eval_data` by
+            default.
+        accumulation_steps: Microbatches whose gradients make one step.
+        eval_batch_size: Examples at once in evaluation, over all devices; by
+            default those of a training microbatch.
+        steps_per_loop: Most steps run on the device in one call.
+        log_steps: Steps between log lines.
+        eval_steps: Steps between validations; None only at the end.
+        checkpoint_steps: Steps between checkpoints.
+        keep_checkpoints: How many of them to keep.
+        seed: Of initial weights and of the data order. (The captioner's own
+            `seed` decides its draws.)
+        deterministic: Use deterministic kernels only: the same run gives the
+            same weights, bit by bit, on the same kind of device.
+        precision: Dtype policy: "float32", "mixed_bfloat16", "bfloat16";
+            None keeps the policy that is set.
+        jit_compile: True, False, or "auto": XLA where there is an accelerator.
+        strategy: "auto", "one" or "mirrored", see `make_strategy`.
+        devices: Device names for the strategy; None for all.
+        sample_images: Evaluation pictures captioned at every validation; 0
+            for none.
+        final_evaluation: Whether to caption the test split at the end.
+        final_weights: "last", or "best" by validation.
+        caption_metrics: Whether the final evaluation computes BLEU and CIDEr.
+        sheet_images: Pictures on the final sheet.
+        prepare: Function without arguments, called before data is opened.
+        dry_run: Build everything, print shapes, parameters and an estimate of
+            memory, read no data, and stop.
+        on_start: Called with `workdir` before the first step of this process.
+        on_first_step: Called with `workdir` and the step after it.
+
+    Returns:
+        Dict of the final figures: `step`, `interrupted` (the signal's name or
+        None), and, at the end of a run, what results.json holds.
+
+    Raises:
+        ValueError: For what cannot be run, naming argument or file.
+        FloatingPointError: If loss or weights stop being finite.
+    """
+    settings = RunSettings(
+        workdir=workdir,
+        total_steps=total_steps,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        eval_batch_size=eval_batch_size,
+        steps_per_loop=steps_per_loop,
+        log_steps=log_steps,
+        eval_steps=eval_steps,
+        checkpoint_steps=checkpoint_steps,
+        keep_checkpoints=keep_checkpoints,
+        seed=seed,
+        jit_compile=jit_compile,
+        sample_images=sample_images,
+        final_evaluation=final_evaluation,
+        final_weights=final_weights,
+        caption_metrics=caption_metrics,
+        sheet_images=sheet_images,
+    )
+    arguments.check_bool(deterministic=deterministic, dry_run=dry_run)
+    arguments.check_choice((None, *PRECISIONS), precision=precision)
+    arguments.check_callable(
+        prepare=prepare, on_start=on_start, on_first_step=on_first_step
+    )
+    strategy = _open_devices(settings, strategy, devices, deterministic)
+    # First what can fail at once: no data is touched for a model that is wrong.
+    model, optimizer = build_model(model, optimizer, strategy, seed, precision)
+    if dry_run:
+        return _report(model, optimizer, strategy, settings)
+    if prepare is not None:
+        prepare()
+    data = _open_data(model, train_data, eval_data, test_data)
+    open_workdir(workdir)
+    if on_start is not None:
+        on_start(workdir)
+    run = Run(settings, strategy, model, optimizer, *data)
+    return run(on_first_step)
+
+
+def _open_devices(settings, strategy, devices, deterministic):
+    """The strategy, and whether the batches can be shared out under it."""
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    strategy = make_strategy(strategy, devices)
+    replicas = strategy.num_replicas_in_sync
+    check_batch_size(
+        "batch_size", settings.batch_size, replicas, settings.accumulation_steps
+    )
+    check_batch_size("eval_batch_size", settings.evaluation_batch, replicas)
+    return strategy
+
+
+def _open_data(model, train_data, eval_data, test_data):
+    """The three data sets, checked against the model."""
+    opened = {"train_data": train_data, "eval_data": eval_data}
+    opened["test_data"] = eval_data if test_data is None else test_data
+    for name, data in opened.items():
+        if data is not None:
+            data = arguments.constructed(data, name, "tokenizer", "image_size")
+            check_fit(model, data, name)
+            opened[name] = data
+    return list(opened.values())
+
+
+def _report(model, optimizer, strategy, settings):
+    """Prints and returns what `--dry_run` shows."""
+    counts = parameter_counts(model)
+    for part, count in counts.items():
+        print(f"{part:15} {count:>13,} parameters")
+    estimate = memory.estimate(model, optimizer, strategy, settings)
+    print(memory.table(estimate))
+    return {"parameters": counts, "memory": estimate}

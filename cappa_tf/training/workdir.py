@@ -1,0 +1,174 @@
+"""The folder of a run: all a captioner needs, without any configuration.
+
+captioner.json       the model's constructor arguments (Keras)
+tokenizer.model      its vocabulary
+preprocessing.json   how pictures and captions become its input
+checkpoints/ best/   see checkpoints.py
+captioner.keras      the model at the end of the run
+"""
+
+import json
+import os
+import tempfile
+
+import keras
+import tensorflow as tf
+
+from cappa_tf.data.tokenizer import Tokenizer
+
+# Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
+# is given in evaluation.
+_CAPTION = ("max_length", "lowercase", "sticky_eos")
+_PICTURE = ("image_size", "resize", "resize_small", "antialias", "max_pixels")
+
+
+def open_workdir(path):
+    """Creates the folder of a run and makes sure files can be written to it.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise ValueError(
+            "`workdir` must be a folder that can be written to. Received: "
+            f"workdir={path!r} ({error})"
+        ) from error
+    return path
+
+
+def describe_run(workdir, model, data):
+    """Writes what makes the folder complete in itself.
+
+    Args:
+        workdir: The run's folder.
+        model: The captioner.
+        data: A caption data set; its tokenizer and its evaluation
+            preprocessing are kept.
+
+    Raises:
+        ValueError: If the folder holds a run with another vocabulary.
+    """
+    _keep_vocabulary(workdir, data.tokenizer.path)
+    serialized = keras.saving.serialize_keras_object(model)
+    write_json(os.path.join(workdir, "captioner.json"), serialized)
+    write_json(
+        os.path.join(workdir, "preprocessing.json"),
+        {
+            "tokenizer": {n: getattr(data.tokenizer, n) for n in _CAPTION},
+            "image": {n: getattr(data, n) for n in _PICTURE},
+        },
+    )
+
+
+def _keep_vocabulary(workdir, path):
+    with open(path, "rb") as file:
+        vocabulary = file.read()
+    kept = os.path.join(workdir, "tokenizer.model")
+    if os.path.exists(kept):
+        with open(kept, "rb") as file:
+            if file.read() != vocabulary:
+                raise ValueError(
+                    f"The run in {workdir} was started with another "
+                    f"vocabulary: {kept} differs from {path}. Choose another "
+                    "workdir, or set TOKENIZER (Tokenizer.path) to that file."
+                )
+        return
+    write_file(kept, vocabulary)
+
+
+def save_captioner(workdir, model):
+    """Writes `captioner.keras` (atomically) and returns its path."""
+    path = os.path.join(workdir, "captioner.keras")
+    unfinished = os.path.join(workdir, "captioner.incomplete.keras")
+    model.save(unfinished)
+    os.replace(unfinished, path)
+    return path
+
+
+def load_captioner(path, weights="auto"):
+    """Loads a captioner from the folder of a run, without its configuration.
+
+    Args:
+        path: Folder of a run, or a file that `captioner.save` wrote.
+        weights: "final" (captioner.keras), "best" (by validation), "latest"
+            (newest checkpoint), or "auto": the first of these that is there.
+
+    Returns:
+        The captioner, built.
+
+    Raises:
+        ValueError: If there is no such thing at `path`.
+    """
+    import cappa_tf.models.captioner  # noqa: F401  (registers the classes)
+
+    choices = ("auto", "final", "best", "latest")
+    if weights not in choices:
+        raise ValueError(
+            f"`weights` must be one of {choices}. Received: {weights!r}"
+        )
+    if os.path.isfile(path):
+        return keras.saving.load_model(path, compile=False)
+    final = os.path.join(path, "captioner.keras")
+    if weights in ("auto", "final") and os.path.exists(final):
+        return keras.saving.load_model(final, compile=False)
+    folders = {"auto": ("best", "checkpoints"), "best": ("best",)}
+    for folder in folders.get(weights, ("checkpoints",)):
+        latest = tf.train.latest_checkpoint(os.path.join(path, folder))
+        if latest and weights != "final":
+            return _restored(path, latest)
+    raise ValueError(
+        "`path` must be the folder of a run (with captioner.keras, best/ or "
+        f"checkpoints/) or a .keras file. Received: {path!r} with "
+        f"weights={weights!r}"
+    )
+
+
+def _restored(workdir, checkpoint):
+    with open(os.path.join(workdir, "captioner.json")) as file:
+        model = keras.saving.deserialize_keras_object(json.load(file))
+    if not model.built:
+        model.build()
+    status = tf.train.Checkpoint(model=model).read(checkpoint)
+    status.assert_existing_objects_matched().expect_partial()
+    return model
+
+
+def load_preprocessing(workdir):
+    """How a run's pictures and captions were prepared.
+
+    Returns:
+        (tokenizer, image), a `Tokenizer` on the run's own vocabulary and a
+        dict of the arguments of `CaptionDataset` that decide how pictures
+        are prepared in evaluation.
+
+    Raises:
+        ValueError: If the folder is not that of a run.
+    """
+    path = os.path.join(workdir, "preprocessing.json")
+    try:
+        with open(path) as file:
+            saved = json.load(file)
+    except OSError as error:
+        raise ValueError(
+            "`workdir` must be the folder of a run, with preprocessing.json "
+            f"and tokenizer.model. Received: {workdir!r} ({error})"
+        ) from error
+    vocabulary = os.path.join(workdir, "tokenizer.model")
+    return Tokenizer(vocabulary, **saved["tokenizer"]), saved["image"]
+
+
+def write_json(path, value):
+    """Writes JSON atomically, indented."""
+    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def write_file(path, content):
+    """Writes bytes under a temporary name, then renames."""
+    unfinished = f"{path}.incomplete"
+    with open(unfinished, "wb") as file:
+        file.write(content)
+    os.replace(unfinished, path)

@@ -1,0 +1,109 @@
+"""The smallest captioner and data set that can be trained, for tests."""
+
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
+from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.text_decoder import TextDecoder
+from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.training.adafactor import Adafactor
+from cappa_tf.training.trainer import train
+
+WORDS = ("red", "green", "blue", "circle", "square", "left", "above")
+LENGTH = 8
+
+
+@functools.cache
+def vocabulary(folder):
+    """Trains a vocabulary on a few words; returns its path and size."""
+    path = str(folder / "tiny.model")
+    captions = [f"{a} {b}" for a in WORDS for b in WORDS]
+    return path, train_tokenizer(captions, path, 40)
+
+
+def make_model(size, **kwargs):
+    """A captioner of width 16 for pictures of 16 x 16 pixels."""
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    encoder = {"patch_size": 8, "image_size": 16, **small, **kwargs}
+    return Captioner(
+        VisionEncoder(**encoder),
+        TextDecoder(
+            vocabulary_size=size,
+            max_length=LENGTH,
+            **{**small, "hidden_dim": encoder["hidden_dim"]},
+        ),
+        masked_pred_prob=0.5,
+        chunk_size=64,
+    )
+
+
+class Data:
+    """Pictures in a colour that their two words decide, made on the spot."""
+
+    image_size = (16, 16)
+    resize = "squash"
+    resize_small = 18
+    antialias = False
+    max_pixels = None
+
+    def __init__(self, folder, examples=32, poison=None):
+        self.tokenizer = Tokenizer(vocabulary(folder)[0], max_length=LENGTH)
+        self.skipped = {}
+        random = np.random.RandomState(0)
+        pairs = random.randint(len(WORDS), size=(examples, 2))
+        texts = [f"{WORDS[a]} {WORDS[b]}" for a, b in pairs]
+        self._labels = self.tokenizer(texts).numpy()
+        pixels = random.uniform(-0.1, 0.1, (examples, 16, 16, 3))
+        pixels[..., :2] += pairs[:, None, None] / len(WORDS)
+        self._images = pixels.astype("float32")
+        self._poison = poison
+        self._read = []
+
+    def _example(self, index):
+        image = tf.gather(self._images, index % len(self._images))
+        if self._poison is not None:
+            image = tf.where(index == self._poison, np.nan, image)
+        labels = tf.gather(self._labels, index % len(self._labels))
+        return {"image": image, "labels": labels, "index": index}
+
+    def train(self, batch_size, start_index=0, seed=0):
+        del seed
+        stream = tf.data.Dataset.range(start_index, 2**40).map(self._example)
+        return stream.batch(batch_size, drop_remainder=True)
+
+    def evaluate(self, batch_size):
+        count = len(self._images)
+        padded = -(-count // batch_size) * batch_size
+
+        def masked(index):
+            real = tf.cast(index < count, tf.float32)
+            return {**self._example(index), "_mask": real}
+
+        stream = tf.data.Dataset.range(padded).map(masked)
+        return stream.batch(batch_size, drop_remainder=True)
+
+
+def arguments(folder, **overrides):
+    """Arguments of `train` for a run of four steps."""
+    size = vocabulary(folder)[1]
+    return {
+        "model": lambda: make_model(size),
+        "optimizer": lambda: Adafactor(learning_rate=0.01),
+        "train_data": Data(folder),
+        "total_steps": 4,
+        "batch_size": 8,
+        "steps_per_loop": 2,
+        "log_steps": 2,
+        "checkpoint_steps": 2,
+        "sample_images": 0,
+        "final_evaluation": False,
+        **overrides,
+    }
+
+
+def run(folder, **overrides):
+    """Trains; returns what `train` does."""
+    return train(**arguments(folder, **overrides))

@@ -1,0 +1,43 @@
+"""Trains a captioner as a gin file says; run again, it goes on.
+
+    python tools/train.py --gin_file=gin/quickstart.gin
+    python tools/train.py --gin_file=gin/cappa_l16.gin --workdir=runs/l16 \
+        --gin_param="DATA='data/mine'" \
+        --gin_param="TOKENIZER='data/mine/tokenizer.model'"
+
+Ctrl-C and SIGTERM write a checkpoint and end the program with exit code 0;
+the same command then goes on with the next batch. What cannot be run (a wrong
+configuration, data that does not fit, a loss that is not finite) ends it with
+a message and exit code 1.
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app
+
+from cappa_tf import config
+
+
+def main(argv):
+    """Parses and checks the configuration, then runs it."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    config.parse_flags()
+    try:
+        config.run(
+            dry_run=config.flags.FLAGS.dry_run,
+            on_start=config.save_config,
+            on_first_step=config.save_operative_config,
+        )
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+if __name__ == "__main__":
+    config.define_flags()
+    app.run(main)
