@@ -221,8 +221,8 @@ class AttentionPooling(keras.layers.Layer):
 
     Args:
         num_heads: Attention heads; divides the width.
-        mlp_dim: Hidden width of the MLP; 4 x the width by default, whatever
-            the encoder's (as the reference has it).
+        mlp_dim: Hidden width of the MLP; 4 x the width by default. In an
+            encoder it is the encoder's.
 
     Reference: big_vision models/vit.py `MAPHead`.
     """

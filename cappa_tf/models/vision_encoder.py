@@ -150,7 +150,7 @@ class VisionEncoder(keras.Model):
         self._pool = self._representation = self._head = None
         if self.pooling == "map":
             self._pool = AttentionPooling(
-                self.num_heads, name="pool", dtype=dtype
+                self.num_heads, mlp_dim=self.mlp_dim, name="pool", dtype=dtype
             )
         if self.rep_size:
             self._representation = keras.layers.Dense(

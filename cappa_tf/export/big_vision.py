@@ -1,0 +1,305 @@
+"""Weights from and to big_vision, the paper's JAX implementation.
+
+    captioner = load_captioner("cappa.npz")
+    encoder = load_vision_encoder("siglip.npz", image_size=384)
+    save_captioner(captioner, "copy.npz")
+
+Names and shapes are in the table of `big_vision_names.py`; `_paired` below is
+the one place where arrays meet variables, in both directions.
+
+Abbreviations: P patches, D width (the other letters: `big_vision_names.py`).
+"""
+
+import os
+
+import numpy as np
+
+from cappa_tf.export import big_vision_arrays as files
+from cappa_tf.export import big_vision_names as names
+from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.text_decoder import TextDecoder
+from cappa_tf.models.vision_encoder import VisionEncoder, pair
+
+# Number of positions where sincos2d leaves no array to tell it: the paper's.
+# A smaller number of them is the beginning of a larger one.
+_DEFAULT_LENGTH = 64
+
+_CAPTIONER_ENCODER = "encoder/"
+_IMAGE_TOWER = "img/"
+
+
+def load_captioner(
+    path_or_arrays, image_size=None, *, max_length=None, **options
+):
+    """Builds a captioner from weights of big_vision's CapPa.
+
+    All sizes are read from the arrays, whichever of them stand for scanned
+    (stacked) or separate blocks.
+
+    Args:
+        path_or_arrays: Path of an npz file, or a mapping from name to array,
+            names with or without `params/`.
+        image_size: Side of the images in pixels, or (height, width). Needed
+            where positions are sincos2d or no square grid; with learned
+            positions another size than that of training resamples them.
+        max_length: Longest text; needed only where positions are sincos2d
+            and texts are longer than 64.
+        **options: Further arguments of `Captioner`, such as
+            `masked_pred_prob` (by default 0 without a MASK token).
+
+    Returns:
+        A built `Captioner`.
+
+    Raises:
+        ValueError: If arrays are missing, extra or misshapen (all of them
+            are listed) or do not tell the size of the images.
+    """
+    source = _described(path_or_arrays)
+    arrays = files.read_arrays(path_or_arrays)
+    vision = files.below(arrays, _CAPTIONER_ENCODER)
+    text = {
+        name: array
+        for name, array in arrays.items()
+        if not name.startswith(_CAPTIONER_ENCODER)
+    }
+    # The reference's captioner has no class token, MAP head or classifier.
+    structure = names.vision_structure(vision.keys())
+    structure.update(pooling="gap", rep=False, head=False)
+    vision_rows = names.vision_rows(**structure)
+    vision_sizes = names.read_sizes(vision_rows, vision)
+    text_rows = names.text_rows(**names.text_structure(text.keys()))
+    text_sizes = names.read_sizes(text_rows, text)
+    text_sizes["E"] = vision_sizes.get("D")
+    expected = names.expected_shapes(
+        vision_rows, vision_sizes, _CAPTIONER_ENCODER
+    )
+    expected.update(names.expected_shapes(text_rows, text_sizes))
+    names.check_arrays(expected, arrays, source)
+    encoder = _vision_encoder(structure, vision_sizes, vision, image_size)
+    decoder = _text_decoder(text, text_sizes, max_length)
+    if not decoder.use_mask_token:
+        options.setdefault("masked_pred_prob", 0.0)
+    captioner = Captioner(encoder, decoder, **options)
+    captioner.build()
+    _load(vision_rows, encoder, vision)
+    _load(text_rows, decoder, text)
+    return captioner
+
+
+def load_vision_encoder(path_or_arrays, image_size=None):
+    """Builds an encoder from weights of a big_vision ViT.
+
+    Reads encoder-only files, the image tower (`img/...`) of a two-tower
+    model such as SigLIP, and the encoder of a captioner. A class token, a MAP
+    head, `pre_logits` and a classification head are part of the encoder
+    where the arrays have them. Pooling is then "tok" or "map", else "gap".
+
+    Args:
+        path_or_arrays: Path of an npz file, or a mapping from name to array,
+            names with or without `params/`.
+        image_size: Side of the images in pixels, or (height, width). Needed
+            where positions are sincos2d or no square grid; with learned
+            positions another size than that of training resamples them.
+
+    Returns:
+        A built `VisionEncoder`.
+
+    Raises:
+        ValueError: If arrays are missing, extra or misshapen (all of them
+            are listed) or do not tell the size of the images.
+    """
+    source = _described(path_or_arrays)
+    arrays = files.read_arrays(path_or_arrays)
+    for prefix in (_IMAGE_TOWER, _CAPTIONER_ENCODER):
+        if any(name.startswith(prefix) for name in arrays):
+            arrays = files.below(arrays, prefix)
+            break
+    arrays = files.modernise(arrays, _patches(arrays, image_size))
+    structure = names.vision_structure(arrays.keys())
+    rows = names.vision_rows(**structure)
+    sizes = names.read_sizes(rows, arrays)
+    names.check_arrays(names.expected_shapes(rows, sizes), arrays, source)
+    encoder = _vision_encoder(structure, sizes, arrays, image_size)
+    encoder.build()
+    _load(rows, encoder, arrays)
+    return encoder
+
+
+def save_captioner(captioner, path, *, scan=False):
+    """Writes the weights of a captioner for big_vision.
+
+    Args:
+        captioner: A built `Captioner`.
+        path: npz file to write; names start with `params/`.
+        scan: Whether to stack the blocks, as a big_vision model with
+            `scan=True` wants them.
+
+    Raises:
+        ValueError: If the reference has no such model.
+    """
+    encoder = captioner.vision_encoder
+    if encoder.pooling not in ("gap", "none") or (
+        encoder.rep_size or encoder.num_classes
+    ):
+        raise ValueError(
+            "A captioner of big_vision has a vision encoder with pooling "
+            "'gap', without `rep_size` and `num_classes`. Received: "
+            f"pooling={encoder.pooling!r}, rep_size={encoder.rep_size}, "
+            f"num_classes={encoder.num_classes}"
+        )
+    decoder = captioner.text_decoder
+    rows = names.text_rows(
+        num_layers=decoder.num_layers,
+        scanned=scan,
+        learned=decoder.position_embedding == "learned",
+        use_bias=decoder.use_bias,
+    )
+    arrays = _arrays(_vision_rows(encoder, scan), encoder)
+    arrays = {_CAPTIONER_ENCODER + name: a for name, a in arrays.items()}
+    _write(path, {**arrays, **_arrays(rows, decoder)})
+
+
+def save_vision_encoder(encoder, path, *, scan=False):
+    """Writes the weights of an encoder for big_vision (models/vit.py).
+
+    Args:
+        encoder: A built `VisionEncoder`.
+        path: npz file to write; names start with `params/`.
+        scan: Whether to stack the blocks.
+    """
+    _write(path, _arrays(_vision_rows(encoder, scan), encoder))
+
+
+def _vision_rows(encoder, scan):
+    return names.vision_rows(
+        num_layers=encoder.num_layers,
+        scanned=scan,
+        learned=encoder.position_embedding == "learned",
+        pooling=encoder.pooling,
+        rep=encoder.rep_size is not None,
+        head=encoder.num_classes is not None,
+    )
+
+
+def _described(path_or_arrays):
+    """Where arrays come from, for messages."""
+    if isinstance(path_or_arrays, (str, os.PathLike)):
+        return os.fspath(path_or_arrays)
+    return f"a mapping of {len(path_or_arrays)} entries"
+
+
+def _patches(arrays, image_size):
+    """Number of patches of an image of that size, None if not known."""
+    kernel = arrays.get("embedding/kernel")
+    if image_size is None or getattr(kernel, "ndim", 0) != 4:
+        return None
+    height, width = pair(image_size, "image_size")
+    return (height // kernel.shape[0]) * (width // kernel.shape[1])
+
+
+def _vision_encoder(structure, sizes, arrays, image_size):
+    """An encoder of these sizes; resamples `arrays["pos_embedding"]`."""
+    patch_size = (sizes["h"], sizes["w"])
+    if image_size is None and not structure["learned"]:
+        raise ValueError(
+            "Positions are sincos2d (there is no `pos_embedding`), so the "
+            "arrays do not tell the size of the images: pass "
+            "`image_size=(height, width)`. Received: image_size=None"
+        )
+    if image_size is None:
+        grid = files.square_grid(sizes["P"])
+        image_size = tuple(g * p for g, p in zip(grid, patch_size))
+    encoder = VisionEncoder(
+        hidden_dim=sizes["D"],
+        num_layers=sizes.get("N", structure["num_layers"]),
+        num_heads=sizes["H"],
+        mlp_dim=sizes["M"],
+        patch_size=patch_size,
+        image_size=image_size,
+        position_embedding="learned" if structure["learned"] else "sincos2d",
+        pooling=structure["pooling"],
+        rep_size=sizes.get("R"),
+        num_classes=sizes.get("K"),
+        name="vision_encoder",
+    )
+    if structure["learned"]:
+        arrays["pos_embedding"] = files.resample_positions(
+            arrays["pos_embedding"], encoder.grid
+        )
+    return encoder
+
+
+def _text_decoder(arrays, sizes, max_length):
+    structure = names.text_structure(arrays.keys())
+    if structure["learned"] and max_length not in (None, sizes["L"]):
+        raise ValueError(
+            f"Learned positions are for texts of length {sizes['L']}. "
+            f"Received: max_length={max_length}"
+        )
+    return TextDecoder(
+        vocabulary_size=sizes["V"],
+        max_length=sizes.get("L") or max_length or _DEFAULT_LENGTH,
+        hidden_dim=sizes["D"],
+        num_layers=sizes.get("N", structure["num_layers"]),
+        num_heads=sizes["H"],
+        mlp_dim=sizes["M"],
+        encoder_dim=sizes["E"],
+        use_bias=structure["use_bias"],
+        use_mask_token=sizes["T"] > sizes["V"],
+        position_embedding="learned" if structure["learned"] else "sincos2d",
+        name="text_decoder",
+    )
+
+
+def _paired(rows, model):
+    """Each row with its variables, in the order of the blocks.
+
+    Args:
+        rows: List of `names.Row`.
+        model: A built model with `num_layers`.
+
+    Returns:
+        List of (row, list of variables), one variable unless blocks are
+        stacked.
+
+    Raises:
+        ValueError: If the model has weights that big_vision's has not.
+    """
+    prefix = os.path.commonprefix([v.path for v in model.weights])
+    prefix = prefix[: prefix.rfind("/") + 1]
+    variables = {v.path.removeprefix(prefix): v for v in model.weights}
+    pairs = []
+    for row in rows:
+        count = 1 if row.axis is None else model.num_layers
+        paths = [row.path.format(i) for i in range(count)]
+        pairs.append((row, [variables.pop(path) for path in paths]))
+    if variables:
+        raise ValueError(
+            f"big_vision has no place for these weights of {model.name}. "
+            f"Received: {sorted(variables)}"
+        )
+    return pairs
+
+
+def _load(rows, model, arrays):
+    """Assigns arrays to the variables of a model."""
+    for row, variables in _paired(rows, model):
+        parts = [arrays[row.name]]
+        if row.axis is not None:
+            parts = np.moveaxis(parts[0], row.axis, 0)
+        for variable, part in zip(variables, parts, strict=True):
+            variable.assign(part)
+
+
+def _arrays(rows, model):
+    """Dict of arrays from the variables of a model."""
+    arrays = {}
+    for row, variables in _paired(rows, model):
+        values = [np.asarray(v).astype(np.float32) for v in variables]
+        stacked = row.axis is not None
+        arrays[row.name] = np.stack(values, row.axis) if stacked else values[0]
+    return arrays
+
+
+def _write(path, arrays):
+    files.write_npz(path, {f"params/{n}": a for n, a in arrays.items()})

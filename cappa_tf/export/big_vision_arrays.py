@@ -1,0 +1,202 @@
+"""Files of big_vision: reading them, whatever their age, and writing them.
+
+P: patches.  D: width.
+"""
+
+import collections.abc
+import io
+import math
+import os
+import re
+import zipfile
+
+import numpy as np
+import tensorflow as tf
+
+_BFLOAT16 = tf.bfloat16.as_numpy_dtype
+
+
+def read_arrays(path_or_arrays):
+    """All weights of a checkpoint by name.
+
+    Args:
+        path_or_arrays: Path of an npz file (remote ones included), or a
+            mapping from name to array, which may be nested as flax has it.
+
+    Returns:
+        Dict of float32 arrays; names without `params/` or `opt/target/`.
+        Where one of these is present, all else (optimizer state, counters)
+        is no weight and left out.
+
+    Raises:
+        ValueError: If the file is no npz or an array holds no numbers.
+    """
+    if isinstance(path_or_arrays, collections.abc.Mapping):
+        arrays = dict(_flatten(path_or_arrays))
+    else:
+        arrays = _read_npz(os.fspath(path_or_arrays))
+    for prefix in ("params/", "opt/target/"):
+        if any(name.startswith(prefix) for name in arrays):
+            arrays = below(arrays, prefix)
+            break
+    return {name: _float32(name, value) for name, value in arrays.items()}
+
+
+def below(arrays, prefix):
+    """The arrays whose names start with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def _flatten(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, collections.abc.Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", np.asarray(value)
+
+
+def _read_npz(path):
+    try:
+        if os.path.exists(path):
+            loaded = np.load(path, allow_pickle=False)
+        else:
+            with tf.io.gfile.GFile(path, "rb") as file:
+                content = io.BytesIO(file.read())
+            loaded = np.load(content, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with loaded:
+            return dict(loaded)
+    except tf.errors.NotFoundError as error:
+        raise ValueError(f"There is no file {path}.") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Weights of big_vision are an npz file. Received: {path} ({error})"
+        ) from error
+
+
+def _float32(name, value):
+    if value.dtype.kind == "V" and value.itemsize == 2:
+        value = value.view(_BFLOAT16)  # NumPy saves it nameless.
+    if value.dtype.kind not in "fiu" and value.dtype != _BFLOAT16:
+        raise ValueError(
+            "Weights must be numbers. "
+            f"Received: {name} of type {value.dtype}, shape {value.shape}"
+        )
+    return value.astype(np.float32)
+
+
+def write_npz(path, arrays):
+    """Writes arrays, sorted by name, under a temporary name first."""
+    path = os.fspath(path)
+    unfinished = f"{path}.incomplete"
+    with open(unfinished, "wb") as file:
+        np.savez(file, **{name: arrays[name] for name in sorted(arrays)})
+    os.replace(unfinished, path)
+
+
+def modernise(arrays, patches=None):
+    """Brings the arrays of encoders from before 2022 into today's form.
+
+    Args:
+        arrays: Dict of an encoder's arrays by name.
+        patches: Number of patches the encoder is wanted for, or None. Tells
+            a 2 x 5 grid from a 3 x 3 grid with a class token.
+
+    Returns:
+        Dict with today's names.
+
+    Reference: big_vision models/vit.py `fix_old_checkpoints`.
+    """
+    renamed = {_modern_name(name): array for name, array in arrays.items()}
+    table, token = renamed.get("pos_embedding"), renamed.get("cls")
+    if table is None or token is None or table.ndim != 3:
+        return renamed
+    # The class token once had a position, of which only the sum matters.
+    count = table.shape[1]
+    if count != patches and side(count) is None and side(count - 1):
+        renamed["cls"] = token + table[:, :1]
+        renamed["pos_embedding"] = table[:, 1:]
+    return renamed
+
+
+def _modern_name(name):
+    name = re.sub(
+        r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", name
+    )
+    # A MAP head that stood beside the encoder instead of in a module.
+    head = (
+        r"^(?=probe$|MlpBlock_0/|MultiHeadDotProductAttention_0/|LayerNorm_0/)"
+    )
+    name = re.sub(head, "MAPHead_0/", name)
+    # Modules of a block were once counted over all classes.
+    for old, new in (
+        ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
+        ("LayerNorm_2", "LayerNorm_1"),
+        ("MlpBlock_3", "MlpBlock_0"),
+    ):
+        name = re.sub(rf"(/encoderblock(_\d+)?/){old}/", rf"\1{new}/", name)
+    return name
+
+
+def side(patches):
+    """Side of a square grid of that many patches, or None."""
+    root = math.isqrt(max(patches, 0))
+    return root if root > 0 and root * root == patches else None
+
+
+def square_grid(patches):
+    """(rows, columns) of a square grid.
+
+    Raises:
+        ValueError: If that many patches are no square.
+    """
+    root = side(patches)
+    if root is None:
+        raise ValueError(
+            f"{patches} positions are not a square grid, and the arrays do "
+            "not tell its sides: pass `image_size=(height, width)`. "
+            "Received: image_size=None, or one of another number of patches."
+        )
+    return root, root
+
+
+def resample_positions(table, grid):
+    """Positions for another resolution, bilinear with fixed corners.
+
+    Args:
+        table: [1, P, D] of a square grid.
+        grid: (rows, columns) wanted; if that is P patches, nothing changes.
+
+    Returns:
+        [1, rows * columns, D].
+
+    Reference: big_vision models/vit.py `resample_posemb`
+    (`scipy.ndimage.zoom` of order 1). Deviations: the new grid need not be
+    square, and its last row and column are never lost. SciPy sets them to
+    zero for the pairs of sizes where its arithmetic, rounded, ends beyond the
+    old grid (16 to 30, 24 to 22, but none of 14 to 16, 24, 28, 32).
+    """
+    if grid[0] * grid[1] == table.shape[1]:
+        return table
+    rows, columns = square_grid(table.shape[1])
+    width = table.shape[2]
+    image = table.reshape(rows, columns, width).astype(np.float64)
+    image = np.einsum("ir,rcd->icd", _interpolation(rows, grid[0]), image)
+    image = np.einsum("jc,icd->ijd", _interpolation(columns, grid[1]), image)
+    return image.reshape(1, -1, width).astype(table.dtype)
+
+
+def _interpolation(old, new):
+    """Matrix [new, old] that interpolates linearly, ends on ends."""
+    position = np.arange(new) * ((old - 1) / max(new - 1, 1))
+    low = np.clip(np.floor(position).astype(int), 0, max(old - 2, 0))
+    share = position - low
+    matrix = np.zeros((new, old))
+    matrix[np.arange(new), low] = 1.0 - share
+    matrix[np.arange(new), np.minimum(low + 1, old - 1)] += share
+    return matrix
