@@ -92,7 +92,7 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
             f"Give a --gin_file. Shipped with this program: {_shipped()}."
         )
     gin.clear_config()
-    _add_search_path()
+    gin_root()
     used = set()
     for path in gin_files:
         _parse_file(path)
@@ -175,8 +175,8 @@ def save_operative_config(workdir, step):
         workdir: The folder.
         step: Number of finished steps, for the name of the file.
     """
-    text = gin.operative_config_str()
-    _write(workdir, f"operative_config-{step}.gin", text)
+    name = f"operative_config-{step}.gin"
+    _write(workdir, name, gin.operative_config_str())
 
 
 def _write(workdir, name, text):
@@ -193,18 +193,17 @@ def _write(workdir, name, text):
 
 @functools.cache
 def gin_root():
-    """The folder that holds gin/: of a checkout, or of an installed wheel."""
+    """The folder that holds gin/: of a checkout, or of an installed wheel.
+
+    Its files are then found from any working directory: what lies there comes
+    first, so that a person's own files can take the place of these.
+    """
     package = pathlib.Path(__file__).resolve().parent
     for folder in (package.parent, package):
         if (folder / "gin" / "models" / "b16.gin").is_file():
+            gin.add_config_file_search_path(str(folder))
             return folder
     raise ConfigError(f"The folder gin/ is missing beside or in {package}.")
-
-
-@functools.cache
-def _add_search_path():
-    """Lets 'gin/models/b16.gin' be found from any working directory."""
-    gin.add_config_file_search_path(str(gin_root()))
 
 
 def _shipped():
@@ -217,8 +216,7 @@ def _parse_file(path):
         gin.parse_config_file(path)
     except OSError as error:
         raise ConfigError(
-            f"--gin_file={path}: {error} Shipped with this program: "
-            f"{_shipped()}."
+            f"--gin_file={path}: {error} Shipped are {_shipped()}."
         ) from None
     except Exception as error:
         raise ConfigError(f"--gin_file={path}: {error}") from error

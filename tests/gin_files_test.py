@@ -1,0 +1,183 @@
+"""Every shipped gin file parses and builds what it says it builds.
+
+The files are found by looking, so a new one cannot escape.
+"""
+
+import pathlib
+
+import gin
+import keras
+import pytest
+
+from cappa_tf import config
+from cappa_tf.models.variants import variant
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RUNNABLE = sorted(f"gin/{path.name}" for path in ROOT.glob("gin/*.gin"))
+MODELS = sorted(
+    f"gin/models/{path.name}"
+    for path in ROOT.glob("gin/models/*.gin")
+    if path.name != "captioner.gin"
+)
+PARTS = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/*/*.gin")
+)
+PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
+
+# What must be given, where a file leaves it open.
+GIVEN = ("DATA='here'", "TOKENIZER='here/tokenizer.model'")
+
+# At 224 px, 64 tokens, vocabulary 32,000: counted from the public JAX code.
+COUNTS = {
+    "gin/models/s16.gin": 60_461_312,
+    "gin/models/m16.gin": 96_333_056,
+    "gin/models/b16.gin": 191_669_504,
+    "gin/models/l14.gin": 570_176_768,
+}
+VARIANTS = {
+    "gin/models/ti16.gin": ("Ti/16", 6),
+    "gin/models/s16.gin": ("S/16", 6),
+    "gin/models/m16.gin": ("M/16", 6),
+    "gin/models/b16.gin": ("B/16", 6),
+    "gin/models/l16.gin": ("L/16", 12),
+    "gin/models/l14.gin": ("L/14", 12),
+    "gin/models/so400m14.gin": ("So400m/14", 12),
+}
+
+
+def parse(*files, params=GIVEN, workdir="runs/test"):
+    config.parse(files, params, workdir=workdir)
+    return config.arguments()
+
+
+def build(constructor):
+    """A model without values: its shapes are all that is looked at."""
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            model = constructor()
+            model.build()
+            return model
+    finally:
+        # Keras would initialize them at the end of the next such scope.
+        keras.utils.clear_session(free_memory=False)
+
+
+@pytest.mark.parametrize("path", RUNNABLE)
+def test_a_runnable_file_builds_parts_that_fit(path):
+    found = parse(path)
+    model = build(found["model"])
+    optimizer = found["optimizer"]()
+    assert optimizer.schedule.total_steps == found["total_steps"]
+    for name in ("train_data", "eval_data"):
+        data = found[name]
+        assert data.path == "here"
+        assert data.tokenizer.max_length == model.text_decoder.max_length
+        assert tuple(data.image_size) == model.vision_encoder.image_size
+    assert callable(found["prepare"]) or found["prepare"] is None
+
+
+@pytest.mark.parametrize("path", RUNNABLE)
+def test_a_runnable_file_opens_with_the_command_that_runs_it(path):
+    start = (ROOT / path).read_text().split("include")[0]
+    assert f"python tools/train.py --gin_file={path}" in start
+
+
+@pytest.mark.parametrize("path", MODELS)
+def test_a_size_file_gives_the_size_of_its_name(path):
+    model = build(parse("gin/cappa_b16.gin", path)["model"])
+    encoder = model.vision_encoder.get_config()
+    decoder = model.text_decoder.get_config()
+    for name in ("hidden_dim", "num_heads", "mlp_dim"):
+        assert encoder[name] == decoder[name]
+    if path in COUNTS:
+        assert model.count_params() == COUNTS[path]
+    if path in VARIANTS:
+        name, layers = VARIANTS[path]
+        sizes = variant(name)
+        patch = sizes.pop("patch_size")
+        assert {key: encoder[key] for key in sizes} == sizes
+        assert tuple(model.vision_encoder.patch_size) == (patch, patch)
+        assert decoder["num_layers"] == layers
+    else:
+        assert model.count_params() < 30_000_000, "large: add it to VARIANTS"
+
+
+@pytest.mark.parametrize("path", PARTS)
+def test_a_part_may_be_laid_over_a_runnable_file(path):
+    parse("gin/cappa_b16.gin", path)
+
+
+@pytest.mark.parametrize("path", PAPER)
+def test_the_papers_recipe(path):
+    found = parse(path)
+    optimizer = found["optimizer"]()
+    assert (found["total_steps"], found["batch_size"]) == (366_500, 8_192)
+    assert optimizer.schedule.warmup_steps == 10_000
+    assert optimizer.get_config()["learning_rate"] == 1e-3
+    assert optimizer.get_config()["weight_decay"] == 1e-4
+    assert optimizer.get_config()["global_clip_norm"] == 1.0
+    model = found["model"]()
+    assert model.text_decoder.vocabulary_size == 32_000
+    assert model.text_decoder.max_length == 64
+    assert tuple(model.vision_encoder.image_size) == (224, 224)
+
+
+def test_cap_and_cappa_differ_in_the_objective_only():
+    texts = []
+    for name in ("cap_b16", "cappa_b16"):
+        parse(f"gin/{name}.gin")
+        texts.append(gin.config_str().splitlines())
+    first, second = (set(text) for text in texts)
+    assert first - second == {"MASKED_PRED_PROB = 0.0"}
+    assert second - first == {"MASKED_PRED_PROB = 0.75"}
+
+
+@pytest.mark.parametrize("path", PAPER)
+def test_without_data_it_says_which_binding_to_set(path):
+    with pytest.raises(config.ConfigError) as error:
+        parse(path, params=())
+    assert "DATA must be set" in str(error.value)
+    assert "TOKENIZER must be set" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("param", "named"),
+    [
+        ("BATCHSIZE=8", "BATCHSIZE.*Did you mean BATCH_SIZE"),
+        ("VisionEncoder.num_layer=8", "num_layer.*num_layers"),
+        ("Captioner.masking_rate=0.5", "masking_rate.*masking_ratio"),
+        ("TOTAL_STEPS=1e3", "TOTAL_STEPS.*must be an integer.*1000.0"),
+        ("TOTAL_STEPS='9'", "TOTAL_STEPS.*must be an integer.*'9'"),
+        ("LEARNING_RATE='3e-4'", "LEARNING_RATE.*must be a number.*'3e-4'"),
+        ("DETERMINISTIC='no'", "DETERMINISTIC.*must be True or False"),
+        ("MASKED_PRED_PROB='x'", "MASKED_PRED_PROB.*must be a number"),
+        ("CaptionDataset.captions_per_image=1.5", "captions_per_image"),
+        ("IMAGE_SIZE='224'", "IMAGE_SIZE.*'224'"),
+        ("DATA=3", "DATA.*Received: 3"),
+        ("WORKDIR=3", "WORKDIR.*Received: 3"),
+        ("AdamW.beta_1=0.5", "AdamW"),
+        ("MODEL=%gin.REQUIRED", "MODEL must be set"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_built(param, named):
+    workdir = None if "WORKDIR" in param else "runs/test"
+    with pytest.raises(config.ConfigError, match=f"(?s){named}"):
+        parse("gin/cappa_b16.gin", params=(*GIVEN, param), workdir=workdir)
+
+
+@pytest.mark.parametrize("path", RUNNABLE)
+def test_the_saved_configuration_parses_again(path, tmp_path):
+    parse(path, workdir=str(tmp_path))
+    config.save_config(tmp_path)
+    first = gin.config_str()
+    config.load_run(tmp_path)
+    assert gin.config_str() == first
+
+
+@pytest.mark.parametrize("path", RUNNABLE + PARTS)
+def test_no_file_binds_a_name_twice(path):
+    """The last one would win, silently."""
+    lines = (ROOT / path).read_text().splitlines()
+    names = [line.split("=")[0].strip() for line in lines if " = " in line]
+    macros = [name for name in names if name.isupper()]
+    assert len(macros) == len(set(macros))
