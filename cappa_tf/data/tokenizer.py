@@ -45,7 +45,13 @@ class Tokenizer(tf.Module):
         sticky_eos: See above.
     """
 
-    def __init__(self, path, max_length=64, lowercase=True, sticky_eos=True):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        max_length=64,
+        lowercase=True,
+        sticky_eos=True,
+    ):
         super().__init__(name="tokenizer")
         if not isinstance(max_length, int) or max_length < 2:
             raise ValueError(
