@@ -50,6 +50,8 @@ def test_green_where_right_red_where_wrong(tmp_path):
     assert _count(wrong, sheet._WRONG) and not _count(wrong, sheet._RIGHT)
     sheet.write_sheet(wrong, [_row(references=["another"])], marks=False)
     assert not _count(wrong, sheet._WRONG)
+    sheet.write_sheet(wrong, [_row(references=[])])
+    assert not _count(wrong, sheet._WRONG)
 
 
 def test_drawn_images_are_enlarged_by_whole_pixels(tmp_path):
