@@ -144,19 +144,20 @@ def tests(folder):
     helpers = [p for p in sorted(folder.glob("*.py")) if not _is_test(p)]
     if folder == ROOT / "tests":
         rules.append('exports_files(["run_pytest.py"])\n')
-        labels = dependencies(helpers, "//tests:helpers")
+    if helpers:
+        own = f"//{folder.relative_to(ROOT).as_posix()}:helpers"
         rules.append(
             rule(
                 "py_library",
                 name="helpers",
                 srcs=[path.name for path in helpers],
                 imports=["."],
-                deps=labels,
+                deps=dependencies(helpers, own),
             )
         )
     rules += [_test(path) for path in sorted(folder.glob("*_test.py"))]
-    kinds = '"py_library", "py_test"' if helpers else '"py_test"'
-    return _file(kinds, rules, test_only=True)
+    kinds = [kind for kind in ("py_library", "py_test") if kind in str(rules)]
+    return _file(", ".join(map('"{}"'.format, kinds)), rules, test_only=True)
 
 
 def _is_test(path):
