@@ -181,3 +181,33 @@ def test_no_file_binds_a_name_twice(path):
     names = [line.split("=")[0].strip() for line in lines if " = " in line]
     macros = [name for name in names if name.isupper()]
     assert len(macros) == len(set(macros))
+
+
+def test_quickstart_runs_and_records_what_it_ran(tmp_path):
+    """Two steps of the real thing, with the smallest model and few pictures."""
+    params = [
+        f"DATA={str(tmp_path / 'scenes')!r}",
+        f"TOKENIZER={str(tmp_path / 'scenes' / 'tokenizer.model')!r}",
+        "scenes.prepare.num_train=300",
+        "scenes.prepare.num_eval=8",
+        "TOTAL_STEPS=2",
+        "WARMUP_STEPS=1",
+        "BATCH_SIZE=8",
+        "trainer.train.final_evaluation=False",
+        "trainer.train.sample_images=0",
+    ]
+    files = ["gin/quickstart.gin", "gin/models/tiny8.gin"]
+    config.parse(files, params, workdir=str(tmp_path / "run"))
+    config.run(
+        on_start=config.save_config,
+        on_first_step=config.save_operative_config,
+    )
+    (operative,) = (tmp_path / "run").glob("operative_config-*.gin")
+    found = config.load_run(tmp_path / "run")
+    again = parse(str(operative), params=(), workdir=None)
+    for name in ("total_steps", "batch_size", "workdir", "seed", "precision"):
+        assert found[name] == again[name]
+    sizes = [build(values["model"]).count_params() for values in (found, again)]
+    assert sizes[0] == sizes[1]
+    # The operative one holds what nobody set.
+    assert "Adafactor.decay_exponent = 0.8" in operative.read_text()
