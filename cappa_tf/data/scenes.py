@@ -31,6 +31,7 @@ import io
 import os
 
 import numpy as np
+import tqdm
 
 from cappa_tf.data import drawing, tfrecord, tokenizer
 from cappa_tf.data.drawing import COLORS, RELATIONS, SHAPES, SIZES
@@ -263,7 +264,13 @@ def prepare(
     # The description is written last: where it is, all is complete.
     return tfrecord.write_dataset(
         {
-            split: examples(split, count, image_size, seed)
+            split: tqdm.tqdm(
+                examples(split, count, image_size, seed),
+                desc=f"drawing {split}",
+                total=count,
+                unit="picture",
+                leave=False,
+            )
             for split, count in counts.items()
         },
         output_dir,
