@@ -4,6 +4,11 @@ Configurations are text: 1e6 is a float and '3e-4' a string, so types are
 checked, not only values.
 """
 
+import math
+
+RESIZE_MODES = ("squash", "resize_small_central_crop")
+CACHES = (None, "stream", "records", "images")
+
 
 def integer(name, value, least):
     """Demands an integer of at least `least`."""
@@ -19,6 +24,14 @@ def choice(name, value, choices):
     if value not in choices:
         raise ValueError(
             f"`{name}` must be one of {choices}. Received: {name}={value!r}"
+        )
+
+
+def fraction(name, value):
+    """Demands a number from 0 to 1."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(
+            f"`{name}` must be a number from 0 to 1. Received: {name}={value!r}"
         )
 
 
@@ -47,3 +60,58 @@ def pair(name, value):
     for side in sides:
         integer(name, side, 1)
     return sides
+
+
+def caption_dataset(data):
+    """Refuses arguments of a `CaptionDataset` that cannot work.
+
+    Args:
+        data: The `CaptionDataset`, its arguments being attributes.
+    """
+    if not isinstance(data.split, str):
+        raise ValueError(
+            f"`split` must be a string. Received: split={data.split!r}"
+        )
+    if data.tokenizer is not None and not callable(data.tokenizer):
+        raise ValueError(
+            "`tokenizer` must be a Tokenizer or None. Received: "
+            f"tokenizer={data.tokenizer!r}"
+        )
+    for name in ("seed", "shuffle_buffer", "shift"):
+        integer(name, getattr(data, name), 0)
+    integer("num_readers", data.num_readers, 1)
+    for name in ("batch_size", "max_pixels", "num_parallel_calls"):
+        if getattr(data, name) is not None:
+            integer(name, getattr(data, name), 1)
+    if data.captions_per_image != "all":
+        integer("captions_per_image", data.captions_per_image, 1)
+    choice("resize", data.resize, RESIZE_MODES)
+    choice("cache", data.cache, CACHES)
+    interval("crop_scale", data.crop_scale, 1.0)
+    interval("crop_aspect", data.crop_aspect, math.inf)
+    fraction("max_skipped_fraction", data.max_skipped_fraction)
+    if data.crop_scale is not None and data.shift:
+        raise ValueError(
+            "`crop_scale` and `shift` exclude each other. Received: "
+            f"crop_scale={data.crop_scale}, shift={data.shift}"
+        )
+    if data.shift >= min(data.image_size):
+        raise ValueError(
+            "`shift` must be smaller than the picture. Received: "
+            f"shift={data.shift}, image_size={data.image_size}"
+        )
+
+
+def buckets(length_buckets, tokenizer):
+    """The sorted text lengths to cut to; the longest is always one."""
+    if length_buckets is None or tokenizer is None:
+        return None
+    longest = tokenizer.max_length
+    for bucket in length_buckets:
+        integer("length_buckets", bucket, 1)
+    if max(length_buckets, default=1) > longest:
+        raise ValueError(
+            "`length_buckets` must not exceed the tokenizer's "
+            f"max_length={longest}. Received: length_buckets={length_buckets}"
+        )
+    return sorted({*length_buckets, longest})

@@ -18,6 +18,9 @@ import tensorflow as tf
 
 from cappa_tf.data import draws, images, order, tfrecord
 
+# Most records decoded one after the other; chunks are decoded in parallel.
+CHUNK = 16
+
 
 class RecordDecoder:
     """Decodes chunks of serialized records in a tf.data graph.
@@ -117,6 +120,34 @@ class RecordDecoder:
         chunk["raw"] = tf.where(chunk["ok"], "", serialized)
         return chunk
 
+    def batches(self, records, batch_size, num_parallel_calls=None):
+        """Decodes a stream of records, several chunks at a time.
+
+        Args:
+            records: A tf.data.Dataset of (position, serialized record).
+            batch_size: B.
+            num_parallel_calls: Threads; None lets tf.data decide.
+
+        Returns:
+            A tf.data.Dataset of the dicts of `decode_chunk` for B records; a
+            remainder is dropped.
+        """
+        chunk = max(
+            n
+            for n in range(1, min(CHUNK, batch_size) + 1)
+            if batch_size % n == 0
+        )
+        chunks = records.batch(chunk, drop_remainder=True).map(
+            lambda index, serialized: self.decode_chunk(serialized, index),
+            num_parallel_calls=num_parallel_calls or tf.data.AUTOTUNE,
+        )
+        return chunks.batch(batch_size // chunk, drop_remainder=True).map(
+            lambda batch: {
+                k: tf.reshape(v, [batch_size, *v.shape[2:]])
+                for k, v in batch.items()
+            }
+        )
+
     def _blank(self, number):
         return {
             "image": tf.zeros([*self.size, 3], tf.uint8),
@@ -194,3 +225,32 @@ def choose_slots(seed, index, counts, num_captions):
     absent = tf.range(most)[tf.newaxis] >= counts
     shuffled = tf.argsort(tf.where(absent, 2.0, keys), stable=True)
     return tf.gather(shuffled, turns, batch_dims=1)
+
+
+def replace_bad(batch):
+    """Gives the positions of bad records to good ones of the batch.
+
+    Each position that `decode_chunk` marked as not ok takes picture and
+    captions of the nearest good one before it (counting around), and keeps
+    its own index. A batch without any good one is left as it is.
+
+    Args:
+        batch: Dict of tensors with a leading static [B]; "ok" bool [B].
+
+    Returns:
+        The same dict.
+    """
+    good = batch["ok"]
+    batch_size = good.shape[0]
+    numbers = tf.range(batch_size)
+    # How far each position would have to look back for each other one.
+    distance = (numbers[:, tf.newaxis] - numbers[tf.newaxis]) % batch_size
+    distance += tf.where(good, 0, batch_size)[tf.newaxis]  # [B, B]
+    nearest = tf.argmin(distance, axis=1)  # [B]
+    content = {k: v for k, v in batch.items() if k != "index"}
+    content = tf.cond(
+        tf.reduce_all(good),
+        lambda: content,
+        lambda: {k: tf.gather(v, nearest) for k, v in content.items()},
+    )
+    return {**content, "index": batch["index"]}

@@ -10,8 +10,6 @@ import tensorflow as tf
 
 from cappa_tf.data import draws
 
-RESIZE_MODES = ("squash", "resize_small_central_crop")
-
 
 def header_size(encoded):
     """Reads height and width from the header, without decoding.

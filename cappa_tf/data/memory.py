@@ -19,7 +19,6 @@ from cappa_tf.data import decoding, order
 
 # Of the machine's memory, at most this part may be taken by pixels.
 MEMORY_FRACTION = 0.6
-CHUNK = 16
 
 
 def load_records(shards):
@@ -106,17 +105,12 @@ class DecodedImages:
 def _chunks(shards, decoder):
     """Decoded chunks of all records in order; the last may be smaller."""
     total = sum(shard.num_examples for shard in shards)
-    whole = total - total % CHUNK
+    rest = total % decoding.CHUNK
     records = order.in_sequence(shards)
-    parts = [records.take(whole).batch(CHUNK, drop_remainder=True)]
-    if whole < total:
-        rest = records.skip(whole).batch(total - whole, drop_remainder=True)
-        parts.append(rest)
-    for part in parts:
-        yield from part.map(
-            lambda index, serialized: decoder.decode_chunk(serialized, index),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
+    if rest < total:
+        yield from decoder.batches(records, decoding.CHUNK)
+    if rest:
+        yield from decoder.batches(records.skip(total - rest), rest)
 
 
 def _captions(chunk):

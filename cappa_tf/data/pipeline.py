@@ -24,12 +24,9 @@ from cappa_tf.data import (
     tfrecord,
 )
 
-CACHES = (None, "stream", "records", "images")
 # Below this, records are kept in memory and epochs are full permutations. By
 # the size of the data, not of the machine: the order must not depend on it.
 RECORDS_IN_MEMORY_BYTES = 256 << 20
-# Decoding is parallel over chunks of a batch, at most this many examples.
-CHUNK = 16
 
 
 class CaptionDataset:
@@ -63,7 +60,7 @@ class CaptionDataset:
         batch_size: B where `train` and `evaluate` are not told.
         seed: Seed of order, captions and augmentation where `train` is not
             told.
-        shuffle: Whether `train` shuffles.
+        shuffle: Whether `train` shuffles the records.
         shuffle_buffer: Records held for shuffling where the split is too
             large for memory; changing it changes the order.
         num_readers: Shards read in turns in that case; changing it changes
@@ -99,17 +96,17 @@ class CaptionDataset:
 
     def __init__(
         self,
-        path,
-        split,
+        path: str | os.PathLike,
+        split: str,
         tokenizer,
-        image_size,
+        image_size: int | tuple | list,
         *,
         batch_size=None,
         seed=0,
         shuffle=True,
         shuffle_buffer=4096,
         num_readers=8,
-        captions_per_image=1,
+        captions_per_image: int | str = 1,
         flip=False,
         crop_scale=None,
         crop_aspect=(0.75, 4 / 3),
@@ -140,12 +137,12 @@ class CaptionDataset:
         self.shift = shift
         self.resize = resize
         self.antialias = antialias
-        self.length_buckets = length_buckets
+        self.length_buckets = checks.buckets(length_buckets, tokenizer)
         self.cache = cache
         self.max_pixels = max_pixels
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
-        self._check()
+        checks.caption_dataset(self)
         self.decode_size = self._decode_size(decode_size)
         self.resize_small = resize_small or round(
             max(self.image_size) * 256 / 224
@@ -154,6 +151,7 @@ class CaptionDataset:
         self._skips = None
         self._records = None
         self._pixels = None
+        self._evaluations = {}
 
     @property
     def description(self):
@@ -197,9 +195,11 @@ class CaptionDataset:
         checks.integer("start_index", start_index, 0)
         self._open()
         batches = self._train_batches(batch_size, start_index, seed)
+        diagnose = self._decoder(self.image_size, None).diagnose
 
         def finish(batch):
-            batch = self._replace_bad(batch, start_index)
+            self._skips.report(batch, diagnose, "train", start_index)
+            batch = decoding.replace_bad(batch)
             image = images.augment(
                 batch["image"],
                 self.image_size,
@@ -224,7 +224,13 @@ class CaptionDataset:
             A tf.data.Dataset of the batches described above.
         """
         batch_size = self._batch_size(batch_size)
-        self._open()
+        if batch_size not in self._evaluations:
+            self._open()
+            self._evaluations[batch_size] = self._evaluation(batch_size)
+        return self._evaluations[batch_size]
+
+    def _evaluation(self, batch_size):
+        """Builds `evaluate`, which repeated evaluations share."""
         num_batches = math.ceil(self.num_examples / batch_size)
         padding = tf.data.Dataset.from_tensors("").repeat()
         records = (
@@ -234,13 +240,13 @@ class CaptionDataset:
             .take(num_batches * batch_size)
             .enumerate()
         )
-        decoder = self._decoder(self.image_size, self.num_captions, None)
-        batches = self._decode(records, decoder, batch_size)
+        decoder = self._decoder(self.image_size, None)
+        batches = decoder.batches(records, batch_size, self.num_parallel_calls)
 
         def finish(batch):
-            good = self._report(batch, 0)
+            self._skips.report(batch, decoder.diagnose, "evaluate")
             result = self._finish(batch, batch["image"])
-            return {**result, "_mask": tf.cast(good, tf.float32)}
+            return {**result, "_mask": tf.cast(batch["ok"], tf.float32)}
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
@@ -265,7 +271,6 @@ class CaptionDataset:
 
     def _train_batches(self, batch_size, start_index, seed):
         """Decoded batches in training order, by way of the cache."""
-        num_captions = self.num_captions
         if self._cache_mode() == "stream":
             records = order.from_readers(
                 self.description.shards(self.split),
@@ -282,10 +287,7 @@ class CaptionDataset:
                 pixels = self._pixels_in_memory()
                 return numbers.batch(batch_size, drop_remainder=True).map(
                     lambda index, number: pixels.batch(
-                        seed if self.shuffle else None,
-                        index,
-                        number,
-                        num_captions,
+                        seed, index, number, self.num_captions
                     ),
                     num_parallel_calls=2,
                 )
@@ -293,32 +295,10 @@ class CaptionDataset:
             records = numbers.map(
                 lambda index, number: (index, tf.gather(stored, number))
             )
-        decoder = self._decoder(
-            self.decode_size, num_captions, seed if self.shuffle else None
-        )
-        return self._decode(records, decoder, batch_size)
+        decoder = self._decoder(self.decode_size, seed)
+        return decoder.batches(records, batch_size, self.num_parallel_calls)
 
-    def _decode(self, records, decoder, batch_size):
-        """(index, serialized) to decoded batches, parallel over chunks."""
-        chunk = max(
-            n
-            for n in range(1, min(CHUNK, batch_size) + 1)
-            if batch_size % n == 0
-        )
-        calls = self.num_parallel_calls or tf.data.AUTOTUNE
-        chunks = records.batch(chunk, drop_remainder=True).map(
-            lambda index, serialized: decoder.decode_chunk(serialized, index),
-            num_parallel_calls=calls,
-        )
-        batches = chunks.batch(batch_size // chunk, drop_remainder=True)
-        return batches.map(
-            lambda batch: {
-                k: tf.reshape(v, [batch_size, *v.shape[2:]])
-                for k, v in batch.items()
-            }
-        )
-
-    def _decoder(self, size, num_captions, seed):
+    def _decoder(self, size, seed, num_captions=None):
         return decoding.RecordDecoder(
             size=size,
             resize=self.resize,
@@ -327,50 +307,11 @@ class CaptionDataset:
             ),
             antialias=self.antialias,
             max_pixels=self.max_pixels,
-            num_captions=num_captions,
+            num_captions=(
+                self.num_captions if num_captions is None else num_captions
+            ),
             seed=seed,
         )
-
-    def _report(self, batch, start_index):
-        """Counts the bad records of a batch; returns bool [B], the good."""
-        raw, index = batch["raw"], batch["index"]
-        bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
-
-        def count(raws, last):
-            decoder = self._decoder(self.image_size, self.num_captions, None)
-            for record in raws.numpy():
-                reason, name = decoder.diagnose(record)
-                self._skips.add(reason, name, int(last) - start_index + 1)
-            return raws
-
-        reported = tf.cond(
-            tf.reduce_any(bad),
-            lambda: tf.size(
-                tf.py_function(
-                    count, [tf.boolean_mask(raw, bad), index[-1]], tf.string
-                )
-            ),
-            lambda: 0,
-        )
-        with tf.control_dependencies([reported]):
-            return tf.identity(batch["ok"])
-
-    def _replace_bad(self, batch, start_index):
-        """Gives the positions of bad records to neighbours in the batch."""
-        good = self._report(batch, start_index)
-        batch_size = batch["index"].shape[0]
-        numbers = tf.range(batch_size)
-        # How far each position would have to look for each other, cyclically.
-        distance = (numbers[tf.newaxis] - numbers[:, tf.newaxis]) % batch_size
-        distance += tf.where(good, 0, batch_size)[tf.newaxis]
-        nearest = tf.argmin(distance, axis=1)  # [B]
-        replaced = {k: v for k, v in batch.items() if k != "index"}
-        replaced = tf.cond(
-            tf.reduce_all(good),
-            lambda: replaced,
-            lambda: {k: tf.gather(v, nearest) for k, v in replaced.items()},
-        )
-        return {**replaced, "index": batch["index"]}
 
     def _finish(self, batch, image):
         """Value range and labels of a decoded batch."""
@@ -413,7 +354,7 @@ class CaptionDataset:
                 most = self.description.max_captions(self.split)
             self._pixels = memory.DecodedImages(
                 self.description.shards(self.split),
-                self._decoder(self.decode_size, most, None),
+                self._decoder(self.decode_size, None, most),
                 self.tokenizer,
                 name=f"{self.path} {self.split}",
             )
@@ -445,55 +386,6 @@ class CaptionDataset:
         if self.crop_scale is None:
             return self.image_size
         return tuple(round(side * 1.15) for side in self.image_size)
-
-    def _check(self):
-        """Refuses arguments that cannot work, before any data is opened."""
-        if not isinstance(self.split, str):
-            raise ValueError(
-                f"`split` must be a string. Received: split={self.split!r}"
-            )
-        if self.tokenizer is not None and not callable(self.tokenizer):
-            raise ValueError(
-                "`tokenizer` must be a Tokenizer or None. Received: "
-                f"tokenizer={self.tokenizer!r}"
-            )
-        for name in ("seed", "shuffle_buffer", "shift"):
-            checks.integer(name, getattr(self, name), 0)
-        checks.integer("num_readers", self.num_readers, 1)
-        for name in ("batch_size", "max_pixels", "num_parallel_calls"):
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), 1)
-        if self.captions_per_image != "all":
-            checks.integer("captions_per_image", self.captions_per_image, 1)
-        checks.choice("resize", self.resize, images.RESIZE_MODES)
-        checks.choice("cache", self.cache, CACHES)
-        checks.interval("crop_scale", self.crop_scale, 1.0)
-        checks.interval("crop_aspect", self.crop_aspect, math.inf)
-        if self.crop_scale is not None and self.shift:
-            raise ValueError(
-                "`crop_scale` and `shift` exclude each other. Received: "
-                f"crop_scale={self.crop_scale}, shift={self.shift}"
-            )
-        if not 0 <= self.max_skipped_fraction <= 1:
-            raise ValueError(
-                "`max_skipped_fraction` must be in [0, 1]. Received: "
-                f"max_skipped_fraction={self.max_skipped_fraction}"
-            )
-        self._check_buckets()
-
-    def _check_buckets(self):
-        buckets = self.length_buckets
-        if buckets is None or self.tokenizer is None:
-            return
-        longest = self.tokenizer.max_length
-        for bucket in buckets:
-            checks.integer("length_buckets", bucket, 1)
-        if list(buckets) != sorted(set(buckets)) or buckets[-1] > longest:
-            raise ValueError(
-                "`length_buckets` must grow and not exceed the tokenizer's "
-                f"max_length={longest}. Received: length_buckets={buckets}"
-            )
-        self.length_buckets = sorted({*buckets, longest})
 
 
 def _cut(labels, buckets, pad_id):

@@ -1,9 +1,14 @@
-"""Counts what was skipped, names it in the log, and stops above a bound."""
+"""Counts what was skipped, names it in the log, and stops above a bound.
+
+Dimensions:
+    B: batch size.
+"""
 
 import collections
 import math
 import threading
 
+import tensorflow as tf
 from absl import logging
 
 from cappa_tf.data import description as description_lib
@@ -28,6 +33,7 @@ class SkipCounter:
         self._num_examples = num_examples
         self._name = name
         self._counts = collections.Counter()
+        self._positions = set()
         self._lock = threading.Lock()
 
     @property
@@ -67,6 +73,44 @@ class SkipCounter:
                 f"max_skipped_fraction={self._max_fraction} allows "
                 f"({self.allowed(seen)}): {self.counts}. The last one: {name}"
             )
+
+    def report(self, batch, diagnose, stream, start_index=0):
+        """Counts the bad records of a batch, in a tf.data graph.
+
+        Python is called only for a batch that has some. A position of a
+        stream counts once, however often the stream is read.
+
+        Args:
+            batch: What `RecordDecoder.decode_chunk` gives: "ok", "raw" and
+                "index". Padding is neither ok nor has it bytes.
+            diagnose: Function of a serialized record to (reason, name).
+            stream: Name of the stream.
+            start_index: Position the stream started at.
+        """
+        raw = batch["raw"]
+        bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
+
+        def count(raws, positions):
+            for serialized, position in zip(raws.numpy(), positions.numpy()):
+                if (stream, position) in self._positions:
+                    continue
+                self._positions.add((stream, position))
+                reason, name = diagnose(serialized)
+                self.add(reason, name, int(position) - start_index + 1)
+            return 0
+
+        tf.cond(
+            tf.reduce_any(bad),
+            lambda: tf.py_function(
+                count,
+                [
+                    tf.boolean_mask(raw, bad),
+                    tf.boolean_mask(batch["index"], bad),
+                ],
+                tf.int32,
+            ),
+            lambda: 0,
+        )
 
     def allowed(self, seen=0):
         """How many may be skipped after `seen` examples."""
