@@ -57,25 +57,38 @@ def clip_by_global_norm(gradients, max_norm):
 
 
 def moving_average(average, value, decay):
-    """One step of an average that may be stored in a narrower type.
+    """One step of an average that may be stored in bfloat16.
 
-    As a compiled `optax.ema` with an `accumulator_dtype` has it: the decay is
-    rounded to the stored type (0.9 becomes 0.8984375 in bfloat16), all else
-    is float32, and only what is stored is rounded. (Uncompiled, optax rounds
-    one product more, which moves an update by about 0.4%.)
+    As `optax.ema` with an `accumulator_dtype` has it: the stored average is
+    scaled in its own type (so 0.9 becomes 0.8984375 in bfloat16, and the
+    product is rounded), the sum is float32 and rounded when it is stored.
 
     Args:
-        average: Variable with the average so far.
+        average: float32 or bfloat16 variable with the average so far.
         value: float32 tensor of the same shape.
         decay: Weight of the past, in [0, 1).
 
     Returns:
         The new average as float32, not yet stored.
     """
-    # As a Python number: XLA would fold a cast to bfloat16 and back away.
-    rounded_decay = float(tf.as_dtype(average.dtype).as_numpy_dtype(decay))
-    past = tf.cast(tf.convert_to_tensor(average), "float32")
-    return (1.0 - decay) * value + rounded_decay * past
+    stored = tf.as_dtype(average.dtype)
+    past = tf.cast(tf.convert_to_tensor(average), tf.float32)
+    past *= float(stored.as_numpy_dtype(decay))
+    if stored == tf.bfloat16:
+        past = _round_to_bfloat16(past)
+    return (1.0 - decay) * value + past
+
+
+def _round_to_bfloat16(x):
+    """float32 rounded to the nearest bfloat16, ties to even.
+
+    In integers, as XLA leaves out a cast to bfloat16 and back: measured, that
+    moves single updates by 0.4%, and a step would depend on `jit_compile`.
+    """
+    bits = tf.bitcast(x, tf.uint32)
+    odd = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 16), 1)
+    bits = tf.bitwise.bitwise_and(bits + odd + 0x7FFF, 0xFFFF0000)
+    return tf.bitcast(bits, tf.float32)
 
 
 class ScheduledOptimizer(keras.optimizers.Optimizer):

@@ -45,8 +45,9 @@ def rewritten_step(gradient, state, step, momentum, stored_dtype, cap=0.999):
     else:
         estimate = decay("full", square)
     rounded = float(np.asarray(momentum, stored_dtype))
-    past = np.asarray(state.get("momentum", 0.0), np.float64)
-    average = (1.0 - momentum) * gradient / estimate**0.5 + rounded * past
+    past = np.asarray(rounded * np.float32(state.get("momentum", 0.0)))
+    past = past.astype(stored_dtype).astype(np.float64)
+    average = (1.0 - momentum) * gradient / estimate**0.5 + past
     state["momentum"] = average.astype(np.float32).astype(stored_dtype)
     return average
 
