@@ -264,7 +264,7 @@ def _check(root, used, given):
     unread = [key for key in (*_BINDINGS, *given) if key not in walk.used]
     ineffective = [key for key in unread if key in given or key not in used]
     problems = [_no_effect(key, walk) for key in dict.fromkeys(ineffective)]
-    problems += walk.problems
+    problems += walk.problems.values()
     if problems:
         raise ConfigError("\n  ".join(["", *problems]).strip())
     # Saved files must parse again, without this command line's history.
@@ -305,7 +305,7 @@ class _Walk:
 
     def __init__(self, root):
         self.used = set()
-        self.problems = []
+        self.problems = {}
         self._visited = set()
         self.found_root = ("", root) in _BINDINGS
         if self.found_root:
@@ -364,7 +364,8 @@ class _Walk:
                 setting = macros[-1] if macros else f"{short}.{name}"
                 self._problem(
                     f"{setting} must be set (it is {short}.{name}): for "
-                    f"example --gin_param=\"{setting}='...'\"."
+                    f"example --gin_param=\"{setting}='...'\".",
+                    setting,
                 )
                 known[name] = signatures.UNKNOWN
             # What is built, or a tuple with parts that are.
@@ -376,8 +377,9 @@ class _Walk:
         ):
             self._problem(problem)
 
-    def _problem(self, message):
-        self.problems += [message] * (message not in self.problems)
+    def _problem(self, message, key=None):
+        """Keeps one message for each key, by default for each message."""
+        self.problems.setdefault(key or message, message)
 
 
 def _resolve(value):
