@@ -83,10 +83,8 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
             a binding is misspelled, missing, of a wrong type or has no effect.
     """
     if isinstance(gin_files, str) or isinstance(gin_params, str):
-        raise ValueError(
-            "`gin_files` and `gin_params` must be lists. Received: "
-            f"{gin_files!r}, {gin_params!r}"
-        )
+        received = f"{gin_files!r}, {gin_params!r}"
+        raise ValueError(f"Both must be lists of strings. Received: {received}")
     if not gin_files:
         raise ConfigError(
             f"Give a --gin_file. Shipped with this program: {_shipped()}."
@@ -279,8 +277,8 @@ def _no_effect(key, walk):
     guess = signatures.guess(name, [_key_name(other) for other in walk.used])
     if selector == "gin.macro":
         return f"{name} is set, but nothing in this run reads it.{guess}"
-    names = ", ".join(_BINDINGS.get(key, ()))
-    return f"{name} ({names}) is bound, but not used in this run.{guess}"
+    bound = f"{name} ({', '.join(_BINDINGS.get(key, ()))}) is bound"
+    return f"{bound}, but not used in this run.{guess}"
 
 
 def _key_name(key):
@@ -309,7 +307,7 @@ class _Walk:
         self._visited = set()
         self.found_root = ("", root) in _BINDINGS
         if self.found_root:
-            self._visit((), gin.config._REGISTRY[root], evaluated=True)
+            self._visit((), gin.config._REGISTRY[root], True)
 
     def _visit(self, scopes, configurable, evaluated):
         """Checks one call: `configurable` inside the scopes."""
