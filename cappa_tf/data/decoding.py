@@ -79,7 +79,9 @@ class RecordDecoder:
             captions = tf.gather(captions, slots)
         return {
             "image": self._resize(image),
-            "captions": captions[: self.num_captions],
+            "captions": tf.ensure_shape(
+                captions[: self.num_captions], [self.num_captions]
+            ),
             "count": count,
             "label": record["label"],
         }

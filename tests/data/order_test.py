@@ -1,6 +1,7 @@
 """Promises of the streams: epochs are permutations, any start continues."""
 
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ STREAMS = {
 }
 
 
+STARTS = {
+    "memory": [1, N - 1, N, 2 * N - 2],
+    "memory, in order": [N + 3],
+    "readers": [1, 5, 11, 15, N - 1, N, N + 9],
+    "readers, in order": [4, 13],
+    "one reader": [3, 6],
+    "more readers than shards": [17],
+}
+
+
 @pytest.mark.parametrize("stream", STREAMS)
 def test_every_epoch_is_a_permutation(shards, stream):
     positions, records = _take(STREAMS[stream](shards, 0), 3 * N)
@@ -71,10 +82,27 @@ def test_every_epoch_is_a_permutation(shards, stream):
 def test_any_start_continues_the_stream_from_zero(shards, stream):
     make = STREAMS[stream]
     _, whole = _take(make(shards, 0), 3 * N)
-    for start in [*range(N + 2), 2 * N - 1, 2 * N]:
+    for start in STARTS[stream]:
         positions, records = _take(make(shards, start), N)
         assert positions == list(range(start, start + N))
         assert records == whole[start : start + N], start
+
+
+def test_readers_resume_where_dealing_one_by_one_leaves_them():
+    counts = [7, 1, 0, 4, 4]
+    dealt = [r for turn in range(7) for r in range(5) if counts[r] > turn]
+    assert len(dealt) == sum(counts)
+    resume = tf.function(order._resume_readers)
+    for skip in range(sum(counts)):
+        skips, turns = resume(
+            tf.constant(counts, tf.int64), tf.constant(skip, tf.int64)
+        )
+        assert skips.numpy().tolist() == [
+            dealt[:skip].count(r) for r in range(5)
+        ]
+        # The readers left, in the order of their next turns.
+        expected = list(dict.fromkeys(dealt[skip:]))
+        assert turns.numpy().tolist() == expected
 
 
 @pytest.mark.parametrize("stream", ["memory", "readers"])
@@ -106,7 +134,7 @@ def test_readers_take_turns(shards):
 def _damaged(shards, number, damage, tmp_path):
     """Shards of which one is replaced by a damaged copy."""
     path = tmp_path / "damaged"
-    content = open(shards[number].path, "rb").read()
+    content = pathlib.Path(shards[number].path).read_bytes()
     damage(path, content)
     shard = tfrecord.description_lib.Shard(
         str(path), shards[number].num_examples, 0, ""

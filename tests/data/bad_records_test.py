@@ -1,0 +1,212 @@
+"""Bad records are skipped, counted, named, and stop a run above a bound."""
+
+import io
+import logging as python_logging
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import logging
+from PIL import Image
+
+from cappa_tf.data import pipeline, skips, tfrecord
+
+COUNT = 40
+BAD = {
+    5: "image cannot be decoded",
+    6: "image cannot be decoded",
+    17: "more than 1000 pixels",
+    18: "not a record of this schema",
+    39: "image cannot be decoded",
+}
+
+
+def _png(value, side=4):
+    file = io.BytesIO()
+    Image.new("L", (side, side), value).save(file, "PNG")
+    return file.getvalue()
+
+
+def _record(i):
+    """A record whose grey value is 6 times its number, or a bad one."""
+    image = {
+        5: b"not a picture",
+        6: _png(9, 30)[:40],
+        17: _png(9, 40),
+        39: b"\xff\xd8\xff",
+    }.get(i, _png(6 * i))
+    return tfrecord.Example(f"k{i}", image, [f"caption {i}"], i)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """40 records in 2 shards, 5 of them bad in as many ways."""
+    real = tfrecord.serialize
+    monkeypatch.setattr(
+        tfrecord,
+        "serialize",
+        lambda e: b"\xff\xff\xff" if e.key == "k18" else real(e),
+    )
+    tfrecord.write_dataset(
+        {"train": [_record(i) for i in range(COUNT)]}, tmp_path, "d", 2
+    )
+    return tmp_path
+
+
+def make(data, **options):
+    """A `CaptionDataset` without captions that tolerates bad records."""
+    options = {
+        "image_size": 4,
+        "batch_size": 8,
+        "max_pixels": 1000,
+        "max_skipped_fraction": 0.2,
+        **options,
+    }
+    return pipeline.CaptionDataset(data, "train", None, **options)
+
+
+def numbers(batch):
+    """Which records a batch shows, by their grey values."""
+    return np.round((batch["image"][:, 0, 0, 0] + 1) * 127.5 / 6).astype(int)
+
+
+def counts(records):
+    """Number of each reason among some bad records."""
+    reasons = [BAD[i] for i in records]
+    return {reason: reasons.count(reason) for reason in reasons}
+
+
+@pytest.mark.parametrize("cache", ["stream", "records", "images"])
+def test_training_goes_on_around_bad_records(data, cache):
+    dataset = make(data, cache=cache)
+    batches = list(dataset.train().take(5).as_numpy_iterator())
+    index = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(index, np.arange(COUNT))
+    seen = np.concatenate([numbers(batch) for batch in batches])
+    # Every good one comes; a bad one's place is a good one of its batch.
+    assert set(seen) == set(range(COUNT)) - set(BAD)
+    np.testing.assert_array_equal(
+        seen, np.concatenate([batch["label"] for batch in batches])
+    )
+    # The stream is read ahead, so the second epoch may have begun.
+    assert set(dataset.skipped) == set(BAD.values())
+    assert sum(dataset.skipped.values()) >= len(BAD)
+
+
+def test_evaluation_masks_bad_records(data):
+    dataset = make(data)
+    for _ in range(3):  # However often it runs, each counts once.
+        batches = list(dataset.evaluate().as_numpy_iterator())
+        mask = np.concatenate([batch["_mask"] for batch in batches])
+        # Round robin over two shards: even numbers first.
+        order = [*range(0, COUNT, 2), *range(1, COUNT, 2)]
+        assert [n for n, m in zip(order, mask) if not m] == [
+            n for n in order if n in BAD
+        ]
+        assert dataset.skipped == counts(BAD)
+
+
+def test_names_and_reasons_are_logged(data):
+    lines = []
+    handler = python_logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.get_absl_logger().addHandler(handler)
+    try:
+        list(make(data).evaluate())
+    finally:
+        logging.get_absl_logger().removeHandler(handler)
+    assert any("k5: image cannot be decoded" in line for line in lines)
+    assert any("k17: more than 1000 pixels" in line for line in lines)
+
+
+@pytest.mark.parametrize("cache", ["stream", "images"])
+def test_stops_above_the_bound(data, cache):
+    dataset = make(data, cache=cache, max_skipped_fraction=0.05)
+    with pytest.raises(
+        (tf.errors.InvalidArgumentError, tf.errors.UnknownError),
+        match="max_skipped_fraction=0.05",
+    ):
+        list(dataset.train().take(5))
+
+
+def test_records_without_caption_are_bad_where_captions_are_wanted(tmp_path):
+    examples = [_record(i) for i in (0, 1, 2, 3)]
+    examples[1].captions = []
+    examples[2].captions = ["", "  "]
+    examples[3].captions = ["", "real"]
+    tfrecord.write_dataset({"train": examples}, tmp_path, "d", 1)
+
+    class Lengths:
+        """Stands for a tokenizer: a caption's length is its only token."""
+
+        max_length = 1
+        pad_id = 0
+
+        def load(self):
+            pass
+
+        def __call__(self, captions):
+            return tf.strings.length(captions)[..., tf.newaxis]
+
+    dataset = pipeline.CaptionDataset(
+        tmp_path, "train", Lengths(), 4, max_skipped_fraction=0.5
+    )
+    batch = next(dataset.evaluate(4).as_numpy_iterator())
+    assert batch["_mask"].tolist() == [1, 0, 0, 1]
+    assert batch["labels"][:, 0].tolist() == [9, 0, 0, 4]
+    assert dataset.skipped == {"no caption": 2}
+
+
+def _shards(path):
+    return tfrecord.DatasetDescription.load(path).shards("train")
+
+
+def test_truncated_shard(data):
+    path = _shards(data)[1].path
+    size = os.path.getsize(path)
+    os.truncate(path, size * 3 // 4)
+    with pytest.raises(ValueError, match=r"disagree.*00001-of-00002 has"):
+        make(data, max_skipped_fraction=0.01).train()
+    dataset = make(data, cache="stream", max_skipped_fraction=0.5)
+    seen = [
+        n
+        for batch in dataset.evaluate().as_numpy_iterator()
+        for n in numbers(batch)[batch["_mask"] == 1]
+    ]
+    assert len(seen) == len(set(seen)) >= 30
+    assert set(range(0, COUNT, 2)) - set(BAD) <= set(seen)
+    assert dataset.skipped["lost record"] >= 2
+    assert len(list(dataset.read_examples())) == COUNT
+
+
+def test_missing_shard(data):
+    os.remove(_shards(data)[0].path)
+    with pytest.raises(ValueError, match="00000-of-00002 is missing"):
+        make(data).train()
+    dataset = make(data, max_skipped_fraction=0.7)
+    seen = [
+        n
+        for batch in dataset.train().take(5).as_numpy_iterator()
+        for n in numbers(batch)
+    ]
+    assert {n % 2 for n in seen if n} == {1}
+    assert dataset.skipped["lost record"] >= COUNT // 2
+
+
+def test_shards_of_another_version(data):
+    with open(_shards(data)[0].path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="disagree"):
+        make(data, max_skipped_fraction=1.0).train()
+
+
+def test_bound_is_of_an_epoch_first_and_then_of_what_was_seen():
+    counter = skips.SkipCounter(0.01, 1000, "data")
+    assert counter.allowed() == 10
+    assert counter.allowed(seen=500) == 10
+    assert counter.allowed(seen=5000) == 50
+    assert skips.SkipCounter(0.001, 100, "data").allowed() == 1
+    strict = skips.SkipCounter(0, 100, "data")
+    with pytest.raises(ValueError, match="the-name"):
+        strict.add("reason", "the-name")

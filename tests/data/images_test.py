@@ -1,0 +1,228 @@
+"""Promises of decoding, resizing and augmentation."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from cappa_tf.data import images
+
+H, W = 24, 36
+
+
+def _picture(height=H, width=W):
+    """A smooth colour picture, so that lossy formats stay close to it."""
+    y, x = np.mgrid[0:height, 0:width]
+    rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+def encode(pixels, file_format, mode="RGB", **options):
+    """An image file of some format and mode."""
+    image = Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.convert(mode).save(file, file_format, **options)
+    return file.getvalue()
+
+
+def _grey16():
+    ramp = np.arange(H * W, dtype=np.uint16).reshape(H, W) * 70
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    return file.getvalue(), np.repeat((ramp >> 8)[..., None], 3, -1)
+
+
+def _grey(pixels):
+    return np.repeat(
+        np.asarray(Image.fromarray(pixels).convert("L"))[..., None], 3, -1
+    )
+
+
+# format, mode, what decoding gives, tolerance in grey levels
+CASES = [
+    ("JPEG", "RGB", lambda p: p, 16),
+    ("JPEG", "L", _grey, 4),
+    ("JPEG", "CMYK", lambda p: p, 16),
+    ("PNG", "RGB", lambda p: p, 0),
+    ("PNG", "L", _grey, 0),
+    ("PNG", "P", lambda p: p, 60),
+    ("PNG", "RGBA", lambda p: p, 0),
+    ("GIF", "L", _grey, 2),
+    ("BMP", "RGB", lambda p: p, 0),
+    ("BMP", "L", _grey, 0),
+    ("WEBP", "RGB", lambda p: p, 32),
+]
+
+
+@pytest.mark.parametrize("file_format, mode, expected, tolerance", CASES)
+def test_every_format_becomes_rgb(file_format, mode, expected, tolerance):
+    pixels = _picture()
+    encoded = encode(pixels, file_format, mode)
+    assert images.header_size(encoded).numpy().tolist() == [H, W]
+    decoded = images.decode(encoded, max_pixels=H * W).numpy()
+    assert decoded.dtype == np.uint8 and decoded.shape == (H, W, 3)
+    difference = np.abs(decoded.astype(int) - expected(pixels))
+    assert difference.max() <= tolerance
+
+
+def test_sixteen_bits_become_eight():
+    encoded, expected = _grey16()
+    np.testing.assert_allclose(images.decode(encoded), expected, atol=1)
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {}])
+def test_webp_header_of_each_kind(options):
+    rgba = np.dstack([_picture(), np.full((H, W), 255, np.uint8)])
+    for mode in ("RGB", "RGBA"):
+        encoded = encode(rgba, "WEBP", mode, exact=True, **options)
+        assert images.header_size(encoded).numpy().tolist() == [H, W]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_transparent_pixels_become_white(file_format):
+    rgba = np.dstack([_picture(), np.zeros((H, W), np.uint8)])
+    rgba[: H // 2, :, 3] = 255
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    decoded = images.decode(encode(rgba, file_format, "RGBA", **options))
+    np.testing.assert_array_equal(decoded[: H // 2], rgba[: H // 2, :, :3])
+    np.testing.assert_array_equal(decoded[H // 2 :], 255)
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("L", (W, H), grey) for grey in (10, 200)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(images.decode(file.getvalue()), 10)
+
+
+BAD = {
+    "empty": b"",
+    "text": b"this is not a picture",
+    "head only": b"\xff\xd8\xff",
+    "truncated jpeg": encode(_picture(), "JPEG")[:-200],
+    "truncated png": encode(_picture(), "PNG")[:-60],
+    "header cut": encode(_picture(), "PNG")[:20],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_fail(name):
+    decode = tf.function(lambda encoded: images.decode(encoded, 10_000))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decode(tf.constant(BAD[name]))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_too_many_pixels_are_refused_from_the_header(file_format):
+    encoded = encode(_picture(), file_format)
+    # With the pixels cut off, only the header can have been looked at. (A
+    # JPEG's size comes after its tables.)
+    head = tf.constant(encoded if file_format == "JPEG" else encoded[:64])
+    decode = tf.function(lambda e: images.decode(e, H * W - 1))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 863"):
+        decode(head)
+
+
+def test_one_pixel_becomes_a_uniform_picture():
+    encoded = encode(np.full((1, 1, 3), 7, np.uint8), "PNG")
+    image = images.decode(encoded, 100)
+    np.testing.assert_array_equal(images.resize(image, (5, 4)), 7)
+    cropped = images.resize_small_central_crop(image, 6, (5, 4))
+    np.testing.assert_array_equal(cropped, np.full((5, 4, 3), 7))
+
+
+def test_squash_keeps_corners_and_loses_the_aspect_ratio():
+    squashed = images.resize(_picture(48, 96), (24, 24)).numpy()
+    assert squashed.shape == (24, 24, 3)
+    np.testing.assert_allclose(squashed, _picture(48, 96)[::2, ::4], atol=12)
+
+
+def test_central_crop_takes_the_middle():
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 200
+    cropped = images.resize_small_central_crop(pixels, 10, (10, 10)).numpy()
+    assert cropped.shape == (10, 10, 3)
+    np.testing.assert_array_equal(cropped[:, 1:-1], 200)
+    tall = images.resize_small_central_crop(
+        pixels.transpose(1, 0, 2), 10, (8, 8)
+    )
+    np.testing.assert_array_equal(tall, 200)
+
+
+def test_model_range():
+    x = images.to_model_range(tf.constant([0, 255], tf.uint8))
+    np.testing.assert_allclose(x, [-1.0, 1.0])
+
+
+def _batch(count=64):
+    return tf.stack([_picture()] * count), tf.range(count, dtype=tf.int64)
+
+
+def test_nothing_switched_on_changes_nothing():
+    batch, index = _batch(4)
+    same = images.augment(batch, (H, W), 0, index)
+    np.testing.assert_allclose(same, tf.cast(batch, tf.float32), atol=0.01)
+
+
+def test_flips_mirror_about_half():
+    batch, index = _batch()
+    flipped = images.augment(batch, (H, W), 0, index, flip=True).numpy()
+    picture = _picture().astype(np.float32)
+    same = np.abs(flipped - picture).max((1, 2, 3)) < 0.01
+    mirrored = np.abs(flipped - picture[:, ::-1]).max((1, 2, 3)) < 0.01
+    assert np.all(same ^ mirrored)
+    assert 16 < mirrored.sum() < 48
+
+
+def test_shift_moves_by_whole_pixels_within_bounds():
+    batch, index = _batch()
+    moved = images.augment(batch, (H, W), 0, index, shift=2).numpy()
+    padded = np.pad(_picture(), [(2, 2), (2, 2), (0, 0)], mode="reflect")
+    seen = set()
+    for image in moved:
+        at = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.abs(image - padded[y : y + H, x : x + W]).max() < 0.05
+        ]
+        assert len(at) == 1
+        seen.update(at)
+    assert len(seen) > 12
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(5))
+
+
+def test_crops_cover_the_stated_area():
+    # A picture whose pixel values are its coordinates shows what was cut.
+    y, x = np.mgrid[0:101, 0:101]
+    grid = np.stack([y, x, y], -1).astype(np.uint8)
+    index = tf.range(200, dtype=tf.int64)
+    cut = images.augment(
+        tf.stack([grid] * 200),
+        (11, 11),
+        3,
+        index,
+        crop_scale=(0.3, 0.8),
+        crop_aspect=(0.9, 1.1),
+    ).numpy()
+    height = cut[:, -1, 0, 0] - cut[:, 0, 0, 0]
+    width = cut[:, 0, -1, 1] - cut[:, 0, 0, 1]
+    area = height * width / 1e4
+    assert area.min() > 0.29 and area.max() < 0.81
+    assert area.min() < 0.35 and area.max() > 0.75
+    ratio = width / height
+    assert 0.89 < ratio.min() < 0.95 and 1.05 < ratio.max() < 1.11
+    assert cut.min() >= 0 and cut.max() <= 100
+
+
+def test_augmentation_follows_the_index_not_the_batch():
+    batch, index = _batch(8)
+    options = {"flip": True, "crop_scale": (0.5, 1.0)}
+    whole = images.augment(batch, (H, W), 1, index, **options)
+    part = images.augment(batch[:3], (H, W), 1, index[5:], **options)
+    # Not to the last bit: vectorised logarithms round by their lane.
+    np.testing.assert_allclose(whole[5:], part, atol=1e-3)
+    other = images.augment(batch, (H, W), 2, index, **options)
+    assert np.abs(whole - other).max() > 1
