@@ -83,8 +83,8 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
             a binding is misspelled, missing, of a wrong type or has no effect.
     """
     if isinstance(gin_files, str) or isinstance(gin_params, str):
-        received = f"{gin_files!r}, {gin_params!r}"
-        raise ValueError(f"Both must be lists of strings. Received: {received}")
+        given = f"gin_files={gin_files!r}, gin_params={gin_params!r}"
+        raise ValueError(f"Files and params must be lists. Received: {given}")
     if not gin_files:
         raise ConfigError(
             f"Give a --gin_file. Shipped with this program: {_shipped()}."
