@@ -282,14 +282,14 @@ class Captioner(keras.Model):
         )
 
     def _draw_parallel(self, seeds, count):
-        """bool [B]: which examples are predicted in parallel."""
+        """Which examples are predicted in parallel, bool [B]."""
         if seeds is None or self.masked_pred_prob == 0.0:
             return tf.fill([count], False)
         draws = random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
         return draws < self.masked_pred_prob
 
     def _decoder_inputs(self, labels, parallel, seeds):
-        """Shifted labels, or for parallel captions masked ones: int32 [N, L]."""
+        """Shifted labels; for parallel captions masked ones. int32 [N, L]."""
         shifted = shift_right(labels)
         if seeds is None or self.masked_pred_prob == 0.0:
             return shifted

@@ -78,9 +78,13 @@ def _chunked(hidden, kernel, bias, targets, chunks, chunk_size, smoothing):
     """Loss and nll of the first `chunks` chunks; zeros for the others.
 
     Args:
-        hidden: [R, D] with R a multiple of chunk_size; kernel [D, V]; bias
-            [V]; targets int32 [R]; chunks: scalar int32; chunk_size: int;
-            smoothing: float.
+        hidden: [R, D] with R a multiple of chunk_size.
+        kernel: [D, V].
+        bias: [V].
+        targets: int32 [R].
+        chunks: Scalar int32.
+        chunk_size: Python int.
+        smoothing: Python float.
 
     Returns:
         Two float32 [R].

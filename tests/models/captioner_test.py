@@ -1,0 +1,240 @@
+"""Objectives, draws, scores and decoding of the whole captioner."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from cappa_tf.models import random
+from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.text_decoder import TextDecoder
+from cappa_tf.models.vision_encoder import VisionEncoder
+
+B, L, V, SIDE = 4, 7, 20, 16
+SMALL = {"hidden_dim": 16, "num_heads": 2, "mlp_dim": 32}
+
+
+def make_captioner(encoder=None, **kwargs):
+    """A captioner whose every weight is random (the head starts at zero)."""
+    keras.utils.set_random_seed(0)
+    captioner = Captioner(
+        VisionEncoder(
+            num_layers=1,
+            patch_size=8,
+            image_size=SIDE,
+            **SMALL,
+            **(encoder or {}),
+        ),
+        TextDecoder(V, L, num_layers=2, **SMALL),
+        **kwargs,
+    )
+    captioner.build()
+    draw = np.random.RandomState(1)
+    for variable in captioner.trainable_variables:
+        variable.assign(draw.normal(0, 0.3, variable.shape))
+    return captioner
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return make_captioner()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    draw = np.random.RandomState(0)
+    labels = draw.randint(2, V, (B, L))
+    for row, length in enumerate((2, 4, 7, 5)):
+        labels[row, length - 1] = 1
+        labels[row, length:] = 0
+    return {
+        "image": tf.constant(
+            draw.uniform(-1, 1, (B, SIDE, SIDE, 3)), tf.float32
+        ),
+        "labels": tf.constant(labels, tf.int32),
+        "index": tf.range(10, 10 + B, dtype=tf.int64),
+    }
+
+
+def _nll(captioner, batch, parallel):
+    """Per-token nll [B, L] from the public logits."""
+    logits = captioner.logits(batch["image"], batch["labels"], parallel)
+    log_probs = tf.nn.log_softmax(logits)
+    nll = -tf.gather(log_probs, batch["labels"], batch_dims=2)
+    return nll.numpy() * (batch["labels"].numpy() != 0)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_loss_is_the_mean_over_a_captions_tokens(batch, probability):
+    captioner = make_captioner(masked_pred_prob=probability)
+    parts = captioner.compute_losses(batch)
+    nll = _nll(captioner, batch, parallel=probability == 1.0)
+    lengths = np.sum(batch["labels"] != 0, -1)
+    np.testing.assert_allclose(parts["loss"], nll.sum(-1) / lengths, rtol=1e-5)
+    np.testing.assert_allclose(parts["nll"], nll.sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(parts["tokens"], lengths)
+    np.testing.assert_array_equal(parts["parallel"], [probability] * B)
+
+
+def test_a_mixed_batch_is_each_example_by_its_own_objective(captioner, batch):
+    batch = {k: tf.repeat(v, 8, axis=0) for k, v in batch.items()}
+    batch["index"] = tf.range(8 * B, dtype=tf.int64)
+    parts = captioner.compute_losses(batch)
+    drawn = parts["parallel"].numpy() == 1
+    assert 0 < drawn.sum() < 8 * B
+    nll = np.where(
+        drawn,
+        _nll(captioner, batch, True).sum(-1),
+        _nll(captioner, batch, False).sum(-1),
+    )
+    np.testing.assert_allclose(parts["nll"], nll, rtol=1e-5)
+
+
+def test_three_quarters_are_parallel(captioner):
+    index = tf.range(4000, dtype=tf.int64)
+    seeds = random.example_seeds(0, index)
+    share = tf.reduce_mean(
+        tf.cast(captioner._draw_parallel(seeds, 4000), tf.float32)
+    )
+    assert abs(float(share) - 0.75) < 0.03
+
+
+def test_evaluation_is_always_autoregressive(captioner, batch):
+    parts = captioner.compute_losses(batch, training=False)
+    nll = _nll(captioner, batch, False).sum(-1)
+    np.testing.assert_allclose(parts["nll"], nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_masking_ratio_is_the_share_of_masks(batch, ratio):
+    captioner = make_captioner(masked_pred_prob=1.0, masking_ratio=ratio)
+    seeds = random.example_seeds(0, batch["index"])
+    tokens = captioner._decoder_inputs(
+        batch["labels"], tf.fill([B], True), seeds
+    ).numpy()
+    masked = tokens == V
+    assert np.all(masked.sum(-1) == int(ratio * L))
+    np.testing.assert_array_equal(
+        tokens[~masked], batch["labels"].numpy()[~masked]
+    )
+
+
+def test_several_captions_are_the_mean_of_each_alone(captioner, batch):
+    other = tf.roll(batch["labels"], 1, axis=0)
+    both = {**batch, "labels": tf.stack([batch["labels"], other], 1)}
+    together = captioner.compute_losses(both)
+    parts = [
+        captioner.compute_losses({**batch, "labels": labels})
+        for labels in (batch["labels"], other)
+    ]
+    for name, mean in (("loss", 0.5), ("nll", 1.0), ("tokens", 1.0)):
+        expected = mean * (parts[0][name] + parts[1][name])
+        np.testing.assert_allclose(together[name], expected, rtol=1e-5)
+
+
+def test_draws_and_drops_do_not_depend_on_the_split(batch):
+    captioner = make_captioner({"dropout": 0.2, "patch_dropout": 0.5})
+    whole = captioner.compute_losses(batch)
+    halves = [
+        captioner.compute_losses({k: v[i : i + 2] for k, v in batch.items()})
+        for i in (0, 2)
+    ]
+    for name, value in whole.items():
+        joined = tf.concat([half[name] for half in halves], 0)
+        np.testing.assert_allclose(value, joined, rtol=1e-5)
+
+
+def test_scores_are_minus_the_nll_of_every_pair(captioner, batch):
+    scores = captioner.score(batch["image"], batch["labels"], labels_per_pass=3)
+    for label in range(B):
+        tiled = tf.repeat(batch["labels"][label][None], B, 0)
+        nll = _nll(captioner, {**batch, "labels": tiled}, False).sum(-1)
+        np.testing.assert_allclose(scores[:, label], -nll, rtol=1e-5)
+
+
+def test_scores_of_strings_go_through_the_tokenizer(batch):
+    captioner = make_captioner()
+    with pytest.raises(ValueError, match="captioner.tokenizer"):
+        captioner.score(batch["image"], ["a", "b"])
+    captioner.tokenizer = lambda strings: batch["labels"][: len(strings)]
+    np.testing.assert_allclose(
+        captioner.score(batch["image"], ["a", "b"]),
+        captioner.score(batch["image"], batch["labels"][:2]),
+    )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_cached_decoding_is_greedy_by_the_full_logits(
+    captioner, batch, jit_compile
+):
+    generate = tf.function(captioner.generate, jit_compile=jit_compile)
+    outputs = generate(batch["image"])
+    tokens = outputs["tokens"].numpy()
+    logits = captioner.logits(batch["image"], tokens)
+    log_probs = tf.nn.log_softmax(logits).numpy()
+    for row in range(B):
+        ended = False
+        for t in range(L):
+            if ended:
+                assert tokens[row, t] == 0
+                assert outputs["log_probs"][row, t] == 0
+                continue
+            assert tokens[row, t] == np.argmax(log_probs[row, t])
+            np.testing.assert_allclose(
+                outputs["log_probs"][row, t],
+                log_probs[row, t].max(),
+                rtol=1e-4,
+            )
+            ended = tokens[row, t] == 1
+
+
+def test_fit_learns_and_a_saved_captioner_is_the_same(batch, tmp_path):
+    captioner = make_captioner()
+    captioner.compile(keras.optimizers.Adam(3e-3))
+    data = tf.data.Dataset.from_tensors(batch).repeat(30)
+    history = captioner.fit(data, epochs=2, verbose=0).history["loss"]
+    assert history[1] < 0.7 * history[0]
+    captioner.save(tmp_path / "captioner.keras")
+    loaded = keras.saving.load_model(tmp_path / "captioner.keras")
+    np.testing.assert_array_equal(
+        loaded.logits(batch["image"], batch["labels"]),
+        captioner.logits(batch["image"], batch["labels"]),
+    )
+    assert loaded.get_config() == captioner.get_config()
+
+
+def test_evaluate_leaves_padding_out(batch):
+    captioner = make_captioner()
+    captioner.compile()
+    masked = {**batch, "_mask": tf.constant([1.0, 1.0, 0.0, 0.0])}
+    some = {k: v[:2] for k, v in batch.items()}
+    results = [
+        captioner.evaluate(
+            tf.data.Dataset.from_tensors(b), verbose=0, return_dict=True
+        )
+        for b in (masked, some)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"masked_pred_prob": 1.5}, "masked_pred_prob=1.5"),
+        ({"masking_ratio": "1"}, "masking_ratio='1'"),
+        ({"seed": 0.5}, "seed=0.5"),
+    ],
+)
+def test_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_captioner(**kwargs)
+
+
+def test_refuses_parts_that_do_not_fit():
+    encoder = VisionEncoder(num_layers=1, patch_size=8, image_size=16, **SMALL)
+    narrow = {**SMALL, "hidden_dim": 8}
+    with pytest.raises(ValueError, match="encoder_dim=8, hidden_dim=16"):
+        Captioner(encoder, TextDecoder(V, L, num_layers=1, **narrow))
+    unmasked = TextDecoder(V, L, num_layers=1, use_mask_token=False, **SMALL)
+    with pytest.raises(ValueError, match="use_mask_token=False"):
+        Captioner(encoder, unmasked)
