@@ -4,7 +4,7 @@
     encoder = load_vision_encoder("siglip.npz", image_size=384)
     save_captioner(captioner, "copy.npz")
 
-Names and shapes are in the table of `big_vision_names.py`; `_paired` below is
+Names and shapes are in the table of `big_vision_names.py`; `paired` below is
 the one place where arrays meet variables, in both directions.
 
 Abbreviations: P patches, D width (the other letters: `big_vision_names.py`).
@@ -16,6 +16,7 @@ import numpy as np
 
 from cappa_tf.export import big_vision_arrays as files
 from cappa_tf.export import big_vision_names as names
+from cappa_tf.export.big_vision_arrays import read_arrays
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder, pair
@@ -23,6 +24,15 @@ from cappa_tf.models.vision_encoder import VisionEncoder, pair
 # Number of positions where sincos2d leaves no array to tell it: the paper's.
 # A smaller number of them is the beginning of a larger one.
 _DEFAULT_LENGTH = 64
+
+__all__ = [
+    "is_captioner",
+    "load_captioner",
+    "load_vision_encoder",
+    "read_arrays",
+    "save_captioner",
+    "save_vision_encoder",
+]
 
 _CAPTIONER_ENCODER = "encoder/"
 _IMAGE_TOWER = "img/"
@@ -55,7 +65,7 @@ def load_captioner(
             are listed) or do not tell the size of the images.
     """
     source = _described(path_or_arrays)
-    arrays = files.read_arrays(path_or_arrays)
+    arrays = read_arrays(path_or_arrays)
     vision = files.below(arrays, _CAPTIONER_ENCODER)
     text = {
         name: array
@@ -109,7 +119,7 @@ def load_vision_encoder(path_or_arrays, image_size=None):
             are listed) or do not tell the size of the images.
     """
     source = _described(path_or_arrays)
-    arrays = files.read_arrays(path_or_arrays)
+    arrays = read_arrays(path_or_arrays)
     for prefix in (_IMAGE_TOWER, _CAPTIONER_ENCODER):
         if any(name.startswith(prefix) for name in arrays):
             arrays = files.below(arrays, prefix)
@@ -123,6 +133,11 @@ def load_vision_encoder(path_or_arrays, image_size=None):
     encoder.build()
     _load(rows, encoder, arrays)
     return encoder
+
+
+def is_captioner(arrays):
+    """Whether these arrays (of `read_arrays`) are of a captioner."""
+    return any(name.startswith("decoder/") for name in arrays)
 
 
 def save_captioner(captioner, path, *, scan=False):
@@ -251,7 +266,7 @@ def _text_decoder(arrays, sizes, max_length):
     )
 
 
-def _paired(rows, model):
+def paired(rows, model):
     """Each row with its variables, in the order of the blocks.
 
     Args:
@@ -271,19 +286,21 @@ def _paired(rows, model):
     pairs = []
     for row in rows:
         count = 1 if row.axis is None else model.num_layers
-        paths = [row.path.format(i) for i in range(count)]
-        pairs.append((row, [variables.pop(path) for path in paths]))
-    if variables:
+        pairs.append((row, [row.path.format(i) for i in range(count)]))
+    wanted = {path for _, paths in pairs for path in paths}
+    if wanted != variables.keys():
         raise ValueError(
-            f"big_vision has no place for these weights of {model.name}. "
-            f"Received: {sorted(variables)}"
+            "big_vision has no such model: its weights must be those of the "
+            f"table. Received: {model.name} with "
+            f"{sorted(variables.keys() - wanted)} more, without "
+            f"{sorted(wanted - variables.keys())}"
         )
-    return pairs
+    return [(row, [variables[path] for path in paths]) for row, paths in pairs]
 
 
 def _load(rows, model, arrays):
     """Assigns arrays to the variables of a model."""
-    for row, variables in _paired(rows, model):
+    for row, variables in paired(rows, model):
         parts = [arrays[row.name]]
         if row.axis is not None:
             parts = np.moveaxis(parts[0], row.axis, 0)
@@ -294,7 +311,7 @@ def _load(rows, model, arrays):
 def _arrays(rows, model):
     """Dict of arrays from the variables of a model."""
     arrays = {}
-    for row, variables in _paired(rows, model):
+    for row, variables in paired(rows, model):
         values = [np.asarray(v).astype(np.float32) for v in variables]
         stacked = row.axis is not None
         arrays[row.name] = np.stack(values, row.axis) if stacked else values[0]

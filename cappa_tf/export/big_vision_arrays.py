@@ -179,7 +179,7 @@ def resample_positions(table, grid):
     (`scipy.ndimage.zoom` of order 1). Deviations: the new grid need not be
     square, and its last row and column are never lost. SciPy sets them to
     zero for the pairs of sizes where its arithmetic, rounded, ends beyond the
-    old grid (16 to 30, 24 to 22, but none of 14 to 16, 24, 28, 32).
+    old grid (16 to 30, 32 to 16; no size up to 79 from 7, 14 or 27).
     """
     if grid[0] * grid[1] == table.shape[1]:
         return table

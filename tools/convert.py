@@ -1,0 +1,182 @@
+"""Converts weights from and to big_vision, the paper's JAX implementation.
+
+    python tools/convert.py --from=big_vision --input=cappa.npz \
+        --output=captioner.keras
+    python tools/convert.py --to=big_vision --input=captioner.keras \
+        --output=cappa.npz
+    python tools/convert.py --from=big_vision --input=siglip.npz \
+        --output=encoder.keras --image_size=384
+
+An npz of a captioner becomes a captioner, one of a ViT or of a two-tower model
+(`img/...`) a vision encoder. --to=big_vision also takes the folder of a run.
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+
+
+def define_flags(flag_values=flags.FLAGS):
+    """Defines the flags of this tool."""
+    where = {"flag_values": flag_values}
+    kinds = ["keras", "big_vision"]
+    flags.DEFINE_enum("from", "keras", kinds, "Format of --input.", **where)
+    flags.DEFINE_enum("to", "keras", kinds, "Format of --output.", **where)
+    flags.DEFINE_string("input", None, "File to read.", required=True, **where)
+    flags.DEFINE_string(
+        "output", None, "File to write.", required=True, **where
+    )
+    flags.DEFINE_list(
+        "image_size",
+        None,
+        "Side of the images in pixels, or HEIGHT,WIDTH: where the arrays do "
+        "not tell it (sincos2d positions, grids that are not square), or to "
+        "resample learned positions. Only with --from=big_vision.",
+        **where,
+    )
+    flags.DEFINE_integer(
+        "max_length",
+        None,
+        "Longest text, where positions are sincos2d; 64 by default. Only "
+        "with --from=big_vision.",
+        lower_bound=1,
+        **where,
+    )
+    flags.DEFINE_bool(
+        "encoder_only",
+        False,
+        "Write only the vision encoder of a captioner.",
+        **where,
+    )
+    flags.DEFINE_bool(
+        "scan",
+        False,
+        "Stack the blocks, as models with scan=True have them. Only with "
+        "--to=big_vision.",
+        **where,
+    )
+
+
+def convert(options):
+    """Reads, converts and writes.
+
+    Args:
+        options: The parsed flags.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: If flags contradict each other or the input is no model.
+    """
+    _check(options)
+    model = _read(options)
+    encoder = getattr(model, "vision_encoder", model)
+    if options.encoder_only:
+        model = encoder
+    if options.to == "keras":
+        unfinished = f"{options.output}.incomplete.keras"
+        model.save(unfinished)
+        os.replace(unfinished, options.output)
+    else:
+        _write_big_vision(model, options)
+    kind = "vision encoder" if model is encoder else "captioner"
+    return (
+        f"{options.output}: {kind}, {model.count_params():,} parameters, "
+        f"images of {encoder.image_size[0]} x {encoder.image_size[1]} pixels"
+    )
+
+
+def _check(options):
+    kinds = {options["from"].value, options.to}
+    if kinds != {"keras", "big_vision"}:
+        raise ValueError(
+            "One of --from and --to must be big_vision, the other keras. "
+            f"Received: --from={options['from'].value} --to={options.to}"
+        )
+    to_keras = options.to == "keras"
+    if to_keras and options.scan:
+        raise ValueError("--scan is for --to=big_vision. Received: --scan")
+    for name in ("image_size", "max_length"):
+        if not to_keras and options[name].value is not None:
+            raise ValueError(
+                f"--{name} is for --from=big_vision. "
+                f"Received: --{name}={options[name].value}"
+            )
+    suffix = ".keras" if to_keras else ".npz"
+    if not options.output.endswith(suffix):
+        raise ValueError(
+            f"--output must end in {suffix}. "
+            f"Received: --output={options.output}"
+        )
+
+
+def _read(options):
+    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    from cappa_tf.training import workdir
+
+    if options.to == "big_vision":
+        return workdir.load_captioner(options.input)
+    try:
+        return _read_big_vision(options)
+    except ValueError as error:
+        raise ValueError(f"--input={options.input}: {error}") from error
+
+
+def _read_big_vision(options):
+    from cappa_tf.export import big_vision
+
+    arrays = big_vision.read_arrays(options.input)
+    size = image_size(options.image_size)
+    if big_vision.is_captioner(arrays) and not options.encoder_only:
+        return big_vision.load_captioner(
+            arrays, size, max_length=options.max_length
+        )
+    if options.max_length is not None:
+        raise ValueError(
+            "--max_length is for captioners. "
+            f"Received: --max_length={options.max_length}"
+        )
+    return big_vision.load_vision_encoder(arrays, size)
+
+
+def image_size(values):
+    """(height, width) of ["224"] or ["224", "196"]; None of None."""
+    if values is None:
+        return None
+    numbers = [int(v) for v in values if v.strip().isdigit()]
+    if len(numbers) != len(values) or len(numbers) not in (1, 2):
+        raise ValueError(
+            "--image_size must be a number or HEIGHT,WIDTH. "
+            f"Received: --image_size={','.join(values)}"
+        )
+    return numbers[0], numbers[-1]
+
+
+def _write_big_vision(model, options):
+    from cappa_tf.export import big_vision
+
+    if hasattr(model, "text_decoder"):
+        big_vision.save_captioner(model, options.output, scan=options.scan)
+    else:
+        big_vision.save_vision_encoder(model, options.output, scan=options.scan)
+
+
+def main(argv):
+    """Converts; errors of the input are one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    try:
+        print(convert(flags.FLAGS))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"convert: {error}") from None
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
