@@ -15,39 +15,81 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import sentencepiece
 import tqdm
 from absl import app, flags
 
-from cappa_tf.data import order, tfrecord, tokenizer
-
+FLAGS = flags.FLAGS
 MODEL_NAME = "tokenizer.model"
 SAMPLE = 2000
 
-_DATA = flags.DEFINE_string("data", None, "Folder of a prepared data set.")
-_SPLIT = flags.DEFINE_string("split", "train", "Split of --data to read.")
-_TEXT = flags.DEFINE_string("text", None, "Text file, one caption a line.")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, f"Model file to write; by default DATA/{MODEL_NAME}."
-)
-_VOCABULARY_SIZE = flags.DEFINE_integer(
-    "vocabulary_size", 32_000, "Number of pieces.", lower_bound=4
-)
-_LOWERCASE = flags.DEFINE_bool("lowercase", True, "Lower-case captions first.")
-_CHARACTER_COVERAGE = flags.DEFINE_float(
-    "character_coverage",
-    1.0,
-    "Fraction of characters with a piece of their own; 0.9995 for many "
-    "languages.",
-    0.98,
-    1.0,
-)
-_BYTE_FALLBACK = flags.DEFINE_bool(
-    "byte_fallback", False, "Spell unknown characters as bytes."
-)
-_MAX_CAPTIONS = flags.DEFINE_integer(
-    "max_captions", 1_000_000, "Captions to train on.", lower_bound=1
-)
+
+def define_flags():
+    """Defines the flags of this tool."""
+    flags.DEFINE_string("data", None, "Folder of a prepared data set.")
+    flags.DEFINE_string("split", "train", "Split of --data to read.")
+    flags.DEFINE_string("text", None, "Text file, one caption a line.")
+    flags.DEFINE_string(
+        "output", None, f"Model file to write; by default DATA/{MODEL_NAME}."
+    )
+    flags.DEFINE_integer(
+        "vocabulary_size", 32_000, "Number of pieces.", lower_bound=4
+    )
+    flags.DEFINE_bool("lowercase", True, "Lower-case captions first.")
+    flags.DEFINE_float(
+        "character_coverage",
+        1.0,
+        "Fraction of characters with a piece of their own; 0.9995 for many "
+        "languages.",
+        0.98,
+        1.0,
+    )
+    flags.DEFINE_bool(
+        "byte_fallback", False, "Spell unknown characters as bytes."
+    )
+    flags.DEFINE_integer(
+        "max_captions", 1_000_000, "Captions to train on.", lower_bound=1
+    )
+
+
+def main(argv):
+    """Trains; what cannot be done is one line, not a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    try:
+        train()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train_tokenizer: {error}") from None
+
+
+def train():
+    """Trains and prints, as the flags say."""
+    # TensorFlow takes seconds to load: --help should not.
+    from cappa_tf.data import tokenizer
+
+    output = FLAGS.output
+    if output is None:
+        if FLAGS.data is None:
+            raise ValueError("--text needs --output.")
+        output = os.path.join(FLAGS.data, MODEL_NAME)
+    captions = list(
+        itertools.islice(
+            read_captions(FLAGS.data, FLAGS.split, FLAGS.text),
+            FLAGS.max_captions,
+        )
+    )
+    size = tokenizer.train_tokenizer(
+        captions,
+        output,
+        FLAGS.vocabulary_size,
+        lowercase=FLAGS.lowercase,
+        character_coverage=FLAGS.character_coverage,
+        byte_fallback=FLAGS.byte_fallback,
+    )
+    print(f"wrote {output}")
+    if size < FLAGS.vocabulary_size:
+        print(f"the captions give no more than {size} pieces")
+    step = max(1, len(captions) // SAMPLE)
+    print_coverage(output, captions[::step], FLAGS.lowercase)
 
 
 def read_captions(data=None, split="train", text=None):
@@ -58,6 +100,8 @@ def read_captions(data=None, split="train", text=None):
         with open(text, encoding="utf-8") as lines:
             yield from lines
         return
+    from cappa_tf.data import order, tfrecord
+
     shards = tfrecord.DatasetDescription.load(data).shards(split)
     records = order.in_sequence(shards).prefetch(64)
     for _, serialized in tqdm.tqdm(
@@ -71,12 +115,14 @@ def read_captions(data=None, split="train", text=None):
 
 def print_coverage(path, captions, lowercase):
     """Prints what the vocabulary makes of a sample of the captions."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [c.strip().lower() if lowercase else c.strip() for c in captions]
     ids = processor.encode(texts)
     lengths = sorted(len(i) + 1 for i in ids)
     total = sum(lengths)
-    unknown = sum(i.count(tokenizer.UNKNOWN_ID) for i in ids)
+    unknown = sum(i.count(processor.unk_id()) for i in ids)
     words = sum(len(text.split()) for text in texts)
     print(f"pieces                {processor.get_piece_size()}")
     print(f"captions sampled      {len(texts)}")
@@ -91,47 +137,6 @@ def print_coverage(path, captions, lowercase):
         print("  " + " ".join(processor.encode(text, out_type=str)))
 
 
-def main(argv):
-    """Trains and prints; the flags say on what."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    output = _OUTPUT.value
-    if output is None:
-        if _DATA.value is None:
-            raise ValueError("--text needs --output.")
-        output = os.path.join(_DATA.value, MODEL_NAME)
-    captions = list(
-        itertools.islice(
-            read_captions(_DATA.value, _SPLIT.value, _TEXT.value),
-            _MAX_CAPTIONS.value,
-        )
-    )
-    size = tokenizer.train_tokenizer(
-        captions,
-        output,
-        _VOCABULARY_SIZE.value,
-        lowercase=_LOWERCASE.value,
-        character_coverage=_CHARACTER_COVERAGE.value,
-        byte_fallback=_BYTE_FALLBACK.value,
-    )
-    print(f"wrote {output}")
-    if size < _VOCABULARY_SIZE.value:
-        print(f"the captions give no more than {size} pieces")
-    step = max(1, len(captions) // SAMPLE)
-    print_coverage(output, captions[::step], _LOWERCASE.value)
-
-
-def run():
-    """Entry point: errors of input are one line, not a traceback."""
-    app.run(_main_with_plain_errors)
-
-
-def _main_with_plain_errors(argv):
-    try:
-        main(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_tokenizer: {error}")
-
-
 if __name__ == "__main__":
-    run()
+    define_flags()
+    app.run(main)

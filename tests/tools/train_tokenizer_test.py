@@ -1,0 +1,88 @@
+"""Promises of tools/train_tokenizer.py: the training captions' vocabulary."""
+
+import importlib.util
+
+import pytest
+from absl import flags
+from conftest import ROOT
+
+from cappa_tf.data import tfrecord, tokenizer
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = ROOT / "tools" / "train_tokenizer.py"
+    spec = importlib.util.spec_from_file_location("train_tokenizer_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = set(flags.FLAGS)
+    module.define_flags()
+    yield module
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture
+def run(tool):
+    def run(*arguments):
+        flags.FLAGS.unparse_flags()
+        rest = flags.FLAGS(["train_tokenizer.py", *map(str, arguments)])
+        return tool.main(rest)
+
+    yield run
+    for name in ("data", "text", "output"):
+        flags.FLAGS[name].value = None
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set whose test split has words that training has not."""
+    captions = ["A Red Dog", "a blue cat", "the red cat and the blue dog"] * 4
+    examples = {
+        split: [
+            tfrecord.Example(f"{i}", b"\xff", [prefix + caption])
+            for i, caption in enumerate(captions)
+        ]
+        for split, prefix in (("train", ""), ("test", "0123456789 "))
+    }
+    tfrecord.write_dataset(examples, tmp_path / "data", "d", 2)
+    return tmp_path / "data"
+
+
+def test_vocabulary_of_the_training_split(run, data, capsys):
+    run(f"--data={data}", "--vocabulary_size=40")
+    made = tokenizer.Tokenizer(data / "tokenizer.model", 40)
+    printed = capsys.readouterr().out
+    assert f"pieces                {made.vocabulary_size}" in printed
+    assert "unknown               0.0000% of tokens" in printed
+    assert made.detokenize(made(["A Red Cat"])) == ["a red cat"]
+    assert tokenizer.UNKNOWN_ID in made("7").numpy()
+    # The description says nothing of it, and the data set stays as it is.
+    tfrecord.DatasetDescription.load(data).verify(checksums=True)
+
+
+def test_vocabulary_of_a_text_file(run, data, tmp_path, capsys):
+    text = tmp_path / "lines.txt"
+    text.write_text("A Red Dog\na blue cat\nthe red cat and the blue dog\n" * 4)
+    run(
+        f"--text={text}",
+        f"--output={tmp_path / 'x.model'}",
+        "--vocabulary_size=500",
+    )
+    made = tokenizer.Tokenizer(tmp_path / "x.model")
+    printed = capsys.readouterr().out
+    assert f"no more than {made.vocabulary_size} pieces" in printed
+
+
+def test_refusals_name_the_cause(run, tmp_path):
+    text = tmp_path / "lines.txt"
+    text.write_text("\n")
+    with pytest.raises(SystemExit, match="--text needs --output"):
+        run(f"--text={text}")
+    with pytest.raises(SystemExit, match="one non-empty caption"):
+        run(f"--text={text}", f"--output={tmp_path / 'x'}")
+    with pytest.raises(SystemExit, match="one of --data and --text"):
+        run(f"--text={text}", f"--data={tmp_path}")
+    flags.FLAGS["text"].value = None
+    with pytest.raises(SystemExit, match="A data set is a folder"):
+        run(f"--data={tmp_path}")
