@@ -10,8 +10,8 @@ Abbreviations for dimensions:
 import keras
 import tensorflow as tf
 
+from cappa_tf.checks import check_fraction, check_positive_ints
 from cappa_tf.models import generation, losses, random
-from cappa_tf.models.layers import check_fraction, check_positive_ints
 from cappa_tf.models.text_decoder import shift_right
 
 _PARALLEL_SALT = random.salt_of("captioner/parallel")

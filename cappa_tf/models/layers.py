@@ -14,49 +14,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from cappa_tf.checks import (
+    check_bools,
+    check_choice,
+    check_fraction,
+    check_positive_ints,
+)
 from cappa_tf.models.random import StatelessDropout
 
 _EPSILON = 1e-6  # of every LayerNorm (flax's default).
-
-
-def check_positive_ints(**values):
-    """Raises unless each value is an int of at least 1 (bool excluded)."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"`{name}` must be a positive integer. "
-                f"Received: {name}={value!r}"
-            )
-
-
-def check_fraction(**values):
-    """Raises unless each value is a number in [0, 1]."""
-    for name, value in values.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"`{name}` must be a number in [0, 1]. "
-                f"Received: {name}={value!r}"
-            )
-
-
-def check_bools(**values):
-    """Raises unless each value is True or False."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise ValueError(
-                f"`{name}` must be True or False. Received: {name}={value!r}"
-            )
-
-
-def check_choice(choices, **values):
-    """Raises unless each value is one of the choices."""
-    for name, value in values.items():
-        if value not in choices:
-            raise ValueError(
-                f"`{name}` must be one of {sorted(choices)}. "
-                f"Received: {name}={value!r}"
-            )
 
 
 def layer_norm(name, dtype, use_bias=True):

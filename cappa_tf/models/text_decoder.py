@@ -10,14 +10,14 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.models.blocks import DecoderBlock
-from cappa_tf.models.layers import (
-    PositionEmbedding,
+from cappa_tf.checks import (
     check_bools,
     check_fraction,
+    check_positive,
     check_positive_ints,
-    layer_norm,
 )
+from cappa_tf.models.blocks import DecoderBlock
+from cappa_tf.models.layers import PositionEmbedding, layer_norm
 
 
 def shift_right(labels, start_id=0):
@@ -53,6 +53,10 @@ class TextDecoder(keras.Model):
         use_mask_token: Whether the embedding has a row V for MASK, needed
             for parallel prediction.
         position_embedding: "learned" or "sincos2d" (of a 1 x M grid).
+        embedding_stddev: Spread of the token embeddings at the start. The
+            reference's 1.0 drowns what attention adds to the residual stream
+            until long training has shrunk it; 0.05 makes runs of some
+            thousand steps see the picture from the first hundred on.
 
     Reference: big_vision models/proj/cappa/cappa.py `Decoder`.
     """
@@ -71,6 +75,7 @@ class TextDecoder(keras.Model):
         dropout=0.0,
         use_mask_token=True,
         position_embedding="learned",
+        embedding_stddev=1.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -94,6 +99,9 @@ class TextDecoder(keras.Model):
         self.dropout = dropout
         self.use_mask_token = use_mask_token
         self.position_embedding = position_embedding
+        self.embedding_stddev = check_positive(
+            embedding_stddev=embedding_stddev
+        )
         self._make_layers()
 
     @property
@@ -106,7 +114,9 @@ class TextDecoder(keras.Model):
         self._embedding = keras.layers.Embedding(
             self.vocabulary_size + int(self.use_mask_token),
             self.hidden_dim,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+            embeddings_initializer=keras.initializers.RandomNormal(
+                stddev=self.embedding_stddev
+            ),
             name="tokens",
             dtype=dtype,
         )
@@ -275,7 +285,7 @@ class TextDecoder(keras.Model):
         names = (
             "vocabulary_size max_length hidden_dim num_layers num_heads "
             "mlp_dim encoder_dim use_bias dropout use_mask_token "
-            "position_embedding"
+            "position_embedding embedding_stddev"
         ).split()
         config = {name: getattr(self, name) for name in names}
         base = {"name": self.name, "trainable": self.trainable}

@@ -8,15 +8,9 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
+from cappa_tf.checks import check_choice, check_fraction, check_positive_ints
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
-from cappa_tf.models.layers import (
-    PatchEmbedding,
-    PositionEmbedding,
-    check_choice,
-    check_fraction,
-    check_positive_ints,
-    layer_norm,
-)
+from cappa_tf.models.layers import PatchEmbedding, PositionEmbedding, layer_norm
 from cappa_tf.models.random import StatelessDropout, salt_of, uniform
 
 POOLINGS = ("gap", "map", "tok", "none")
