@@ -108,6 +108,7 @@ def _check(options):
                 f"--{name} is for --from=big_vision. "
                 f"Received: --{name}={options[name].value}"
             )
+    image_size(options.image_size)
     suffix = ".keras" if to_keras else ".npz"
     if not options.output.endswith(suffix):
         raise ValueError(

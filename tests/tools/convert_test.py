@@ -1,0 +1,87 @@
+"""tools/convert.py takes weights from big_vision to Keras and back."""
+
+import keras
+import numpy as np
+import numpy_reference as reference
+import pytest
+from absl import flags
+
+from tools import convert
+
+SIZES = reference.Sizes(image=(8, 12), length=4)
+
+
+def run(**values):
+    """Parses flags like the program and converts."""
+    flag_values = flags.FlagValues()
+    convert.define_flags(flag_values)
+    arguments = [f"--{name.strip('_')}={v}" for name, v in values.items()]
+    flag_values(["convert", *arguments])
+    return convert.convert(flag_values)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    arrays = reference.random_captioner(SIZES)
+    np.savez(folder / "a.npz", **{f"params/{k}": v for k, v in arrays.items()})
+    return folder / "a.npz", folder / "a.keras", folder
+
+
+def test_captioner_there_and_back(paths):
+    npz, captioner, folder = paths
+    said = run(
+        from_="big_vision", input=npz, output=captioner, image_size="8,12"
+    )
+    assert "captioner" in said and "8 x 12" in said
+    run(to="big_vision", input=captioner, output=folder / "b.npz")
+    with np.load(npz) as first, np.load(folder / "b.npz") as second:
+        assert sorted(first) == sorted(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+    image, text = reference.random_batch(SIZES)
+    model = keras.saving.load_model(captioner)
+    with np.load(npz) as arrays:
+        p = reference.below(arrays, "params/")
+    expected = reference.logits(p, image, text)
+    np.testing.assert_allclose(model.logits(image, text), expected, atol=2e-5)
+
+
+def test_only_the_encoder_and_stacked_blocks(paths):
+    npz, _, folder = paths
+    encoder = folder / "encoder.keras"
+    said = run(
+        from_="big_vision",
+        input=npz,
+        output=encoder,
+        image_size="8,12",
+        encoder_only=True,
+    )
+    assert "vision encoder" in said
+    run(to="big_vision", input=encoder, output=folder / "c.npz", scan=True)
+    with np.load(npz) as first, np.load(folder / "c.npz") as second:
+        p = reference.below(reference.below(first, "params/"), "encoder/")
+        for name, array in reference.stacked(p).items():
+            np.testing.assert_array_equal(array, second[f"params/{name}"])
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"output": "x.keras"}, "--from"),
+        ({"from_": "big_vision", "output": "x.h5"}, "--output"),
+        ({"from_": "big_vision", "output": "x.keras", "scan": True}, "--scan"),
+        (
+            {"to": "big_vision", "output": "x.npz", "image_size": 8},
+            "--image_size",
+        ),
+        (
+            {"from_": "big_vision", "output": "x.keras", "image_size": "a"},
+            "=a$",
+        ),
+        ({"from_": "big_vision", "output": "x.keras"}, "missing.npz"),
+    ],
+)
+def test_wrong_flags_are_named(values, named):
+    with pytest.raises(ValueError, match=named):
+        run(input="missing.npz", **values)
