@@ -69,7 +69,7 @@ def decode(encoded, max_pixels=None):
                 encoded, channels=3, expand_animations=False
             ),
             _BMP: lambda: _decode_bmp(encoded),
-            _WEBP: lambda: _on_white(tf.io.decode_webp(encoded, channels=4)[0]),
+            _WEBP: lambda: _decode_webp(encoded),
         },
         default=lambda: _unknown_format(encoded, tf.uint8),
     )
@@ -296,6 +296,14 @@ def _decode_bmp(encoded):
     image = tf.io.decode_bmp(encoded)
     last = tf.shape(image)[-1] - 1
     return tf.gather(image, tf.minimum([0, 1, 2], last), axis=-1)
+
+
+def _decode_webp(encoded):
+    """First frame of a WebP, which has 4 channels if it is transparent."""
+    image = tf.io.decode_webp(encoded)[0]
+    return tf.cond(
+        tf.shape(image)[-1] == 4, lambda: _on_white(image), lambda: image
+    )
 
 
 def _on_white(image):

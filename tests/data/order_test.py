@@ -59,20 +59,31 @@ STREAMS = {
 }
 
 
+_WHOLE = {}
+
+
+def _whole(shards, stream):
+    """Three epochs of a stream; building one takes seconds."""
+    if stream not in _WHOLE:
+        positions, records = _take(STREAMS[stream](shards, 0), 3 * N)
+        assert positions == list(range(3 * N))
+        _WHOLE[stream] = records
+    return _WHOLE[stream]
+
+
 STARTS = {
-    "memory": [1, N - 1, N, 2 * N - 2],
+    "memory": [1, N, 2 * N - 2],
     "memory, in order": [N + 3],
-    "readers": [1, 5, 11, 15, N - 1, N, N + 9],
-    "readers, in order": [4, 13],
-    "one reader": [3, 6],
+    "readers": [5, 15, N - 1, N + 9],
+    "readers, in order": [13],
+    "one reader": [6],
     "more readers than shards": [17],
 }
 
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_every_epoch_is_a_permutation(shards, stream):
-    positions, records = _take(STREAMS[stream](shards, 0), 3 * N)
-    assert positions == list(range(3 * N))
+    records = _whole(shards, stream)
     for epoch in range(3):
         part = records[epoch * N : (epoch + 1) * N]
         assert sorted(part) == list(range(N))
@@ -81,7 +92,7 @@ def test_every_epoch_is_a_permutation(shards, stream):
 @pytest.mark.parametrize("stream", STREAMS)
 def test_any_start_continues_the_stream_from_zero(shards, stream):
     make = STREAMS[stream]
-    _, whole = _take(make(shards, 0), 3 * N)
+    whole = _whole(shards, stream)
     for start in STARTS[stream]:
         positions, records = _take(make(shards, start), N)
         assert positions == list(range(start, start + N))
@@ -108,11 +119,11 @@ def test_readers_resume_where_dealing_one_by_one_leaves_them():
 @pytest.mark.parametrize("stream", ["memory", "readers"])
 def test_seed_and_epoch_change_the_order(shards, stream):
     make = STREAMS[stream]
-    _, first = _take(make(shards, 0), 2 * N)
-    _, again = _take(make(shards, 0), 2 * N)
+    first = _whole(shards, stream)
+    _, again = _take(make(shards, 0), N)
     _, other = _take(make(shards, 0, seed=1), N)
-    assert first == again
-    assert first[:N] != first[N:]
+    assert first[:N] == again
+    assert first[:N] != first[N : 2 * N]
     assert first[:N] != other
     assert first[:N] != list(range(N))
 
@@ -157,11 +168,10 @@ def _vanish(path, content):
 
 
 @pytest.mark.parametrize("damage", [_cut, _flip_a_byte, _vanish])
-@pytest.mark.parametrize("stream", ["readers", "one reader"])
-def test_damage_shifts_no_other_record(shards, stream, damage, tmp_path):
+def test_damage_shifts_no_other_record(shards, damage, tmp_path):
     damaged = _damaged(shards, 3, damage, tmp_path)
-    _, whole = _take(STREAMS[stream](shards, 0), 2 * N)
-    positions, records = _take(STREAMS[stream](damaged, 0), 2 * N)
+    whole = _whole(shards, "readers")[: 2 * N]
+    positions, records = _take(STREAMS["readers"](damaged, 0), 2 * N)
     assert positions == list(range(2 * N))
     lost = [w for w, r in zip(whole, records) if w != r]
     first_lost = {_cut: 14, _flip_a_byte: 13, _vanish: 10}[damage]
