@@ -1,6 +1,7 @@
 """Model and optimizer of a run, and whether they fit the data."""
 
 import contextlib
+import random
 
 import keras
 import tensorflow as tf
@@ -29,8 +30,7 @@ def build_model(model, optimizer, strategy, seed=0, precision=None):
     Raises:
         ValueError: If one was built for other devices or another precision.
     """
-    keras.utils.set_random_seed(seed)
-    with _dtype_policy(precision), strategy.scope():
+    with _seeded(seed), _dtype_policy(precision), strategy.scope():
         model = constructed(model, "model", "compute_losses", "weights")
         if not model.built:
             model.build()
@@ -69,6 +69,22 @@ def _check_built(model, strategy, precision):
             f"`model` a constructor. Received: precision={precision!r}, "
             f"model.dtype_policy={model.dtype_policy.name!r}"
         )
+
+
+@contextlib.contextmanager
+def _seeded(seed):
+    """Decides what Keras' initializers draw.
+
+    They take their seeds from Python's generator. `keras.utils.
+    set_random_seed` would also clear TensorFlow's cache of kernels, and with
+    it every vocabulary that a tokenizer has opened.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import shutil
 
 import tensorflow as tf
 
-_STATE_KEY = "state/.ATTRIBUTES/PYTHON_STATE"
+_STATE_KEY = "state/.ATTRIBUTES/py_state"
 
 
 class CheckpointError(ValueError):
@@ -93,8 +93,9 @@ class Checkpoints:
         for path in paths:
             try:
                 self._read(self._all, path, self._optimizer)
-            except tf.errors.OpError as error:
-                logging.warning("cannot read %s: %s", path, error.message)
+            except (tf.errors.OpError, IndexError) as error:
+                # The reader of a cut file raises IndexError.
+                logging.warning("cannot read %s: %s", path, error)
                 continue
             self._saved_step = self.state.values["step"]
             return True
@@ -146,7 +147,8 @@ class Checkpoints:
     def _read(self, checkpoint, path, optimizer=None):
         saved = saved_state(path)["inventory"]
         check_inventory(saved, variable_inventory(self._model, optimizer), path)
-        checkpoint.read(path).assert_existing_objects_matched()
+        status = checkpoint.read(path).assert_existing_objects_matched()
+        status.expect_partial()  # TensorFlow's own save counter
 
 
 def saved_state(path):
@@ -156,11 +158,28 @@ def saved_state(path):
 
 
 def variable_inventory(model, optimizer=None):
-    """Lists [path, shape] of all variables, in their order of creation."""
+    """Lists [path, shape] of all variables, in their order of creation.
+
+    Keras numbers the names of a second model in one process; in the paths
+    each part has its plain name, the one of its class.
+    """
+    parts = [model, *model.layers]
     variables = list(model.weights)
     if optimizer is not None:
+        parts.append(optimizer)
         variables += list(optimizer.variables)
-    return [[v.path, list(v.shape)] for v in variables]
+    plain = {part.name: _plain_name(part) for part in parts}
+    # Longest first: one name may begin another. Optimizers write a_b for a/b.
+    names = "|".join(sorted(map(re.escape, plain), key=len, reverse=True))
+    pattern = re.compile(rf"(?<![^/_])({names})(?=[/_]|$)")
+    return [
+        [pattern.sub(lambda m: plain[m[1]], v.path), list(v.shape)]
+        for v in variables
+    ]
+
+
+def _plain_name(part):
+    return re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", type(part).__name__).lower()
 
 
 def check_inventory(saved, wanted, path):
@@ -174,10 +193,9 @@ def check_inventory(saved, wanted, path):
     Raises:
         CheckpointError: With what is missing, left over or shaped otherwise.
     """
-    if _comparable(saved) == _comparable(wanted):
+    if saved == wanted:
         return
-    have, want = dict(map(tuple, map(_hashable, saved))), {}
-    want.update(map(tuple, map(_hashable, wanted)))
+    have, want = dict(saved), dict(wanted)
     lines = [
         f"  {name}: {have[name]} in the checkpoint, {want[name]} in the model"
         for name in want
@@ -191,15 +209,6 @@ def check_inventory(saved, wanted, path):
         "another workdir, or the configuration the run was started with. "
         "Differences:\n" + "\n".join(lines[:12]) + more
     )
-
-
-def _hashable(row):
-    return row[0], tuple(row[1])
-
-
-def _comparable(inventory):
-    """Without the numbers Keras appends to the names of a second model."""
-    return [(re.sub(r"_\d+", "", path), tuple(s)) for path, s in inventory]
 
 
 def _manager(checkpoint, folder, name, keep):

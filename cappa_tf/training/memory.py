@@ -86,7 +86,7 @@ def table(parts):
 def _activations(model, strategy, batch, settings):
     # Traced for one device: all have the same shapes.
     loop = TrainLoop(strategy, model, None, settings.batch_size)
-    function = tf.function(loop.microbatch_gradients)
+    function = tf.function(loop.microbatch_gradients, autograph=False)
     graph = function.get_concrete_function(batch).graph
     tokens = batch["labels"].shape.num_elements()
     gradients = _bytes([v.value for v in model.trainable_variables])

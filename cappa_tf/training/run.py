@@ -58,7 +58,9 @@ class Run:
             self._validation = Validation(
                 strategy, model, eval_data, settings.evaluation_batch
             )
-            self._samples = Samples(model, eval_data, settings.sample_images)
+            self._samples = Samples(
+                settings.workdir, model, eval_data, settings.sample_images
+            )
 
     @property
     def step(self):

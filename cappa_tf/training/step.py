@@ -4,6 +4,8 @@ B: examples of one replica's batch.  A: accumulation steps (microbatches).
 S: steps of one loop.  M: number of metrics.
 """
 
+import functools
+
 import tensorflow as tf
 
 # Sums over examples, captions' tokens and steps; `metrics.py` divides them.
@@ -61,10 +63,10 @@ class TrainLoop:
         self._gradients_fn = self._gradients
         self._step_fn = self._replica_step
         if jit_compile and self._replicas == 1:
-            self._step_fn = tf.function(self._replica_step, jit_compile=True)
+            self._step_fn = _function(self._replica_step, jit_compile=True)
         elif jit_compile:
-            self._gradients_fn = tf.function(self._gradients, jit_compile=True)
-        self._loop = tf.function(self._run_steps, reduce_retracing=True)
+            self._gradients_fn = _function(self._gradients, jit_compile=True)
+        self._loop = _function(self._run_steps)
 
     def __call__(self, iterator, steps):
         """Runs up to `steps` steps.
@@ -83,17 +85,27 @@ class TrainLoop:
         return sums, int(done), float(waited), float(norm)
 
     def _run_steps(self, iterator, steps):
-        # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
-        totals = tf.zeros([len(METRICS)], tf.float64)
-        waited = tf.zeros([], tf.float64)
-        done = tf.constant(0)
-        while tf.logical_and(done < steps, tf.logical_not(self._stop)):
+        def unfinished(done, totals, waited):
+            return tf.logical_and(done < steps, tf.logical_not(self._stop))
+
+        def step(done, totals, waited):
             batch, seconds = self._timed_next(iterator, after=totals)
             sums = self._strategy.run(self._step_fn, args=(batch,))
             sums = self._strategy.reduce("SUM", sums, axis=None)
-            totals += tf.cast(sums, tf.float64)
-            waited += seconds
-            done += 1
+            return (
+                done + 1,
+                totals + tf.cast(sums, tf.float64),
+                waited + seconds,
+            )
+
+        # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
+        totals = tf.zeros([len(METRICS)], tf.float64)
+        done, totals, waited = tf.while_loop(
+            unfinished,
+            step,
+            (tf.constant(0), totals, tf.zeros([], tf.float64)),
+            parallel_iterations=1,
+        )
         with tf.control_dependencies([totals]):
             weights = [
                 tf.cast(v.value, tf.float32)
@@ -110,7 +122,7 @@ class TrainLoop:
         with tf.control_dependencies([after]):
             asked = tf.timestamp()
         with tf.control_dependencies([asked]):
-            batch = next(iterator)
+            batch = iterator.get_next()
         parts = tf.nest.flatten(batch, expand_composites=True)
         with tf.control_dependencies(parts):
             return batch, tf.timestamp() - asked
@@ -167,6 +179,11 @@ class TrainLoop:
         # and factored moments all need the dense gradient.
         dense = [tf.convert_to_tensor(g) for g in gradients]
         return dense, _metric_sums(losses)
+
+
+# AutoGraph has nothing to convert in the model or here, and takes as long to
+# find that out as all the rest of the tracing.
+_function = functools.partial(tf.function, autograph=False)
 
 
 def _metric_sums(losses):

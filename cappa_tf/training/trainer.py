@@ -148,9 +148,10 @@ def train(
         prepare()
     data = _open_data(model, train_data, eval_data, test_data)
     open_workdir(workdir)
+    run = Run(settings, strategy, model, optimizer, *data)
+    # Not before the folder turned out to be this run's own.
     if on_start is not None:
         on_start(workdir)
-    run = Run(settings, strategy, model, optimizer, *data)
     return run(on_first_step)
 
 

@@ -25,7 +25,9 @@ class Validation:
     def __init__(self, strategy, model, data, batch_size):
         self._strategy, self._model = strategy, model
         self._data, self._batch_size = data, batch_size
-        self._sums = tf.function(self._batch_sums, reduce_retracing=True)
+        self._sums = tf.function(
+            self._batch_sums, autograph=False, reduce_retracing=True
+        )
 
     def __call__(self):
         """Evaluates the split.

@@ -89,7 +89,7 @@ def test_figures_reach_file_and_tensorboard(finished):
         "train/data_wait_share",
         "validation/nll_per_token",
         "samples/captions",
-        "samples/pictures",
+        "samples/sheet",
     }
 
 

@@ -1,0 +1,131 @@
+"""Captions from a run's folder alone, whatever the pictures are like."""
+
+import importlib.util
+import json
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from absl import flags
+from conftest import ROOT
+from PIL import Image
+
+from cappa_tf.evaluation import picture_captions
+from cappa_tf.training import workdir
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a run that has not learnt anything."""
+    vocabulary = tmp_path_factory.mktemp("vocabulary")
+    folder = str(tmp_path_factory.mktemp("run"))
+    data = tiny.Data(vocabulary)
+    model = tiny.make_model(tiny.vocabulary(vocabulary)[1])
+    model.build()
+    head = model.text_decoder.head_weights[1]
+    head.assign(tf.random.stateless_normal(head.shape, [1, 2]))
+    workdir.describe_run(folder, model, data)
+    workdir.save_captioner(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Five files in two folders, two of them unusable."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "below").mkdir()
+    random = np.random.RandomState(0)
+    pixels = random.randint(256, size=(20, 30, 3)).astype("uint8")
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels[..., 0]).save(folder / "b.jpg")
+    Image.fromarray(pixels).save(folder / "below" / "c.webp")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = ROOT / "tools" / "caption.py"
+    spec = importlib.util.spec_from_file_location("caption_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.define_flags()
+    yield module
+    for name in ("checkpoint", "weights", "format", "batch_size"):
+        delattr(flags.FLAGS, name)
+
+
+def _run(tool, capsys, *arguments):
+    rest = flags.FLAGS(["caption.py", *arguments])
+    code = tool.main(rest)
+    return code, *capsys.readouterr()
+
+
+def test_jsonl_names_what_cannot_be_read(tool, capsys, run_folder, pictures):
+    missing = str(pictures / "missing.jpg")
+    code, out, err = _run(
+        tool,
+        capsys,
+        f"--checkpoint={run_folder}",
+        "--format=jsonl",
+        "--batch_size=2",
+        str(pictures),
+        missing,
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    names = [os.path.relpath(row["image"], pictures) for row in rows]
+    assert names == [
+        "a.png",
+        "b.jpg",
+        "below/c.webp",
+        "broken.jpg",
+        "missing.jpg",
+    ]
+    assert code == 1
+    assert rows[3]["error"] == "image cannot be decoded"
+    assert rows[4]["error"] == "image missing"
+    assert "broken.jpg: image cannot be decoded" in err
+    for row in rows[:3]:
+        assert row["log_likelihood"] < 0.0 and row["tokens"] >= 1
+    assert rows[0]["caption"] == rows[2]["caption"]
+
+
+def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
+    path = str(pictures / "a.png")
+    code, out, _ = _run(
+        tool, capsys, f"--checkpoint={run_folder}", "--format=jsonl", path
+    )
+    assert code == 0
+    row = json.loads(out)
+    tokenizer, image = workdir.load_preprocessing(run_folder)
+    captioner = workdir.load_captioner(run_folder)
+    pixels = picture_captions.PictureReader(**image)(path)[None]
+    tokens = captioner.generate(pixels)["tokens"]
+    score = captioner.score(pixels, tokens)
+    assert row["log_likelihood"] == pytest.approx(float(score[0, 0]), rel=1e-4)
+    assert row["caption"] == tokenizer.detokenize(tokens)[0]
+
+
+def test_table_has_a_line_per_picture(tool, capsys, run_folder, pictures):
+    code, out, err = _run(
+        tool,
+        capsys,
+        f"--checkpoint={run_folder}",
+        "--format=table",
+        str(pictures),
+    )
+    assert code == 1 and "broken.jpg" in err and "1 of 4 unreadable" in err
+    lines = out.splitlines()
+    assert len(lines) == 4 and "a.png" in lines[1]
+
+
+def test_nothing_to_caption(tool, capsys, run_folder, tmp_path):
+    code, _, err = _run(
+        tool, capsys, f"--checkpoint={run_folder}", str(tmp_path)
+    )
+    assert code == 2 and "Nothing to caption" in err
+    with pytest.raises(SystemExit, match="--checkpoint: `workdir` must be"):
+        _run(tool, capsys, f"--checkpoint={tmp_path}", "a.png")
