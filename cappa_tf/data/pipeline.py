@@ -179,6 +179,11 @@ class CaptionDataset:
         """A dict reason -> number of bad records met so far, at any time."""
         return {} if self._skips is None else self._skips.counts
 
+    @property
+    def failure(self):
+        """The ValueError by which bad records stopped reading, or None."""
+        return None if self._skips is None else self._skips.failure
+
     def train(self, batch_size=None, start_index=0, seed=None):
         """The endless training stream.
 

@@ -23,6 +23,10 @@ class SkipCounter:
             this is 0.
         num_examples: Examples of an epoch.
         name: What to call the data in messages.
+
+    Attributes:
+        failure: The error that stopped reading, or None. TensorFlow passes it
+            on as one of its own, in the middle of a long trace.
     """
 
     # So many names are logged for each reason; counting goes on.
@@ -34,6 +38,7 @@ class SkipCounter:
         self._name = name
         self._counts = collections.Counter()
         self._positions = set()
+        self.failure = None
         self._lock = threading.Lock()
 
     @property
@@ -68,11 +73,12 @@ class SkipCounter:
                 "%s: skipped %s: %s%s", self._name, name, reason, last
             )
         if total > self.allowed(seen):
-            raise ValueError(
+            self.failure = ValueError(
                 f"{self._name}: {total} records were skipped, more than "
                 f"max_skipped_fraction={self._max_fraction} allows "
                 f"({self.allowed(seen)}): {self.counts}. The last one: {name}"
             )
+            raise self.failure
 
     def report(self, batch, diagnose, stream, start_index=0):
         """Counts the bad records of a batch, in a tf.data graph.
@@ -90,6 +96,7 @@ class SkipCounter:
         raw = batch["raw"]
         bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
 
+        @tf.autograph.experimental.do_not_convert
         def count(raws, positions):
             for serialized, position in zip(raws.numpy(), positions.numpy()):
                 if (stream, position) in self._positions:

@@ -128,6 +128,8 @@ def test_stops_above_the_bound(data, cache):
         match="max_skipped_fraction=0.05",
     ):
         list(dataset.train().take(5))
+    with pytest.raises(ValueError, match=r"train: \d+ records were skipped"):
+        raise dataset.failure
 
 
 def test_records_without_caption_are_bad_where_captions_are_wanted(tmp_path):
@@ -184,7 +186,7 @@ def test_missing_shard(data):
     os.remove(_shards(data)[0].path)
     with pytest.raises(ValueError, match="00000-of-00002 is missing"):
         make(data).train()
-    dataset = make(data, max_skipped_fraction=0.7)
+    dataset = make(data, max_skipped_fraction=1.0)
     seen = [
         n
         for batch in dataset.train().take(5).as_numpy_iterator()
