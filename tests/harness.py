@@ -20,6 +20,7 @@ def check_layer(
     tmp_path,
     *,
     call_kwargs=None,
+    build_shapes=None,
     float32_outputs=(),
     bfloat16_tolerance=0.05,
 ):
@@ -37,6 +38,8 @@ def check_layer(
             layer returns them, batch included.
         tmp_path: Folder for the saved file.
         call_kwargs: Further call arguments, passed as they are.
+        build_shapes: Arguments of `build`, for layers that cannot tell them
+            from the inputs; `None` lets the first call build.
         float32_outputs: Keys of a dict output that stay float32 under mixed
             precision.
         bfloat16_tolerance: Largest L2 difference from float32, relative.
@@ -47,19 +50,22 @@ def check_layer(
     call_kwargs = call_kwargs or {}
     with pytest.raises((TypeError, ValueError)):
         layer_cls(**init_kwargs, misspelled_argument=1)
-    layer = layer_cls(**init_kwargs)
+    layer = _built(layer_cls(**init_kwargs), build_shapes)
     inputs = [tf.convert_to_tensor(x) for x in inputs]
+    layer(*inputs, **call_kwargs)
+    randomize(layer)
     outputs = layer(*inputs, **call_kwargs)
     assert layer.built
     assert shapes_of(outputs) == expected_output_shapes
     wrapped = functional(layer, inputs, call_kwargs)
     _check_symbolic(wrapped.output, expected_output_shapes)
     check_function(lambda *x: layer(*x, **call_kwargs), inputs)
-    rebuilt = check_config(layer)
+    rebuilt = _built(check_config(layer), build_shapes)
     assert shapes_of(rebuilt(*inputs, **call_kwargs)) == expected_output_shapes
     assert _weight_shapes(rebuilt) == _weight_shapes(layer)
     _check_saving(layer, wrapped, inputs, call_kwargs, tmp_path)
     half = layer_cls(**init_kwargs, dtype="mixed_bfloat16")
+    half = _built(half, build_shapes)
     half(*inputs, **call_kwargs)
     half.set_weights(layer.get_weights())
     half_outputs = half(*inputs, **call_kwargs)
@@ -178,6 +184,14 @@ def small_model(optimizer, jit_compile=False):
     return model
 
 
+def randomize(layer, scale=0.1, seed=0):
+    """Adds noise to all weights, so that a forgotten bias or head shows."""
+    rng = np.random.default_rng(seed)
+    for weight in layer.weights:
+        noise = scale * rng.normal(size=weight.shape)
+        weight.assign(weight + noise.astype("float32"))
+
+
 def functional(layer, inputs, call_kwargs=None):
     """A functional model around a layer, with the batch left open."""
     symbols = [
@@ -208,6 +222,12 @@ def relative_difference(actual, expected):
     actual, expected = _array(actual), _array(expected)
     norm = max(np.linalg.norm(expected), 1e-30)
     return float(np.linalg.norm(actual - expected) / norm)
+
+
+def _built(layer, build_shapes):
+    if build_shapes is not None:
+        layer.build(*build_shapes)
+    return layer
 
 
 def _train(model, steps):
@@ -246,11 +266,12 @@ def _check_saving(layer, wrapped, inputs, call_kwargs, tmp_path):
 
 
 def _check_half(outputs, half_outputs, float32_outputs, tolerance):
-    paths = tf.nest.flatten_with_joined_string_paths(half_outputs)
-    for (path, half), full in zip(paths, tf.nest.flatten(outputs)):
-        wanted = "float32" if path in float32_outputs else "bfloat16"
-        assert half.dtype == wanted, path
-        assert relative_difference(half, full) < tolerance, path
+    if not isinstance(outputs, dict):
+        outputs, half_outputs = {"output": outputs}, {"output": half_outputs}
+    for name, half in half_outputs.items():
+        wanted = "float32" if name in float32_outputs else "bfloat16"
+        assert half.dtype == wanted, name
+        assert relative_difference(half, outputs[name]) < tolerance, name
 
 
 def _weight_shapes(layer):

@@ -40,7 +40,13 @@ class EncoderBlock(keras.layers.Layer):
             hidden_dim, num_heads, name="attention", dtype=dtype
         )
         self._mlp_norm = layer_norm("mlp_norm", dtype)
-        self._mlp = MLP(mlp_dim, dropout=dropout, name="mlp", dtype=dtype)
+        self._mlp = MLP(
+            mlp_dim,
+            dropout=dropout,
+            salt=f"{self.name}/mlp",
+            name="mlp",
+            dtype=dtype,
+        )
         self._drops = [
             StatelessDropout(
                 dropout, f"{self.name}/{place}", name=place, dtype=dtype
@@ -137,7 +143,12 @@ class DecoderBlock(keras.layers.Layer):
             for name in ("self_attention", "cross_attention")
         )
         self._mlp = MLP(
-            mlp_dim, use_bias=use_bias, dropout=dropout, name="mlp", dtype=dtype
+            mlp_dim,
+            use_bias=use_bias,
+            dropout=dropout,
+            salt=f"{self.name}/mlp",
+            name="mlp",
+            dtype=dtype,
         )
         self._drops = [
             StatelessDropout(

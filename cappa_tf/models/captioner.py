@@ -335,7 +335,8 @@ class Captioner(keras.Model):
             scaled = self.optimizer.scale_loss(loss)
         variables = self.trainable_variables
         gradients = tape.gradient(scaled, variables)
-        self.optimizer.apply(gradients, variables)
+        # Sums over replicas, which `apply` of this project leaves to others.
+        self.optimizer.apply_gradients(zip(gradients, variables))
         return self._update_metrics(parts)
 
     def test_step(self, batch):

@@ -182,9 +182,13 @@ class MLP(keras.layers.Layer):
         mlp_dim: Width of the hidden layer.
         use_bias: Whether both layers have biases.
         dropout: Dropout rate after the gelu.
+        salt: Name that tells this dropout's draws from others (unique
+            within a model).
     """
 
-    def __init__(self, mlp_dim, *, use_bias=True, dropout=0.0, **kwargs):
+    def __init__(
+        self, mlp_dim, *, use_bias=True, dropout=0.0, salt="mlp", **kwargs
+    ):
         super().__init__(**kwargs)
         check_positive_ints(mlp_dim=mlp_dim)
         check_bools(use_bias=use_bias)
@@ -192,8 +196,9 @@ class MLP(keras.layers.Layer):
         self.mlp_dim = mlp_dim
         self.use_bias = use_bias
         self.dropout = dropout
+        self.salt = salt
         self._dropout = StatelessDropout(
-            dropout, f"{self.name}/mlp", name="dropout", dtype=self.dtype_policy
+            dropout, salt, name="dropout", dtype=self.dtype_policy
         )
 
     def build(self, input_shape):
@@ -232,6 +237,7 @@ class MLP(keras.layers.Layer):
             "mlp_dim": self.mlp_dim,
             "use_bias": self.use_bias,
             "dropout": self.dropout,
+            "salt": self.salt,
         }
 
 
