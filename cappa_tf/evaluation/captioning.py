@@ -77,11 +77,14 @@ class CaptionDecoder:
             )
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        # AutoGraph would find nothing to convert, and take long over it.
         self._generate = tf.function(
-            lambda images: captioner.generate(images, max_length=max_length)
+            lambda images: captioner.generate(images, max_length=max_length),
+            autograph=False,
         )
         self._losses = tf.function(
-            lambda batch: captioner.compute_losses(batch, training=False)
+            lambda batch: captioner.compute_losses(batch, training=False),
+            autograph=False,
         )
 
     def decode(self, images, keys, references=None):
