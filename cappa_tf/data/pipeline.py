@@ -161,6 +161,10 @@ class CaptionDataset:
         return self._description
 
     @property
+    def _shards(self):
+        return self.description.shards(self.split)
+
+    @property
     def num_examples(self):
         """N, bad records included."""
         return self.description.num_examples(self.split)
@@ -239,7 +243,7 @@ class CaptionDataset:
         num_batches = math.ceil(self.num_examples / batch_size)
         padding = tf.data.Dataset.from_tensors("").repeat()
         records = (
-            order.in_sequence(self.description.shards(self.split))
+            order.in_sequence(self._shards)
             .map(lambda index, serialized: serialized)
             .concatenate(padding)
             .take(num_batches * batch_size)
@@ -265,7 +269,7 @@ class CaptionDataset:
             `tfrecord.Example`s; example i is index i of `evaluate`. A record
             that is lost has neither image nor captions.
         """
-        records = order.in_sequence(self.description.shards(self.split))
+        records = order.in_sequence(self._shards)
         if limit is not None:
             records = records.take(limit)
         for _, serialized in records.prefetch(16).as_numpy_iterator():
@@ -278,7 +282,7 @@ class CaptionDataset:
         """Decoded batches in training order, by way of the cache."""
         if self._cache_mode() == "stream":
             records = order.from_readers(
-                self.description.shards(self.split),
+                self._shards,
                 seed,
                 start_index,
                 self.num_readers,
@@ -339,16 +343,13 @@ class CaptionDataset:
         """The cache chosen: "stream", "records" or "images"."""
         if self.cache is not None:
             return self.cache
-        shards = self.description.shards(self.split)
-        num_bytes = sum(shard.num_bytes for shard in shards)
-        small = num_bytes <= RECORDS_IN_MEMORY_BYTES
-        return "records" if small else "stream"
+        num_bytes = sum(s.num_bytes for s in self._shards)
+        return "records" if num_bytes <= RECORDS_IN_MEMORY_BYTES else "stream"
 
     def _records_in_memory(self):
         """All records of the split, string [N] on the host."""
         if self._records is None:
-            shards = self.description.shards(self.split)
-            self._records = memory.load_records(shards)
+            self._records = memory.load_records(self._shards)
         return self._records
 
     def _pixels_in_memory(self):
@@ -358,7 +359,7 @@ class CaptionDataset:
             if self.tokenizer is not None:
                 most = self.description.max_captions(self.split)
             self._pixels = memory.DecodedImages(
-                self.description.shards(self.split),
+                self._shards,
                 self._decoder(self.decode_size, None, most),
                 self.tokenizer,
                 name=f"{self.path} {self.split}",
