@@ -16,6 +16,9 @@ import pathlib
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Keeps the memory of a step for the next one. By default large blocks go back
+# to the system after every use: of 70 s of CPU time, 10 s were page faults.
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app
