@@ -240,13 +240,13 @@ class CaptionDataset:
 
     def _evaluation(self, batch_size):
         """Builds `evaluate`, which repeated evaluations share."""
-        num_batches = math.ceil(self.num_examples / batch_size)
+        count = math.ceil(self.num_examples / batch_size) * batch_size
         padding = tf.data.Dataset.from_tensors("").repeat()
         records = (
             order.in_sequence(self._shards)
             .map(lambda index, serialized: serialized)
             .concatenate(padding)
-            .take(num_batches * batch_size)
+            .take(count)
             .enumerate()
         )
         decoder = self._decoder(self.image_size, None)
@@ -355,9 +355,8 @@ class CaptionDataset:
     def _pixels_in_memory(self):
         """The decoded split, made at first use."""
         if self._pixels is None:
-            most = 0
-            if self.tokenizer is not None:
-                most = self.description.max_captions(self.split)
+            wanted = self.tokenizer is not None
+            most = wanted * self.description.max_captions(self.split)
             self._pixels = memory.DecodedImages(
                 self._shards,
                 self._decoder(self.decode_size, None, most),
@@ -381,9 +380,8 @@ class CaptionDataset:
             )
 
     def _batch_size(self, batch_size):
-        batch_size = batch_size or self.batch_size
-        checks.integer("batch_size", batch_size, 1)
-        return batch_size
+        checks.integer("batch_size", batch_size or self.batch_size, 1)
+        return batch_size or self.batch_size
 
     def _decode_size(self, decode_size):
         """The size pictures are held at before cropping."""
