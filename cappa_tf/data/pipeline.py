@@ -147,10 +147,8 @@ class CaptionDataset:
         self.resize_small = resize_small or round(
             max(self.image_size) * 256 / 224
         )
-        self._description = None
-        self._skips = None
-        self._records = None
-        self._pixels = None
+        self._description = self._skips = None
+        self._records = self._pixels = None
         self._evaluations = {}
 
     @property
