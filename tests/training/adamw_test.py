@@ -257,8 +257,9 @@ def replicated_steps(optimizer_cls, gradients, reduce_first):
 
 def averaging_optimizer(optimizer_cls):
     variable = keras.Variable(np.ones((40, 36), "float32"), name="kernel")
+    # A large epsilon, or else the size of the gradients would not matter.
     optimizer = optimizer_cls(
-        0.1, weight_decay=0.1, global_clip_norm=50.0, use_ema=True
+        0.1, weight_decay=0.1, global_clip_norm=50.0, epsilon=1.0, use_ema=True
     )
     optimizer.build([variable])
     return optimizer, variable
