@@ -1,42 +1,80 @@
-"""Checks of arguments; every message states the rule and what came."""
+"""Checks of arguments; every message states the rule and what came.
+
+Configurations are text without types: `3e-4` in quotes is a string and `1e6`
+a float. A constructor that computes with them unchecked fails hours later or
+not at all, so it asks here first.
+"""
+
+import numbers
 
 
-def check_positive_ints(**values):
-    """Raises unless each value is an int of at least 1 (bool excluded)."""
+def check_number(name, value, minimum=0.0, maximum=None, exclusive=False):
+    """Returns `value` as a float, or says which rule it breaks.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What was given; a bool or a string is not a number.
+        minimum: Smallest allowed value.
+        maximum: Largest allowed value; `None` for any finite number.
+        exclusive: If `True`, `minimum` itself is not allowed.
+
+    Returns:
+        A Python float.
+
+    Raises:
+        ValueError: `value` is no finite number or outside the range.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    above = is_number and (value > minimum if exclusive else value >= minimum)
+    # `value < inf` also refuses NaN and infinity.
+    below = is_number and (
+        value < float("inf") if maximum is None else value <= maximum
+    )
+    if not (above and below):
+        rule = f"a number {'>' if exclusive else '>='} {minimum:g}"
+        rule += "" if maximum is None else f" and <= {maximum:g}"
+        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
+    return float(value)
+
+
+def check_integer(name, value, minimum=0):
+    """Returns `value` as an int, or says which rule it breaks.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What was given; a float is refused even if it is whole.
+        minimum: Smallest allowed value.
+
+    Returns:
+        A Python int.
+
+    Raises:
+        ValueError: `value` is no integer or too small.
+    """
+    is_integer = isinstance(value, numbers.Integral)
+    if not is_integer or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"`{name}` must be an integer >= {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_counts(optional=False, **values):
+    """Refuses what is no integer of at least 1 (or None, if `optional`)."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"`{name}` must be a positive integer. "
-                f"Received: {name}={value!r}"
-            )
+        if not (optional and value is None):
+            check_integer(name, value, 1)
 
 
 def check_fraction(**values):
-    """Raises unless each value is a number in [0, 1]."""
+    """Refuses what is no number from 0 to 1."""
     for name, value in values.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"`{name}` must be a number in [0, 1]. "
-                f"Received: {name}={value!r}"
-            )
+        check_number(name, value, 0.0, 1.0)
 
 
-def check_positive(**value):
-    """Returns the one value given by name, which must be a number above 0."""
-    ((name, number),) = value.items()
-    is_number = isinstance(number, (int, float)) and not isinstance(
-        number, bool
-    )
-    if not is_number or not number > 0.0:
-        raise ValueError(
-            f"`{name}` must be a number above 0. Received: {name}={number!r}"
-        )
-    return number
-
-
-def check_bools(**values):
-    """Raises unless each value is True or False."""
+def check_bool(**values):
+    """Refuses what is neither True nor False."""
     for name, value in values.items():
         if not isinstance(value, bool):
             raise ValueError(
@@ -45,10 +83,39 @@ def check_bools(**values):
 
 
 def check_choice(choices, **values):
-    """Raises unless each value is one of the choices."""
+    """Refuses what is not among `choices`."""
     for name, value in values.items():
-        if value not in choices:
+        matches = [c for c in choices if c is value or c == value]
+        # 1 == True in Python: the types must agree as well.
+        if not any(type(c) is type(value) for c in matches):
             raise ValueError(
-                f"`{name}` must be one of {sorted(choices)}. "
+                f"`{name}` must be one of {tuple(choices)}. "
                 f"Received: {name}={value!r}"
             )
+
+
+def check_callable(**values):
+    """Refuses what is neither None nor callable."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise ValueError(
+                f"`{name}` must be a function or None. "
+                f"Received: {name}={value!r}"
+            )
+
+
+def height_width(name, value):
+    """(height, width) of one integer or a pair of them, all at least 1."""
+    sides = tuple(value) if isinstance(value, tuple | list) else (value,) * 2
+    if len(sides) != 2:
+        raise ValueError(
+            f"`{name}` must be an integer or (height, width). "
+            f"Received: {name}={value!r}"
+        )
+    for side in sides:
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise ValueError(
+                f"`{name}` must be an integer >= 1 or (height, width). "
+                f"Received: {name}={value!r}"
+            )
+    return sides

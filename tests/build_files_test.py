@@ -86,9 +86,10 @@ def test_every_python_file_is_in_one_target_of_the_right_kind(targets):
 
 
 def test_every_dependency_exists(targets):
+    lock = ROOT / "tools/requirements_lock.txt"
     locked = {
         line.split("==")[0].replace("-", "_")
-        for line in (ROOT / "tools/requirements_lock.txt").read_text().splitlines()
+        for line in lock.read_text().splitlines()
         if "==" in line
     }
     optional = {"keras_cv", "torch", "safetensors", "apache_beam"}

@@ -13,8 +13,9 @@ import os
 
 import tensorflow as tf
 
+from cappa_tf import checks
 from cappa_tf.data import (
-    checks,
+    arguments,
     decoding,
     description,
     images,
@@ -124,7 +125,7 @@ class CaptionDataset:
         self.path = os.fspath(path)
         self.split = split
         self.tokenizer = tokenizer
-        self.image_size = checks.pair("image_size", image_size)
+        self.image_size = checks.height_width("image_size", image_size)
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -137,12 +138,12 @@ class CaptionDataset:
         self.shift = shift
         self.resize = resize
         self.antialias = antialias
-        self.length_buckets = checks.buckets(length_buckets, tokenizer)
+        self.length_buckets = arguments.buckets(length_buckets, tokenizer)
         self.cache = cache
         self.max_pixels = max_pixels
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
-        checks.caption_dataset(self)
+        arguments.caption_dataset(self)
         self.decode_size = self._decode_size(decode_size)
         self.resize_small = resize_small or round(
             max(self.image_size) * 256 / 224
@@ -199,7 +200,7 @@ class CaptionDataset:
         """
         batch_size = self._batch_size(batch_size)
         seed = self.seed if seed is None else seed
-        checks.integer("start_index", start_index, 0)
+        checks.check_integer("start_index", start_index, 0)
         self._open()
         batches = self._train_batches(batch_size, start_index, seed)
         diagnose = self._decoder(self.image_size, None).diagnose
@@ -378,16 +379,15 @@ class CaptionDataset:
             )
 
     def _batch_size(self, batch_size):
-        checks.integer("batch_size", batch_size or self.batch_size, 1)
+        checks.check_integer("batch_size", batch_size or self.batch_size, 1)
         return batch_size or self.batch_size
 
     def _decode_size(self, decode_size):
         """The size pictures are held at before cropping."""
         if decode_size is not None:
-            return checks.pair("decode_size", decode_size)
-        if self.crop_scale is None:
-            return self.image_size
-        return tuple(round(side * 1.15) for side in self.image_size)
+            return checks.height_width("decode_size", decode_size)
+        scale = 1.0 if self.crop_scale is None else 1.15
+        return tuple(round(side * scale) for side in self.image_size)
 
 
 def _cut(labels, buckets, pad_id):

@@ -9,8 +9,8 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.checks import height_width
 from cappa_tf.data import images, sources
-from cappa_tf.data.checks import pair
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.pipeline import CaptionDataset
 
@@ -45,7 +45,7 @@ class LabelledImages:
             )
         self._path = os.fspath(path)
         self._split = split
-        self._size = pair("image_size", image_size)
+        self._size = height_width("image_size", image_size)
         self._resize = resize
         self.skipped = collections.Counter()
         self._is_records = os.path.exists(

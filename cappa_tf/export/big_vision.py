@@ -14,12 +14,13 @@ import os
 
 import numpy as np
 
+from cappa_tf.checks import height_width
 from cappa_tf.export import big_vision_arrays as files
 from cappa_tf.export import big_vision_names as names
 from cappa_tf.export.big_vision_arrays import read_arrays
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
-from cappa_tf.models.vision_encoder import VisionEncoder, pair
+from cappa_tf.models.vision_encoder import VisionEncoder
 
 # Number of positions where sincos2d leaves no array to tell it: the paper's.
 # A smaller number of them is the beginning of a larger one.
@@ -208,7 +209,7 @@ def _patches(arrays, image_size):
     kernel = arrays.get("embedding/kernel")
     if image_size is None or getattr(kernel, "ndim", 0) != 4:
         return None
-    height, width = pair(image_size, "image_size")
+    height, width = height_width("image_size", image_size)
     return (height // kernel.shape[0]) * (width // kernel.shape[1])
 
 

@@ -10,7 +10,7 @@ Abbreviations for dimensions:
 import keras
 import tensorflow as tf
 
-from cappa_tf.checks import check_fraction, check_positive_ints
+from cappa_tf.checks import check_counts, check_fraction
 from cappa_tf.models import generation, losses, random
 from cappa_tf.models.text_decoder import shift_right
 
@@ -65,7 +65,7 @@ class Captioner(keras.Model):
             masking_ratio=masking_ratio,
             label_smoothing=label_smoothing,
         )
-        check_positive_ints(chunk_size=chunk_size)
+        check_counts(chunk_size=chunk_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"`seed` must be an int. Received: seed={seed!r}")
         if masked_pred_prob > 0.0 and not text_decoder.use_mask_token:

@@ -15,10 +15,10 @@ import numpy as np
 from keras import ops
 
 from cappa_tf.checks import (
-    check_bools,
+    check_bool,
     check_choice,
+    check_counts,
     check_fraction,
-    check_positive_ints,
 )
 from cappa_tf.models.random import StatelessDropout
 
@@ -60,8 +60,8 @@ class MultiHeadAttention(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_positive_ints(hidden_dim=hidden_dim, num_heads=num_heads)
-        check_bools(use_bias=use_bias)
+        check_counts(hidden_dim=hidden_dim, num_heads=num_heads)
+        check_bool(use_bias=use_bias)
         if hidden_dim % num_heads != 0:
             raise ValueError(
                 "`hidden_dim` must be divisible by `num_heads`. Received: "
@@ -190,8 +190,8 @@ class MLP(keras.layers.Layer):
         self, mlp_dim, *, use_bias=True, dropout=0.0, salt="mlp", **kwargs
     ):
         super().__init__(**kwargs)
-        check_positive_ints(mlp_dim=mlp_dim)
-        check_bools(use_bias=use_bias)
+        check_counts(mlp_dim=mlp_dim)
+        check_bool(use_bias=use_bias)
         check_fraction(dropout=dropout)
         self.mlp_dim = mlp_dim
         self.use_bias = use_bias

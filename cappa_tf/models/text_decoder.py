@@ -11,10 +11,10 @@ import keras
 from keras import ops
 
 from cappa_tf.checks import (
-    check_bools,
+    check_bool,
+    check_counts,
     check_fraction,
-    check_positive,
-    check_positive_ints,
+    check_number,
 )
 from cappa_tf.models.blocks import DecoderBlock
 from cappa_tf.models.layers import PositionEmbedding, layer_norm
@@ -79,14 +79,14 @@ class TextDecoder(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_positive_ints(
+        check_counts(
             vocabulary_size=vocabulary_size,
             max_length=max_length,
             num_layers=num_layers,
             mlp_dim=mlp_dim,
         )
         check_fraction(dropout=dropout)
-        check_bools(use_bias=use_bias, use_mask_token=use_mask_token)
+        check_bool(use_bias=use_bias, use_mask_token=use_mask_token)
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.hidden_dim = hidden_dim
@@ -94,13 +94,13 @@ class TextDecoder(keras.Model):
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
         self.encoder_dim = encoder_dim or hidden_dim
-        check_positive_ints(encoder_dim=self.encoder_dim)
+        check_counts(encoder_dim=self.encoder_dim)
         self.use_bias = use_bias
         self.dropout = dropout
         self.use_mask_token = use_mask_token
         self.position_embedding = position_embedding
-        self.embedding_stddev = check_positive(
-            embedding_stddev=embedding_stddev
+        self.embedding_stddev = check_number(
+            "embedding_stddev", embedding_stddev, exclusive=True
         )
         self._make_layers()
 

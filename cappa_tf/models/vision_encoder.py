@@ -8,25 +8,17 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.checks import check_choice, check_fraction, check_positive_ints
+from cappa_tf.checks import (
+    check_choice,
+    check_counts,
+    check_fraction,
+    height_width,
+)
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.layers import PatchEmbedding, PositionEmbedding, layer_norm
 from cappa_tf.models.random import StatelessDropout, salt_of, uniform
 
 POOLINGS = ("gap", "map", "tok", "none")
-
-
-def pair(value, name):
-    """(height, width) from an int or a pair of ints, all at least 1."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * 2
-    if len(values) != 2:
-        raise ValueError(
-            f"`{name}` must be an int or (height, width). "
-            f"Received: {name}={value!r}"
-        )
-    check_positive_ints(**{name: values[0]})
-    check_positive_ints(**{name: values[1]})
-    return values
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -84,7 +76,7 @@ class VisionEncoder(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_positive_ints(num_layers=num_layers, mlp_dim=mlp_dim)
+        check_counts(num_layers=num_layers, mlp_dim=mlp_dim)
         check_fraction(dropout=dropout, patch_dropout=patch_dropout)
         check_choice(POOLINGS, pooling=pooling)
         for name, value in (
@@ -92,13 +84,13 @@ class VisionEncoder(keras.Model):
             ("num_classes", num_classes),
         ):
             if value is not None:
-                check_positive_ints(**{name: value})
+                check_counts(**{name: value})
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
-        self.patch_size = pair(patch_size, "patch_size")
-        self.image_size = pair(image_size, "image_size")
+        self.patch_size = height_width("patch_size", patch_size)
+        self.image_size = height_width("image_size", image_size)
         self.position_embedding = position_embedding
         self.dropout = dropout
         self.patch_dropout = patch_dropout

@@ -10,12 +10,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from cappa_tf.checks import check_integer, check_number
 from cappa_tf.training.optimizers import (
     ScheduledOptimizer,
     check_momentum_dtype,
     moving_average,
 )
-from cappa_tf.training.ranges import check_integer, check_number
 from cappa_tf.training.schedules import Schedule
 
 

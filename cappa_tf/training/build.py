@@ -6,7 +6,6 @@ import random
 import keras
 import tensorflow as tf
 
-from cappa_tf.training.arguments import constructed
 from cappa_tf.training.optimizers import ScheduledOptimizer
 
 
@@ -145,3 +144,34 @@ def parameter_counts(model):
         name: sum(v.value.shape.num_elements() for v in part.trainable_weights)
         for name, part in parts.items()
     }
+
+
+def constructed(value, name, *attributes):
+    """The object itself, whether it or its constructor is given.
+
+    A constructor (in a gin file `@Captioner`, without parentheses) lets the
+    trainer set seed, precision and devices before any weight exists.
+
+    Args:
+        value: An object, or a function without arguments that returns one.
+        name: The argument's name, for the message.
+        *attributes: What the object must have.
+
+    Raises:
+        ValueError: If it lacks one of them.
+    """
+    if not all(hasattr(value, a) for a in attributes) or isinstance(
+        value, type
+    ):
+        if not callable(value):
+            raise ValueError(
+                f"`{name}` must be an object with {', '.join(attributes)}, "
+                f"or a constructor of one. Received: {name}={value!r}"
+            )
+        value = value()
+    missing = [a for a in attributes if not hasattr(value, a)]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks {', '.join(missing)}. Received: {name}={value!r}"
+        )
+    return value

@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from cappa_tf.training.ranges import check_number
+from cappa_tf.checks import check_number
 from cappa_tf.training.schedules import Schedule
 
 

@@ -6,6 +6,21 @@ import time
 
 import tqdm
 
+# Names in the lines, which should fit a terminal. Cap is autoregressive, Pa
+# parallel prediction: mean loss of a caption, and mean nll of a token.
+_SHORT = {
+    "autoregressive/loss": "cap",
+    "autoregressive/nll_per_token": "cap/token",
+    "parallel/loss": "pa",
+    "parallel/nll_per_token": "pa/token",
+    "gradient_norm": "grad",
+    "weight_norm": "weights",
+    "learning_rate": "lr",
+    "images_per_second": "img/s",
+    "tokens_per_second": "tok/s",
+    "data_wait_share": "wait",
+}
+
 
 class Progress:
     """A progress bar with the time left, and one line per log interval.
@@ -49,7 +64,10 @@ class Progress:
 
     def figures(self, step, figures):
         """One line of figures, such as `step 50  loss 3.21  ...`."""
-        parts = [f"{name} {_short(v)}" for name, v in figures.items()]
+        parts = [
+            f"{_SHORT.get(name, name)} {_short(value)}"
+            for name, value in figures.items()
+        ]
         self.line("  ".join([f"step {step}", *parts]))
 
     def close(self):
@@ -58,9 +76,9 @@ class Progress:
 
 
 def _short(value):
-    if isinstance(value, int) or value == int(value):
+    if float(value).is_integer():
         return f"{int(value)}"
     magnitude = abs(value)
     if magnitude >= 100:
         return f"{value:.0f}"
-    return f"{value:.4f}" if magnitude >= 1e-3 else f"{value:.2e}"
+    return f"{value:.4g}" if magnitude >= 1e-3 else f"{value:.2e}"

@@ -13,7 +13,7 @@ where the reference turns negative.
 import keras
 from keras import ops
 
-from cappa_tf.training.ranges import check_integer, check_number
+from cappa_tf.checks import check_integer, check_number
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from cappa_tf.training import arguments
-from cappa_tf.training.ranges import check_integer
+from cappa_tf import checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,21 +40,17 @@ class RunSettings:
             "total_steps batch_size accumulation_steps steps_per_loop "
             "log_steps checkpoint_steps keep_checkpoints"
         )
-        arguments.check_counts(**self._named(counts))
-        arguments.check_counts(
+        checks.check_counts(**self._named(counts))
+        checks.check_counts(
             optional=True, **self._named("eval_batch_size eval_steps")
         )
         for name, value in self._named(
             "seed sample_images sheet_images"
         ).items():
-            check_integer(name, value, 0)
-        arguments.check_bool(**self._named("final_evaluation caption_metrics"))
-        arguments.check_choice(
-            (True, False, "auto"), jit_compile=self.jit_compile
-        )
-        arguments.check_choice(
-            ("last", "best"), final_weights=self.final_weights
-        )
+            checks.check_integer(name, value, 0)
+        checks.check_bool(**self._named("final_evaluation caption_metrics"))
+        checks.check_choice((True, False, "auto"), jit_compile=self.jit_compile)
+        checks.check_choice(("last", "best"), final_weights=self.final_weights)
 
     def _named(self, names):
         return {name: getattr(self, name) for name in names.split()}

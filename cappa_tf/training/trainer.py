@@ -2,7 +2,7 @@
 
 What `train` does, in this order, each in a module of its own:
 
-    arguments checked           settings.py, arguments.py
+    arguments checked           settings.py
     devices                     distribution.py
     model and optimizer built   build.py
     data prepared               the function `prepare`, if given
@@ -16,10 +16,12 @@ It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
 
 import tensorflow as tf
 
-from cappa_tf.training import arguments, memory
+from cappa_tf import checks
+from cappa_tf.training import memory
 from cappa_tf.training.build import (
     build_model,
     check_fit,
+    constructed,
     parameter_counts,
 )
 from cappa_tf.training.distribution import check_batch_size, make_strategy
@@ -134,9 +136,9 @@ def train(
         caption_metrics=caption_metrics,
         sheet_images=sheet_images,
     )
-    arguments.check_bool(deterministic=deterministic, dry_run=dry_run)
-    arguments.check_choice((None, *PRECISIONS), precision=precision)
-    arguments.check_callable(
+    checks.check_bool(deterministic=deterministic, dry_run=dry_run)
+    checks.check_choice((None, *PRECISIONS), precision=precision)
+    checks.check_callable(
         prepare=prepare, on_start=on_start, on_first_step=on_first_step
     )
     strategy = _open_devices(settings, strategy, devices, deterministic)
@@ -174,7 +176,7 @@ def _open_data(model, train_data, eval_data, test_data):
     opened["test_data"] = eval_data if test_data is None else test_data
     for name, data in opened.items():
         if data is not None:
-            data = arguments.constructed(data, name, "tokenizer", "image_size")
+            data = constructed(data, name, "tokenizer", "image_size")
             check_fit(model, data, name)
             opened[name] = data
     return list(opened.values())

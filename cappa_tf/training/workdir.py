@@ -16,6 +16,9 @@ import tensorflow as tf
 
 from cappa_tf.data.tokenizer import Tokenizer
 
+# Keras finds the classes of a saved model by their registered names.
+from cappa_tf.models import captioner, text_decoder, vision_encoder  # noqa: F401
+
 # Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
 # is given in evaluation.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
@@ -103,8 +106,6 @@ def load_captioner(path, weights="auto"):
     Raises:
         ValueError: If there is no such thing at `path`.
     """
-    import cappa_tf.models.captioner  # noqa: F401  (registers the classes)
-
     choices = ("auto", "final", "best", "latest")
     if weights not in choices:
         raise ValueError(

@@ -1,38 +1,11 @@
-"""Checks of constructor arguments: the rule, then what was received.
-
-Configurations are text: 1e6 is a float and '3e-4' a string, so types are
-checked, not only values.
-"""
+"""Checks of the arguments of a `CaptionDataset`."""
 
 import math
 
+from cappa_tf import checks
+
 RESIZE_MODES = ("squash", "resize_small_central_crop")
 CACHES = (None, "stream", "records", "images")
-
-
-def integer(name, value, least):
-    """Demands an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def choice(name, value, choices):
-    """Demands one of some values."""
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {choices}. Received: {name}={value!r}"
-        )
-
-
-def fraction(name, value):
-    """Demands a number from 0 to 1."""
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(
-            f"`{name}` must be a number from 0 to 1. Received: {name}={value!r}"
-        )
 
 
 def interval(name, value, most):
@@ -47,19 +20,6 @@ def interval(name, value, most):
             f"`{name}` must be two numbers, 0 < least <= most <= {most}. "
             f"Received: {name}={value!r}"
         )
-
-
-def pair(name, value):
-    """(height, width) of one positive integer or a pair of them."""
-    sides = (value, value) if isinstance(value, int) else tuple(value or ())
-    if len(sides) != 2:
-        raise ValueError(
-            f"`{name}` must be an integer or (height, width). "
-            f"Received: {name}={value!r}"
-        )
-    for side in sides:
-        integer(name, side, 1)
-    return sides
 
 
 def caption_dataset(data):
@@ -78,18 +38,18 @@ def caption_dataset(data):
             f"tokenizer={data.tokenizer!r}"
         )
     for name in ("seed", "shuffle_buffer", "shift"):
-        integer(name, getattr(data, name), 0)
-    integer("num_readers", data.num_readers, 1)
+        checks.check_integer(name, getattr(data, name), 0)
+    checks.check_integer("num_readers", data.num_readers, 1)
     for name in ("batch_size", "max_pixels", "num_parallel_calls"):
         if getattr(data, name) is not None:
-            integer(name, getattr(data, name), 1)
+            checks.check_integer(name, getattr(data, name), 1)
     if data.captions_per_image != "all":
-        integer("captions_per_image", data.captions_per_image, 1)
-    choice("resize", data.resize, RESIZE_MODES)
-    choice("cache", data.cache, CACHES)
+        checks.check_integer("captions_per_image", data.captions_per_image, 1)
+    checks.check_choice(RESIZE_MODES, resize=data.resize)
+    checks.check_choice(CACHES, cache=data.cache)
     interval("crop_scale", data.crop_scale, 1.0)
     interval("crop_aspect", data.crop_aspect, math.inf)
-    fraction("max_skipped_fraction", data.max_skipped_fraction)
+    checks.check_fraction(max_skipped_fraction=data.max_skipped_fraction)
     if data.crop_scale is not None and data.shift:
         raise ValueError(
             "`crop_scale` and `shift` exclude each other. Received: "
@@ -108,7 +68,7 @@ def buckets(length_buckets, tokenizer):
         return None
     longest = tokenizer.max_length
     for bucket in length_buckets:
-        integer("length_buckets", bucket, 1)
+        checks.check_integer("length_buckets", bucket, 1)
     if max(length_buckets, default=1) > longest:
         raise ValueError(
             "`length_buckets` must not exceed the tokenizer's "
