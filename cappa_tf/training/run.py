@@ -1,6 +1,9 @@
 """One run: the loop over steps, and what happens between them."""
 
+import contextlib
 import os
+
+import tensorflow as tf
 
 from cappa_tf.training import results
 from cappa_tf.training.averaging import averaged_weights
@@ -15,6 +18,23 @@ from cappa_tf.training.step import TrainLoop
 from cappa_tf.training.summaries import Summaries
 from cappa_tf.training.validation import Validation
 from cappa_tf.training.workdir import describe_run
+
+
+@contextlib.contextmanager
+def plain_data_errors(*datasets):
+    """Raises a data set's own error where reading it ended a step.
+
+    TensorFlow passes an error from inside an input pipeline on as one of its
+    own, with the text buried in a trace; the data set keeps the original.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        for data in datasets:
+            failure = getattr(data, "failure", None)
+            if failure is not None:
+                raise failure from error
+        raise
 
 
 class Run:
@@ -44,6 +64,7 @@ class Run:
         self._strategy, self._model = strategy, model
         self._optimizer = optimizer
         self._train_data, self._test_data = train_data, test_data
+        self._datasets = (train_data, eval_data, test_data)
         self._checkpoints = Checkpoints(
             settings.workdir, model, optimizer, settings.keep_checkpoints
         )
@@ -81,7 +102,10 @@ class Run:
         self._summaries = Summaries(folder)
         try:
             self._announce()
-            with Interruption() as interruption:
+            with (
+                Interruption() as interruption,
+                plain_data_errors(*self._datasets),
+            ):
                 self._train(interruption, on_first_step)
             if interruption.signal:
                 self._progress.line(
