@@ -2,8 +2,7 @@
 
     python tools/train.py --gin_file=gin/quickstart.gin
     python tools/train.py --gin_file=gin/cappa_l16.gin --workdir=runs/l16 \
-        --gin_param="DATA='data/mine'" \
-        --gin_param="TOKENIZER='data/mine/tokenizer.model'"
+        --gin_param="DATA='data/mine'"
 
 Ctrl-C and SIGTERM write a checkpoint and end the program with exit code 0;
 the same command then goes on with the next batch. What cannot be run (a wrong

@@ -19,7 +19,6 @@ import tqdm
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-MODEL_NAME = "tokenizer.model"
 SAMPLE = 2000
 
 
@@ -29,7 +28,7 @@ def define_flags():
     flags.DEFINE_string("split", "train", "Split of --data to read.")
     flags.DEFINE_string("text", None, "Text file, one caption a line.")
     flags.DEFINE_string(
-        "output", None, f"Model file to write; by default DATA/{MODEL_NAME}."
+        "output", None, "Model file to write; by default DATA/tokenizer.model."
     )
     flags.DEFINE_integer(
         "vocabulary_size", 32_000, "Number of pieces.", lower_bound=4
@@ -70,7 +69,7 @@ def train():
     if output is None:
         if FLAGS.data is None:
             raise ValueError("--text needs --output.")
-        output = os.path.join(FLAGS.data, MODEL_NAME)
+        output = os.path.join(FLAGS.data, tokenizer.FILE_NAME)
     captions = list(
         itertools.islice(
             read_captions(FLAGS.data, FLAGS.split, FLAGS.text),

@@ -13,6 +13,8 @@ import sentencepiece
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+# What a vocabulary is called in the folder of its data set.
+FILE_NAME = "tokenizer.model"
 PAD_ID = 0
 EOS_ID = 1
 UNKNOWN_ID = 2
@@ -38,7 +40,8 @@ class Tokenizer(tf.Module):
 
     Args:
         path: A SentencePiece model file with pad 0 and eos 1, such as
-            `train_tokenizer` writes.
+            `train_tokenizer` writes, or the folder of a data set that holds
+            one named tokenizer.model.
         max_length: L, tokens of a caption including eos.
         lowercase: Whether to lower-case (Unicode; big_vision lower-cases
             ASCII only, which is the same for English).
@@ -58,11 +61,18 @@ class Tokenizer(tf.Module):
                 "`max_length` must be an integer of at least 2 (one token and "
                 f"eos). Received: max_length={max_length!r}"
             )
-        self.path = os.fspath(path)
+        self._path = os.fspath(path)
         self.max_length = max_length
         self.lowercase = lowercase
         self.sticky_eos = sticky_eos
         self._sentencepiece = None
+
+    @property
+    def path(self):
+        """The model file, also where its folder was given."""
+        if tf.io.gfile.isdir(self._path):
+            return os.path.join(self._path, FILE_NAME)
+        return self._path
 
     @property
     def pad_id(self):

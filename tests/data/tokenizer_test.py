@@ -128,3 +128,9 @@ def test_exported_module_carries_its_vocabulary(tmp_path):
     path.unlink()
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
     np.testing.assert_array_equal(loaded.serve(["pale star"]), expected)
+
+
+def test_a_folder_stands_for_its_tokenizer_model(model_path):
+    tokenizer = tokenizer_lib.Tokenizer(model_path.parent, max_length=3)
+    assert tokenizer.path == str(model_path)
+    assert tokenizer.vocabulary_size > 20

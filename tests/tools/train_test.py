@@ -11,7 +11,6 @@ from conftest import ROOT
 
 TINY = {
     "DATA": "scenes",
-    "TOKENIZER": "scenes/tokenizer.model",
     "HIDDEN_DIM": 16,
     "NUM_LAYERS": 1,
     "DECODER_LAYERS": 1,
