@@ -57,14 +57,17 @@ class Checkpoints:
     """
 
     def __init__(self, folder, model, optimizer, keep=3):
-        self._model, self._optimizer = model, optimizer
         self.state = RunState()
+        self._everything = named_variables(model, optimizer)
+        self._weights = named_variables(model)
         self._all = tf.train.Checkpoint(
-            model=model, optimizer=optimizer, state=self.state
+            variables=self._everything, state=self.state
         )
-        self._weights = tf.train.Checkpoint(model=model, state=self.state)
+        self._model = tf.train.Checkpoint(
+            variables=self._weights, state=self.state
+        )
         self._manager = _manager(self._all, folder, "checkpoints", keep)
-        self._best_manager = _manager(self._weights, folder, "best", 1)
+        self._best_manager = _manager(self._model, folder, "best", 1)
         self._saved_step = None
 
     @property
@@ -92,7 +95,7 @@ class Checkpoints:
             paths.insert(0, self.latest)
         for path in paths:
             try:
-                self._read(self._all, path, self._optimizer)
+                _read(self._all, path, self._everything)
             except (tf.errors.OpError, IndexError) as error:
                 # The reader of a cut file raises IndexError.
                 logging.warning("cannot read %s: %s", path, error)
@@ -111,7 +114,7 @@ class Checkpoints:
         if not self.best:
             return False
         values = self.state.values
-        self._read(self._weights, self.best)
+        _read(self._model, self.best, self._weights)
         self.state.values = values
         return True
 
@@ -119,20 +122,16 @@ class Checkpoints:
         """Writes a checkpoint of `step`, unless it is already there."""
         if step == self._saved_step:
             return
-        self._describe(step, values, self._optimizer)
-        self._write(self._manager, step)
+        self._write(self._manager, step, values, self._everything)
         self._saved_step = step
 
     def save_best(self, step, **values):
         """Writes the weights as the best so far."""
-        self._describe(step, values)
-        self._write(self._best_manager, step)
+        self._write(self._best_manager, step, values, self._weights)
 
-    def _describe(self, step, values, optimizer=None):
-        inventory = variable_inventory(self._model, optimizer)
+    def _write(self, manager, step, values, variables):
+        inventory = variable_inventory(variables)
         self.state.values = {"step": step, **values, "inventory": inventory}
-
-    def _write(self, manager, step):
         try:
             manager.save(checkpoint_number=step)
         except (tf.errors.OpError, OSError) as error:
@@ -144,11 +143,22 @@ class Checkpoints:
                 "same command to go on from there."
             ) from error
 
-    def _read(self, checkpoint, path, optimizer=None):
+
+def restore_model(path, model):
+    """Puts the weights of a checkpoint into a built model."""
+    variables = named_variables(model)
+    saved = dict(saved_state(path)["inventory"])
+    wanted = variable_inventory(variables)
+    check_inventory([[n, saved.get(n)] for n, _ in wanted], wanted, path)
+    _read(tf.train.Checkpoint(variables=variables), path)
+
+
+def _read(checkpoint, path, variables=None):
+    if variables is not None:
         saved = saved_state(path)["inventory"]
-        check_inventory(saved, variable_inventory(self._model, optimizer), path)
-        status = checkpoint.read(path).assert_existing_objects_matched()
-        status.expect_partial()  # TensorFlow's own save counter
+        check_inventory(saved, variable_inventory(variables), path)
+    status = checkpoint.read(path).assert_existing_objects_matched()
+    status.expect_partial()  # TensorFlow's own save counter
 
 
 def saved_state(path):
@@ -157,11 +167,21 @@ def saved_state(path):
     return json.loads(reader.get_tensor(_STATE_KEY))
 
 
-def variable_inventory(model, optimizer=None):
-    """Lists [path, shape] of all variables, in their order of creation.
+def named_variables(model, optimizer=None):
+    """All variables by names that depend on nothing but the architecture.
 
-    Keras numbers the names of a second model in one process; in the paths
-    each part has its plain name, the one of its class.
+    TensorFlow would follow Python attributes, and does not see layers that
+    Keras 3 keeps in a list: all blocks would be missing. The paths of Keras
+    are complete; what they have beyond (the model's own name, which is there
+    or not depending on who built it, and numbers that tell a second model in
+    one process from the first) is taken off.
+
+    Args:
+        model: Built Keras model.
+        optimizer: Built Keras optimizer, or None.
+
+    Returns:
+        A dict from name to `tf.Variable`, in order of creation.
     """
     parts = [model, *model.layers]
     variables = list(model.weights)
@@ -171,15 +191,28 @@ def variable_inventory(model, optimizer=None):
     plain = {part.name: _plain_name(part) for part in parts}
     # Longest first: one name may begin another. Optimizers write a_b for a/b.
     names = "|".join(sorted(map(re.escape, plain), key=len, reverse=True))
-    pattern = re.compile(rf"(?<![^/_])({names})(?=[/_]|$)")
-    return [
-        [pattern.sub(lambda m: plain[m[1]], v.path), list(v.shape)]
-        for v in variables
-    ]
+    pattern = re.compile(rf"(?<![^/_])({names})([/_]|$)")
+
+    def rename(match):
+        own = match[1] == model.name
+        return "" if own else plain[match[1]] + match[2]
+
+    named = {pattern.sub(rename, v.path): v.value for v in variables}
+    if len(named) != len(variables):
+        raise ValueError(
+            "Every variable must have a name of its own. Received: "
+            f"{[v.path for v in variables]}"
+        )
+    return named
 
 
 def _plain_name(part):
     return re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", type(part).__name__).lower()
+
+
+def variable_inventory(variables):
+    """Lists [name, shape] of named variables."""
+    return [[name, list(v.shape)] for name, v in variables.items()]
 
 
 def check_inventory(saved, wanted, path):

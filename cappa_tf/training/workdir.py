@@ -18,6 +18,7 @@ from cappa_tf.data.tokenizer import Tokenizer
 
 # Keras finds the classes of a saved model by their registered names.
 from cappa_tf.models import captioner, text_decoder, vision_encoder  # noqa: F401
+from cappa_tf.training.checkpoints import restore_model
 
 # Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
 # is given in evaluation.
@@ -133,8 +134,7 @@ def _restored(workdir, checkpoint):
         model = keras.saving.deserialize_keras_object(json.load(file))
     if not model.built:
         model.build()
-    status = tf.train.Checkpoint(model=model).read(checkpoint)
-    status.assert_existing_objects_matched().expect_partial()
+    restore_model(checkpoint, model)
     return model
 
 

@@ -195,7 +195,7 @@ def test_wrong_arguments_are_named_before_anything_is_read(
 
 
 def test_vocabulary_of_another_size_is_refused(folder, tmp_path):
-    for size, many in ((30, "more"), (50, "fewer")):
+    for size, many in ((20, "more"), (50, "fewer")):
         with pytest.raises(ValueError, match=f"tiny.model has {many} pieces"):
             tiny.run(
                 folder,
