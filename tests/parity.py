@@ -1,7 +1,5 @@
 """What parity tests share: losses and gradients of one objective by name."""
 
-import functools
-
 import numpy as np
 import tensorflow as tf
 
@@ -13,22 +11,38 @@ KEY_BIAS = "/key/bias"
 
 
 def compiled(function, jit_compile):
-    """The function as a graph, with or without XLA."""
-    return tf.function(function, jit_compile=jit_compile, autograph=False)
+    """The function under XLA, or as it is (eager: no graph to build)."""
+    if not jit_compile:
+        return function
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
-def batch_of(image, text):
-    """A training batch; with all examples of one objective, index is any."""
-    return {
-        "image": tf.constant(image),
-        "labels": tf.constant(text, tf.int32),
-        "index": tf.range(len(text), dtype=tf.int64),
-    }
+def batches_of(captioner, image, text):
+    """Training batches of which every example is of one objective.
 
+    Args:
+        captioner: Captioner; half of its examples become parallel.
+        image: [B, H, W, 3].
+        text: int [B, L].
 
-def set_mode(captioner, mode):
-    """Makes every example autoregressive or parallel."""
-    captioner.masked_pred_prob = float(mode == "parallel")
+    Returns:
+        Dict from mode to batch: positions in the stream for which all draws
+        fall that way.
+    """
+    captioner.masked_pred_prob = 0.5
+    many = {"labels": tf.tile(text[:1], [64, 1]), "index": tf.range(64)}
+    many["image"] = tf.tile(image[:1], [64, 1, 1, 1])
+    drawn = captioner.compute_losses(many, training=True)["parallel"]
+    batches = {}
+    for mode in MODES:
+        wanted = np.flatnonzero(drawn == float(mode == "parallel"))
+        assert len(wanted) >= len(text)
+        batches[mode] = {
+            "image": tf.constant(image),
+            "labels": tf.constant(text, tf.int32),
+            "index": tf.constant(wanted[: len(text)], tf.int64),
+        }
+    return batches
 
 
 def loss_and_gradients(captioner, batch):
@@ -40,20 +54,11 @@ def loss_and_gradients(captioner, batch):
     return loss, [tf.convert_to_tensor(g) for g in found]
 
 
-def gradients_by_name(captioner, batch, mode, jit_compile=False):
-    """Loss, and a dict of gradients with big_vision's names."""
-    set_mode(captioner, mode)
-    step = functools.partial(loss_and_gradients, captioner)
-    loss, found = compiled(step, jit_compile)(batch)
-    found = [g.numpy() for g in found]
-    return float(loss), by_name(captioner, found)
-
-
 def by_name(captioner, values):
     """Values in the order of `trainable_variables` by big_vision's names."""
     numbers = {id(v): i for i, v in enumerate(captioner.trainable_variables)}
     return {
-        name: values[numbers[id(variable)]]
+        name: np.asarray(values[numbers[id(variable)]])
         for name, variable in variables_by_name(captioner).items()
     }
 
@@ -70,14 +75,16 @@ def variables_by_name(captioner):
         learned=decoder.position_embedding == "learned",
         use_bias=decoder.use_bias,
     )
-    found = {}
-    for rows, model, prefix in (
-        (vision, encoder, "encoder/"),
-        (text, decoder, ""),
-    ):
-        for row, (variable,) in big_vision.paired(rows, model):
-            found[prefix + row.name] = variable
-    return found
+    return {
+        **{
+            f"encoder/{row.name}": variable
+            for row, (variable,) in big_vision.paired(vision, encoder)
+        },
+        **{
+            row.name: variable
+            for row, (variable,) in big_vision.paired(text, decoder)
+        },
+    }
 
 
 def check_gradients(found, expected):
