@@ -70,7 +70,12 @@ def _read_npz(path):
         if isinstance(loaded, np.ndarray):
             raise ValueError("it holds one array without a name")
         with loaded:
-            return dict(loaded)
+            arrays = dict(loaded)
+        # Any zip file can be opened; what is no array comes as bytes.
+        others = [n for n, v in arrays.items() if isinstance(v, bytes)]
+        if others:
+            raise ValueError(f"it is a zip file with {others}")
+        return arrays
     except tf.errors.NotFoundError as error:
         raise ValueError(f"There is no file {path}.") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

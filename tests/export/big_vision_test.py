@@ -1,6 +1,7 @@
 """Weights of big_vision: sizes read from arrays, both directions, messages."""
 
 import re
+import zipfile
 
 import numpy as np
 import numpy_reference as reference
@@ -158,6 +159,10 @@ def test_a_file_that_is_none_is_named(tmp_path):
         big_vision.load_captioner(path)
     path.write_bytes(b"PK\3\4 but not more")
     with pytest.raises(ValueError, match="weights.npz"):
+        big_vision.load_captioner(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("config.json", "{}")
+    with pytest.raises(ValueError, match="weights.npz.*config.json"):
         big_vision.load_captioner(path)
 
 
