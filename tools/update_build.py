@@ -31,6 +31,13 @@ TREE_TESTS = ("build_files_test", "package_test")
 
 HEADER = "# Written by tools/update_build.py.\n"
 
+ARRAYS = """\
+filegroup(
+    name = "arrays",
+    srcs = glob(["*.npz"]),
+)
+"""
+
 
 def imported_modules(path):
     """Dotted names of all modules a Python file imports, at any depth."""
@@ -144,6 +151,8 @@ def tests(folder):
     helpers = [p for p in sorted(folder.glob("*.py")) if not _is_test(p)]
     if folder == ROOT / "tests":
         rules.append('exports_files(["run_pytest.py"])\n')
+    if any(folder.glob("*.npz")):
+        rules.append(ARRAYS)
     if helpers:
         own = f"//{folder.relative_to(ROOT).as_posix()}:helpers"
         rules.append(
@@ -167,12 +176,15 @@ def _is_test(path):
 def _test(path):
     main = "//tests:run_pytest.py"
     labels = {*dependencies([path]), "//tests:helpers", "@pypi//pytest"}
+    data = ["//:project", "//gin"]
+    if "testdata/" in path.read_text(encoding="utf-8"):
+        data.append("//tests/testdata:arrays")
     return rule(
         "py_test",
         name=path.stem,
         srcs=[path.name, main],
         args=[f"$(location {path.name})"],
-        data=["//:project", "//gin"],
+        data=data,
         main=main,
         tags=["manual"] if path.stem in TREE_TESTS else [],
         deps=sorted(labels, key=lambda label: (label[0] == "@", label)),
