@@ -46,10 +46,16 @@ def imported_modules(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from cappa_tf.data import tfrecord` may name a folder.
-            found |= {node.module}
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from cappa_tf import data` names folders, not the package.
+            if not all(map(_is_folder, names)):
+                found.add(node.module)
+            found |= names
     return found
+
+
+def _is_folder(module):
+    return (ROOT / module.replace(".", "/")).is_dir()
 
 
 def dependencies(paths, own=None):
