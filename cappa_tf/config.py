@@ -14,6 +14,7 @@ nothing uses does nothing; and values have no types.
 """
 
 import functools
+import importlib.util  # noqa: F401  (gin's file search uses it unimported)
 import os
 import pathlib
 
