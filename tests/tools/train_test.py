@@ -20,6 +20,8 @@ TINY = {
     "BATCH_SIZE": 4,
     "TOTAL_STEPS": 100_000,
     "WARMUP_STEPS": 2,
+    # Compiling takes longer than all these steps.
+    "JIT_COMPILE": False,
     "STEPS_PER_LOOP": 10_000,
     "LOG_STEPS": 10_000,
     "EVAL_STEPS": 100_000,
@@ -64,7 +66,7 @@ def test_sigterm_in_the_middle_of_a_loop_saves_and_resumes(tmp_path):
     _wait_for(run / "operative_config-1.gin", process)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "SIGTERM at step" in output
     line = next(x for x in output.splitlines() if "SIGTERM at" in x)
@@ -74,7 +76,7 @@ def test_sigterm_in_the_middle_of_a_loop_saves_and_resumes(tmp_path):
     assert not (run / "results.json").exists()
 
     process = _start(tmp_path, TOTAL_STEPS=step + 2)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert f"going on from run/checkpoints/step-{step}" in output
     results = json.loads((run / "results.json").read_text())

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import random
+import signal
 
 import keras
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 import tensorflow as tf
 import tiny
 
-from cappa_tf.data.tokenizer import Tokenizer
+from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.training import run as run_module
 from cappa_tf.training import workdir as workdir_module
+from cappa_tf.training.adafactor import Adafactor
+from cappa_tf.training.build import build_model
 from cappa_tf.training.distribution import make_strategy
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.validation import Validation
@@ -93,33 +97,7 @@ def test_figures_reach_file_and_tensorboard(finished):
     }
 
 
-def test_resumed_is_uninterrupted_bit_by_bit(
-    finished, folder, tmp_path, monkeypatch
-):
-    workdir = str(tmp_path)
-    order = _record_examples(monkeypatch)
-    first = tiny.run(folder, workdir=workdir, total_steps=2)
-    assert first["step"] == 2
-    order.clear()
-    assert tiny.run(folder, workdir=workdir)["step"] == 4
-    assert order[0] == 16  # The next batch: two steps of eight are done.
-    for a, b in zip(_weights(finished[0]), _weights(workdir), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def _record_examples(monkeypatch):
-    order = []
-    real = tiny.Data.train
-
-    def train(self, batch_size, start_index=0, seed=0):
-        order.append(start_index)
-        return real(self, batch_size, start_index, seed)
-
-    monkeypatch.setattr(tiny.Data, "train", train)
-    return order
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(
     finished, folder, tmp_path, monkeypatch
 ):
     workdir = str(tmp_path)
@@ -129,16 +107,28 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         real(self, *args)
         signal.raise_signal(signal.SIGTERM)
 
-    import signal
-
     monkeypatch.setattr(run_module.Run, "_run_loop", interrupted)
     figures = tiny.run(folder, workdir=workdir)
     assert figures == {"step": 1, "interrupted": "SIGTERM"}
     assert not os.path.exists(os.path.join(workdir, "results.json"))
     monkeypatch.undo()
+    starts = _record_starts(monkeypatch)
     assert tiny.run(folder, workdir=workdir)["step"] == 4
+    assert starts == [8]  # The next batch: one step of eight is done.
     for a, b in zip(_weights(finished[0]), _weights(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def _record_starts(monkeypatch):
+    starts = []
+    real = tiny.Data.train
+
+    def train(self, batch_size, start_index=0, seed=0):
+        starts.append(start_index)
+        return real(self, batch_size, start_index, seed)
+
+    monkeypatch.setattr(tiny.Data, "train", train)
+    return starts
 
 
 def test_not_finite_stops_and_keeps_the_last_checkpoint(folder, tmp_path):
@@ -207,8 +197,6 @@ def test_vocabulary_of_another_size_is_refused(folder, tmp_path):
 def test_vocabulary_of_another_run_is_refused(finished, folder, tmp_path):
     data = tiny.Data(folder)
     other = tmp_path / "other.model"
-    from cappa_tf.data.tokenizer import train_tokenizer
-
     words = [f"{a} {b}" for a in tiny.WORDS[::-1] for b in tiny.WORDS[:3]]
     train_tokenizer(words, str(other), tiny.vocabulary(folder)[1])
     data.tokenizer = Tokenizer(str(other), max_length=tiny.LENGTH)
@@ -257,8 +245,6 @@ def test_dry_run_reads_and_writes_nothing(folder, tmp_path, capsys):
 
 
 def test_second_signal_is_not_caught(monkeypatch):
-    import signal
-
     raised = []
     with Interruption() as interruption:
         interruption._handle(signal.SIGINT, None)
@@ -268,15 +254,31 @@ def test_second_signal_is_not_caught(monkeypatch):
     assert raised == [signal.SIGINT]
 
 
-def test_precision_holds_for_the_run_only(folder, tmp_path):
+def test_precision_holds_for_the_model_only(folder):
     before = keras.config.dtype_policy().name
-    report = tiny.run(
-        folder,
-        workdir=str(tmp_path),
+    size = tiny.vocabulary(folder)[1]
+    model, _ = build_model(
+        lambda: tiny.make_model(size),
+        Adafactor,
+        make_strategy("one"),
         precision="mixed_bfloat16",
-        total_steps=1,
     )
-    assert report["step"] == 1
-    assert keras.config.dtype_policy().name == before
-    model = workdir_module.load_captioner(str(tmp_path))
     assert model.dtype_policy.name == "mixed_bfloat16"
+    assert keras.config.dtype_policy().name == before
+    with pytest.raises(ValueError, match="`precision` must be the dtype"):
+        build_model(model, Adafactor, make_strategy("one"), precision="float32")
+
+
+def test_the_seed_decides_the_weights_and_leaves_no_trace(folder):
+    def kernel(seed):
+        size = tiny.vocabulary(folder)[1]
+        model, _ = build_model(
+            lambda: tiny.make_model(size), Adafactor, make_strategy("one"), seed
+        )
+        return model.weights[0].numpy()
+
+    np.testing.assert_array_equal(kernel(3), kernel(3))
+    assert np.abs(kernel(3) - kernel(4)).max() > 0.01
+    state = random.getstate()
+    kernel(5)
+    assert random.getstate() == state
