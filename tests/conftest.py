@@ -1,5 +1,6 @@
 """What all tests share: quiet TensorFlow, a clean gin, optional real data."""
 
+import functools
 import os
 import pathlib
 
@@ -16,6 +17,16 @@ tf.config.set_logical_device_configuration(
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def two_devices():
+    """The strategy over both devices, one for all tests.
+
+    Each strategy numbers its collective operations from the start; those of
+    a second one in the same process would meet the numbers of the first.
+    """
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 def shared_data(name):

@@ -208,4 +208,4 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
     sizes = [build(values["model"]).count_params() for values in (found, again)]
     assert sizes[0] == sizes[1]
     # The operative one holds what nobody set.
-    assert "Adafactor.decay_exponent = 0.8" in operative.read_text()
+    assert "AdamW.beta_1 = 0.9" in operative.read_text()

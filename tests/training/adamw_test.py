@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import two_devices
 from harness import (
     assert_close,
     check_function,
@@ -231,7 +232,7 @@ SHARES = (1.0, 3.0)  # Of the gradient, by replica; their sum is 4.
 
 def replicated_steps(optimizer_cls, gradients, reduce_first):
     """Each replica's weights after the steps, then each one's averages."""
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_devices()
     with strategy.scope():
         optimizer, variable = averaging_optimizer(optimizer_cls)
 

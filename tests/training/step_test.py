@@ -1,11 +1,14 @@
 """One step is one step, however it is split; figures are exact."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
+from conftest import two_devices
 
 from cappa_tf.training.adafactor import Adafactor
+from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import build_model
 from cappa_tf.training.distribution import make_strategy, training_iterator
 from cappa_tf.training.metrics import Interval
@@ -17,8 +20,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("vocabulary")
 
 
-def _train(folder, steps=3, strategy=None, **kwargs):
-    """Weights and sums after some steps of batch 8."""
+def _train(folder, strategy=None, stop=None, **kwargs):
+    """Weights, sums and weight norm after three steps of batch 8."""
     strategy = strategy or make_strategy("one")
     size = tiny.vocabulary(folder)[1]
     model, optimizer = build_model(
@@ -28,17 +31,25 @@ def _train(folder, steps=3, strategy=None, **kwargs):
         lambda: Adafactor(0.01, epsilon=1e-3, momentum_dtype="float32"),
         strategy,
     )
-    data = tiny.Data(folder)
-    iterator = training_iterator(strategy, data.train, 8)
-    loop = TrainLoop(strategy, model, optimizer, 8, **kwargs)
-    sums, done, waited, norm = loop(iterator, steps)
-    assert done == steps and waited > 0.0
+    iterator = training_iterator(strategy, tiny.Data(folder).train, 8)
+    loop = TrainLoop(strategy, model, optimizer, 8, stop=stop, **kwargs)
+    sums, done, waited, norm = loop(iterator, 3)
+    assert done == 3 and waited > 0.0
+    if stop is not None:
+        _check_stop(stop, loop, iterator)
     return [v.numpy() for v in model.trainable_variables], sums, norm
+
+
+def _check_stop(stop, loop, iterator):
+    """Once stopped, no step is made and no batch is taken."""
+    stop.assign(True)
+    assert loop(iterator, 5)[1] == 0
+    assert next(iterator)["index"][0] == 24
 
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    return _train(folder)
+    return _train(folder, stop=tf.Variable(False))
 
 
 def _assert_same(one, other, tolerance):
@@ -52,11 +63,10 @@ def test_accumulated_microbatches_are_one_batch(folder, plain):
     _assert_same(plain, _train(folder, accumulation_steps=4), 1e-6)
 
 
-def test_two_devices_are_one(folder, plain):
-    strategy = tf.distribute.MirroredStrategy(_two_cpus())
-    _assert_same(plain, _train(folder, strategy=strategy), 1e-6)
-    accumulated = _train(folder, strategy=strategy, accumulation_steps=2)
-    _assert_same(plain, accumulated, 1e-6)
+def test_two_devices_with_microbatches_are_one(folder, plain):
+    strategy = two_devices()
+    mirrored = _train(folder, strategy=strategy, accumulation_steps=2)
+    _assert_same(plain, mirrored, 1e-6)
 
 
 def test_compiled_step_is_the_step(folder, plain):
@@ -76,17 +86,21 @@ def test_sums_are_those_of_the_batches(folder, plain):
     assert plain[2] == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
 
 
-def test_stop_ends_the_loop_before_the_next_step(folder):
-    stop = tf.Variable(True)
-    strategy = make_strategy("one")
-    size = tiny.vocabulary(folder)[1]
-    model, optimizer = build_model(
-        lambda: tiny.make_model(size), Adafactor, strategy
-    )
-    loop = TrainLoop(strategy, model, optimizer, 8, stop=stop)
-    iterator = iter(tiny.Data(folder).train(8))
-    assert loop(iterator, 5)[1] == 0
-    assert next(iterator)["index"][0] == 0  # No batch was lost.
+def test_inside_the_block_the_weights_are_their_average():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    optimizer = Adafactor(0.1, use_ema=True, ema_momentum=0.5)
+    optimizer.build(model.trainable_variables)
+    start = [v.numpy() for v in model.trainable_variables]
+    with averaged_weights(model, optimizer):  # No step, no average.
+        np.testing.assert_array_equal(start[0], model.weights[0].numpy())
+    values = []
+    for _ in range(2):
+        optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables])
+        values.append(model.weights[0].numpy())
+    with averaged_weights(model, optimizer):
+        average = 0.5 * values[0] + 0.5 * values[1]
+        np.testing.assert_allclose(model.weights[0].numpy(), average, 1e-6)
+    np.testing.assert_array_equal(model.weights[0].numpy(), values[1])
 
 
 def test_interval_divides_by_what_was_counted():
@@ -115,10 +129,3 @@ def test_interval_divides_by_what_was_counted():
     assert figures["tokens_per_second"] == 6.0
     assert figures["data_wait_share"] == 0.25
     assert interval.result()["loss"] == 0.0
-
-
-def _two_cpus():
-    devices = tf.config.list_logical_devices("CPU")
-    if len(devices) < 2:
-        pytest.skip("needs two logical CPUs (see tests/conftest.py)")
-    return ["CPU:0", "CPU:1"]
