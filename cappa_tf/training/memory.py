@@ -6,7 +6,8 @@ each output alive until its last use, and the peak is what counts. Scratch
 space of the kernels, fragmentation and buffers of the input pipeline come on
 top; XLA may fuse and need less.
 
-B: examples of one replica's microbatch.  L: text length in tokens.
+B: examples of one replica's microbatch.  K: captions an image.
+L: text length in tokens.  P: patches.  D: width.
 """
 
 import tensorflow as tf
@@ -28,7 +29,7 @@ _ALIASES = {
 _FREE = {"Const", "Placeholder", "Shape"}
 
 
-def estimate(model, optimizer, strategy, settings):
+def estimate(model, optimizer, strategy, settings, captions=1):
     """Estimates the memory of one device.
 
     Args:
@@ -36,17 +37,19 @@ def estimate(model, optimizer, strategy, settings):
         optimizer: Built optimizer.
         strategy: The run's strategy.
         settings: `RunSettings`.
+        captions: K.
 
     Returns:
         Dict of bytes by what they hold, with their sum as `total`, and
-        `batch_shapes`, the shapes of one microbatch.
+        `shapes`, of one microbatch and of what the model makes of it.
     """
     weights = [variable.value for variable in model.weights]
     trained = [variable.value for variable in model.trainable_variables]
     copies = 1 if settings.accumulation_steps == 1 else 2
     replicas = strategy.num_replicas_in_sync
     per_replica = settings.batch_size // replicas
-    batch = example_batch(model, per_replica // settings.accumulation_steps)
+    size = per_replica // settings.accumulation_steps
+    batch = example_batch(model, size, captions)
     parts = {
         "weights": _bytes(weights),
         "gradients": copies * _bytes(trained),
@@ -54,31 +57,42 @@ def estimate(model, optimizer, strategy, settings):
         "batch": settings.accumulation_steps * _bytes(batch.values()),
         "activations": _activations(model, strategy, batch, settings),
     }
-    shapes = {name: spec.shape.as_list() for name, spec in batch.items()}
-    return {**parts, "total": sum(parts.values()), "batch_shapes": shapes}
+    shapes = {name: tuple(spec.shape) for name, spec in batch.items()}
+    shapes |= _shapes_inside(model, size, captions)
+    return {**parts, "total": sum(parts.values()), "shapes": shapes}
 
 
-def example_batch(model, size):
+def _shapes_inside(model, size, captions):
+    encoder, decoder = model.vision_encoder, model.text_decoder
+    patches = encoder.grid[0] * encoder.grid[1]
+    hidden = (size * captions, decoder.max_length, decoder.hidden_dim)
+    return {
+        "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
+        "decoded": hidden,  # [B * K, L, D]
+        "logits": (*hidden[:2], decoder.vocabulary_size),
+    }
+
+
+def example_batch(model, size, captions=1):
     """Shapes and types of a training batch of `size` examples."""
     height, width = model.vision_encoder.image_size
-    length = model.text_decoder.max_length
+    labels = [size, model.text_decoder.max_length]
+    if captions > 1:
+        labels.insert(1, captions)
     return {
         "image": tf.TensorSpec([size, height, width, 3], tf.float32),
-        "labels": tf.TensorSpec([size, length], tf.int32),
+        "labels": tf.TensorSpec(labels, tf.int32),
         "index": tf.TensorSpec([size], tf.int64),
     }
 
 
 def table(parts):
-    """The estimate as lines of text."""
-    lines = [
-        f"{name:15} {tuple(shape)}"
-        for name, shape in parts["batch_shapes"].items()
-    ]
+    """The estimate as lines of text (the logits are made in chunks)."""
+    lines = [f"{name:15} {shape}" for name, shape in parts["shapes"].items()]
     lines += [
         f"{name:15} {size / 2**20:>13,.1f} MiB"
         for name, size in parts.items()
-        if name != "batch_shapes"
+        if name != "shapes"
     ]
     return "\n".join(lines)
 

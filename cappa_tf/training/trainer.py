@@ -145,7 +145,7 @@ def train(
     # First what can fail at once: no data is touched for a model that is wrong.
     model, optimizer = build_model(model, optimizer, strategy, seed, precision)
     if dry_run:
-        return _report(model, optimizer, strategy, settings)
+        return _report(model, optimizer, strategy, settings, train_data)
     if prepare is not None:
         prepare()
     data = _open_data(model, train_data, eval_data, test_data)
@@ -182,11 +182,15 @@ def _open_data(model, train_data, eval_data, test_data):
     return list(opened.values())
 
 
-def _report(model, optimizer, strategy, settings):
+def _report(model, optimizer, strategy, settings, train_data):
     """Prints and returns what `--dry_run` shows."""
     counts = parameter_counts(model)
     for part, count in counts.items():
         print(f"{part:15} {count:>13,} parameters")
-    estimate = memory.estimate(model, optimizer, strategy, settings)
+    captions = getattr(train_data, "captions_per_image", 1)
+    if captions == "all":  # Only the data knows how many: not read here.
+        print("The estimate counts one caption an image.")
+        captions = 1
+    estimate = memory.estimate(model, optimizer, strategy, settings, captions)
     print(memory.table(estimate))
     return {"parameters": counts, "memory": estimate}

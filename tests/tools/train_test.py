@@ -22,6 +22,7 @@ TINY = {
     "WARMUP_STEPS": 2,
     # Compiling takes longer than all these steps.
     "JIT_COMPILE": False,
+    "DETERMINISTIC": True,
     "STEPS_PER_LOOP": 10_000,
     "LOG_STEPS": 10_000,
     "EVAL_STEPS": 100_000,
