@@ -29,7 +29,7 @@ class Interval:
             sums: Sums by metric name, of all examples of the loop.
             steps: Steps of the loop.
             seconds: Wall time of the loop.
-            waited: Seconds of it spent waiting for data.
+            waited: Seconds of it spent waiting for data, or None.
             timed: False where the time includes compilation.
         """
         for name, value in sums.items():
@@ -38,7 +38,7 @@ class Interval:
         if timed:
             self._timed_steps += steps
             self._seconds += seconds
-            self._waited += waited
+            self._waited = None if waited is None else self._waited + waited
             self._timed_tokens += _tokens(sums)
 
     def result(self):
@@ -68,7 +68,8 @@ class Interval:
             images = self._timed_steps * self._batch_size
             figures["images_per_second"] = images / self._seconds
             figures["tokens_per_second"] = self._timed_tokens / self._seconds
-            figures["data_wait_share"] = self._waited / self._seconds
+            if self._waited is not None:
+                figures["data_wait_share"] = self._waited / self._seconds
         self._start()
         return figures
 

@@ -148,6 +148,7 @@ class Run:
             settings.accumulation_steps,
             self._jit_compile(),
             interruption.stop,
+            measure_wait=not settings.deterministic,
         )
         interval = Interval(settings.batch_size)
         first = True

@@ -24,6 +24,7 @@ class RunSettings:
     checkpoint_steps: int
     keep_checkpoints: int
     seed: int
+    deterministic: bool
     jit_compile: bool | str
     sample_images: int
     final_evaluation: bool
@@ -48,7 +49,9 @@ class RunSettings:
             "seed sample_images sheet_images"
         ).items():
             checks.check_integer(name, value, 0)
-        checks.check_bool(**self._named("final_evaluation caption_metrics"))
+        checks.check_bool(
+            **self._named("deterministic final_evaluation caption_metrics")
+        )
         checks.check_choice((True, False, "auto"), jit_compile=self.jit_compile)
         checks.check_choice(("last", "best"), final_weights=self.final_weights)
 

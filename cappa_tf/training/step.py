@@ -41,6 +41,8 @@ class TrainLoop:
             backward pass are, as XLA cannot read another device's variables.
         stop: Optional boolean `tf.Variable`; once true, the loop ends at the
             next step boundary.
+        measure_wait: Whether to time the wait for data; TensorFlow allows no
+            clock in its deterministic mode.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TrainLoop:
         accumulation_steps=1,
         jit_compile=False,
         stop=None,
+        measure_wait=True,
     ):
         self._strategy = strategy
         self._model = model
@@ -60,6 +63,7 @@ class TrainLoop:
         self._accumulation_steps = accumulation_steps
         self._replicas = strategy.num_replicas_in_sync
         self._stop = tf.constant(False) if stop is None else stop
+        self._measure_wait = measure_wait
         self._gradients_fn = self._gradients
         self._step_fn = self._replica_step
         if jit_compile and self._replicas == 1:
@@ -78,11 +82,13 @@ class TrainLoop:
         Returns:
             (sums, steps, waited, weight_norm): dict of float sums by the names
             in `METRICS`, steps really run, seconds spent waiting for the next
-            batch, global norm of the weights afterwards.
+            batch (None where not measured), global norm of the weights
+            afterwards.
         """
         sums, done, waited, norm = self._loop(iterator, tf.constant(steps))
         sums = dict(zip(METRICS, sums.numpy().tolist()))
-        return sums, int(done), float(waited), float(norm)
+        waited = float(waited) if self._measure_wait else None
+        return sums, int(done), waited, float(norm)
 
     def _run_steps(self, iterator, steps):
         def unfinished(done, totals, waited):
@@ -119,6 +125,8 @@ class TrainLoop:
         On an accelerator the host runs ahead of the device; the figure is
         then an upper bound on the time the device stood still.
         """
+        if not self._measure_wait:
+            return iterator.get_next(), tf.zeros([], tf.float64)
         with tf.control_dependencies([after]):
             asked = tf.timestamp()
         with tf.control_dependencies([asked]):

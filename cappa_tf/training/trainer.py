@@ -129,6 +129,7 @@ def train(
         checkpoint_steps=checkpoint_steps,
         keep_checkpoints=keep_checkpoints,
         seed=seed,
+        deterministic=deterministic,
         jit_compile=jit_compile,
         sample_images=sample_images,
         final_evaluation=final_evaluation,
@@ -136,12 +137,12 @@ def train(
         caption_metrics=caption_metrics,
         sheet_images=sheet_images,
     )
-    checks.check_bool(deterministic=deterministic, dry_run=dry_run)
+    checks.check_bool(dry_run=dry_run)
     checks.check_choice((None, *PRECISIONS), precision=precision)
     checks.check_callable(
         prepare=prepare, on_start=on_start, on_first_step=on_first_step
     )
-    strategy = _open_devices(settings, strategy, devices, deterministic)
+    strategy = _open_devices(settings, strategy, devices)
     # First what can fail at once: no data is touched for a model that is wrong.
     model, optimizer = build_model(model, optimizer, strategy, seed, precision)
     if dry_run:
@@ -157,9 +158,9 @@ def train(
     return run(on_first_step)
 
 
-def _open_devices(settings, strategy, devices, deterministic):
+def _open_devices(settings, strategy, devices):
     """The strategy, and whether the batches can be shared out under it."""
-    if deterministic:
+    if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     strategy = make_strategy(strategy, devices)
     replicas = strategy.num_replicas_in_sync
