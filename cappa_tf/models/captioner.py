@@ -12,6 +12,9 @@ import tensorflow as tf
 
 from cappa_tf.checks import check_counts, check_fraction
 from cappa_tf.models import generation, losses, random
+
+# A saved captioner names its encoder's class; importing registers it.
+from cappa_tf.models import vision_encoder as _  # noqa: F401
 from cappa_tf.models.text_decoder import shift_right
 
 _PARALLEL_SALT = random.salt_of("captioner/parallel")
