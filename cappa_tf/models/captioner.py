@@ -225,7 +225,10 @@ class Captioner(keras.Model):
         Args:
             batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, L] or
                 [B, K, L], padded with 0; in training `index` int64 [B], the
-                position of the example in the training stream.
+                position of the example in the training stream. Where L is
+                cut to the batch's longest caption (`length_buckets`),
+                parallel prediction sees fewer MASK positions than the
+                reference, which always has 64: a deviation.
             training: Whether to draw objectives and to drop.
 
         Returns:
