@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from harness import check_loss
 
 from cappa_tf.models import losses
 
@@ -105,12 +106,22 @@ def test_logits_of_a_chunk_are_all_that_is_held():
     assert max(found, default=0) <= max(chunk_size, D)
 
 
-def test_captions_count_alike_whatever_their_length():
-    values = tf.constant([[3.0, 1.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    valid = tf.constant(
-        [[True, True, False], [True, False, False], [False] * 3]
+def test_losses_keep_the_promises_of_the_harness():
+    inputs = _inputs()
+    valid, targets = inputs["valid"], inputs["targets"]
+    check_loss(
+        lambda hidden, kernel, bias: losses.token_cross_entropy(
+            1.0 * hidden, targets, valid, kernel, bias, chunk_size=4
+        )[0],
+        [inputs["hidden"], inputs["kernel"], inputs["bias"]],
+        _plain(**inputs, smoothing=0.0)[0],
     )
-    np.testing.assert_allclose(losses.caption_mean(values, valid), [2, 5, 0])
+
+
+def test_captions_count_alike_whatever_their_length():
+    values = [[3.0, 1.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    valid = [[True, True, False], [True, False, False], [False] * 3]
+    check_loss(losses.caption_mean, [values, valid], [2.0, 5.0, 0.0])
 
 
 def test_refuses_smoothing_of_one():
