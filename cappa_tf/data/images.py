@@ -58,23 +58,12 @@ def decode(encoded, max_pixels=None, at_least=None):
         ceil(w / r). In a graph a picture that cannot be decoded raises
         `tf.errors.InvalidArgumentError`.
     """
-
-    def other(size, decode_format):
-        return lambda: decode_format(_check(encoded, size, max_pixels)[0])
-
     # JPEG first and apart: it is what data sets of photos hold, and every
     # operation before it is paid for each picture.
     image = tf.cond(
         tf.strings.substr(encoded, 0, 3) == _MAGIC[_JPEG][1],
         lambda: _decode_jpeg(encoded, max_pixels, at_least),
-        lambda: tf.switch_case(
-            _format(encoded),
-            {
-                kind: other(size, decode_format)
-                for kind, (size, decode_format) in _formats().items()
-            },
-            default=lambda: _unknown_format(encoded, tf.uint8),
-        ),
+        lambda: _decode_other(encoded, max_pixels),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -168,11 +157,9 @@ def augment(
         flips = draws.uniform(seed, draws.FLIP, index, 1)[:, 0] < 0.5
     if crop_scale is None and not shift and images.shape[1:3] == tuple(size):
         if flip:
-            images = tf.where(
-                flips[:, tf.newaxis, tf.newaxis, tf.newaxis],
-                images[:, :, ::-1],
-                images,
-            )
+            rows = tf.where(flips)
+            mirrored = tf.gather_nd(images, rows)[:, :, ::-1]
+            images = tf.tensor_scatter_nd_update(images, rows, mirrored)
         return tf.cast(images, tf.float32)
     batch = tf.shape(index)[0]
     top, left = tf.zeros([batch]), tf.zeros([batch])
@@ -244,15 +231,37 @@ def _decode_jpeg(encoded, max_pixels, at_least):
     )
 
 
+def _decode_other(encoded, max_pixels):
+    """Any format but JPEG."""
+
+    def decode_any(encoded):
+        def decode_as(size_of, decode_format):
+            checked, _ = _check(encoded, size_of, max_pixels)
+            return decode_format(checked)
+
+        return tf.switch_case(
+            _format(encoded),
+            {
+                kind: functools.partial(decode_as, *functions)
+                for kind, functions in _formats().items()
+            },
+            default=lambda: _unknown_format(encoded, tf.uint8),
+        )
+
+    # A branch of a graph is passed through, operation by operation, also when
+    # it is not taken: these would add half a JPEG's time to each one. A data
+    # set of one element keeps them in a function of their own.
+    one = tf.data.Dataset.from_tensors(encoded).map(decode_any)
+    return one.get_single_element()
+
+
 def _check(encoded, size_of, max_pixels):
     """(encoded, its size), the former only if it has not too many pixels."""
     size = size_of(encoded)
     if max_pixels is None:
         return encoded, size
-    check = tf.debugging.assert_less_equal(
-        tf.reduce_prod(size),
-        tf.cast(max_pixels, tf.int64),
-        message=f"more than {max_pixels} pixels",
+    check = tf.debugging.Assert(
+        tf.reduce_prod(size) <= max_pixels, [f"more than {max_pixels} pixels"]
     )
     with tf.control_dependencies([check] if check is not None else []):
         return tf.identity(encoded), size

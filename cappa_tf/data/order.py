@@ -22,7 +22,7 @@ Dimensions:
 
 import tensorflow as tf
 
-from cappa_tf.data import draws
+from cappa_tf.data import damage, draws
 
 # No record begins like this: a tf.train.Example begins with byte 0x0a.
 LOST = b"\0lost from "
@@ -229,17 +229,20 @@ def _reader_records(paths, counts, skip, block, permutation):
 def _read_shard(path, count, skip):
     """Records of one shard from `skip` on: always count - skip of them.
 
-    A record cut off or damaged ends its file for TensorFlow's reader; it and
-    those after it become `LOST`. A missing file is replaced by an empty one,
-    because with `ignore_errors` the reader would try to open it for ever.
+    A damaged record becomes `LOST`, and so does all that a file lacks. A
+    missing file is replaced by an empty one, because with `ignore_errors` the
+    reader would try to open it for ever.
     """
     found = tf.size(tf.io.matching_files(_as_pattern(path))) > 0
     readable = tf.where(found, path, "/dev/null")
     records = tf.data.TFRecordDataset(
         readable, buffer_size=_READ_BUFFER_BYTES
     ).skip(skip)
+    rest = damage.records_from_damage_on(readable, skip, LOST + path)
     lost = tf.data.Dataset.from_tensors(LOST + path).repeat()
-    return records.ignore_errors().concatenate(lost).take(count - skip)
+    # What follows `records` is opened only if they end too early.
+    records = records.ignore_errors().concatenate(rest).concatenate(lost)
+    return records.take(count - skip)
 
 
 def _as_pattern(path):

@@ -212,3 +212,69 @@ def test_bound_is_of_an_epoch_first_and_then_of_what_was_seen():
     strict = skips.SkipCounter(0, 100, "data")
     with pytest.raises(ValueError, match="the-name"):
         strict.add("reason", "the-name")
+
+
+def _damage(path, number):
+    """Flips a bit in the middle of record `number` of a TFRecord file."""
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    position = 0
+    for _ in range(number):
+        position += 16 + int.from_bytes(
+            content[position : position + 8], "little"
+        )
+    length = int.from_bytes(content[position : position + 8], "little")
+    content[position + 12 + length // 2] ^= 1
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("cache", ["stream", "records"])
+def test_a_flipped_bit_costs_one_record(data, cache):
+    # Records 4 and 22 of the data are number 2 and 11 of shard 0.
+    for number in (2, 11):
+        _damage(_shards(data)[0].path, number)
+    lost = {4, 22}
+    dataset = make(data, cache=cache, num_readers=2)
+    whole = [
+        (index, number)
+        for batch in dataset.train().take(5).as_numpy_iterator()
+        for index, number in zip(batch["index"], numbers(batch))
+    ]
+    assert {number for _, number in whole} == set(range(COUNT)) - set(
+        BAD
+    ) - lost
+    assert dataset.skipped["lost record"] == len(lost)
+    # Going on behind the damage, the same records come.
+    later = make(data, cache=cache, num_readers=2)
+    for batch in later.train(start_index=32).take(1).as_numpy_iterator():
+        assert list(zip(batch["index"], numbers(batch))) == whole[32:]
+
+
+def test_a_damaged_length_costs_the_rest_of_its_shard(data):
+    path = _shards(data)[0].path
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * 8)
+    dataset = make(data, max_skipped_fraction=0.7)
+    list(dataset.evaluate())
+    assert dataset.skipped["lost record"] == COUNT // 2
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.3])
+def test_a_shard_that_vanishes_during_the_run(data, bound):
+    path = _shards(data)[0].path
+    dataset = make(
+        data, cache="stream", max_skipped_fraction=bound, num_readers=1
+    )
+    stream = iter(dataset.train())
+    next(stream)
+    os.remove(path)
+    if bound == 1.0:
+        later = [numbers(next(stream)) for _ in range(12)][7:]
+        assert {n % 2 for n in np.concatenate(later) if n} == {1}
+        assert dataset.skipped["lost record"] >= COUNT // 2
+        return
+    with pytest.raises(tf.errors.OpError, match="max_skipped_fraction=0.3"):
+        for _ in range(12):
+            next(stream)
+    assert os.path.basename(path) in str(dataset.failure)

@@ -1,0 +1,278 @@
+"""Images a second and memory of the path from shards to batches.
+
+    python tools/benchmark.py data --data=photos
+
+One run, in turns, with the same number of threads: photos of the folder as
+they are and enlarged to 1,024 x 768 (drawn ones without --data),
+
+    plain      decode_jpeg + resize, what the recipe does
+    antialias  decode_jpeg + resize(antialias=True)
+    decode     this project's decode + resize: a JPEG at the smallest scale
+               that covers the target
+    pipeline   a CaptionDataset from shards to batches of [-1, 1] and tokens
+
+then reading without decoding, and resident memory at two numbers of records.
+"""
+
+import io
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from PIL import Image
+
+from cappa_tf.data import images, order, pipeline, tfrecord, tokenizer
+from tools import benchmarks
+
+_ENLARGED = (1024, 768)
+_CAPTIONS = (
+    "a young girl in a pink dress climbs the stairs of a wooden playhouse",
+    "two dogs of different breeds look at each other on the road",
+    "children play in a fountain on a hot day",
+    "a brown dog runs through deep snow after a red ball",
+    "a man in a blue shirt stands on a ladder cleaning a window",
+)
+_WAYS = ("plain", "antialias", "decode", "pipeline")
+# What the ratios ought to be: (set, way, against, at least).
+_GOALS = (
+    ("enlarged", "decode", "plain", 1.8),
+    ("enlarged", "decode", "antialias", 3.0),
+    ("enlarged", "pipeline", "decode", 0.85),
+    ("originals", "decode", "plain", 1.0),
+    ("originals", "pipeline", "decode", 0.85),
+)
+
+
+def define_flags():
+    """Defines the flags of this benchmark."""
+    count = {"lower_bound": 1}
+    flags.DEFINE_string("data", None, "Folder of photos (JPEG).")
+    flags.DEFINE_integer("image_size", 224, "Pixels of the target.", **count)
+    flags.DEFINE_integer("quality", 75, "JPEG quality after enlarging.")
+    flags.DEFINE_integer("images", 960, "Images of one timing.", **count)
+    flags.DEFINE_integer("batch_size", 32, "Images of a batch.", **count)
+    flags.DEFINE_integer("rounds", 5, "Timings of each way, in turns.", **count)
+    flags.DEFINE_integer(
+        "threads", os.cpu_count(), "Pictures decoded at a time.", **count
+    )
+    flags.DEFINE_list(
+        "records", ["10000", "200000"], "Sizes of the sets to read."
+    )
+    flags.DEFINE_string("read", None, "Only read this data set, to the end.")
+
+
+def run():
+    """Prints all tables, or reads one data set for the sake of its memory."""
+    if flags.FLAGS.read:
+        print(json.dumps(read_everything(flags.FLAGS.read)))
+        return
+    photos = load_photos(flags.FLAGS.data)
+    sets = {"enlarged": enlarge(photos, flags.FLAGS.quality)}
+    sets = {"originals": photos, **sets}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, encoded in sets.items():
+            write(os.path.join(folder, name), encoded)
+        _print_speed(sets, folder)
+        _print_difference(sets)
+        _print_reading(folder)
+    _print_memory()
+
+
+def load_photos(folder):
+    """Contents of a folder's JPEG files; drawn photos without a folder."""
+    if folder is None:
+        random = np.random.default_rng(0)
+        return [_drawn_photo(random) for _ in range(24)]
+    paths = sorted(pathlib.Path(folder).glob("*.jp*g"))
+    if not paths:
+        raise ValueError(f"`data` must hold JPEG files. Received: {folder!r}")
+    return [path.read_bytes() for path in paths]
+
+
+def _drawn_photo(random):
+    """A JPEG with detail at all scales, as photos have it."""
+    pixels = np.zeros((375, 500, 3))
+    for side in (3, 8, 24, 72, 216):
+        rough = random.uniform(0, 255, (side, side, 3)).astype(np.uint8)
+        fine = Image.fromarray(rough).resize((500, 375), Image.BICUBIC)
+        pixels += (np.asarray(fine) - 127.5) * side**-0.35
+    pixels = np.clip(pixels + 127.5, 0, 255).astype(np.uint8)
+    return _jpeg(Image.fromarray(pixels), 90)
+
+
+def enlarge(photos, quality):
+    """The photos at 1,024 x 768 (upright ones at 768 x 1,024)."""
+    result = []
+    for photo in photos:
+        picture = Image.open(io.BytesIO(photo)).convert("RGB")
+        upright = picture.height > picture.width
+        size = _ENLARGED[::-1] if upright else _ENLARGED
+        result.append(_jpeg(picture.resize(size, Image.BICUBIC), quality))
+    return result
+
+
+def _jpeg(picture, quality):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def write(folder, encoded, shards=4):
+    """Writes pictures with captions as a data set with a vocabulary."""
+    examples = (
+        tfrecord.Example(
+            f"{i:06d}", picture, [f"{c} {i % 7}" for c in _CAPTIONS]
+        )
+        for i, picture in enumerate(encoded)
+    )
+    tfrecord.write_dataset({"train": examples}, folder, "benchmark", shards)
+    tokenizer.train_tokenizer(
+        [f"{c} {i}" for c in _CAPTIONS for i in range(7)],
+        os.path.join(folder, tokenizer.FILE_NAME),
+        150,
+    )
+
+
+def _dataset(folder, size, **options):
+    return pipeline.CaptionDataset(
+        folder,
+        "train",
+        tokenizer.Tokenizer(folder, 64),
+        size,
+        batch_size=flags.FLAGS.batch_size,
+        num_parallel_calls=flags.FLAGS.threads,
+        **options,
+    )
+
+
+def decoder(way, size):
+    """The function of one way: encoded picture to float32 [H, W, 3]."""
+    size = (size, size)
+    if way == "decode":
+        return lambda encoded: tf.cast(
+            images.resize(images.decode(encoded, None, size), size), tf.float32
+        )
+    return lambda encoded: tf.image.resize(
+        tf.io.decode_jpeg(encoded, channels=3),
+        size,
+        antialias=way == "antialias",
+    )
+
+
+def _batches(way, encoded, folder):
+    """An endless data set of batches, one way."""
+    if way == "pipeline":
+        return _dataset(folder, flags.FLAGS.image_size).train()
+    return (
+        tf.data.Dataset.from_tensor_slices(encoded)
+        .repeat()
+        .map(
+            decoder(way, flags.FLAGS.image_size),
+            num_parallel_calls=flags.FLAGS.threads,
+        )
+        .batch(flags.FLAGS.batch_size, drop_remainder=True)
+        .prefetch(2)
+    )
+
+
+def _print_speed(sets, folder):
+    """Images a second of each way on each set, and the ratios."""
+    streams = {
+        (name, way): iter(_batches(way, encoded, os.path.join(folder, name)))
+        for name, encoded in sets.items()
+        for way in _WAYS
+    }
+    steps = max(1, flags.FLAGS.images // flags.FLAGS.batch_size)
+
+    def measure(key):
+        for _ in range(3):  # What was made ahead while others had their turn.
+            next(streams[key])
+        start, used = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            next(streams[key])
+        count = steps * flags.FLAGS.batch_size
+        return {
+            "speed": count / (time.perf_counter() - start),
+            "ms": (time.process_time() - used) / count * 1e3,
+        }
+
+    found = benchmarks.in_turns(streams, flags.FLAGS.rounds, measure)
+    print(f"{'pictures':12}{'way':12}{'images/s':>10}{'CPU ms':>10}")
+    for (name, way), result in found.items():
+        print(f"{name:12}{way:12}{result['speed']:10.0f}{result['ms']:10.2f}")
+    for name, way, other, goal in _GOALS:
+        ratio = found[name, way]["speed"] / found[name, other]["speed"]
+        print(f"{name}: {way} / {other} {ratio:.2f} (goal {goal})")
+
+
+def _print_difference(sets):
+    """How far each way's pixels are from a full antialiased shrink."""
+    size = flags.FLAGS.image_size
+    print(f"{'pictures':12}{'way':12}{'mean':>8}{'99%':>8} grey levels off")
+    for name, encoded in sets.items():
+        exact = [decoder("antialias", size)(e).numpy() for e in encoded[:20]]
+        for way in ("plain", "decode"):
+            off = np.abs(
+                [decoder(way, size)(e).numpy() for e in encoded[:20]]
+                - np.array(exact)
+            )
+            mean, most = off.mean(), np.quantile(off, 0.99)
+            print(f"{name:12}{way:12}{mean:8.2f}{most:8.1f}")
+
+
+def _print_reading(folder):
+    """Bytes a second of the shuffled stream and of the bare files."""
+    path = os.path.join(folder, "large")
+    rng = np.random.default_rng(0)
+    write(path, (rng.bytes(100_000) for _ in range(3000)), shards=8)
+    shards = _dataset(path, 8).description.shards("train")
+    size = sum(shard.num_bytes for shard in shards)
+
+    def measure(way):
+        start = time.perf_counter()
+        if way == "files":
+            for shard in shards:
+                with open(shard.path, "rb", buffering=0) as file:
+                    while file.read(1 << 20):
+                        pass
+        else:
+            records = order.from_readers(shards, seed=0).take(3000)
+            records.reduce(0, lambda count, _: count + 1).numpy()
+        return {"speed": size / (time.perf_counter() - start)}
+
+    found = benchmarks.in_turns(("files", "stream"), 3, measure)
+    for way, result in found.items():
+        print(
+            f"reading without decoding, {way}: {result['speed'] / 1e9:.2f} GB/s"
+        )
+
+
+def read_everything(path):
+    """Reads one epoch from disk; returns the memory resident at its end."""
+    data = _dataset(path, 16, cache="stream")
+    steps = data.num_examples // flags.FLAGS.batch_size
+    for _ in data.train().take(steps):
+        pass
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return {"bytes": resident, "peak": benchmarks.peak_bytes()}
+
+
+def _print_memory():
+    """Resident memory after an epoch over few and over many records."""
+    picture = _jpeg(Image.new("RGB", (16, 16), (90, 30, 200)), 75)
+    found = []
+    for count in map(int, flags.FLAGS.records):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "generated")
+            write(path, (picture for _ in range(count)), shards=16)
+            found.append(benchmarks.in_a_process("data", read=path))
+        resident, peak = (found[-1][k] / 2**20 for k in ("bytes", "peak"))
+        print(f"{count:9,} records: {resident:.0f} MiB, peak {peak:.0f} MiB")
+    ratio = found[-1]["bytes"] / found[0]["bytes"]
+    print(f"resident memory, most / fewest records: {ratio:.2f}")
