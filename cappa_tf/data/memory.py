@@ -17,19 +17,26 @@ from absl import logging
 
 from cappa_tf.data import decoding, order
 
-# Of the machine's memory, at most this part may be taken by pixels.
+# Of the machine's memory, at most this part may be taken by a split.
 MEMORY_FRACTION = 0.6
 
 
-def load_records(shards):
+def load_records(shards, name="the data"):
     """Reads all records of a split.
 
     Args:
         shards: List of `description.Shard`.
+        name: What to call the data in messages.
 
     Returns:
         string [N] on the host.
+
+    Raises:
+        ValueError: They would fill the machine's memory.
     """
+    # Twice: the parts are joined while they are still there.
+    needed = 2 * sum(shard.num_bytes for shard in shards)
+    _check_memory("records", needed, name, 'cache="stream"')
     with tf.device("CPU:0"):
         return tf.concat(
             [
@@ -49,11 +56,18 @@ class DecodedImages:
             in order.
         tokenizer: A `Tokenizer`, or None for no tokens.
         name: What to call the data in messages.
+
+    Raises:
+        ValueError: They would fill the machine's memory.
     """
 
     def __init__(self, shards, decoder, tokenizer, name):
         num_examples = sum(shard.num_examples for shard in shards)
-        _check_memory(num_examples, decoder.size, name)
+        needed = num_examples * decoder.size[0] * decoder.size[1] * 3
+        if tokenizer is not None:
+            captions = num_examples * decoder.num_captions
+            needed += captions * tokenizer.max_length * 4
+        _check_memory("images", needed, name, 'cache="records" or "stream"')
         logging.info("%s: decoding %d images once", name, num_examples)
         shape = (num_examples, *decoder.size, 3)
         self._pixels = np.empty(shape, np.uint8)
@@ -120,15 +134,13 @@ def _captions(chunk):
     return tf.boolean_mask(captions, slots < chunk["count"][:, tf.newaxis])
 
 
-def _check_memory(num_examples, size, name):
-    """Refuses to hold more pixels than the machine has room for."""
-    needed = num_examples * size[0] * size[1] * 3
+def _check_memory(cache, needed, name, instead):
+    """Refuses to hold more bytes than the machine has room for."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     allowed = int(MEMORY_FRACTION * pages)
     if needed > allowed:
         raise ValueError(
-            f'cache="images" would hold {needed / 1e9:.1f} GB of pixels of '
+            f'cache="{cache}" would take {needed / 1e9:.1f} GB of memory for '
             f"{name}, more than {MEMORY_FRACTION:.0%} of this machine's "
-            f'memory ({allowed / 1e9:.1f} GB). Use cache="records" or '
-            '"stream".'
+            f"({allowed / 1e9:.1f} GB). Use {instead}."
         )

@@ -354,7 +354,9 @@ class CaptionDataset:
     def _records_in_memory(self):
         """All records of the split, string [N] on the host."""
         if self._records is None:
-            self._records = memory.load_records(self._shards)
+            self._records = memory.load_records(
+                self._shards, f"{self.path} {self.split}"
+            )
         return self._records
 
     def _pixels_in_memory(self):

@@ -8,6 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from cappa_tf.data import images
+from conftest import shared_data
 
 H, W = 24, 36
 
@@ -227,3 +228,74 @@ def test_augmentation_follows_the_index_not_the_batch():
     np.testing.assert_allclose(whole[5:], part, atol=1e-3)
     other = images.augment(batch, (H, W), 2, index, **options)
     assert np.abs(whole - other).max() > 1
+
+
+def _photo(height, width):
+    """Detail at all scales, a JPEG of it, and what a good shrink gives."""
+    random = np.random.default_rng(0)
+    rough = random.uniform(0, 255, (height // 8, width // 8, 3))
+    pixels = Image.fromarray(rough.astype(np.uint8)).resize((width, height))
+    fine = np.asarray(pixels) + random.normal(0, 6, (height, width, 3))
+    pixels = np.clip(fine, 0, 255).astype(np.uint8)
+    return encode(pixels, "JPEG", quality=90)
+
+
+@pytest.mark.parametrize(
+    "at_least, expected",
+    [
+        ((61, 60), (120, 320)),  # Half would be 60 high.
+        ((60, 60), (60, 160)),
+        ((30, 81), (60, 160)),  # The narrower direction decides.
+        ((30, 80), (30, 80)),
+        ((15, 40), (15, 40)),
+        ((1, 1), (15, 40)),
+        (None, (120, 320)),
+    ],
+)
+def test_jpeg_is_decoded_at_the_smallest_scale_that_covers(at_least, expected):
+    encoded = tf.constant(_photo(120, 320))
+    assert images.decode(encoded, at_least=at_least).shape[:2] == expected
+    decode = tf.function(lambda e: images.decode(e, 120 * 320, at_least))
+    assert decode(encoded).shape[:2] == expected
+    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 9 p"):
+        images.decode(encoded, 9, at_least)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "BMP"])
+def test_other_formats_are_decoded_at_full_size(file_format):
+    encoded = encode(_picture(), file_format)
+    assert images.decode(encoded, at_least=(2, 2)).shape == (H, W, 3)
+
+
+def test_sides_that_no_scale_divides_are_rounded_up():
+    encoded = encode(_picture(43, 87), "JPEG")
+    assert images.decode(encoded, at_least=(20, 20)).shape == (22, 44, 3)
+
+
+def _mean_difference_to_antialiased(encoded, size, at_least):
+    """Grey levels between a shrink and a full decode, antialiased."""
+    exact = images.resize(images.decode(encoded), size, antialias=True)
+    image = images.resize(images.decode(encoded, at_least=at_least), size)
+    return np.abs(np.array(image, int) - np.array(exact, int)).mean()
+
+
+@pytest.mark.parametrize("side, better", [(56, 0.7), (80, 1.1), (112, 1.1)])
+def test_reduced_decoding_is_close_to_an_antialiased_shrink(side, better):
+    # At a factor of 2 the four neighbours are all there is; beyond it, they
+    # miss pixels that a reduced scale takes in.
+    encoded, size = _photo(224, 448), (side, side)
+    reduced = _mean_difference_to_antialiased(encoded, size, size)
+    plain = _mean_difference_to_antialiased(encoded, size, None)
+    assert reduced < 6
+    assert reduced < better * plain
+
+
+def test_reduced_decoding_of_real_photos():
+    paths = sorted(shared_data("flickr8k_originals").glob("*.jpg"))[:8]
+    size = (224, 224)
+    for path in paths:
+        photo = Image.open(path).convert("RGB").resize((1024, 768))
+        encoded = encode(np.asarray(photo), "JPEG", quality=90)
+        reduced = _mean_difference_to_antialiased(encoded, size, size)
+        plain = _mean_difference_to_antialiased(encoded, size, None)
+        assert reduced < min(8, plain)

@@ -259,10 +259,15 @@ def test_missing_batch_size_and_split(data):
         make(data, split="val").train()
 
 
-def test_too_many_pixels_for_memory_are_refused(data, monkeypatch):
+@pytest.mark.parametrize(
+    "cache, instead", [("images", 'cache="records" or'), ("records", "stream")]
+)
+def test_too_much_for_memory_is_refused(data, monkeypatch, cache, instead):
     monkeypatch.setattr(pipeline.memory, "MEMORY_FRACTION", 1e-9)
-    with pytest.raises(ValueError, match='Use cache="records"'):
-        make(data, cache="images").train()
+    with pytest.raises(
+        ValueError, match=rf'cache="{cache}" would take .* Use .*{instead}'
+    ):
+        make(data, cache=cache).train()
 
 
 def test_fit_can_read_it(data):
@@ -271,3 +276,30 @@ def test_fit_can_read_it(data):
         make(data).evaluate().map(lambda batch: batch["image"]), verbose=0
     )
     assert output.shape == (COUNT, SIZE * SIZE * 3)
+
+
+@pytest.mark.parametrize("resize", ["squash", "resize_small_central_crop"])
+def test_reduced_decoding_covers_what_is_resized_to(tmp_path, resize):
+    """Of 48 x 96 pixels, half covers 24 x 24 but no crop out of 30 x 30."""
+    y, x = np.mgrid[0:48, 0:96]
+    pixels = np.stack([y * 5, x * 2, y + x], -1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    example = tfrecord.Example("k", file.getvalue(), ["a"], 0)
+    tfrecord.write_dataset({"train": [example]}, tmp_path, "d", 1)
+
+    def shown(**options):
+        dataset = pipeline.CaptionDataset(
+            tmp_path, "train", None, 24, batch_size=1, resize=resize, **options
+        )
+        return take(dataset.evaluate(), 1)[0]["image"]
+
+    exact = shown(reduced_decode=False, antialias=True)
+    for small in (24, 30):
+        options = {"resize_small": small}
+        full = shown(reduced_decode=False, **options)
+        reduced = shown(**options)
+        covered = resize == "squash" or small == 24
+        # Where half does not cover the target, nothing is reduced.
+        assert np.array_equal(full, reduced) != covered
+    assert np.abs(shown(resize_small=27) - exact).mean() < 0.1

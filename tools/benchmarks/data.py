@@ -183,18 +183,21 @@ def _batches(way, encoded, folder):
 def _print_speed(sets, folder):
     """Images a second of each way on each set, and the ratios."""
     streams = {
-        (name, way): iter(_batches(way, encoded, os.path.join(folder, name)))
+        (name, way): _batches(way, encoded, os.path.join(folder, name))
         for name, encoded in sets.items()
         for way in _WAYS
     }
     steps = max(1, flags.FLAGS.images // flags.FLAGS.batch_size)
 
     def measure(key):
-        for _ in range(3):  # What was made ahead while others had their turn.
-            next(streams[key])
+        # A stream of its own each time: one that waits for its next turn
+        # would work ahead in the turns of others.
+        batches = iter(streams[key])
+        for _ in range(3):
+            next(batches)
         start, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
-            next(streams[key])
+            next(batches)
         count = steps * flags.FLAGS.batch_size
         return {
             "speed": count / (time.perf_counter() - start),
