@@ -254,8 +254,11 @@ def _write_json(folder, name, value):
 
 def _write_tensors(folder, tensors):
     # Only this format needs it; an extra, `interop`.
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    with replacing(os.path.join(folder, "model.safetensors")) as unfinished:
-        # transformers asks for the framework the tensors are laid out for.
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+    path = os.path.join(folder, "model.safetensors")
+    # transformers asks for the framework the layout is that of. `save_file`
+    # would leave a file that nobody but its owner can read.
+    content = save(tensors, metadata={"format": "pt"})
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        file.write(content)
