@@ -66,7 +66,7 @@ class RecordDecoder:
             int32 (captions the record has), "label" int64 (-1 for none).
         """
         record = tfrecord.parse(serialized)
-        image = images.decode(record["image/encoded"], self.max_pixels)
+        image = self.decode_image(record["image/encoded"])
         captions = non_empty(record["captions"])
         count = tf.size(captions)
         if self.num_captions:
@@ -78,7 +78,7 @@ class RecordDecoder:
                 )[0]
             captions = tf.gather(captions, slots)
         return {
-            "image": self._resize(image),
+            "image": image,
             "captions": tf.ensure_shape(
                 captions[: self.num_captions], [self.num_captions]
             ),
@@ -158,6 +158,17 @@ class RecordDecoder:
             "label": tf.constant(-1, tf.int64),
             "number": tf.constant(number),
         }
+
+    def decode_image(self, encoded):
+        """Decodes one picture; fails where it cannot be or is too large.
+
+        Args:
+            encoded: Scalar string, the bytes of an image file.
+
+        Returns:
+            uint8 [H, W, 3].
+        """
+        return self._resize(images.decode(encoded, self.max_pixels))
 
     def _resize(self, image):
         if self.resize == "squash":
