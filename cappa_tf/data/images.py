@@ -11,6 +11,18 @@ import tensorflow as tf
 from cappa_tf.data import draws
 
 
+def is_known_format(encoded):
+    """Whether files begin like one of the formats that `decode` reads.
+
+    Args:
+        encoded: String tensor of any shape.
+
+    Returns:
+        Bool, of the same shape.
+    """
+    return _format(encoded) != _OTHER
+
+
 def header_size(encoded):
     """Reads height and width from the header, without decoding.
 
