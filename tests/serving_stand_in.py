@@ -4,8 +4,9 @@
 
 loads the newest version below MODEL as the server does (session loader, tag
 `serve`, tensors by the names in the signatures), runs its warm-up requests,
-prints a line of JSON with the ports of gRPC and REST, and serves until its
-standard input ends. Nothing of this project can be imported in it.
+prints a line of JSON with the addresses of gRPC and REST, and serves until its
+standard input ends. NAME puts requests together as batching_parameters.txt
+says, NAME-unbatched does not. Nothing of this project can be imported in it.
 
 Followed are, of tensorflow/serving: predict_util.cc (inputs and outputs),
 batching_session.cc and batching_util.cc (merging, padding, splitting),
@@ -51,7 +52,6 @@ class Servable:
     def __init__(self, folder, name):
         versions = [p for p in folder.iterdir() if p.name.isdigit()]
         self.path = max(versions, key=lambda path: int(path.name))
-        self.name = name
         self.session = tf.compat.v1.Session(graph=tf.Graph())
         with self.session.graph.as_default():
             meta = tf.compat.v1.saved_model.loader.load(
@@ -63,18 +63,18 @@ class Servable:
             for name, signature in self.signatures.items()
             if not name.startswith("__")
         }
-        self._batchers = {}
-        parameters = folder / "batching_parameters.txt"
+        parameters = (folder / "batching_parameters.txt").read_text()
+        found = re.findall(r"(\w+) \{ value: (\d+) \}", parameters)
+        values = {key: int(value) for key, value in found}
+        self._batchers = {
+            name: Batcher(function, values)
+            for name, function in self._callables.items()
+        }
+        self.names = {
+            name: self._batchers,
+            f"{name}-unbatched": self._callables,
+        }
         self.warmed_up = self._warm_up()
-        if parameters.exists():
-            found = re.findall(
-                r"(\w+) \{ value: (\d+) \}", parameters.read_text()
-            )
-            values = {key: int(value) for key, value in found}
-            self._batchers = {
-                name: Batcher(function, values)
-                for name, function in self._callables.items()
-            }
 
     def _callable(self, signature):
         """Runs the graph on a dict, by the names of the signature.
@@ -112,7 +112,7 @@ class Servable:
     def predict(self, request):
         """PredictRequest to PredictResponse."""
         spec = request.model_spec
-        if spec.name != self.name:
+        if spec.name not in self.names:
             raise RequestError(
                 5, f"Servable not found for request: Latest({spec.name})"
             )
@@ -134,8 +134,7 @@ class Servable:
                 + ",".join(missing)
                 + "}.",
             )
-        run = self._batchers.get(name, self._callables[name])
-        outputs = run(inputs)
+        outputs = self.names[spec.name][name](inputs)
         response = predict_pb2.PredictResponse()
         response.model_spec.CopyFrom(spec)
         response.model_spec.version.value = int(self.path.name)
@@ -245,7 +244,7 @@ class RestHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         servable = self.server.servable
-        if self.path != f"/v1/models/{servable.name}":
+        if self.path.removeprefix("/v1/models/") not in servable.names:
             self._send(404, {"error": f"Could not find model at {self.path}"})
             return
         status = {"error_code": "OK", "error_message": ""}
