@@ -167,7 +167,7 @@ class CaptionService:
             texts.
         """
         pictures, error = self._decode(image_bytes)
-        texts = self._check_texts(texts, tf.shape(pictures)[0])
+        texts = self._spread(texts, tf.shape(pictures)[0])
         utf8 = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8") == texts
         error = tf.where(
             (error == "") & ~tf.reduce_all(utf8, axis=1),
@@ -192,31 +192,32 @@ class CaptionService:
 
     def _decode(self, image_bytes):
         """float32 [B, H, W, 3] in [-1, 1] and errors [B]."""
-        count = tf.size(image_bytes)
         most = self.max_batch_size
-        _require(
-            (count >= 1) & (count <= most) & (tf.rank(image_bytes) == 1),
-            f"image_bytes must be a list of 1 to {most} images. "
-            "Received the shape:",
-            tf.shape(image_bytes),
+        image_bytes = _checked(
+            image_bytes,
+            1,
+            lambda shape: (shape[0] >= 1) & (shape[0] <= most),
+            f"image_bytes must be a list of 1 to {most} images.",
         )
         pixels, error = request_images.decode_request(
             image_bytes, self._decoder
         )
         return images.to_model_range(pixels), error
 
-    def _check_texts(self, texts, count):
-        """The texts as [B, T]."""
-        shape = tf.shape(texts)
-        _require(
-            ((shape[0] == 1) | (shape[0] == count))
-            & (shape[1] >= 1)
-            & (shape[1] <= self.max_texts),
-            f"texts must be [images or 1, 1 to {self.max_texts} texts]. "
-            "Received the shape:",
-            shape,
+    def _spread(self, texts, count):
+        """The texts, [B, T] or [1, T], as [B, T]."""
+        most = self.max_texts
+        texts = _checked(
+            texts,
+            2,
+            lambda shape: (
+                ((shape[0] == 1) | (shape[0] == count))
+                & (shape[1] >= 1)
+                & (shape[1] <= most)
+            ),
+            f"texts must be [images, or 1 for all, 1 to {most} texts].",
         )
-        return tf.broadcast_to(texts, [count, shape[1]])
+        return tf.broadcast_to(texts, [count, tf.shape(texts)[1]])
 
     def _score(self, pictures, labels):
         """Log-likelihood [B, T] of labels [B, T, L], in passes."""
@@ -295,8 +296,20 @@ def _next_version(output):
     return 1 + max(map(int, names), default=0)
 
 
-def _require(condition, message, *values):
-    tf.debugging.Assert(condition, [message, *values])
+def _checked(value, rank, is_right, rule):
+    """The same tensor, once its shape has been found right.
+
+    A server hands tensors to the graph without comparing their shapes with
+    the signature's, so what the graph believes to know is set aside.
+    """
+    unknown = tf.compat.v1.placeholder_with_default(value, None)
+    shape = tf.shape(unknown)
+    message = [f"{rule} Received the shape:", shape]
+    check_rank = tf.debugging.Assert(tf.size(shape) == rank, message)
+    with tf.control_dependencies([check_rank]):
+        condition = is_right(tf.identity(shape))
+    with tf.control_dependencies([tf.debugging.Assert(condition, message)]):
+        return tf.ensure_shape(tf.identity(unknown), [None] * rank)
 
 
 def _answer(error, **values):
