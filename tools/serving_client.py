@@ -15,14 +15,11 @@ percentiles of a request's latency. gRPC needs the extra `serving` (`pip install
 pictures were answered, 1 if some were not, 2 if there was nothing to send.
 """
 
-import base64
 import concurrent.futures
 import json
 import pathlib
 import sys
 import time
-import urllib.error
-import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -30,6 +27,7 @@ import numpy as np
 from absl import app, flags
 
 from cappa_tf.data import picture_files
+from cappa_tf.export import serving_clients
 
 PORTS = {"grpc": 8500, "rest": 8501}
 
@@ -90,152 +88,6 @@ def define_flags(flag_values=flags.FLAGS):
     )
 
 
-class RequestFailedError(Exception):
-    """A request without an answer; the message says why."""
-
-
-class NoServerError(Exception):
-    """Nothing can be asked at all; the message names the address."""
-
-
-class RestClient:
-    """Asks over HTTP, without TensorFlow.
-
-    Args:
-        address: HOST:PORT, or a URL without the path.
-        model: What the server calls the model.
-        timeout: Seconds a request may take.
-    """
-
-    def __init__(self, address, model, timeout):
-        root = address if "://" in address else f"http://{address}"
-        self._url = f"{root.rstrip('/')}/v1/models/{model}"
-        self._timeout = timeout
-
-    def connect(self):
-        """Makes sure that the model is served.
-
-        Raises:
-            NoServerError: If it is not.
-        """
-        try:
-            status = self._ask(self._url)["model_version_status"]
-        except (RequestFailedError, KeyError, TypeError) as error:
-            raise NoServerError(f"{self._url}: {error}") from None
-        if not any(version["state"] == "AVAILABLE" for version in status):
-            raise NoServerError(f"{self._url}: no version is available yet")
-
-    def predict(self, signature, inputs):
-        """Sends a request.
-
-        Args:
-            signature: Name of the signature.
-            inputs: Dict of lists: `image_bytes` of bytes, and for score
-                `texts`, a list of strings for each image.
-
-        Returns:
-            Dict of lists or arrays, the outputs of the signature.
-
-        Raises:
-            RequestFailedError: The server did not answer, or with an error.
-        """
-        encoded = [
-            {"b64": base64.b64encode(content).decode()}
-            for content in inputs["image_bytes"]
-        ]
-        body = {
-            "signature_name": signature,
-            "inputs": {**inputs, "image_bytes": encoded},
-        }
-        answer = self._ask(f"{self._url}:predict", json.dumps(body).encode())
-        if not isinstance(answer.get("outputs"), dict):
-            raise RequestFailedError("the answer has no outputs")
-        return answer["outputs"]
-
-    def _ask(self, url, body=None):
-        request = urllib.request.Request(
-            url, body, {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as file:
-                return json.load(file)
-        except urllib.error.HTTPError as error:
-            raise RequestFailedError(_rest_message(error)) from None
-        except urllib.error.URLError as error:
-            raise RequestFailedError(f"{error.reason}") from None
-        except (OSError, ValueError) as error:
-            raise RequestFailedError(f"{error}") from None
-
-
-def _rest_message(error):
-    """The server's own words, from the JSON it sends with a status."""
-    try:
-        message = json.load(error)["error"]
-    except (ValueError, KeyError, TypeError, OSError):
-        message = error.reason
-    return f"HTTP {error.code}: {message}"
-
-
-class GrpcClient:
-    """Asks over gRPC; see `RestClient`."""
-
-    def __init__(self, address, model, timeout):
-        try:
-            # TensorFlow, which they need, takes seconds to load.
-            import grpc
-            import tensorflow as tf
-            from tensorflow_serving.apis import (
-                predict_pb2,
-                prediction_service_pb2_grpc,
-            )
-        except ImportError as error:
-            raise NoServerError(
-                f"gRPC needs pip install 'cappa-tf[serving]' ({error}); "
-                "--protocol=rest does without"
-            ) from None
-        self._grpc = grpc
-        self._make_tensor = tf.make_tensor_proto
-        self._make_array = tf.make_ndarray
-        self._request = predict_pb2.PredictRequest
-        self._address = address
-        self._model = model
-        self._timeout = timeout
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", -1),
-            ],
-        )
-        self._service = prediction_service_pb2_grpc.PredictionServiceStub(
-            self._channel
-        )
-
-    def connect(self):
-        """Waits for the connection; see `RestClient.connect`."""
-        ready = self._grpc.channel_ready_future(self._channel)
-        try:
-            ready.result(timeout=min(self._timeout, 10.0))
-        except self._grpc.FutureTimeoutError:
-            ready.cancel()
-            raise NoServerError(f"{self._address}: cannot connect") from None
-
-    def predict(self, signature, inputs):
-        """Sends a request; see `RestClient.predict`."""
-        request = self._request()
-        request.model_spec.name = self._model
-        request.model_spec.signature_name = signature
-        for name, value in inputs.items():
-            request.inputs[name].CopyFrom(self._make_tensor(value))
-        try:
-            response = self._service.Predict(request, timeout=self._timeout)
-        except self._grpc.RpcError as error:
-            raise RequestFailedError(
-                f"{error.code().name}: {error.details()}"
-            ) from None
-        return {k: self._make_array(v) for k, v in response.outputs.items()}
-
-
 def ask(client, signature, paths, texts):
     """Reads files and asks about them in one request.
 
@@ -251,30 +103,36 @@ def ask(client, signature, paths, texts):
             text to log-likelihood; or `embedding`).
         seconds: What the request took; None if no file could be read.
     """
-    rows, contents = {}, {}
-    for path in paths:
+    rows, contents = {}, {}  # by position in `paths`
+    for i, path in enumerate(paths):
         try:
             # Turned and converted as tools/caption.py does it.
-            contents[path] = picture_files.read(path)
+            contents[i] = picture_files.read(path)
         except picture_files.UnusableError as error:
-            rows[path] = {"error": error.reason}
-    if not contents:
-        return [{"image": path, **rows[path]} for path in paths], None
-    inputs = {"image_bytes": [*contents.values()]}
-    if signature == "score":
-        inputs["texts"] = [texts] * len(contents)
-    start = time.perf_counter()
+            rows[i] = {"error": error.reason}
+    seconds = None
+    if contents:
+        inputs = {"image_bytes": [*contents.values()]}
+        if signature == "score":
+            inputs["texts"] = [texts] * len(contents)
+        start = time.perf_counter()
+        answers = _answers(client, signature, inputs, texts)
+        seconds = time.perf_counter() - start
+        rows |= dict(zip(contents, answers))
+    return [{"image": path, **rows[i]} for i, path in enumerate(paths)], seconds
+
+
+def _answers(client, signature, inputs, texts):
+    """A dict for each image of a request."""
+    count = len(inputs["image_bytes"])
     try:
         outputs = client.predict(signature, inputs)
-        for i, path in enumerate(contents):
-            rows[path] = _row(signature, outputs, i, texts)
-    except RequestFailedError as error:
-        rows |= {path: {"error": str(error)} for path in contents}
+        return [_row(signature, outputs, i, texts) for i in range(count)]
+    except serving_clients.RequestFailedError as error:
+        message = str(error)
     except (KeyError, IndexError, TypeError) as error:
         message = f"the answer does not fit signature {signature}: {error!r}"
-        rows |= {path: {"error": message} for path in contents}
-    seconds = time.perf_counter() - start
-    return [{"image": path, **rows[path]} for path in paths], seconds
+    return [{"error": message}] * count
 
 
 def _row(signature, outputs, i, texts):
@@ -375,11 +233,12 @@ def main(argv):
         print("Nothing to send: give pictures or folders.", file=sys.stderr)
         return 2
     address = options.address or f"localhost:{PORTS[options.protocol]}"
-    kind = {"grpc": GrpcClient, "rest": RestClient}[options.protocol]
     try:
-        client = kind(address, options.model, options.timeout)
+        client = serving_clients.CLIENTS[options.protocol](
+            address, options.model, options.timeout
+        )
         client.connect()
-    except NoServerError as error:
+    except serving_clients.NoServerError as error:
         raise SystemExit(f"--address={address}: {error}") from None
     latencies, wrong, seen, start = [], 0, 0, time.perf_counter()
     for rows, seconds in send_all(client, options, paths, texts):
