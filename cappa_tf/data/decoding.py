@@ -66,7 +66,7 @@ class RecordDecoder:
             int32 (captions the record has), "label" int64 (-1 for none).
         """
         record = tfrecord.parse(serialized)
-        image = self.decode_image(record["image/encoded"])
+        image = images.decode(record["image/encoded"], self.max_pixels)
         captions = non_empty(record["captions"])
         count = tf.size(captions)
         if self.num_captions:
@@ -78,7 +78,7 @@ class RecordDecoder:
                 )[0]
             captions = tf.gather(captions, slots)
         return {
-            "image": image,
+            "image": self.fit(image),
             "captions": tf.ensure_shape(
                 captions[: self.num_captions], [self.num_captions]
             ),
@@ -159,18 +159,8 @@ class RecordDecoder:
             "number": tf.constant(number),
         }
 
-    def decode_image(self, encoded):
-        """Decodes one picture; fails where it cannot be or is too large.
-
-        Args:
-            encoded: Scalar string, the bytes of an image file.
-
-        Returns:
-            uint8 [H, W, 3].
-        """
-        return self._resize(images.decode(encoded, self.max_pixels))
-
-    def _resize(self, image):
+    def fit(self, image):
+        """Brings a decoded picture [h, w, 3] to uint8 [H, W, 3]."""
         if self.resize == "squash":
             return images.resize(image, self.size, self.antialias)
         return images.resize_small_central_crop(

@@ -12,7 +12,7 @@ Abbreviations for dimensions:
 
 import tensorflow as tf
 
-from cappa_tf.data import images
+from cappa_tf.data import images, orientation
 
 # Images decoded side by side. Fixed, because tuning it would start a thread
 # for each request.
@@ -25,6 +25,8 @@ BROKEN = "image cannot be decoded"
 def decode_request(image_bytes, decoder):
     """Decodes the images of a request; the bad ones become black.
 
+    Photos are turned as their EXIF data say, which for data sets happens when
+    they are prepared.
     The size is read from the header first: an image of more pixels than
     `decoder.max_pixels` takes no memory.
 
@@ -43,8 +45,13 @@ def decode_request(image_bytes, decoder):
         image_bytes,
         tf.constant(0, tf.int64),
     )
+
+    def decode(encoded):
+        image = images.decode(encoded, decoder.max_pixels)
+        return decoder.fit(orientation.turn(image, orientation.read(encoded)))
+
     pixels, decoded = attempt(
-        decoder.decode_image,
+        decode,
         image_bytes,
         tf.zeros([*decoder.size, 3], tf.uint8),
     )

@@ -116,6 +116,25 @@ def test_captions_of_photos_are_those_of_the_tool(served):
     _same_captions(served, paths, least_distinct=20)
 
 
+def test_photos_are_turned(served, tmp_path):
+    """As tools/caption.py does, which stores a turned one anew."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    upright, lying = tmp_path / "upright.png", tmp_path / "lying.jpg"
+    Image.fromarray(pixels).save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    turned.save(lying, exif=exif, quality=100)
+    contents = [path.read_bytes() for path in (upright, lying)]
+    contents.append(contents[1].replace(b"Exif", b"Exit"))
+    first, second, third = served.predict("embed", image_bytes=contents)[
+        "embedding"
+    ]
+    np.testing.assert_allclose(second, first, atol=0.05)
+    assert np.abs(third - first).max() > 0.2
+
+
 def test_caption_is_the_default(served, contents):
     named = served.predict("caption", image_bytes=contents[:3])
     default = served.predict("", image_bytes=contents[:3])
