@@ -13,11 +13,14 @@ saved_model_warmup_util.h, model_server_config.proto.
 """
 
 import os
+import pathlib
 import re
 import string
 
 import numpy as np
 import tensorflow as tf
+
+from cappa_tf.export import files
 
 # The newest released server as of 2026; its TensorFlow runs what this
 # project's writes.
@@ -228,7 +231,6 @@ def write_configuration(output, service, name):
         "kubernetes.yaml": _KUBERNETES,
     }
     for file_name, template in contents.items():
-        path = os.path.join(output, file_name)
-        with open(f"{path}.incomplete", "w") as file:
-            file.write(string.Template(template).substitute(values))
-        os.replace(f"{path}.incomplete", path)
+        content = string.Template(template).substitute(values)
+        with files.replacing(os.path.join(output, file_name)) as unfinished:
+            pathlib.Path(unfinished).write_text(content)

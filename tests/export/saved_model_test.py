@@ -447,12 +447,17 @@ def test_manifests_start_the_server_on_these_files(served):
     assert ports == {"grpc": 8500, "rest": 8501}
 
 
+def _only_make_the_folder(module, path, signatures):
+    os.mkdir(path)
+
+
 def test_a_version_is_there_whole_or_not_at_all(served, tmp_path, monkeypatch):
     def full_disk(path, *_):
-        assert os.path.isfile(os.path.join(path, "saved_model.pb"))
+        assert os.path.isdir(path)
         raise OSError("No space left on device")
 
     service = serving.service(served.run)
+    monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
     monkeypatch.setattr(serving_files, "write_warmup", full_disk)
     with pytest.raises(OSError, match="No space left"):
         saved_model.export_saved_model(tmp_path, service)
@@ -463,9 +468,7 @@ def test_versions_count_up_and_are_never_replaced(
     served, tmp_path, monkeypatch
 ):
     # What is tested is where it is written.
-    monkeypatch.setattr(
-        tf.saved_model, "save", lambda module, path, signatures: os.mkdir(path)
-    )
+    monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
     service = serving.service(served.run)
 
     def export(**options):
