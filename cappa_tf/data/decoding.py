@@ -193,10 +193,10 @@ class RecordDecoder:
     def _is_too_large(self, encoded):
         try:
             with tf.device("CPU:0"):
-                size = images.header_size(tf.constant(encoded)).numpy()
+                pixels = images.pixels_to_decode(tf.constant(encoded)).numpy()
         except tf.errors.OpError:
             return False
-        return self.max_pixels is not None and size.prod() > self.max_pixels
+        return self.max_pixels is not None and pixels > self.max_pixels
 
 
 def non_empty(captions):

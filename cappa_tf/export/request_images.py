@@ -41,9 +41,7 @@ def decode_request(image_bytes, decoder):
             other clients.
     """
     areas, _ = attempt(
-        lambda encoded: tf.reduce_prod(images.header_size(encoded)),
-        image_bytes,
-        tf.constant(0, tf.int64),
+        images.pixels_to_decode, image_bytes, tf.constant(0, tf.int64)
     )
 
     def decode(encoded):
