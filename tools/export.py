@@ -4,10 +4,14 @@
         --output=encoder.keras --image_size=384
     python tools/export.py --what=siglip --checkpoint=runs/mine --output=hf
     python tools/export.py --what=timm --checkpoint=runs/mine --output=timm
+    python tools/export.py --what=saved_model --checkpoint=runs/mine \
+        --output=models/captioner
 
 backbone: the vision encoder as a Keras file, which opens with TensorFlow, JAX
 or PyTorch. siglip: a folder for `transformers.SiglipVisionModel`. timm: a
-folder for `timm.create_model("local-dir:...")`.
+folder for `timm.create_model("local-dir:...")`. saved_model: the captioner for
+TensorFlow Serving, in a new VERSION below the folder, with the files beside it
+that a server is started with.
 """
 
 import os
@@ -50,9 +54,28 @@ def define_flags(flag_values=flags.FLAGS):
         "image_size",
         None,
         "Side of the images in pixels, or HEIGHT,WIDTH, if it is not that of "
-        "training: learned positions are resampled.",
+        "training: learned positions are resampled. Not for saved_model.",
         **where,
     )
+    _define_serving_flags(where)
+
+
+def _define_serving_flags(where):
+    """What only --what=saved_model takes; None is the function's default."""
+    flags.DEFINE_string(
+        "name", None, "saved_model: what the server calls it.", **where
+    )
+    numbers = {
+        "version": "number of the version; one more than the highest",
+        "max_length": "longest caption in tokens; the decoder's",
+        "max_batch_size": "most images at once; 32",
+        "max_texts": "most texts to score for an image; 1,000",
+        "max_pixels": "images of more are refused; the limit of the run",
+    }
+    for name, meaning in numbers.items():
+        flags.DEFINE_integer(
+            name, None, f"saved_model: {meaning} by default.", 1, **where
+        )
 
 
 def export(options):
@@ -69,6 +92,8 @@ def export(options):
             or the wanted form cannot hold the model.
     """
     parse_height_width("image_size", options.image_size)
+    if options.what != "saved_model":
+        _refuse(options, SERVING_FLAGS)
     return EXPORTS[options.what](options)
 
 
@@ -101,8 +126,53 @@ def _timm(options):
     return _described(options, "timm VisionTransformer", encoder)
 
 
+def _saved_model(options):
+    _refuse(options, ["image_size"])
+    from cappa_tf.export import saved_model
+    from cappa_tf.training import workdir
+
+    def given(*names):
+        values = {name: options[name].value for name in names}
+        return {k: v for k, v in values.items() if v is not None}
+
+    tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
+    service = saved_model.CaptionService(
+        workdir.load_captioner(options.checkpoint, options.weights),
+        tokenizer,
+        picture,
+        **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
+    )
+    path = saved_model.export_saved_model(
+        options.output, service, **given("name", "version")
+    )
+    height, width = service.image_size
+    return (
+        f"{path}: captioner for TensorFlow Serving, "
+        f"{service.num_bytes / 2**20:.0f} MiB of weights, images of "
+        f"{height} x {width} pixels"
+    )
+
+
 # What --what names; each writes --output and says what it wrote.
-EXPORTS = {"backbone": _backbone, "siglip": _siglip, "timm": _timm}
+EXPORTS = {
+    "backbone": _backbone,
+    "siglip": _siglip,
+    "timm": _timm,
+    "saved_model": _saved_model,
+}
+SERVING_FLAGS = (
+    "name version max_length max_batch_size max_texts max_pixels"
+).split()
+
+
+def _refuse(options, names):
+    """Raises ValueError if one of these flags was given."""
+    for name in names:
+        if options[name].value is not None:
+            raise ValueError(
+                f"--{name} does not go with --what={options.what}. "
+                f"Received: --{name}={options[name].value}"
+            )
 
 
 def _encoder(options):

@@ -78,7 +78,7 @@ class RecordDecoder:
                 )[0]
             captions = tf.gather(captions, slots)
         return {
-            "image": self._resize(image),
+            "image": self.fit(image),
             "captions": tf.ensure_shape(
                 captions[: self.num_captions], [self.num_captions]
             ),
@@ -159,7 +159,8 @@ class RecordDecoder:
             "number": tf.constant(number),
         }
 
-    def _resize(self, image):
+    def fit(self, image):
+        """Brings a decoded picture [h, w, 3] to uint8 [H, W, 3]."""
         if self.resize == "squash":
             return images.resize(image, self.size, self.antialias)
         return images.resize_small_central_crop(
@@ -192,10 +193,10 @@ class RecordDecoder:
     def _is_too_large(self, encoded):
         try:
             with tf.device("CPU:0"):
-                size = images.header_size(tf.constant(encoded)).numpy()
+                pixels = images.pixels_to_decode(tf.constant(encoded)).numpy()
         except tf.errors.OpError:
             return False
-        return self.max_pixels is not None and size.prod() > self.max_pixels
+        return self.max_pixels is not None and pixels > self.max_pixels
 
 
 def non_empty(captions):

@@ -8,7 +8,19 @@ Dimensions:
 
 import tensorflow as tf
 
-from cappa_tf.data import draws
+from cappa_tf.data import animation, draws
+
+
+def is_known_format(encoded):
+    """Whether files begin like one of the formats that `decode` reads.
+
+    Args:
+        encoded: String tensor of any shape.
+
+    Returns:
+        Bool, of the same shape.
+    """
+    return _format(encoded) != _OTHER
 
 
 def header_size(encoded):
@@ -26,13 +38,31 @@ def header_size(encoded):
         {
             _JPEG: lambda: tf.io.extract_jpeg_shape(encoded, tf.int64)[:2],
             _PNG: lambda: _fields(encoded, [20, 16], 4, little=False),
-            _GIF: lambda: _fields(encoded, [8, 6], 2),
+            _GIF: lambda: animation.first_gif_frame(encoded)[0],
             # A BMP stored top row first has a negative height.
             _BMP: lambda: _signed_32(_fields(encoded, [22, 18], 4)),
             _WEBP: lambda: _webp_size(encoded),
         },
         default=lambda: _unknown_format(encoded, tf.int64),
     )
+
+
+def pixels_to_decode(encoded):
+    """How many pixels `decode` takes memory for, without decoding.
+
+    Args:
+        encoded: Scalar string tensor, see `header_size`.
+
+    Returns:
+        Scalar int64: h * w, times the frames of a WebP, which TensorFlow
+        decodes all.
+    """
+    frames = tf.cond(
+        _format(encoded) == _WEBP,
+        lambda: animation.num_webp_frames(encoded),
+        lambda: tf.constant(1, tf.int64),
+    )
+    return tf.reduce_prod(header_size(encoded)) * frames
 
 
 def decode(encoded, max_pixels=None):
@@ -44,17 +74,16 @@ def decode(encoded, max_pixels=None):
 
     Args:
         encoded: Scalar string tensor, a JPEG, PNG, GIF, BMP or WebP file.
-        max_pixels: Largest h * w, read from the header: a larger picture is
-            refused before memory is taken for it. None for any.
+        max_pixels: Most `pixels_to_decode`: a larger picture is refused
+            before memory is taken for it. None for any.
 
     Returns:
         uint8 [h, w, 3]. In a graph a picture that cannot be decoded raises
         `tf.errors.InvalidArgumentError`.
     """
     if max_pixels is not None:
-        size = header_size(encoded)
         check = tf.debugging.assert_less_equal(
-            tf.reduce_prod(size),
+            pixels_to_decode(encoded),
             tf.cast(max_pixels, tf.int64),
             message=f"more than {max_pixels} pixels",
         )
@@ -66,7 +95,9 @@ def decode(encoded, max_pixels=None):
             _JPEG: lambda: tf.io.decode_jpeg(encoded, channels=3),
             _PNG: lambda: _decode_png(encoded),
             _GIF: lambda: tf.io.decode_image(
-                encoded, channels=3, expand_animations=False
+                animation.first_gif_frame(encoded)[1],
+                channels=3,
+                expand_animations=False,
             ),
             _BMP: lambda: _decode_bmp(encoded),
             _WEBP: lambda: _decode_webp(encoded),
@@ -300,7 +331,7 @@ def _decode_bmp(encoded):
 
 def _decode_webp(encoded):
     """First frame of a WebP, which has 4 channels if it is transparent."""
-    image = tf.io.decode_webp(encoded)[0]
+    image = tf.io.decode_webp(animation.with_alpha(encoded))[0]
     return tf.cond(
         tf.shape(image)[-1] == 4, lambda: _on_white(image), lambda: image
     )

@@ -1,11 +1,13 @@
-"""One image file: is it usable, and the bytes to store for it."""
+"""Image files: which there are, is one usable, and the bytes to store."""
 
 import io
+import os
 
 from PIL import Image, ImageOps
 
 # What `images.decode` reads; anything else is stored as JPEG.
 STORED_FORMATS = frozenset(("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP"))
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 JPEG_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
 
@@ -20,6 +22,32 @@ class UnusableError(Exception):
     def __init__(self, reason):
         super().__init__(reason)
         self.reason = reason
+
+
+def find_pictures(paths):
+    """Files as given, and the pictures below folders, sorted.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        A list of paths. A file is taken whatever its name: that it is no
+        picture, or not there, is found when it is read.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        below = []
+        for folder, _, names in os.walk(path):
+            below += [
+                os.path.join(folder, name)
+                for name in names
+                if name.lower().endswith(EXTENSIONS)
+            ]
+        found += sorted(below)
+    return found
 
 
 def read(path, resize=None, min_side=1, max_pixels=None):
