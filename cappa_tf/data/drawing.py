@@ -111,7 +111,9 @@ def _spots(axis, first_size, second_size):
         A float array [pairs, 2, 2]: which object, (x, y).
     """
     # Outlines stay within 1.1 radii.
-    reach = [1.1 * SIZES[size][1] + _JITTER for size in (first_size, second_size)]
+    reach = [
+        1.1 * SIZES[size][1] + _JITTER for size in (first_size, second_size)
+    ]
     points = np.arange(1, _GRID) / _GRID
     first, second = (points[(points >= r) & (points <= 1 - r)] for r in reach)
     pairs = [
