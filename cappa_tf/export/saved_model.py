@@ -21,6 +21,8 @@ from cappa_tf.checks import check_integer
 from cappa_tf.data import images
 from cappa_tf.data.decoding import RecordDecoder
 from cappa_tf.export import request_images, serving_files
+from cappa_tf.models import losses
+from cappa_tf.models.text_decoder import shift_right
 
 # Decoder passes of `score` hold this many texts of each image at once.
 TEXTS_PER_PASS = 64
@@ -231,10 +233,7 @@ class CaptionService:
 
         def one_pass(start, scores):
             some = labels[:, start : start + TEXTS_PER_PASS]
-            nll = captioner._captions_nll(
-                tf.reshape(some, [-1, tf.shape(some)[2]]), memory
-            )
-            nll = tf.reshape(nll, [count, -1])
+            nll = _nll(captioner, memory, some)
             return start + TEXTS_PER_PASS, tf.concat([scores, -nll], axis=1)
 
         _, scores = tf.while_loop(
@@ -310,6 +309,22 @@ def _checked(value, rank, is_right, rule):
         condition = is_right(tf.identity(shape))
     with tf.control_dependencies([tf.debugging.Assert(condition, message)]):
         return tf.ensure_shape(tf.identity(unknown), [None] * rank)
+
+
+def _nll(captioner, memory, labels):
+    """Negative log-likelihood [B, K] of labels [B, K, L]."""
+    decoder = captioner.text_decoder
+    shape = tf.shape(labels)
+    flat = tf.reshape(labels, [-1, shape[2]])  # -> [B * K, L]
+    hidden = decoder(shift_right(flat), memory)
+    _, nll = losses.token_cross_entropy(
+        tf.reshape(hidden, [-1, decoder.hidden_dim]),
+        tf.reshape(flat, [-1]),
+        tf.reshape(flat, [-1]) != 0,
+        *decoder.head_weights,
+        chunk_size=captioner.chunk_size,
+    )
+    return tf.reduce_sum(tf.reshape(nll, shape), axis=-1)
 
 
 def _answer(error, **values):

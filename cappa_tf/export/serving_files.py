@@ -107,10 +107,15 @@ spec:
               path: /v1/models/$name/metadata
               port: rest
             periodSeconds: 5
+          # The ports open after loading; a large model takes its time.
+          startupProbe:
+            tcpSocket:
+              port: grpc
+            periodSeconds: 5
+            failureThreshold: 120
           livenessProbe:
             tcpSocket:
               port: grpc
-            initialDelaySeconds: 60
           resources:
             requests:
               cpu: "2"

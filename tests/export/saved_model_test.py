@@ -48,6 +48,11 @@ def pictures(tmp_path_factory):
         low = random.randint(256, size=(2, 3, 3)).astype("uint8")
         image = Image.fromarray(low).resize((width, height))
         image.save(folder / f"{number:02d}.{suffixes[number % 5]}")
+    # TensorFlow's own decoder would end the server at this one.
+    frames = [image.rotate(180)]
+    image.save(folder / "moving.webp", save_all=True, append_images=frames)
+    with Image.open(folder / "moving.webp") as moving:
+        assert moving.n_frames == 2
     return sorted(map(str, folder.iterdir()))
 
 
