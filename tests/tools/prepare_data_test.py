@@ -83,15 +83,15 @@ def test_fractions_and_resize(run, photos, tmp_path):
         f"--input={photos / 'captions.jsonl'}",
         f"--output={output}",
         "--name=small",
-        "--split_fractions=all=1",
+        "--split_fractions=whole=1",
         "--resize=10",
     )
     description = tfrecord.DatasetDescription.load(output)
-    assert description.splits == ["all"]
-    assert description.shards("all")[0].path.endswith(
-        "small-all.tfrecord-00000-of-00008"
+    assert description.splits == ["whole"]
+    assert description.shards("whole")[0].path.endswith(
+        "small-whole.tfrecord-00000-of-00008"
     )
-    size = description.shards("all")[0].num_bytes
+    size = description.shards("whole")[0].num_bytes
     original = (photos / "1.jpg").stat().st_size
     assert size < 2 * original + 200
 
