@@ -96,25 +96,38 @@ def test_fractions_and_resize(run, photos, tmp_path):
     assert size < 2 * original + 200
 
 
+def _contents(folder):
+    """Name -> bytes of all that is seen in a folder."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+    }
+
+
 def test_interrupted_run_leaves_nothing_and_can_be_repeated(
-    run, photos, tmp_path, monkeypatch
+    run, photos, tmp_path, monkeypatch, capsys
 ):
-    output = tmp_path / "out"
-    real = sources.read_examples
+    real = sources.read_example
+    calls = []
 
-    def interrupted(*arguments):
-        for i, pair in enumerate(real(*arguments)):
-            if i == 5:
-                raise KeyboardInterrupt
-            yield pair
+    def interrupted(row, *arguments):
+        calls.append(row)
+        if row.key == "5.jpg":
+            raise KeyboardInterrupt
+        return real(row, *arguments)
 
-    monkeypatch.setattr(sources, "read_examples", interrupted)
+    command = [f"--input={photos}", f"--output={tmp_path / 'out'}"]
+    monkeypatch.setattr(sources, "read_example", interrupted)
     with pytest.raises(SystemExit, match="interrupted; run it again"):
-        run(f"--input={photos}", f"--output={output}")
-    assert list(output.iterdir()) == []
-    monkeypatch.setattr(sources, "read_examples", real)
-    run(f"--input={photos}", f"--output={output}")
-    assert tfrecord.DatasetDescription.load(output).num_examples("train") == 10
+        run(*command)
+    assert not _contents(tmp_path / "out")
+    monkeypatch.setattr(sources, "read_example", real)
+    run(*command)
+    assert "5 shards taken over" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out").glob(".*")] == []
+    run(f"--input={photos}", f"--output={tmp_path / 'whole'}", "--name=out")
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
 
 
 def test_refusals_name_the_cause(run, photos, tmp_path):
