@@ -101,9 +101,12 @@ def main(argv):
     """Prepares the data; what cannot be done is one line, not a traceback."""
     if len(argv) > 1 and FLAGS.runner is None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    # TensorFlow takes seconds to load: --help should not.
+    import tensorflow as tf
+
     try:
         prepare(argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError, tf.errors.OpError) as error:
         raise SystemExit(f"prepare_data: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("prepare_data: interrupted; run it again") from None
@@ -111,7 +114,6 @@ def main(argv):
 
 def prepare(beam_arguments):
     """Plans, converts and publishes, as the flags say."""
-    # TensorFlow takes seconds to load: --help should not.
     import tensorflow as tf
 
     from cappa_tf.data import conversion, publish, sources

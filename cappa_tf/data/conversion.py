@@ -9,12 +9,13 @@ picture travels between them.
 
 All work lies in OUTPUT/.conversion until it is complete:
 
-    train-00003.plan      options, then the shard's rows: one JSON line each
-    train-00003.tfrecord  the shard, renamed to this when it is complete
-    train-00003.result    counts, what was skipped, checksums
+    train-00003-DIGEST.plan      options, then a JSON line for each row
+    train-00003-DIGEST.tfrecord  the shard, renamed to this when complete
+    train-00003-DIGEST.result    counts, what was skipped, checksums
 
-A conversion that is killed leaves no more than this folder. The next one
-takes over each shard whose plan, pictures and bytes are still the same.
+DIGEST is that of the plan's content: what another conversion still writes
+has other names. A conversion that is killed leaves no more than this folder.
+The next one takes over each shard whose plan, pictures and bytes are the same.
 """
 
 import collections
@@ -41,7 +42,6 @@ class Result:
     """What became of one plan.
 
     Attributes:
-        plan_sha256: Digest of the plan.
         inputs_sha256: Digest of sizes and times of the pictures.
         shard: The `publish.WrittenShard`.
         skipped: [number of the row in the source, reason, name] of each
@@ -49,7 +49,6 @@ class Result:
         reused: Whether an earlier conversion made the shard.
     """
 
-    plan_sha256: str
     inputs_sha256: str
     shard: publish.WrittenShard
     skipped: list
@@ -62,13 +61,11 @@ class Plan:
 
     Attributes:
         path: The plan's file; shard and result lie beside it.
-        sha256: Digest of the file.
         split: The shard's split.
         num_rows: Pictures that belong to it.
     """
 
     path: str
-    sha256: str
     split: str
     num_rows: int
 
@@ -115,9 +112,9 @@ def plan(rows, output_dir, num_shards, options, skipped):
     for split, numbered in split_rows.items():
         count = min(num_shards, len(numbered))
         for shard in range(count):
-            path = os.path.join(folder, f"{split}-{shard:05d}.plan")
+            stem = os.path.join(folder, f"{split}-{shard:05d}")
             plans.append(
-                _write_plan(path, split, header, numbered[shard::count])
+                _write_plan(stem, split, header, numbered[shard::count])
             )
     _remove_others(folder, plans)
     return plans
@@ -135,11 +132,11 @@ def convert(plan_path, workers=None, on_row=None):
     Returns:
         The `Result`.
     """
-    header, rows, plan_sha256 = _read_plan(plan_path)
+    header, rows = _read_plan(plan_path)
     on_row = on_row or (lambda: None)
     workers = workers or os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        found = _finished(plan_path, plan_sha256, rows, pool)
+        found = _finished(plan_path, rows, pool)
         if found:
             for _ in rows:
                 on_row()
@@ -156,7 +153,7 @@ def convert(plan_path, workers=None, on_row=None):
             rows,
             ahead=4 * workers,
         )
-        return _write_shard(plan_path, plan_sha256, read, on_row)
+        return _write_shard(plan_path, read, on_row)
 
 
 def finish(plans, output_dir, name, metadata, skipped):
@@ -175,19 +172,14 @@ def finish(plans, output_dir, name, metadata, skipped):
         conversion had made.
 
     Raises:
-        ValueError: A shard was not made or is another conversion's, or no
-            picture was usable.
+        ValueError: A shard was not made, or no picture was usable.
     """
     results = [_load_result(plan.path) for plan in plans]
-    strangers = [
-        plan.path
-        for plan, result in zip(plans, results, strict=True)
-        if result is None or result.plan_sha256 != plan.sha256
-    ]
-    if strangers:
+    missing = [p.path for p, r in zip(plans, results) if r is None]
+    if missing:
         raise ValueError(
-            f"{len(strangers)} of {len(plans)} shards were not made, such as "
-            f"that of {strangers[0]}: run it again, one conversion at a time"
+            f"{len(missing)} of {len(plans)} shards were not made, such as "
+            f"that of {missing[0]}: run it again"
         )
     for _, reason, key in sorted(
         (line for result in results for line in result.skipped),
@@ -199,14 +191,14 @@ def finish(plans, output_dir, name, metadata, skipped):
         tf.io.gfile.rmtree(folder)
         raise ValueError(f"No usable example was left: {dict(skipped.counts)}")
     splits = {}
-    for plan_, result in zip(plans, results, strict=True):
+    for plan_, result in zip(plans, results):
         splits.setdefault(plan_.split, []).append(result.shard)
     found = publish.publish(output_dir, name, metadata, splits)
     tf.io.gfile.rmtree(folder)
     return found, sum(result.reused for result in results)
 
 
-def _write_shard(plan_path, plan_sha256, read, on_row):
+def _write_shard(plan_path, read, on_row):
     """Writes rows that were read; nothing is seen before it is complete."""
     shard_path, result_path = _beside(plan_path)
     temporary = f"{shard_path}.incomplete-{uuid.uuid4().hex[:8]}"
@@ -225,15 +217,15 @@ def _write_shard(plan_path, plan_sha256, read, on_row):
     finally:
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.remove(temporary)
-    result = Result(plan_sha256, inputs.hexdigest(), shard, skipped)
+    result = Result(inputs.hexdigest(), shard, skipped)
     _write_whole(result_path, json.dumps(dataclasses.asdict(result)))
     return result
 
 
-def _finished(plan_path, plan_sha256, rows, pool):
+def _finished(plan_path, rows, pool):
     """The result of an earlier conversion if it still holds, or None."""
     result = _load_result(plan_path)
-    if result is None or result.plan_sha256 != plan_sha256:
+    if result is None:
         return None
     shard = result.shard
     if (
@@ -261,24 +253,22 @@ def _stamp(path):
     return f"{found.length} {found.mtime_nsec}\n"
 
 
-def _write_plan(path, split, header, numbered_rows):
+def _write_plan(stem, split, header, numbered_rows):
     """Writes the plan of one shard."""
     lines = [json.dumps(header)]
     for number, row in numbered_rows:
         lines.append(json.dumps([number, dataclasses.asdict(row)]))
     text = "".join(line + "\n" for line in lines)
+    path = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.plan"
     _write_whole(path, text)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Plan(path, sha256, split, len(numbered_rows))
+    return Plan(path, split, len(numbered_rows))
 
 
 def _read_plan(path):
-    """Header, (number, `Row`) pairs and digest of a plan."""
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
-    header, *lines = map(json.loads, content.splitlines())
-    rows = [(number, sources.Row(**row)) for number, row in lines]
-    return header, rows, hashlib.sha256(content).hexdigest()
+    """Header and (number, `Row`) pairs of a plan."""
+    with tf.io.gfile.GFile(path) as file:
+        header, *lines = map(json.loads, file.read().splitlines())
+    return header, [(number, sources.Row(**row)) for number, row in lines]
 
 
 def _load_result(plan_path):
