@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 
 import tensorflow as tf
 
@@ -196,16 +197,34 @@ def _publish_split(output_dir, name, split, shards):
 
 
 def _write_tfds_metadata(description, num_labels):
-    """Writes what `tfds.builder_from_directory` reads.
+    """Writes what `tfds.builder_from_directory` reads."""
+    # Whole files only: what a killed process left must not look foreign.
+    with tempfile.TemporaryDirectory() as scratch:
+        _tfds_info(description, num_labels, scratch).write_to_directory(scratch)
+        for file in sorted(os.listdir(scratch)):
+            path = os.path.join(description.directory, file)
+            temporary = os.path.join(description.directory, f".{file}")
+            tf.io.gfile.copy(
+                os.path.join(scratch, file), temporary, overwrite=True
+            )
+            tf.io.gfile.rename(temporary, path, overwrite=True)
+
+
+def _tfds_info(description, num_labels, directory):
+    """The `tfds.core.DatasetInfo` of a description.
 
     TFDS has no feature that may be absent: where only some records have a
     label, it is a sequence of none or one.
+
+    Args:
+        description: A `DatasetDescription`.
+        num_labels: Records with a label.
+        directory: Any local folder; TFDS wants one, and notes it nowhere.
     """
     # Seconds to import, and needed only here.
     import tensorflow_datasets as tfds
 
     splits = description.content["splits"]
-    num_examples = sum(split["num_examples"] for split in splits.values())
     features = {
         "image/encoded": tfds.features.Image(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
@@ -216,14 +235,14 @@ def _write_tfds_metadata(description, num_labels):
         label = tfds.features.Scalar(tf.int64)
         if classes:
             label = tfds.features.ClassLabel(names=classes)
-        if num_labels < num_examples:
+        if num_labels < sum(s["num_examples"] for s in splits.values()):
             label = tfds.features.Sequence(label)
         features["label"] = label
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(
             name=description.name,
             version=tfds.core.Version("1.0.0"),
-            data_dir=description.directory,
+            data_dir=directory,
             module_name="",
         ),
         description=_TFDS_DESCRIPTION,
@@ -231,7 +250,7 @@ def _write_tfds_metadata(description, num_labels):
     )
     template = tfds.core.ShardedFileTemplate(
         dataset_name=description.name,
-        data_dir=description.directory,
+        data_dir=directory,
         filetype_suffix="tfrecord",
     )
     info.set_splits(
@@ -245,17 +264,7 @@ def _write_tfds_metadata(description, num_labels):
             for name, split in splits.items()
         )
     )
-    # Whole files only: what a killed process left must not look foreign.
-    scratch = os.path.join(description.directory, ".tfds_metadata")
-    tf.io.gfile.makedirs(scratch)
-    info.write_to_directory(scratch)
-    for file in tf.io.gfile.listdir(scratch):
-        tf.io.gfile.rename(
-            os.path.join(scratch, file),
-            os.path.join(description.directory, file),
-            overwrite=True,
-        )
-    tf.io.gfile.rmtree(scratch)
+    return info
 
 
 def _tfds_metadata_is_ours(output_dir):

@@ -1,6 +1,7 @@
 """The listing alone decides the bytes; what was made is not made again."""
 
 import pytest
+import tensorflow as tf
 from conftest import ROOT
 from PIL import Image
 
@@ -47,8 +48,6 @@ def keys(description, split="train"):
 
 
 def tfrecord_examples(path):
-    import tensorflow as tf
-
     records = tf.data.TFRecordDataset(path).as_numpy_iterator()
     return [tfrecord.deserialize(record) for record in records]
 
@@ -89,6 +88,18 @@ def test_order_and_threads_do_not_matter(tmp_path):
     conversion.finish(plans, str(tmp_path / "two"), "d", {}, skipped)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert [line[-2:] for line in skipped.lines] == ["k3", "k7"]
+
+
+def test_a_bucket_is_written_like_a_folder(tmp_path):
+    rows = make_rows(tmp_path / "in", 9, bad=(3,))
+    convert_all(rows, tmp_path / "out")
+    # A file system of TensorFlow's that Python's own functions cannot write.
+    description, _ = convert_all(rows, "ram://bucket/out")
+    files = tf.io.gfile.listdir(description.directory)
+    assert contents(tmp_path / "out") == {
+        file: tf.io.gfile.GFile(f"ram://bucket/out/{file}", "rb").read()
+        for file in files
+    }
 
 
 def test_repeated_and_unreadable_names_are_skipped(tmp_path):

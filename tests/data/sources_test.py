@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from cappa_tf.data import images, picture_files, sources
@@ -209,3 +210,47 @@ def test_errors_name_the_input(tmp_path):
         sources.read_rows(tmp_path)
     with pytest.raises(ValueError, match="captions="):
         sources.read_rows(tmp_path, tmp_path / "gone.csv")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "txt"])
+def test_a_bucket_is_read_like_a_folder(tmp_path, form):
+    picture(tmp_path / "a/1.jpg")
+    if form == "jsonl":
+        row = {"image": "a/1.jpg", "caption": "één, two"}
+        write_jsonl(tmp_path / "captions.jsonl", [row])
+    elif form == "csv":
+        (tmp_path / "captions.csv").write_text('a/1.jpg,"één, two"\n')
+    else:
+        (tmp_path / "a/1.txt").write_text("één, two\n")
+    # A file system of TensorFlow's that Python's own functions cannot read.
+    bucket = f"ram://bucket-{form}"
+    for path in filter(lambda p: p.is_file(), tmp_path.rglob("*")):
+        copy = f"{bucket}/{path.relative_to(tmp_path)}"
+        tf.io.gfile.makedirs(copy.rpartition("/")[0])
+        tf.io.gfile.copy(str(path), copy)
+    (here,), _ = read(tmp_path)
+    (there,), skipped = read(bucket)
+    assert here[1] == there[1]
+    assert here[1].captions == ["één, two"]
+    assert there[0].path == f"{bucket}/a/1.jpg"
+    with pytest.raises(ValueError, match="nowhere, which does not exist"):
+        sources.read_rows("ram://nowhere")
+    gone = sources.Row("k", f"{bucket}/gone.jpg", ["c"])
+    _, reasons = sources.read_example(gone, sources.Options(), {})
+    assert reasons == [("image missing", "k")]
+
+
+def test_what_is_no_unicode_is_skipped_and_named(tmp_path):
+    picture(tmp_path / "1.jpg")
+    (tmp_path / "captions.jsonl").write_bytes(
+        b'{"image": "1.jpg", "captions": ["caf\xe9", "\\ud800", "kept"]}\n'
+        b'{"image": "caf\xe9.jpg", "caption": "c"}\n'
+        b'{"image": "1.jpg", "key": "2", "caption": "c", "label": "\\ud800"}\n'
+    )
+    pairs, skipped = read(tmp_path)
+    assert [row[2] for row in summary(pairs)] == [["kept"]]
+    assert skipped.counts == {
+        "caption is not valid Unicode": 2,
+        "malformed row": 2,
+    }
+    assert "captions.jsonl:2" in skipped.lines[0]
