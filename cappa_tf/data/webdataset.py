@@ -51,9 +51,8 @@ class WebDataset:
         label: tuple | list = ("cls", "json:label"),
         caption_per_line: bool = False,
     ):
-        for name, value in dict(
-            image=image, captions=captions, label=label
-        ).items():
+        names = {"image": image, "captions": captions, "label": label}
+        for name, value in names.items():
             if not isinstance(value, tuple | list):
                 raise ValueError(
                     f"`{name}` must be a list of names. Received: "

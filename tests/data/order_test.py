@@ -122,7 +122,8 @@ def test_a_host_opens_only_the_readers_of_its_positions(shards, monkeypatch):
     real = order._range
 
     def spy(total, num_readers, reader):
-        return real(total, num_readers, tf.py_function(note, [reader], "int64"))
+        reader = tf.py_function(note, [reader], "int64")
+        return real(total, num_readers, tf.ensure_shape(reader, []))
 
     def note(reader):
         opened.append(int(reader))
