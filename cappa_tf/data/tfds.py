@@ -11,7 +11,6 @@ import os
 
 import tensorflow as tf
 
-from cappa_tf import checks
 from cappa_tf.data import description, skips, tfrecord
 from cappa_tf.data.records import TFRecordFiles
 
@@ -62,7 +61,7 @@ class TFDS:
         except tfds.core.DatasetNotFoundError as error:
             raise ValueError(
                 "`path` must be a data set of TFDS or the folder of one. "
-                f"Received: path={self.name!r} ({error})"
+                f"Received: path={self.name!r} ({str(error).splitlines()[0]})"
             ) from None
 
     def split(self, split):
