@@ -54,10 +54,9 @@ class TFRecords:
     def split(self, split):
         """The `Records` of a split."""
         files = index.find_files(self._path, split, ".tfrecord")
-        settings = ["tfrecord", split, os.path.basename(files[0])]
         return _NamedRecords(
             f"{self.name} {split}",
-            index.Index(files, settings, count_records),
+            index.Index(files, ["tfrecord", split], count_records),
             self._features,
         )
 

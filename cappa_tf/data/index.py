@@ -15,7 +15,6 @@ deleted. So the order of a run cannot change unnoticed.
 
 import concurrent.futures
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -32,6 +31,21 @@ _FOLDER = ".cappa_index"
 _VERSION = 1
 _THREADS = 8
 _SECONDS_BETWEEN_SAVES = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The shards of a split that are there.
+
+    Attributes:
+        root: Folder that all of them lie below, whichever there are.
+        pattern: What they match, relative to it.
+        paths: Their paths, sorted.
+    """
+
+    root: str
+    pattern: str
+    paths: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +71,8 @@ class Index:
     """Shards of one split, as they were when first opened.
 
     Args:
-        files: Paths of the shards there are now.
-        settings: JSON-able; what the contents of the index depend on.
+        files: `Files`, those there are now.
+        settings: JSON-able; what else the contents of the index depend on.
         scan: Function of (path of a shard, path of a file it may write) to
             (records, most captions or None, problems).
 
@@ -67,9 +81,9 @@ class Index:
     """
 
     def __init__(self, files, settings, scan):
-        self._files = files
-        self._root = os.path.dirname(files[0])
-        text = json.dumps([_VERSION, settings], sort_keys=True)
+        self._files = files.paths
+        self._root = files.root
+        text = json.dumps([_VERSION, files.pattern, settings])
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._folder = self._find_folder()
         entries = self._load()
@@ -83,8 +97,8 @@ class Index:
             problems = [s.problems for s in self.shards if s.problems][:3]
             raise ValueError(
                 f"The shards of a split must hold records. Received: "
-                f"{files[0]} and {len(files) - 1} more, without any "
-                f"{problems or ''}"
+                f"{self._files[0]} and {len(self._files) - 1} more, without "
+                f"any {problems or ''}"
             )
 
     def companion(self, path):
@@ -208,7 +222,7 @@ class Index:
 
     def _name(self, path):
         """A shard's path relative to the data, so that these can move."""
-        return path.removeprefix(self._root + "/")
+        return path.removeprefix(self._root).lstrip("/")
 
 
 def write_whole(path, content):
@@ -235,7 +249,7 @@ def find_files(path, split, suffix):
         suffix: Of a shard, such as ".tar".
 
     Returns:
-        Sorted list of paths.
+        `Files`.
 
     Raises:
         ValueError: There is no such split, or it has no shards.
@@ -256,20 +270,31 @@ def find_files(path, split, suffix):
             "a dict from split to pattern, or a folder with "
             f"<split>-*{suffix} or <split>/*{suffix}. Received: path={path!r}"
         )
-    found = []
+    found, absent = [], []
     for pattern in patterns:
         if tf.io.gfile.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), f"*{suffix}")
+            pattern = os.path.join(pattern, f"*{suffix}")
         for name in _expand_braces(pattern):
             matches = sorted(tf.io.gfile.glob(name))
-            if not matches and not isinstance(path, str | os.PathLike):
-                raise ValueError(f"Split {split!r} has no shards {name}")
             found += matches
+            if not matches:
+                absent.append(name)
     if not found:
         raise ValueError(
             f"Split {split!r} has no shards {' or '.join(patterns)}"
         )
-    return found
+    if "{" in pattern and absent:
+        logging.warning(
+            "%d shards of %s are not there: %s", len(absent), path, absent[:5]
+        )
+    # The folder in front of anything that may stand for several names.
+    fixed = re.split(r"[*?\[{]", patterns[0])[0]
+    root = (
+        patterns[0]
+        if tf.io.gfile.isdir(patterns[0])
+        else os.path.dirname(fixed)
+    )
+    return Files(root, patterns[0].removeprefix(root), found)
 
 
 def _expand_braces(pattern):

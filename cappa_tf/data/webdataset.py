@@ -66,11 +66,8 @@ class WebDataset:
     def split(self, split):
         """The `Records` of a split."""
         files = index.find_files(self._path, split, ".tar")
-        settings = [*self._names, self._caption_per_line]
-        pattern = [os.path.basename(file) for file in (files[0], files[-1])]
-        shards = index.Index(
-            files, ["tar", split, pattern[0], settings], self._scan
-        )
+        settings = ["tar", split, *self._names, self._caption_per_line]
+        shards = index.Index(files, settings, self._scan)
         return _TarRecords(f"{self.name} {split}", shards)
 
     def _scan(self, path, output):

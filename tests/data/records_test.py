@@ -208,14 +208,16 @@ def test_epochs_starts_and_labels(sources, name):
     later = take(data.train(start_index=10), 3)
     assert numbers(later) == seen[10:31]
     assert later[0]["index"].tolist() == list(range(10, 17))
-    # Everything else of the pipeline works as for prepared data.
-    held = take(make(sources[name], cache="images").train(), 3)
-    assert sorted(numbers(held)) == list(range(COUNT))
     assert data.skipped == {}
 
 
-@pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize(("batch_size", "num_hosts"), [(4, 1), (5, 3)])
+def test_pixels_in_memory(sources):
+    held = take(make(sources["webdataset"], cache="images").train(), 3)
+    assert sorted(numbers(held)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("name", ["prepared", "webdataset"])
+@pytest.mark.parametrize(("batch_size", "num_hosts"), [(5, 3)])
 def test_evaluation_counts_all(sources, name, batch_size, num_hosts):
     data = make(sources[name])
     seen, lengths = {}, set()
