@@ -10,7 +10,9 @@ from PIL import Image
 
 from cappa_tf.data import (
     img2dataset,
+    label_captions,
     mixture,
+    order,
     pipeline,
     records,
     tfds,
@@ -232,9 +234,9 @@ def test_evaluation_counts_all(sources, name, batch_size, num_hosts):
                 assert index not in seen
                 seen[index] = label
     assert lengths == {-(-COUNT // (num_hosts * batch_size))}
-    order = [e.label for e in data.read_examples()]
-    assert [seen[i] for i in range(COUNT)] == order
-    assert sorted(order) == list(range(COUNT))
+    written = [e.label for e in data.read_examples()]
+    assert [seen[i] for i in range(COUNT)] == written
+    assert sorted(written) == list(range(COUNT))
 
 
 def test_a_part_of_a_split_of_tfds(sources):
@@ -285,3 +287,22 @@ def test_a_mixture_of_all_of_them(sources):
 def test_what_is_no_source_is_refused():
     with pytest.raises(ValueError, match="Received: 3"):
         make(3)
+
+
+def test_captions_of_labels(sources):
+    source = label_captions.LabelCaptions(
+        sources["tfds folder"],
+        [f"class {i}" for i in range(COUNT - 1)],
+        ["a {}", "the {}"],
+    )
+    split = source.split("train")
+    assert split.max_captions == 2
+    serialized = [s for _, s in order.in_sequence(split).as_numpy_iterator()]
+    for record, example in zip(serialized, split.read_examples()):
+        i = example.label
+        expected = [f"a class {i}", f"the class {i}"] if i < COUNT - 1 else []
+        assert example.captions == expected
+        parsed = split.parse(tf.constant(record))["captions"].numpy()
+        assert [c.decode() for c in parsed] == expected
+    with pytest.raises(ValueError, match="templates="):
+        label_captions.LabelCaptions("here", ["a"], ["no place"])
