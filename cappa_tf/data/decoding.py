@@ -34,6 +34,8 @@ class RecordDecoder:
         num_captions: K; 0 where captions are not wanted, and then a record
             without any is a good one.
         seed: Seed of the choice of captions, or None for the first K.
+        records: The `records.Records` to be decoded, which know how to parse
+            one; by default those of `tfrecord.py`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class RecordDecoder:
         max_pixels,
         num_captions,
         seed,
+        records=tfrecord,
     ):
         self.size = size
         self.resize = resize
@@ -53,6 +56,7 @@ class RecordDecoder:
         self.max_pixels = max_pixels
         self.num_captions = num_captions
         self.seed = seed
+        self.records = records
 
     def decode_one(self, serialized, index):
         """Decodes one record; fails where it is a bad one.
@@ -65,7 +69,7 @@ class RecordDecoder:
             A dict: "image" uint8 [H, W, 3], "captions" string [K], "count"
             int32 (captions the record has), "label" int64 (-1 for none).
         """
-        record = tfrecord.parse(serialized)
+        record = self.records.parse(serialized)
         image = images.decode(record["image/encoded"], self.max_pixels)
         captions = non_empty(record["captions"])
         count = tf.size(captions)
@@ -180,7 +184,7 @@ class RecordDecoder:
         if raw.startswith(order.LOST):
             return "lost record", raw.removeprefix(order.LOST).decode()
         try:
-            example = tfrecord.deserialize(raw)
+            example = self.records.deserialize(raw)
         except ValueError as error:
             return "not a record of this schema", str(error)
         name = example.key or "a record without key"
