@@ -1,10 +1,14 @@
 """CapPa in TensorFlow and Keras 3: vision encoders pretrained by captioning.
 
 The public names below are imported when they are first used (PEP 562), so
-`import cappa_tf` costs nothing: TensorFlow takes several seconds to load.
+`import cappa_tf` costs nothing: TensorFlow takes several seconds to load. The
+classes of a saved encoder are registered with Keras as soon as there is a
+Keras, before or after this import, so that `keras.saving.load_model` opens it.
 """
 
 import importlib
+
+import wrapt
 
 __version__ = "0.1.0"
 
@@ -18,6 +22,7 @@ _PUBLIC = {
     "TextDecoder": "cappa_tf.models.text_decoder",
     "Tokenizer": "cappa_tf.data.tokenizer",
     "VisionEncoder": "cappa_tf.models.vision_encoder",
+    "load_backbone": "cappa_tf.export.keras_backbone",
     "train": "cappa_tf.training.trainer",
     "variant": "cappa_tf.models.variants",
     "write_dataset": "cappa_tf.data.tfrecord",
@@ -33,6 +38,13 @@ def __getattr__(name):
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
+
+
+@wrapt.when_imported("keras")
+def _register(keras):
+    """Lets Keras find the classes of a saved encoder by their names."""
+    del keras
+    importlib.import_module("cappa_tf.models")
 
 
 def __dir__():

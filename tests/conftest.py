@@ -65,3 +65,23 @@ def _clean_gin():
     gin.clear_config()
     yield
     gin.clear_config()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A small captioner behind a server (tests/serving.py)."""
+    pytest.importorskip(
+        "tensorflow_serving", reason="needs tensorflow-serving-api"
+    )
+    import serving
+
+    from cappa_tf.export import saved_model
+
+    folder = tmp_path_factory.mktemp("served")
+    run = serving.write_run(folder)
+    model = folder / "model"
+    saved_model.export_saved_model(
+        model, serving.service(run), name=serving.NAME
+    )
+    with serving.serve(run, model) as running:
+        yield running

@@ -26,6 +26,12 @@ PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
 
 # What must be given, where a file leaves it open.
 GIVEN = ("DATA='here'",)
+GIVEN_FOR = {
+    "gin/data/img2dataset.gin": ("TOKENIZER='here'",),
+    "gin/data/mixture.gin": ("WEB_DATA='{split}-*.tar'",),
+    "gin/data/tfds.gin": ("TOKENIZER='here'",),
+    "gin/data/webdataset.gin": ("TOKENIZER='here'",),
+}
 
 # At 224 px, 64 tokens, vocabulary 32,000: counted from the public JAX code.
 COUNTS = {
@@ -104,7 +110,10 @@ def test_a_size_file_gives_the_size_of_its_name(path):
 
 @pytest.mark.parametrize("path", PARTS)
 def test_a_part_may_be_laid_over_a_runnable_file(path):
-    parse("gin/cappa_b16.gin", path)
+    given = (*GIVEN, *GIVEN_FOR.get(path, ()))
+    found = parse("gin/cappa_b16.gin", path, params=given)
+    # What a part names is built, and opens nothing.
+    assert found["train_data"].tokenizer.max_length == 64
 
 
 @pytest.mark.parametrize("path", PAPER)

@@ -43,10 +43,11 @@ def define_flags():
 def main(argv):
     """Loads the model and prints a line per picture."""
     # TensorFlow takes seconds to load: --help should not.
+    from cappa_tf.data import picture_files
     from cappa_tf.evaluation import captioning, picture_captions
     from cappa_tf.training import workdir
 
-    paths = picture_captions.find_pictures(argv[1:])
+    paths = picture_files.find_pictures(argv[1:])
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2

@@ -20,6 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
+from cappa_tf.checks import parse_height_width
+
 
 def define_flags(flag_values=flags.FLAGS):
     """Defines the flags of this tool."""
@@ -80,9 +82,10 @@ def convert(options):
     if options.encoder_only:
         model = encoder
     if options.to == "keras":
-        unfinished = f"{options.output}.incomplete.keras"
-        model.save(unfinished)
-        os.replace(unfinished, options.output)
+        from cappa_tf.export.files import replacing
+
+        with replacing(options.output) as unfinished:
+            model.save(unfinished)
     else:
         _write_big_vision(model, options)
     kind = "vision encoder" if model is encoder else "captioner"
@@ -108,7 +111,7 @@ def _check(options):
                 f"--{name} is for --from=big_vision. "
                 f"Received: --{name}={options[name].value}"
             )
-    image_size(options.image_size)
+    parse_height_width("image_size", options.image_size)
     suffix = ".keras" if to_keras else ".npz"
     if not options.output.endswith(suffix):
         raise ValueError(
@@ -133,7 +136,7 @@ def _read_big_vision(options):
     from cappa_tf.export import big_vision
 
     arrays = big_vision.read_arrays(options.input)
-    size = image_size(options.image_size)
+    size = parse_height_width("image_size", options.image_size)
     if big_vision.is_captioner(arrays) and not options.encoder_only:
         return big_vision.load_captioner(
             arrays, size, max_length=options.max_length
@@ -144,19 +147,6 @@ def _read_big_vision(options):
             f"Received: --max_length={options.max_length}"
         )
     return big_vision.load_vision_encoder(arrays, size)
-
-
-def image_size(values):
-    """(height, width) of ["224"] or ["224", "196"]; None of None."""
-    if values is None:
-        return None
-    numbers = [int(v) for v in values if v.strip().isdigit()]
-    if len(numbers) != len(values) or len(numbers) not in (1, 2):
-        raise ValueError(
-            "--image_size must be a number or HEIGHT,WIDTH. "
-            f"Received: --image_size={','.join(values)}"
-        )
-    return numbers[0], numbers[-1]
 
 
 def _write_big_vision(model, options):

@@ -99,17 +99,14 @@ def read_captions(data=None, split="train", text=None):
         with open(text, encoding="utf-8") as lines:
             yield from lines
         return
-    from cappa_tf.data import order, tfrecord
+    from cappa_tf.data.records import PreparedData
 
-    shards = tfrecord.DatasetDescription.load(data).shards(split)
-    records = order.in_sequence(shards).prefetch(64)
-    for _, serialized in tqdm.tqdm(
-        records.as_numpy_iterator(),
-        total=sum(shard.num_examples for shard in shards),
-        unit=" pictures",
+    records = PreparedData(data).split(split)
+    examples = records.read_examples()
+    for example in tqdm.tqdm(
+        examples, total=records.num_examples, unit=" pictures"
     ):
-        if not serialized.startswith(order.LOST):
-            yield from tfrecord.deserialize(serialized).captions
+        yield from example.captions
 
 
 def print_coverage(path, captions, lowercase):

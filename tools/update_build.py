@@ -20,10 +20,14 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
     "gin": "gin-config",
+    "google": "protobuf",
+    "grpc": "grpcio",
     "keras_cv": "keras-cv",
     "keras_nlp": "keras-nlp",
     "tensorflow_datasets": "tensorflow-datasets",
+    "tensorflow_serving": "tensorflow-serving-api",
     "tensorflow_text": "tensorflow-text",
+    "yaml": "pyyaml",
 }
 
 # They look at the source tree, of which a Bazel sandbox holds a part.

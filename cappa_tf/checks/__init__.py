@@ -119,3 +119,24 @@ def height_width(name, value):
                 f"Received: {name}={value!r}"
             )
     return sides
+
+
+def parse_height_width(flag, values):
+    """(height, width) of a list flag.
+
+    Args:
+        flag: Its name, for the message.
+        values: ["224"], ["224", "196"] or None.
+
+    Returns:
+        (height, width); None of None.
+    """
+    if values is None:
+        return None
+    numbers = [int(v) for v in values if v.strip().isdigit()]
+    if len(numbers) != len(values) or len(numbers) not in (1, 2):
+        raise ValueError(
+            f"--{flag} must be a number or HEIGHT,WIDTH. "
+            f"Received: --{flag}={','.join(values)}"
+        )
+    return numbers[0], numbers[-1]

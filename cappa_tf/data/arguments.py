@@ -75,3 +75,14 @@ def buckets(length_buckets, tokenizer):
             f"max_length={longest}. Received: length_buckets={length_buckets}"
         )
     return sorted({*length_buckets, longest})
+
+
+def hosts(host, num_hosts):
+    """Demands a host's number and their count."""
+    checks.check_integer("num_hosts", num_hosts, 1)
+    checks.check_integer("host", host, 0)
+    if host >= num_hosts:
+        raise ValueError(
+            "`host` must be less than `num_hosts`. Received: "
+            f"host={host}, num_hosts={num_hosts}"
+        )

@@ -37,6 +37,8 @@ class RecordDecoder:
         seed: Seed of the choice of captions, or None for the first K.
         reduced: Whether a JPEG is decoded at the smallest scale that still
             covers what it is resized to (`images.decode`).
+        records: The `records.Records` to be decoded, which know how to parse
+            one; by default those of `tfrecord.py`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RecordDecoder:
         num_captions,
         seed,
         reduced,
+        records=tfrecord,
     ):
         self.size = size
         self.resize = resize
@@ -57,10 +60,11 @@ class RecordDecoder:
         self.max_pixels = max_pixels
         self.num_captions = num_captions
         self.seed = seed
-        self._at_least = None
+        self.at_least = None
         if reduced:
             squash = resize == "squash"
-            self._at_least = size if squash else (small, small)
+            self.at_least = size if squash else (small, small)
+        self.records = records
 
     def decode_one(self, serialized):
         """Decodes one record; fails where it is a bad one.
@@ -72,12 +76,12 @@ class RecordDecoder:
             A dict: "image" uint8 [H, W, 3], "captions" string [any number],
             "label" int64 (-1 for none).
         """
-        record = tfrecord.parse(serialized)
+        record = self.records.parse(serialized)
         image = images.decode(
-            record["image/encoded"], self.max_pixels, self._at_least
+            record["image/encoded"], self.max_pixels, self.at_least
         )
         return {
-            "image": self._resize(image),
+            "image": self.fit(image),
             "captions": record["captions"],
             "label": record["label"],
         }
@@ -184,7 +188,8 @@ class RecordDecoder:
             "number": tf.constant(number),
         }
 
-    def _resize(self, image):
+    def fit(self, image):
+        """Brings a decoded picture [h, w, 3] to uint8 [H, W, 3]."""
         if self.resize == "squash":
             return images.resize(image, self.size, self.antialias)
         return images.resize_small_central_crop(
@@ -204,7 +209,7 @@ class RecordDecoder:
         if raw.startswith(order.LOST):
             return "lost record", raw.removeprefix(order.LOST).decode()
         try:
-            example = tfrecord.deserialize(raw)
+            example = self.records.deserialize(raw)
         except ValueError as error:
             return "not a record of this schema", str(error)
         name = example.key or "a record without key"
@@ -217,10 +222,10 @@ class RecordDecoder:
     def _is_too_large(self, encoded):
         try:
             with tf.device("CPU:0"):
-                size = images.header_size(tf.constant(encoded)).numpy()
+                pixels = images.pixels_to_decode(tf.constant(encoded)).numpy()
         except tf.errors.OpError:
             return False
-        return self.max_pixels is not None and size.prod() > self.max_pixels
+        return self.max_pixels is not None and pixels > self.max_pixels
 
 
 def choose_slots(seed, index, counts, num_captions):

@@ -10,7 +10,19 @@ import functools
 
 import tensorflow as tf
 
-from cappa_tf.data import draws
+from cappa_tf.data import animation, draws
+
+
+def is_known_format(encoded):
+    """Whether files begin like one of the formats that `decode` reads.
+
+    Args:
+        encoded: String tensor of any shape.
+
+    Returns:
+        Bool, of the same shape.
+    """
+    return _format(encoded) != _OTHER
 
 
 def header_size(encoded):
@@ -33,6 +45,24 @@ def header_size(encoded):
     )
 
 
+def pixels_to_decode(encoded):
+    """How many pixels `decode` takes memory for, without decoding.
+
+    Args:
+        encoded: Scalar string tensor, see `header_size`.
+
+    Returns:
+        Scalar int64: h * w, times the frames of a WebP, which TensorFlow
+        decodes all.
+    """
+    frames = tf.cond(
+        _format(encoded) == _WEBP,
+        lambda: animation.num_webp_frames(encoded),
+        lambda: tf.constant(1, tf.int64),
+    )
+    return tf.reduce_prod(header_size(encoded)) * frames
+
+
 def decode(encoded, max_pixels=None, at_least=None):
     """Decodes a picture of any supported format to RGB.
 
@@ -48,8 +78,8 @@ def decode(encoded, max_pixels=None, at_least=None):
 
     Args:
         encoded: Scalar string tensor, a JPEG, PNG, GIF, BMP or WebP file.
-        max_pixels: Largest h * w, read from the header: a larger picture is
-            refused before memory is taken for it. None for any.
+        max_pixels: Most `pixels_to_decode`: a larger picture is refused
+            before memory is taken for it. None for any.
         at_least: Least (height, width) wanted of a larger JPEG; None for its
             full size.
 
@@ -213,7 +243,8 @@ def _random_shift(images, seed, index, shift):
 
 def _decode_jpeg(encoded, max_pixels, at_least):
     """JPEG at full size, or at the scale that `decode` describes."""
-    encoded, size = _check(encoded, _jpeg_size, max_pixels)
+    size = _jpeg_size(encoded)
+    encoded = _check(encoded, tf.reduce_prod(size), max_pixels)
     if at_least is None:
         return tf.io.decode_jpeg(encoded, channels=3)
     # How often the picture holds what is wanted, in the direction it does so
@@ -235,15 +266,14 @@ def _decode_other(encoded, max_pixels):
     """Any format but JPEG."""
 
     def decode_any(encoded):
-        def decode_as(size_of, decode_format):
-            checked, _ = _check(encoded, size_of, max_pixels)
-            return decode_format(checked)
-
+        if max_pixels is not None:
+            pixels = pixels_to_decode(encoded)
+            encoded = _check(encoded, pixels, max_pixels)
         return tf.switch_case(
             _format(encoded),
             {
-                kind: functools.partial(decode_as, *functions)
-                for kind, functions in _formats().items()
+                kind: functools.partial(decode_format, encoded)
+                for kind, (_, decode_format) in _formats().items()
             },
             default=lambda: _unknown_format(encoded, tf.uint8),
         )
@@ -255,16 +285,15 @@ def _decode_other(encoded, max_pixels):
     return one.get_single_element()
 
 
-def _check(encoded, size_of, max_pixels):
-    """(encoded, its size), the former only if it has not too many pixels."""
-    size = size_of(encoded)
+def _check(encoded, pixels, max_pixels):
+    """`encoded`, if it has not too many pixels."""
     if max_pixels is None:
-        return encoded, size
+        return encoded
     check = tf.debugging.Assert(
-        tf.reduce_prod(size) <= max_pixels, [f"more than {max_pixels} pixels"]
+        pixels <= max_pixels, [f"more than {max_pixels} pixels"]
     )
     with tf.control_dependencies([check] if check is not None else []):
-        return tf.identity(encoded), size
+        return tf.identity(encoded)
 
 
 _RATIOS = (1, 2, 4, 8)
@@ -286,7 +315,10 @@ def _formats():
             lambda encoded: _fields(encoded, [20, 16], 4, little=False),
             _decode_png,
         ),
-        _GIF: (lambda encoded: _fields(encoded, [8, 6], 2), _decode_gif),
+        _GIF: (
+            lambda encoded: animation.first_gif_frame(encoded)[0],
+            _decode_gif,
+        ),
         # A BMP stored top row first has a negative height.
         _BMP: (
             lambda encoded: _signed_32(_fields(encoded, [22, 18], 4)),
@@ -375,7 +407,11 @@ def _decode_png(encoded):
 
 def _decode_gif(encoded):
     """First frame of a GIF."""
-    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.io.decode_image(
+        animation.first_gif_frame(encoded)[1],
+        channels=3,
+        expand_animations=False,
+    )
 
 
 def _decode_bmp(encoded):
@@ -387,7 +423,7 @@ def _decode_bmp(encoded):
 
 def _decode_webp(encoded):
     """First frame of a WebP, which has 4 channels if it is transparent."""
-    image = tf.io.decode_webp(encoded)[0]
+    image = tf.io.decode_webp(animation.with_alpha(encoded))[0]
     return tf.cond(
         tf.shape(image)[-1] == 4, lambda: _on_white(image), lambda: image
     )

@@ -1,15 +1,21 @@
 """Which record comes when: shuffled streams that can start anywhere.
 
-A stream is endless; position p belongs to epoch p // N, and each epoch holds
+A stream is endless; position P belongs to epoch P // N, and each epoch holds
 every record exactly once. The order is a function of the seed alone, so that
-"go on at position p" needs no saved buffer. Two ways to do it:
+"go on at position P" needs no saved buffer. Two ways to do it:
 
 - Records in memory: each epoch is a random permutation of all of them.
 - Shards too large for that: R virtual readers. Each epoch the shards are
-  shuffled and dealt to the readers; a reader goes through its shards in
-  blocks of records and shuffles each block; the readers take turns. Going
-  on deep inside an epoch skips whole shards by their recorded counts and
-  reads at most the part of a shard before the position.
+  shuffled and laid end to end, a line of N records, which is cut into R equal
+  ranges (the first N % R have one more). A reader goes through its range in
+  blocks of records and shuffles each block; the readers take turns, so that
+  position p of the epoch is always number p // R of reader p % R. Going on
+  deep inside an epoch skips whole shards by their recorded counts and reads
+  at most the part of a shard before the position.
+
+Several hosts share a stream: position P goes to host P % H. Where H divides
+R, a host opens the readers of its own positions only; otherwise it reads all
+records and drops what is not its own. Nothing but who reads what depends on H.
 
 A record that cannot be read keeps its position: `LOST` and the name of its
 shard stand there instead, so that one bad file shifts nothing else.
@@ -18,26 +24,32 @@ Dimensions:
     N: records of the split.
     R: virtual readers.
     S: shards.
+    H: hosts.
 """
+
+import functools
 
 import tensorflow as tf
 
-from cappa_tf.data import damage, draws
+from cappa_tf.data import draws
 
 # No record begins like this: a tf.train.Example begins with byte 0x0a.
 LOST = b"\0lost from "
 _BLOCK_STRIDE = 1 << 32
-_READ_BUFFER_BYTES = 1 << 20
 
 
-def in_memory(num_records, seed, start_index=0, shuffle=True):
+def in_memory(
+    num_records, seed, start_index=0, shuffle=True, host=0, num_hosts=1
+):
     """The endless stream of record numbers of a set held in memory.
 
     Args:
         num_records: N.
         seed: Integer.
-        start_index: Position to start at.
+        start_index: Position to start at, over all hosts.
         shuffle: Whether to draw a permutation each epoch.
+        host: Whose positions to give, in [0, H).
+        num_hosts: H.
 
     Returns:
         A tf.data.Dataset of (position, record number), scalar int64.
@@ -48,67 +60,89 @@ def in_memory(num_records, seed, start_index=0, shuffle=True):
             numbers = draws.permutation(seed, draws.ORDER, epoch, num_records)
         else:
             numbers = tf.range(num_records, dtype=tf.int64)
-        skip = tf.maximum(start_index - epoch * num_records, 0)
-        positions = epoch * num_records + tf.range(
-            skip, num_records, dtype=tf.int64
+        begin = epoch * num_records
+        first = tf.maximum(start_index, begin)
+        first += (host - first) % num_hosts
+        positions = tf.range(first, begin + num_records, num_hosts)
+        return tf.data.Dataset.from_tensor_slices(
+            (positions, tf.gather(numbers, positions - begin))
         )
-        return tf.data.Dataset.from_tensor_slices((positions, numbers[skip:]))
 
     start_index = tf.constant(start_index, tf.int64)
     return _epochs(start_index // num_records).flat_map(epoch_numbers)
 
 
-def in_sequence(shards):
+def in_sequence(records):
     """One pass over all records in the order of the files.
 
     Args:
-        shards: List of `description.Shard`.
+        records: A `records.Records`.
 
     Returns:
         A tf.data.Dataset of (position, serialized record).
     """
-    paths, counts = _tensors(shards)
-    skips = tf.zeros_like(counts)
-    records = tf.data.Dataset.from_tensor_slices((paths, counts, skips))
-    return records.flat_map(_read_shard).enumerate()
+
+    def part_records(part):
+        counts = _counts(part)
+        numbers = tf.range(tf.size(counts, tf.int64), dtype=tf.int64)
+        shards = tf.data.Dataset.from_tensor_slices((numbers, counts))
+        return shards.flat_map(
+            lambda shard, count: part.read(shard, tf.zeros_like(count), count)
+        )
+
+    parts = [part_records(part) for part in records.parts]
+    return functools.reduce(lambda a, b: a.concatenate(b), parts).enumerate()
 
 
-def from_readers(shards, seed, start_index=0, num_readers=8, shuffle=4096):
+def from_readers(
+    records,
+    seed,
+    start_index=0,
+    num_readers=8,
+    shuffle=4096,
+    host=0,
+    num_hosts=1,
+):
     """The endless stream of records of a set that stays on disk.
 
     Args:
-        shards: List of `description.Shard`.
+        records: A `records.Records` of one part.
         seed: Integer.
-        start_index: Position to start at.
+        start_index: Position to start at, over all hosts.
         num_readers: R; changing it changes the order.
         shuffle: Records held in memory for shuffling, over all readers; 0 to
             go through readers and shards in order.
+        host: Whose positions to give, in [0, H).
+        num_hosts: H; best a divisor of R (see above).
 
     Returns:
         A tf.data.Dataset of (position, serialized record).
     """
-    paths, counts = _tensors(shards)
-    num_readers = min(num_readers, len(shards))
+    counts = _counts(records)
+    total = records.num_examples
     block = -(-shuffle // num_readers)
-    total = sum(shard.num_examples for shard in shards)
+    own = num_readers % num_hosts == 0
+    stride = num_hosts if own else 1
 
     def epoch_records(epoch):
         if shuffle:
-            order = draws.permutation(seed, draws.ORDER, epoch, len(shards))
+            order = draws.permutation(seed, draws.ORDER, epoch, len(counts))
         else:
-            order = tf.range(len(shards), dtype=tf.int64)
-        dealt_counts = _deal(tf.gather(counts, order), num_readers, 0)
-        dealt_paths = _deal(tf.gather(paths, order), num_readers, "")
-        skip = tf.maximum(start_index - epoch * total, 0)
-        skips, turns = _resume_readers(
-            tf.reduce_sum(dealt_counts, axis=1), skip
-        )
+            order = tf.range(len(counts), dtype=tf.int64)
+        line = (order, tf.gather(counts, order))
+        begin = epoch * total
+        first = tf.maximum(start_index, begin) - begin
+        first += (host - begin - first) % stride
+        # From the reader of the first position on, once around.
+        turns = tf.range(first, first + num_readers, stride) % num_readers
 
         def reader_records(reader):
-            records = _reader_records(
-                dealt_paths[reader],
-                dealt_counts[reader],
-                skips[reader],
+            skip = tf.maximum(first - reader + num_readers - 1, 0)
+            stream = _reader_records(
+                records.read,
+                line,
+                _range(total, num_readers, reader),
+                skip // num_readers,
                 block,
                 lambda b, n: draws.permutation(
                     seed,
@@ -117,15 +151,26 @@ def from_readers(shards, seed, start_index=0, num_readers=8, shuffle=4096):
                     n,
                 ),
             )
-            return records.prefetch(16)
+            return stream.prefetch(16)
 
-        records = tf.data.Dataset.from_tensor_slices(turns).interleave(
-            reader_records, cycle_length=num_readers, block_length=1
+        stream = tf.data.Dataset.from_tensor_slices(turns).interleave(
+            reader_records,
+            cycle_length=num_readers // stride,
+            block_length=1,
         )
-        return records.enumerate(start=epoch * total + skip)
+        positions = tf.data.Dataset.range(begin + first, begin + total, stride)
+        return tf.data.Dataset.zip(positions, stream)
 
     start_index = tf.constant(start_index, tf.int64)
-    return _epochs(start_index // total).flat_map(epoch_records)
+    stream = _epochs(start_index // total).flat_map(epoch_records)
+    return stream if own else of_host(stream, host, num_hosts)
+
+
+def of_host(stream, host, num_hosts):
+    """Drops from a stream of (position, ...) what other hosts get."""
+    return stream.filter(
+        lambda position, _: position % num_hosts == host % num_hosts
+    )
 
 
 def _epochs(first):
@@ -133,70 +178,29 @@ def _epochs(first):
     return tf.data.Dataset.counter(start=first, dtype=tf.int64)
 
 
-def _tensors(shards):
-    """Paths and record counts of shards as tensors [S]."""
+def _counts(records):
+    """Record counts of the shards, int64 [S] on the host."""
     with tf.device("CPU:0"):
-        paths = tf.constant([shard.path for shard in shards])
-        counts = tf.constant([s.num_examples for s in shards], tf.int64)
-    return paths, counts
+        return tf.constant(
+            [shard.num_examples for shard in records.shards], tf.int64
+        )
 
 
-def _deal(values, num_readers, empty):
-    """Deals [S] out like cards: [R, ceil(S / R)], short hands filled up."""
-    missing = -values.shape[0] % num_readers
-    values = tf.pad(values, [[0, missing]], constant_values=empty)
-    return tf.transpose(tf.reshape(values, [-1, num_readers]))
+def _range(total, num_readers, reader):
+    """Begin and end of a reader's range in the line of all records."""
+    size, more = total // num_readers, total % num_readers
+    begin = reader * size + tf.minimum(reader, more)
+    return begin, begin + size + tf.cast(reader < more, tf.int64)
 
 
-def _resume_readers(counts, skip):
-    """Where each reader stands after `skip` records, dealt one by one.
-
-    In every round each reader that has records left gives one. With the
-    counts sorted, the number of readers left is constant between one count
-    and the next, so the round that holds position `skip` is found directly.
-
-    Args:
-        counts: int64 [R], records of each reader.
-        skip: Scalar int64, records already dealt in this epoch.
-
-    Returns:
-        Records each reader has given, int64 [R], and the readers in the order
-        of their coming turns, int64 [readers with records left].
-    """
-    readers = tf.cast(tf.shape(counts)[0], tf.int64)
-    ends = tf.sort(counts)  # rounds after which a reader is exhausted
-    # Records dealt when the k-th shortest reader is exhausted.
-    dealt = tf.reduce_sum(
-        tf.minimum(ends[:, tf.newaxis], counts[tf.newaxis]), axis=1
-    )
-    k = tf.reduce_sum(tf.cast(dealt <= skip, tf.int64))
-    before = tf.concat([[0], ends], 0)[k]
-    dealt_before = tf.concat([[0], dealt], 0)[k]
-    left = tf.maximum(readers - k, 1)
-    rounds = before + (skip - dealt_before) // left
-    rest = (skip - dealt_before) % left
-
-    active = counts > rounds
-    rank = tf.cumsum(tf.cast(active, tf.int64), exclusive=True)
-    ahead = active & (rank < rest)
-    skips = tf.minimum(counts, rounds) + tf.cast(ahead, tf.int64)
-    numbers = tf.range(readers)
-    turns = tf.concat(
-        [
-            tf.boolean_mask(numbers, active & ~ahead),
-            tf.boolean_mask(numbers, ahead & (counts > skips)),
-        ],
-        axis=0,
-    )
-    return skips, turns
-
-
-def _reader_records(paths, counts, skip, block, permutation):
+def _reader_records(read, line, bounds, skip, block, permutation):
     """What one reader gives in an epoch from its record `skip` on.
 
     Args:
-        paths: string [s], its shards in order ("" for none).
-        counts: int64 [s], their records.
+        read: Function of (shard, skip, count) to its serialized records.
+        line: (int64 [S], int64 [S]), shards in the order of this epoch, and
+            their record counts.
+        bounds: Begin and end of the reader's range in the line.
         skip: Scalar int64.
         block: Records shuffled together, 0 for none.
         permutation: Function of (block number, records of the block).
@@ -204,14 +208,16 @@ def _reader_records(paths, counts, skip, block, permutation):
     Returns:
         A tf.data.Dataset of serialized records.
     """
+    shards, counts = line
+    begin, end = bounds
     first_block = skip // max(block, 1)
     start = first_block * block if block else skip
     begins = tf.cumsum(counts, exclusive=True)
-    shard_skips = tf.clip_by_value(start - begins, 0, counts)
-    unread = shard_skips < counts
+    skips = tf.clip_by_value(begin + start - begins, 0, counts)
+    takes = tf.clip_by_value(end - begins, 0, counts) - skips
     records = tf.data.Dataset.from_tensor_slices(
-        tuple(tf.boolean_mask(x, unread) for x in (paths, counts, shard_skips))
-    ).flat_map(_read_shard)
+        tuple(tf.boolean_mask(x, takes > 0) for x in (shards, skips, takes))
+    ).flat_map(read)
     if not block:
         return records
 
@@ -224,27 +230,3 @@ def _reader_records(paths, counts, skip, block, permutation):
         )
 
     return records.batch(block).enumerate(start=first_block).flat_map(shuffled)
-
-
-def _read_shard(path, count, skip):
-    """Records of one shard from `skip` on: always count - skip of them.
-
-    A damaged record becomes `LOST`, and so does all that a file lacks. A
-    missing file is replaced by an empty one, because with `ignore_errors` the
-    reader would try to open it for ever.
-    """
-    found = tf.size(tf.io.matching_files(_as_pattern(path))) > 0
-    readable = tf.where(found, path, "/dev/null")
-    records = tf.data.TFRecordDataset(
-        readable, buffer_size=_READ_BUFFER_BYTES
-    ).skip(skip)
-    rest = damage.records_from_damage_on(readable, skip, LOST + path)
-    lost = tf.data.Dataset.from_tensors(LOST + path).repeat()
-    # What follows `records` is opened only if they end too early.
-    records = records.ignore_errors().concatenate(rest).concatenate(lost)
-    return records.take(count - skip)
-
-
-def _as_pattern(path):
-    """Escapes what a file pattern would read as wild cards."""
-    return tf.strings.regex_replace(path, r"([\\*?\[\]])", r"\\\1")

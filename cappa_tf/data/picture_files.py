@@ -1,11 +1,14 @@
-"""One image file: is it usable, and the bytes to store for it."""
+"""Image files: which there are, is one usable, and the bytes to store."""
 
 import io
+import os
 
+import tensorflow as tf
 from PIL import Image, ImageOps
 
 # What `images.decode` reads; anything else is stored as JPEG.
 STORED_FORMATS = frozenset(("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP"))
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 JPEG_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
 
@@ -22,6 +25,32 @@ class UnusableError(Exception):
         self.reason = reason
 
 
+def find_pictures(paths):
+    """Files as given, and the pictures below folders, sorted.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        A list of paths. A file is taken whatever its name: that it is no
+        picture, or not there, is found when it is read.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        below = []
+        for folder, _, names in os.walk(path):
+            below += [
+                os.path.join(folder, name)
+                for name in names
+                if name.lower().endswith(EXTENSIONS)
+            ]
+        found += sorted(below)
+    return found
+
+
 def read(path, resize=None, min_side=1, max_pixels=None):
     """Reads an image file and makes sure that it can be decoded.
 
@@ -30,7 +59,7 @@ def read(path, resize=None, min_side=1, max_pixels=None):
     format: then it becomes a JPEG.
 
     Args:
-        path: The file.
+        path: The file, local or in a bucket.
         resize: Length of the shorter side that larger pictures are shrunk to,
             or None.
         min_side: Least length of the shorter side.
@@ -44,11 +73,11 @@ def read(path, resize=None, min_side=1, max_pixels=None):
         UnusableError: The picture is to be left out.
     """
     try:
-        with open(path, "rb") as file:
+        with tf.io.gfile.GFile(os.fspath(path), "rb") as file:
             content = file.read()
-    except FileNotFoundError:
+    except tf.errors.NotFoundError:
         raise UnusableError("image missing") from None
-    except OSError:
+    except tf.errors.OpError:
         raise UnusableError("image unreadable") from None
     try:
         with Image.open(io.BytesIO(content)) as image:

@@ -1,4 +1,4 @@
-"""Shards of captioned pictures to batches: what training and evaluation read.
+"""Records of captioned pictures to batches: what training and evaluation read.
 
 Dimensions:
     B: batch size.
@@ -17,21 +17,16 @@ from cappa_tf import checks
 from cappa_tf.data import (
     arguments,
     decoding,
-    description,
     images,
     memory,
     order,
+    records,
     skips,
-    tfrecord,
 )
-
-# Below this, records are kept in memory and epochs are full permutations. By
-# the size of the data, not of the machine: the order must not depend on it.
-RECORDS_IN_MEMORY_BYTES = 256 << 20
 
 
 class CaptionDataset:
-    """One split of a data set written by `tfrecord.write_dataset`.
+    """One split of a source: a folder of prepared data, or any other.
 
     The constructor checks its arguments and opens nothing. Both streams give
     dicts of tensors with a static batch size:
@@ -48,13 +43,15 @@ class CaptionDataset:
 
     The training stream is a function of (seed, start_index) alone: started at
     n it is the stream started at 0 from example n on, and each epoch holds
-    every example exactly once (see `order.py`). A bad record (lost, damaged,
+    every example exactly once (see `order.py`; of a mixture, those of each
+    source: `mixture.py`). A bad record (lost, damaged,
     without caption, too large) is skipped, counted and named in the log. Its
     position is given to its neighbour in the batch, so that step times batch
     size stays the position in the stream.
 
     Args:
-        path: Folder of the data set.
+        path: Folder of the data set that tools/prepare_data.py wrote, or a
+            source: see `records.py`.
         split: Name of the split.
         tokenizer: A `Tokenizer`, or None.
         image_size: H and W, one integer or a pair.
@@ -126,7 +123,8 @@ class CaptionDataset:
         max_skipped_fraction=0.001,
         num_parallel_calls=None,
     ):
-        self.path = os.fspath(path)
+        self.source = records.as_source(path)
+        self.path = self.source.name
         self.split = split
         self.tokenizer = tokenizer
         self.image_size = checks.height_width("image_size", image_size)
@@ -153,25 +151,25 @@ class CaptionDataset:
         self.resize_small = resize_small or round(
             max(self.image_size) * 256 / 224
         )
-        self._description = self._skips = None
-        self._records = self._pixels = None
+        self._records = self._skips = self._pixels = None
         self._evaluations = {}
 
     @property
-    def description(self):
-        """The `DatasetDescription`, read at first use."""
-        if self._description is None:
-            self._description = description.DatasetDescription.load(self.path)
-        return self._description
-
-    @property
-    def _shards(self):
-        return self.description.shards(self.split)
+    def records(self):
+        """The split's `records.Records`, opened at first use."""
+        if self._records is None:
+            self._records = self.source.split(self.split)
+        return self._records
 
     @property
     def num_examples(self):
         """N, bad records included."""
-        return self.description.num_examples(self.split)
+        return self.records.num_examples
+
+    @property
+    def max_captions(self):
+        """Captions of the record that has most of them."""
+        return self.records.max_captions
 
     @property
     def num_captions(self):
@@ -179,7 +177,7 @@ class CaptionDataset:
         if self.tokenizer is None:
             return 0
         if self.captions_per_image == "all":
-            return self.description.max_captions(self.split)
+            return self.max_captions
         return self.captions_per_image
 
     @property
@@ -192,13 +190,22 @@ class CaptionDataset:
         """The ValueError by which bad records stopped reading, or None."""
         return None if self._skips is None else self._skips.failure
 
-    def train(self, batch_size=None, start_index=0, seed=None):
+    def train(
+        self, batch_size=None, start_index=0, seed=None, host=0, num_hosts=1
+    ):
         """The endless training stream.
 
+        Several hosts share one stream: position P goes to host P % num_hosts,
+        so that the batches of all hosts together are those of one host with
+        a batch of that size, whatever their number. A host reads no more than
+        its own where their number divides `num_readers`.
+
         Args:
-            batch_size: B; by default the constructor's.
-            start_index: Position of the first example.
+            batch_size: B, of this host; by default the constructor's.
+            start_index: Position of the first example, over all hosts.
             seed: By default the constructor's.
+            host: Number of this host.
+            num_hosts: How many share the stream.
 
         Returns:
             A tf.data.Dataset of the batches described above.
@@ -206,8 +213,18 @@ class CaptionDataset:
         batch_size = self._batch_size(batch_size)
         seed = self.seed if seed is None else seed
         checks.check_integer("start_index", start_index, 0)
+        arguments.hosts(host, num_hosts)
         self._open()
-        batches = self._train_batches(batch_size, start_index, seed)
+        reading = records.Reading(
+            seed,
+            self.shuffle,
+            self.shuffle_buffer,
+            self.num_readers,
+            self.cache,
+            host,
+            num_hosts,
+        )
+        batches = self._train_batches(batch_size, start_index, reading)
         diagnose = self._decoder(self.image_size, None).diagnose
 
         def finish(batch):
@@ -227,34 +244,40 @@ class CaptionDataset:
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
-    def evaluate(self, batch_size=None):
+    def evaluate(self, batch_size=None, host=0, num_hosts=1):
         """One pass over the split in order, the last batch filled up.
 
         Args:
-            batch_size: B; by default the constructor's.
+            batch_size: B, of this host; by default the constructor's.
+            host: Number of this host.
+            num_hosts: How many share the records: host h gets those with
+                index % num_hosts == h, and as many batches as the others.
 
         Returns:
             A tf.data.Dataset of the batches described above.
         """
-        batch_size = self._batch_size(batch_size)
-        if batch_size not in self._evaluations:
+        key = (self._batch_size(batch_size), host, num_hosts)
+        arguments.hosts(host, num_hosts)
+        if key not in self._evaluations:
             self._open()
-            self._evaluations[batch_size] = self._evaluation(batch_size)
-        return self._evaluations[batch_size]
+            self._evaluations[key] = self._evaluation(*key)
+        return self._evaluations[key]
 
-    def _evaluation(self, batch_size):
+    def _evaluation(self, batch_size, host, num_hosts):
         """Builds `evaluate`, which repeated evaluations share."""
-        count = math.ceil(self.num_examples / batch_size) * batch_size
+        most = math.ceil(self.num_examples / num_hosts)  # of one host
+        count = math.ceil(most / batch_size) * batch_size
         padding = tf.data.Dataset.from_tensors("").repeat()
-        records = (
-            order.in_sequence(self._shards)
+        stream = (
+            order.in_sequence(self.records)
             .map(lambda index, serialized: serialized)
             .concatenate(padding)
-            .take(count)
             .enumerate()
+            .shard(num_hosts, host)
+            .take(count)
         )
         decoder = self._decoder(self.image_size, None)
-        batches = decoder.batches(records, batch_size, self.num_parallel_calls)
+        batches = decoder.batches(stream, batch_size, self.num_parallel_calls)
 
         def finish(batch):
             self._skips.report(batch, decoder.diagnose, "evaluate")
@@ -269,47 +292,26 @@ class CaptionDataset:
         Args:
             limit: Most examples to read; None for all.
 
-        Yields:
-            `tfrecord.Example`s; example i is index i of `evaluate`. A record
-            that is lost has neither image nor captions.
+        Returns:
+            An iterator of `tfrecord.Example`s; example i is index i of
+            `evaluate`. A bad record has neither image nor captions.
         """
-        records = order.in_sequence(self._shards)
-        if limit is not None:
-            records = records.take(limit)
-        for _, serialized in records.prefetch(16).as_numpy_iterator():
-            try:
-                yield tfrecord.deserialize(serialized)
-            except ValueError:
-                yield tfrecord.Example(key="", image=b"", captions=[])
+        return self.records.read_examples(limit)
 
-    def _train_batches(self, batch_size, start_index, seed):
+    def _train_batches(self, batch_size, start_index, reading):
         """Decoded batches in training order, by way of the cache."""
-        if self._cache_mode() == "stream":
-            records = order.from_readers(
-                self._shards,
-                seed,
-                start_index,
-                self.num_readers,
-                self.shuffle_buffer if self.shuffle else 0,
+        if self.cache == "images":
+            numbers = self.records.numbers(reading, start_index)
+            pixels = self._pixels_in_memory()
+            return numbers.batch(batch_size, drop_remainder=True).map(
+                lambda index, number: pixels.batch(
+                    reading.seed, index, number, self.num_captions
+                ),
+                num_parallel_calls=2,
             )
-        else:
-            numbers = order.in_memory(
-                self.num_examples, seed, start_index, self.shuffle
-            )
-            if self._cache_mode() == "images":
-                pixels = self._pixels_in_memory()
-                return numbers.batch(batch_size, drop_remainder=True).map(
-                    lambda index, number: pixels.batch(
-                        seed, index, number, self.num_captions
-                    ),
-                    num_parallel_calls=2,
-                )
-            stored = self._records_in_memory()
-            records = numbers.map(
-                lambda index, number: (index, tf.gather(stored, number))
-            )
-        decoder = self._decoder(self.decode_size, seed)
-        return decoder.batches(records, batch_size, self.num_parallel_calls)
+        stream = self.records.stream(reading, start_index)
+        decoder = self._decoder(self.decode_size, reading.seed)
+        return decoder.batches(stream, batch_size, self.num_parallel_calls)
 
     def _decoder(self, size, seed, num_captions=None):
         return decoding.RecordDecoder(
@@ -325,6 +327,7 @@ class CaptionDataset:
             ),
             seed=seed,
             reduced=self.reduced_decode,
+            records=self.records,
         )
 
     def _finish(self, batch, image):
@@ -344,47 +347,31 @@ class CaptionDataset:
             labels = labels[:, 0]
         return {**result, "labels": labels}
 
-    def _cache_mode(self):
-        """The cache chosen: "stream", "records" or "images"."""
-        if self.cache is not None:
-            return self.cache
-        num_bytes = sum(s.num_bytes for s in self._shards)
-        return "records" if num_bytes <= RECORDS_IN_MEMORY_BYTES else "stream"
-
-    def _records_in_memory(self):
-        """All records of the split, string [N] on the host."""
-        if self._records is None:
-            self._records = memory.load_records(
-                self._shards, f"{self.path} {self.split}"
-            )
-        return self._records
-
     def _pixels_in_memory(self):
         """The decoded split, made at first use."""
         if self._pixels is None:
             wanted = self.tokenizer is not None
-            most = wanted * self.description.max_captions(self.split)
+            most = self.max_captions if wanted else 0
             self._pixels = memory.DecodedImages(
-                self._shards,
+                self.records,
                 self._decoder(self.decode_size, None, most),
                 self.tokenizer,
-                name=f"{self.path} {self.split}",
+                name=self.records.name,
             )
         return self._pixels
 
     def _open(self):
-        """Opens description and vocabulary; checks the shards' sizes."""
+        """Opens records and vocabulary; checks the files."""
         if self.tokenizer is not None:
             self.tokenizer.load()
         if self._skips is None:
-            self._skips = skips.SkipCounter(
+            counter = skips.SkipCounter(
                 self.max_skipped_fraction,
                 self.num_examples,
-                f"{self.path} {self.split}",
+                self.records.name,
             )
-            skips.check_shards(
-                self.description, self.split, self.max_skipped_fraction
-            )
+            self.records.check(counter)
+            self._skips = counter
 
     def _batch_size(self, batch_size):
         checks.check_integer("batch_size", batch_size or self.batch_size, 1)

@@ -11,8 +11,6 @@ import threading
 import tensorflow as tf
 from absl import logging
 
-from cappa_tf.data import description as description_lib
-
 
 class SkipCounter:
     """Records skipped so far, by reason.
@@ -25,6 +23,7 @@ class SkipCounter:
         name: What to call the data in messages.
 
     Attributes:
+        max_fraction: As given.
         failure: The error that stopped reading, or None. TensorFlow passes it
             on as one of its own, in the middle of a long trace.
     """
@@ -33,7 +32,7 @@ class SkipCounter:
     MOST_NAMES = 20
 
     def __init__(self, max_fraction, num_examples, name):
-        self._max_fraction = max_fraction
+        self.max_fraction = max_fraction
         self._num_examples = num_examples
         self._name = name
         self._counts = collections.Counter()
@@ -75,7 +74,7 @@ class SkipCounter:
         if total > self.allowed(seen):
             self.failure = ValueError(
                 f"{self._name}: {total} records were skipped, more than "
-                f"max_skipped_fraction={self._max_fraction} allows "
+                f"max_skipped_fraction={self.max_fraction} allows "
                 f"({self.allowed(seen)}): {self.counts}. The last one: {name}"
             )
             raise self.failure
@@ -121,37 +120,35 @@ class SkipCounter:
 
     def allowed(self, seen=0):
         """How many may be skipped after `seen` examples."""
-        if self._max_fraction == 0:
+        if self.max_fraction == 0:
             return 0
         examples = max(seen, self._num_examples)
-        return max(1, math.ceil(self._max_fraction * examples))
+        return max(1, math.ceil(self.max_fraction * examples))
 
 
-def check_shards(description, split, max_fraction):
-    """Compares a split's shards with the description before reading.
+def check_shards(wrong, message, num_examples, max_fraction):
+    """Judges shards that are not as they were recorded, before reading.
 
-    Shards that are missing or shorter than described are worked around (what
-    they lack is skipped and counted) as long as that is little; shards that
-    have grown belong to another version of the data.
+    Shards that are missing or shorter are worked around (what they lack is
+    skipped and counted) as long as that is little; shards that have grown
+    belong to another version of the data.
 
     Args:
-        description: A `DatasetDescription`.
-        split: Name of the split.
-        max_fraction: Largest fraction of the split's examples that may lack.
+        wrong: List of (shard, its size on disk).
+        message: What to say of them.
+        num_examples: Examples of the split.
+        max_fraction: Largest fraction of the examples that may lack.
 
     Raises:
-        ValueError: Too much lacks, or a shard is larger than described.
+        ValueError: Too much lacks, or a shard is larger than recorded.
     """
-    wrong = description.disagreements(split)
     if not wrong:
         return
-    message = description_lib.disagreement_message(description.directory, wrong)
     lacking = 0.0
     for shard, size in wrong:
         if size > shard.num_bytes:
             raise ValueError(message)
         lacking += shard.num_examples * (1 - size / shard.num_bytes)
-    num_examples = description.num_examples(split)
     if lacking > max_fraction * num_examples:
         raise ValueError(
             f"{message} About {lacking / num_examples:.2%} of the examples "

@@ -136,11 +136,25 @@ class Tokenizer(tf.Module):
         Returns:
             A list of N strings.
         """
+        texts = self.detokenize_bytes(ids).numpy()
+        return [text.decode(errors="replace") for text in texts]
+
+    def detokenize_bytes(self, ids):
+        """`detokenize` in the graph: what the pieces say, as bytes.
+
+        Byte pieces that form no character are left as they are, so the
+        bytes need not be UTF-8.
+
+        Args:
+            ids: Integers [N, any length].
+
+        Returns:
+            string [N].
+        """
         ids = tf.cast(tf.convert_to_tensor(ids), tf.int32)
         ended = tf.cumsum(tf.cast(ids == EOS_ID, tf.int32), axis=-1) > 0
         kept = tf.ragged.boolean_mask(ids, ~ended & (ids != PAD_ID))
-        texts = self.load().detokenize(kept).numpy()
-        return [text.decode(errors="replace") for text in texts]
+        return self.load().detokenize(kept)
 
 
 def train_tokenizer(

@@ -185,7 +185,7 @@ class CaptionDecoder:
             ValueError: There is no image to caption.
         """
         rows, nll, tokens = [], 0.0, 0.0
-        most = dataset.description.max_captions(dataset.split)
+        most = dataset.max_captions
         for images, examples in _batches(dataset, self.batch_size, limit):
             references = [example.captions for example in examples]
             keys = [example.key for example in examples]

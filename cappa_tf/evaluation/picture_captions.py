@@ -3,41 +3,11 @@
 B: batch size.  H, W: height and width the model takes.
 """
 
-import os
-
 import numpy as np
 import tensorflow as tf
 
 from cappa_tf.data import picture_files, tfrecord
 from cappa_tf.data.decoding import RecordDecoder
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-
-
-def find_pictures(paths):
-    """Files as given, and the pictures below folders, sorted.
-
-    Args:
-        paths: Files and folders.
-
-    Returns:
-        A list of paths. A file is taken whatever its name: that it is no
-        picture, or not there, is found when it is read.
-    """
-    found = []
-    for path in paths:
-        if not os.path.isdir(path):
-            found.append(path)
-            continue
-        below = []
-        for folder, _, names in os.walk(path):
-            below += [
-                os.path.join(folder, name)
-                for name in names
-                if name.lower().endswith(EXTENSIONS)
-            ]
-        found += sorted(below)
-    return found
 
 
 class PictureReader:

@@ -18,7 +18,9 @@ from cappa_tf.checks import height_width
 from cappa_tf.export import big_vision_arrays as files
 from cappa_tf.export import big_vision_names as names
 from cappa_tf.export.big_vision_arrays import read_arrays
+from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.positions import resample_positions, square_grid
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 
@@ -223,7 +225,7 @@ def _vision_encoder(structure, sizes, arrays, image_size):
             "`image_size=(height, width)`. Received: image_size=None"
         )
     if image_size is None:
-        grid = files.square_grid(sizes["P"])
+        grid = square_grid(sizes["P"])
         image_size = tuple(g * p for g, p in zip(grid, patch_size))
     encoder = VisionEncoder(
         hidden_dim=sizes["D"],
@@ -239,7 +241,7 @@ def _vision_encoder(structure, sizes, arrays, image_size):
         name="vision_encoder",
     )
     if structure["learned"]:
-        arrays["pos_embedding"] = files.resample_positions(
+        arrays["pos_embedding"] = resample_positions(
             arrays["pos_embedding"], encoder.grid
         )
     return encoder
@@ -281,9 +283,7 @@ def paired(rows, model):
     Raises:
         ValueError: If the model has weights that big_vision's has not.
     """
-    prefix = os.path.commonprefix([v.path for v in model.weights])
-    prefix = prefix[: prefix.rfind("/") + 1]
-    variables = {v.path.removeprefix(prefix): v for v in model.weights}
+    variables = variables_by_path(model)
     pairs = []
     for row in rows:
         count = 1 if row.axis is None else model.num_layers
@@ -313,7 +313,7 @@ def _arrays(rows, model):
     """Dict of arrays from the variables of a model."""
     arrays = {}
     for row, variables in paired(rows, model):
-        values = [np.asarray(v).astype(np.float32) for v in variables]
+        values = [to_numpy(v) for v in variables]
         stacked = row.axis is not None
         arrays[row.name] = np.stack(values, row.axis) if stacked else values[0]
     return arrays

@@ -5,13 +5,15 @@ P: patches.  D: width.
 
 import collections.abc
 import io
-import math
 import os
 import re
 import zipfile
 
 import numpy as np
 import tensorflow as tf
+
+from cappa_tf.export.files import replacing
+from cappa_tf.models.positions import side
 
 _BFLOAT16 = tf.bfloat16.as_numpy_dtype
 
@@ -97,11 +99,8 @@ def _float32(name, value):
 
 def write_npz(path, arrays):
     """Writes arrays, sorted by name, under a temporary name first."""
-    path = os.fspath(path)
-    unfinished = f"{path}.incomplete"
-    with open(unfinished, "wb") as file:
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **{name: arrays[name] for name in sorted(arrays)})
-    os.replace(unfinished, path)
 
 
 def modernise(arrays, patches=None):
@@ -146,62 +145,3 @@ def _modern_name(name):
     ):
         name = re.sub(rf"(/encoderblock(_\d+)?/){old}/", rf"\1{new}/", name)
     return name
-
-
-def side(patches):
-    """Side of a square grid of that many patches, or None."""
-    root = math.isqrt(max(patches, 0))
-    return root if root > 0 and root * root == patches else None
-
-
-def square_grid(patches):
-    """(rows, columns) of a square grid.
-
-    Raises:
-        ValueError: If that many patches are no square.
-    """
-    root = side(patches)
-    if root is None:
-        raise ValueError(
-            f"{patches} positions are not a square grid, and the arrays do "
-            "not tell its sides: pass `image_size=(height, width)`. "
-            "Received: image_size=None, or one of another number of patches."
-        )
-    return root, root
-
-
-def resample_positions(table, grid):
-    """Positions for another resolution, bilinear with fixed corners.
-
-    Args:
-        table: [1, P, D] of a square grid.
-        grid: (rows, columns) wanted; if that is P patches, nothing changes.
-
-    Returns:
-        [1, rows * columns, D].
-
-    Reference: big_vision models/vit.py `resample_posemb`
-    (`scipy.ndimage.zoom` of order 1). Deviations: the new grid need not be
-    square, and its last row and column are never lost. SciPy sets them to
-    zero for the pairs of sizes where its arithmetic, rounded, ends beyond the
-    old grid (16 to 30, 32 to 16; no size up to 79 from 7, 14 or 27).
-    """
-    if grid[0] * grid[1] == table.shape[1]:
-        return table
-    rows, columns = square_grid(table.shape[1])
-    width = table.shape[2]
-    image = table.reshape(rows, columns, width).astype(np.float64)
-    image = np.einsum("ir,rcd->icd", _interpolation(rows, grid[0]), image)
-    image = np.einsum("jc,icd->ijd", _interpolation(columns, grid[1]), image)
-    return image.reshape(1, -1, width).astype(table.dtype)
-
-
-def _interpolation(old, new):
-    """Matrix [new, old] that interpolates linearly, ends on ends."""
-    position = np.arange(new) * ((old - 1) / max(new - 1, 1))
-    low = np.clip(np.floor(position).astype(int), 0, max(old - 2, 0))
-    share = position - low
-    matrix = np.zeros((new, old))
-    matrix[np.arange(new), low] = 1.0 - share
-    matrix[np.arange(new), np.minimum(low + 1, old - 1)] += share
-    return matrix

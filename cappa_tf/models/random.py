@@ -22,15 +22,25 @@ def _mix(x):
 
     Constants: "lowbias32" of Chris Wellons' hash prospector.
     """
+    x = _wrapped(x)
     x = ops.bitwise_xor(x, ops.right_shift(x, _u32(16)))
-    x = x * _u32(0x7FEB352D)
+    x = _wrapped(x * _u32(0x7FEB352D))
     x = ops.bitwise_xor(x, ops.right_shift(x, _u32(15)))
-    x = x * _u32(0x846CA68B)
+    x = _wrapped(x * _u32(0x846CA68B))
     return ops.bitwise_xor(x, ops.right_shift(x, _u32(16)))
 
 
 def _u32(value):
     return ops.convert_to_tensor(value, dtype="uint32")
+
+
+def _wrapped(x):
+    """Takes x modulo 2**32, where it is not so already.
+
+    Keras holds uint32 in 64 signed bits under PyTorch, which has no
+    arithmetic for it; products then agree in their low 32 bits.
+    """
+    return ops.bitwise_and(x, _u32(0xFFFFFFFF))
 
 
 def salt_of(name):
@@ -49,8 +59,10 @@ def example_seeds(seed, index):
         uint32 [B].
     """
     index = ops.cast(index, "int64")
-    low = ops.cast(ops.mod(index, 2**32), "uint32")
-    high = ops.cast(ops.floor_divide(index, 2**32), "uint32")
+    # In two steps: JAX has 32 bits by default, where 2**32 does not fit.
+    high = ops.floor_divide(ops.floor_divide(index, 2**16), 2**16)
+    low = ops.cast(index - high * 2**16 * 2**16, "uint32")
+    high = ops.cast(high, "uint32")
     mixed = _mix(ops.bitwise_xor(low, _u32(seed % 2**32)))
     return _mix(mixed + high * _u32(_GOLDEN) + _u32(_GOLDEN))
 

@@ -92,11 +92,73 @@ def test_transparent_pixels_become_white(file_format):
     np.testing.assert_array_equal(decoded[H // 2 :], 255)
 
 
-def test_animation_gives_its_first_frame():
-    frames = [Image.new("L", (W, H), grey) for grey in (10, 200)]
+def _animation(file_format, count=2, mode="L"):
+    """Frames of growing brightness, the first one 10."""
+    frames = [
+        Image.new("L", (W, H), 10 + 20 * i).convert(mode) for i in range(count)
+    ]
     file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(images.decode(file.getvalue()), 10)
+    frames[0].save(
+        file,
+        file_format,
+        save_all=True,
+        append_images=frames[1:],
+        comment=b"x" * 1000,
+        lossless=True,
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP"])
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_animation_gives_its_first_frame(file_format, mode):
+    """TensorFlow alone crashes at a WebP animation without transparency."""
+    decoded = images.decode(_animation(file_format, mode=mode))
+    np.testing.assert_array_equal(decoded, 10)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_an_extended_webp_is_like_a_simple_one(mode):
+    exif = Image.Exif()
+    exif[0x010F] = "a maker"
+    pixels = np.dstack([_picture(), np.full((H, W), 255, np.uint8)])
+    simple = encode(pixels, "WEBP", mode)
+    extended = encode(pixels, "WEBP", mode, exif=exif)
+    assert extended[12:16] == b"VP8X"
+    np.testing.assert_array_equal(
+        images.decode(extended), images.decode(simple)
+    )
+
+
+def test_frames_of_an_animation_are_no_way_around_the_limit():
+    """TensorFlow decodes all of a WebP; of a GIF it is given the first."""
+    decode = tf.function(lambda encoded: images.decode(encoded, 5 * H * W))
+    decode(_animation("WEBP", 5))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 4320"):
+        decode(_animation("WEBP", 6))
+    decode(_animation("GIF", 6))
+
+
+def test_a_gif_whose_frame_is_larger_than_announced():
+    encoded = bytearray(encode(_picture(), "GIF"))
+    encoded[6:10] = b"\1\0\1\0"
+    assert images.header_size(bytes(encoded)).numpy().tolist() == [H, W]
+    decode = tf.function(lambda e: images.decode(e, H * W - 1))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 863"):
+        decode(bytes(encoded))
+
+
+def test_a_gif_may_end_anywhere():
+    encoded = _animation("GIF")
+    decode = tf.function(
+        images.decode, input_signature=[tf.TensorSpec([], tf.string)]
+    )
+    whole = decode(encoded).numpy()
+    for length in range(6, len(encoded), 7):
+        try:
+            np.testing.assert_array_equal(decode(encoded[:length]), whole)
+        except tf.errors.InvalidArgumentError:
+            continue
 
 
 BAD = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cappa_tf.data import draws, order, tfrecord
+from cappa_tf.data import description, draws, order, records
 
 COUNTS = (5, 1, 4, 7, 2)
 N = sum(COUNTS)
@@ -26,8 +26,8 @@ def shards(tmp_path_factory):
                 writer.write(str(number).encode())
                 number += 1
         size = os.path.getsize(path)
-        result.append(tfrecord.description_lib.Shard(path, count, size, ""))
-    return result
+        result.append(description.Shard(path, count, size, ""))
+    return records.TFRecordFiles("d", result)
 
 
 def _take(dataset, count):
@@ -39,23 +39,25 @@ def _take(dataset, count):
     ]
 
 
+def _readers(num_readers, shuffle):
+    return lambda shards, start, seed=0, **hosts: order.from_readers(
+        shards, seed, start, num_readers, shuffle, **hosts
+    )
+
+
+def _memory(shuffle):
+    return lambda shards, start, seed=0, **hosts: order.in_memory(
+        N, seed, start, shuffle, **hosts
+    )
+
+
 STREAMS = {
-    "memory": lambda shards, start, seed=0: order.in_memory(N, seed, start),
-    "memory, in order": lambda shards, start, seed=0: order.in_memory(
-        N, seed, start, shuffle=False
-    ),
-    "readers": lambda shards, start, seed=0: order.from_readers(
-        shards, seed, start, num_readers=3, shuffle=9
-    ),
-    "readers, in order": lambda shards, start, seed=0: order.from_readers(
-        shards, seed, start, num_readers=3, shuffle=0
-    ),
-    "one reader": lambda shards, start, seed=0: order.from_readers(
-        shards, seed, start, num_readers=1, shuffle=4
-    ),
-    "more readers than shards": lambda shards, start, seed=0: (
-        order.from_readers(shards, seed, start, num_readers=8, shuffle=20)
-    ),
+    "memory": _memory(True),
+    "memory, in order": _memory(False),
+    "readers": _readers(4, 9),
+    "readers, in order": _readers(4, 0),
+    "one reader": _readers(1, 4),
+    "more readers than records": _readers(24, 40),
 }
 
 
@@ -65,9 +67,9 @@ _WHOLE = {}
 def _whole(shards, stream):
     """Three epochs of a stream; building one takes seconds."""
     if stream not in _WHOLE:
-        positions, records = _take(STREAMS[stream](shards, 0), 3 * N)
+        positions, found = _take(STREAMS[stream](shards, 0), 3 * N)
         assert positions == list(range(3 * N))
-        _WHOLE[stream] = records
+        _WHOLE[stream] = found
     return _WHOLE[stream]
 
 
@@ -77,15 +79,15 @@ STARTS = {
     "readers": [5, 15, N - 1, N + 9],
     "readers, in order": [13],
     "one reader": [6],
-    "more readers than shards": [17],
+    "more readers than records": [17],
 }
 
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_every_epoch_is_a_permutation(shards, stream):
-    records = _whole(shards, stream)
+    found = _whole(shards, stream)
     for epoch in range(3):
-        part = records[epoch * N : (epoch + 1) * N]
+        part = found[epoch * N : (epoch + 1) * N]
         assert sorted(part) == list(range(N))
 
 
@@ -94,26 +96,43 @@ def test_any_start_continues_the_stream_from_zero(shards, stream):
     make = STREAMS[stream]
     whole = _whole(shards, stream)
     for start in STARTS[stream]:
-        positions, records = _take(make(shards, start), N)
+        positions, found = _take(make(shards, start), N)
         assert positions == list(range(start, start + N))
-        assert records == whole[start : start + N], start
+        assert found == whole[start : start + N], start
 
 
-def test_readers_resume_where_dealing_one_by_one_leaves_them():
-    counts = [7, 1, 0, 4, 4]
-    dealt = [r for turn in range(7) for r in range(5) if counts[r] > turn]
-    assert len(dealt) == sum(counts)
-    resume = tf.function(order._resume_readers)
-    for skip in range(sum(counts)):
-        skips, turns = resume(
-            tf.constant(counts, tf.int64), tf.constant(skip, tf.int64)
+@pytest.mark.parametrize("num_hosts", [2, 3, 4])
+@pytest.mark.parametrize("stream", ["memory", "readers"])
+def test_hosts_share_a_stream_without_overlap_or_loss(
+    shards, stream, num_hosts
+):
+    whole = _whole(shards, stream)
+    start = 5
+    for host in range(num_hosts):
+        positions, found = _take(
+            STREAMS[stream](shards, start, host=host, num_hosts=num_hosts), 12
         )
-        assert skips.numpy().tolist() == [
-            dealt[:skip].count(r) for r in range(5)
-        ]
-        # The readers left, in the order of their next turns.
-        expected = list(dict.fromkeys(dealt[skip:]))
-        assert turns.numpy().tolist() == expected
+        expected = [p for p in range(start, 3 * N) if p % num_hosts == host]
+        assert positions == expected[: len(positions)]
+        assert found == [whole[p] for p in positions]
+
+
+def test_a_host_opens_only_the_readers_of_its_positions(shards, monkeypatch):
+    opened = []
+    real = order._range
+
+    def spy(total, num_readers, reader):
+        reader = tf.py_function(note, [reader], "int64")
+        return real(total, num_readers, tf.ensure_shape(reader, []))
+
+    def note(reader):
+        opened.append(int(reader))
+        return reader
+
+    monkeypatch.setattr(order, "_range", spy)
+    stream = order.from_readers(shards, 0, 0, 4, 9, host=1, num_hosts=2)
+    _take(stream, N // 2)  # The first epoch: N is odd, and so they change.
+    assert set(opened) == {1, 3}
 
 
 @pytest.mark.parametrize("stream", ["memory", "readers"])
@@ -129,28 +148,47 @@ def test_seed_and_epoch_change_the_order(shards, stream):
 
 
 def test_in_order_means_in_order(shards):
-    _, records = _take(order.in_sequence(shards), N + 1)
-    assert records == list(range(N))
-    _, records = _take(STREAMS["memory, in order"](shards, 0), N)
-    assert records == list(range(N))
+    _, found = _take(order.in_sequence(shards), N + 1)
+    assert found == list(range(N))
+    _, found = _take(STREAMS["memory, in order"](shards, 0), N)
+    assert found == list(range(N))
 
 
 def test_readers_take_turns(shards):
-    # Readers own shards (0, 3), (1, 4), (2): 12, 3 and 4 records.
-    _, records = _take(STREAMS["readers, in order"](shards, 0), N)
-    first = [0, 5, 6, 1, 17, 7, 2, 18, 8, 3, 9]
-    assert records == first + [4, *range(10, 17)]
+    # 19 records in a line: ranges of 5, 5, 5 and 4.
+    _, found = _take(STREAMS["readers, in order"](shards, 0), N)
+    assert (
+        found == [r for i in range(5) for r in (i, 5 + i, 10 + i, 15 + i)][:N]
+    )
+
+
+def test_going_on_opens_no_shard_before_the_position(shards):
+    opened = []
+
+    class Spy(records.TFRecordFiles):
+        def read(self, shard, skip, count):
+            shard = tf.py_function(note, [shard, skip, count], "int64")
+            return super().read(tf.ensure_shape(shard, []), skip, count)
+
+    def note(shard, skip, count):
+        opened.append((int(shard), int(skip), int(count)))
+        return shard
+
+    spy = Spy("d", shards.shards)
+    _take(order.from_readers(spy, 0, 12, num_readers=1, shuffle=0), N - 12)
+    assert opened == [(3, 2, 5), (4, 0, 2)]
 
 
 def _damaged(shards, number, damage, tmp_path):
     """Shards of which one is replaced by a damaged copy."""
     path = tmp_path / "damaged"
-    content = pathlib.Path(shards[number].path).read_bytes()
+    content = pathlib.Path(shards.shards[number].path).read_bytes()
     damage(path, content)
-    shard = tfrecord.description_lib.Shard(
-        str(path), shards[number].num_examples, 0, ""
+    damaged = list(shards)
+    damaged[number] = description.Shard(
+        str(path), damaged[number].num_examples, 0, ""
     )
-    return [*shards[:number], shard, *shards[number + 1 :]]
+    return records.TFRecordFiles("d", damaged)
 
 
 def _cut(path, content):
@@ -171,13 +209,13 @@ def _vanish(path, content):
 def test_damage_shifts_no_other_record(shards, damage, tmp_path):
     damaged = _damaged(shards, 3, damage, tmp_path)
     whole = _whole(shards, "readers")[: 2 * N]
-    positions, records = _take(STREAMS["readers"](damaged, 0), 2 * N)
+    positions, found = _take(STREAMS["readers"](damaged, 0), 2 * N)
     assert positions == list(range(2 * N))
-    lost = [w for w, r in zip(whole, records) if w != r]
+    lost = [w for w, r in zip(whole, found) if w != r]
     first_lost = {_cut: 14, _flip_a_byte: 13, _vanish: 10}[damage]
     assert sorted(lost) == sorted([*range(first_lost, 17)] * 2)
     name = order.LOST + str(tmp_path / "damaged").encode()
-    assert {r for w, r in zip(whole, records) if w != r} == {name}
+    assert {r for w, r in zip(whole, found) if w != r} == {name}
 
 
 def test_draws_depend_on_seed_purpose_index_and_slot_only():

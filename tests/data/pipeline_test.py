@@ -132,6 +132,27 @@ def test_any_start_continues_the_stream(data, cache):
             )
 
 
+@pytest.mark.parametrize("cache", ["stream", "images"])
+def test_hosts_share_each_step(data, cache):
+    options = {"cache": cache, "flip": True, "num_readers": 4}
+    steps = take(make(data, batch_size=6, **options).train(start_index=6), 5)
+    shares = [
+        take(
+            make(data, batch_size=3, **options).train(
+                start_index=6, host=host, num_hosts=2
+            ),
+            5,
+        )
+        for host in (0, 1)
+    ]
+    for step, *parts in zip(steps, *shares):
+        for name, whole in step.items():
+            together = np.stack([part[name] for part in parts], axis=1)
+            np.testing.assert_allclose(
+                together.reshape(whole.shape), whole, atol=1e-5
+            )
+
+
 def test_seed_changes_order_and_captions(data):
     dataset = make(data, cache="images")
     one, again = take(dataset.train(seed=1), 3), take(dataset.train(seed=1), 3)
@@ -250,6 +271,13 @@ def test_the_constructor_opens_nothing(tmp_path):
 def test_wrong_arguments_are_refused_by_name(data, options, message):
     with pytest.raises(ValueError, match=message):
         make(data, **options)
+
+
+def test_a_host_has_a_number(data):
+    with pytest.raises(ValueError, match="host=2, num_hosts=2"):
+        make(data).train(host=2, num_hosts=2)
+    with pytest.raises(ValueError, match="num_hosts=0"):
+        make(data).evaluate(host=0, num_hosts=0)
 
 
 def test_missing_batch_size_and_split(data):

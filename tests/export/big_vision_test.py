@@ -11,7 +11,7 @@ from conftest import shared_reference
 
 from cappa_tf.export import big_vision
 from cappa_tf.export import big_vision_names as names
-from cappa_tf.export.big_vision_arrays import resample_positions
+from cappa_tf.models.positions import resample_positions
 
 SIZES = reference.Sizes(
     width=12,

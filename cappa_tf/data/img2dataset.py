@@ -1,0 +1,163 @@
+"""TFRecords of tf.train.Examples with other names, as img2dataset writes them.
+
+One feature holds the image file, one its caption or captions, others key and
+class number. What they are called is set in a gin file. The files are gone
+through once for the number of their records (`index.py`): headers only.
+"""
+
+import os
+import struct
+
+import tensorflow as tf
+
+from cappa_tf.data import index, tfrecord
+from cappa_tf.data.records import TFRecordFiles
+
+
+class TFRecords:
+    """A source of TFRecord files.
+
+    Args:
+        path: A pattern with {split}, a dict from split to pattern, or a
+            folder with train-*.tfrecord or train/*.tfrecord: see
+            `index.find_files`.
+        image: Names of the feature that holds the image file; the first that
+            a record has is taken.
+        captions: The same of the captions, bytes, one or many.
+        label: Name of an integer feature, or None.
+        key: Name of the feature that tells records apart in messages.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | dict,
+        image: tuple | list = ("jpg", "png", "webp"),
+        captions: tuple | list = ("txt", "caption"),
+        label: str | None = None,
+        key="key",
+    ):
+        for name, value in (("image", image), ("captions", captions)):
+            if not isinstance(value, tuple | list) or not value:
+                raise ValueError(
+                    f"`{name}` must be a list of names. Received: "
+                    f"{name}={value!r}"
+                )
+        self._path = path
+        self._features = {
+            "image": list(image),
+            "captions": list(captions),
+            "label": label,
+            "key": key,
+        }
+        self.name = str(path)
+
+    def split(self, split):
+        """The `Records` of a split."""
+        files = index.find_files(self._path, split, ".tfrecord")
+        return _NamedRecords(
+            f"{self.name} {split}",
+            index.Index(files, ["tfrecord", split], count_records),
+            self._features,
+        )
+
+
+class _NamedRecords(TFRecordFiles):
+    """Indexed records whose features have names of their own."""
+
+    def __init__(self, name, shards, features):
+        super().__init__(name, shards.shards)
+        self._index = shards
+        self._features = features
+
+    def check(self, counter):
+        """As `Records.check`."""
+        self._index.check(counter)
+
+    def parse(self, serialized):
+        """As `Records.parse`."""
+        names = self._features
+        many = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
+        features = dict.fromkeys(names["image"] + names["captions"], many)
+        features[names["key"]] = tf.io.FixedLenFeature([], tf.string, "")
+        if names["label"] is not None:
+            features[names["label"]] = tf.io.FixedLenFeature([], tf.int64, -1)
+        found = tf.io.parse_single_example(serialized, features)
+        return {
+            "image/encoded": _first_present(found, names["image"])[0],
+            "captions": _first_present(found, names["captions"]),
+            "key": found[names["key"]],
+            "label": found.get(names["label"], tf.constant(-1, tf.int64)),
+        }
+
+    def deserialize(self, serialized):
+        """As `Records.deserialize`."""
+        try:
+            feature = tf.train.Example.FromString(serialized).features.feature
+        except Exception as error:  # DecodeError's module moves.
+            raise ValueError(f"not a tf.train.Example: {error}") from None
+
+        def values(names):
+            for name in names:
+                if name in feature and feature[name].bytes_list.value:
+                    return feature[name].bytes_list.value
+            return []
+
+        names = self._features
+        image = values(names["image"])
+        if not image:
+            raise ValueError(
+                f"the record has none of the features {names['image']}, but "
+                f"{sorted(feature)}"
+            )
+        key = values([names["key"]])
+        label = None
+        if names["label"] in feature:
+            label = feature[names["label"]].int64_list.value[0]
+        return tfrecord.Example(
+            key=key[0].decode(errors="replace") if key else "",
+            image=image[0],
+            captions=[
+                caption.decode(errors="replace")
+                for caption in values(names["captions"])
+            ],
+            label=label,
+        )
+
+
+def _first_present(found, names):
+    """The first of several string features that is not empty."""
+    values = found[names[-1]]
+    for name in reversed(names[:-1]):
+        values = tf.cond(
+            tf.size(found[name]) > 0,
+            lambda name=name: found[name],
+            lambda values=values: values,
+        )
+    return values
+
+
+def count_records(path, companion=None):
+    """Counts the records of a TFRecord file by their lengths.
+
+    Args:
+        path: The file.
+        companion: Not written.
+
+    Returns:
+        (records, None, problems), see `index.Index`.
+    """
+    del companion
+    size = tf.io.gfile.stat(path).length
+    count = position = 0
+    # A record: length (8 bytes), its checksum (4), content, checksum (4).
+    with tf.io.gfile.GFile(path, "rb") as file:
+        while position + 16 <= size:
+            file.seek(position)
+            (length,) = struct.unpack("<Q", file.read(8))
+            if position + length + 16 > size:
+                break
+            position += length + 16
+            count += 1
+    if position == size:
+        return count, None, {}
+    return count, None, {"damaged shard": (1, f"from byte {position}")}

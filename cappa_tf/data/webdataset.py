@@ -1,0 +1,324 @@
+"""webdataset tar shards, read as they are.
+
+Files of a shard that follow each other and have the same name up to the first
+dot are one sample: 0001.jpg, 0001.txt, 0001.json. A shard is gone through
+once, when it is first opened. Then its index (`index.py`) holds, for each
+sample, where the image lies and everything else: the record of `tfrecord.py`
+up to the image, so that this and the image's bytes, one after the other, are
+such a record. Reading is then a seek and a read in the graph, in blocks of
+samples; no Python runs, and going on inside a shard reads nothing before.
+
+Dimensions:
+    n: samples of a block.
+"""
+
+import itertools
+import json
+import os
+import struct
+import tarfile
+import uuid
+
+import tensorflow as tf
+
+from cappa_tf.data import index, order
+from cappa_tf.data.records import Records, read_tfrecords
+
+# Samples read at once.
+_BLOCK = 16
+_ROW = struct.Struct("<qq")  # offset and size of the image
+
+
+class WebDataset:
+    """A source of tar shards.
+
+    Args:
+        path: A pattern with {split}, a dict from split to pattern, or a
+            folder with train-*.tar or train/*.tar: see `index.find_files`.
+        image: Names of the image's file, after the first dot; the first that
+            a sample has is taken.
+        captions: The same of the captions; "json:caption" is the field
+            "caption" of the file json, a string or a list of them.
+        label: The same of a class number; "cls" and "json:label" are usual.
+        caption_per_line: Whether each line of a text file is a caption.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | dict,
+        image: tuple | list = ("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+        captions: tuple | list = ("txt", "caption", "json:caption"),
+        label: tuple | list = ("cls", "json:label"),
+        caption_per_line: bool = False,
+    ):
+        names = {"image": image, "captions": captions, "label": label}
+        for name, value in names.items():
+            if not isinstance(value, tuple | list):
+                raise ValueError(
+                    f"`{name}` must be a list of names. Received: "
+                    f"{name}={value!r}"
+                )
+        self._path = path
+        self._names = (list(image), list(captions), list(label))
+        self._caption_per_line = caption_per_line
+        self.name = str(path)
+
+    def split(self, split):
+        """The `Records` of a split."""
+        files = index.find_files(self._path, split, ".tar")
+        settings = ["tar", split, *self._names, self._caption_per_line]
+        shards = index.Index(files, settings, self._scan)
+        return _TarRecords(f"{self.name} {split}", shards)
+
+    def _scan(self, path, output):
+        """Writes the rows of one shard; see `index.Index`."""
+        shard = _Shard(path)
+        count = most = 0
+        temporary = f"{output}.incomplete-{uuid.uuid4().hex}"
+        with tf.io.TFRecordWriter(temporary) as writer:
+            for sample in shard.samples(self._wanted()):
+                captions, label = self._said(sample, shard)
+                image = next(
+                    (
+                        sample.files[n]
+                        for n in self._names[0]
+                        if n in sample.files
+                    ),
+                    None,
+                )
+                if image is None or not image[1]:
+                    shard.problem("no image", sample.key)
+                    continue
+                head = _head(sample.key, captions, label, image[1])
+                writer.write(_ROW.pack(*image) + head)
+                count += 1
+                most = max(most, len(captions))
+        tf.io.gfile.rename(temporary, output, overwrite=True)
+        return count, most, shard.problems
+
+    def _wanted(self):
+        """Names of the files that are read into the index."""
+        names = self._names[1] + self._names[2]
+        return {name.split(":")[0] for name in names}
+
+    def _said(self, sample, shard):
+        """Captions and label of a sample."""
+        captions = self._value(sample, self._names[1], shard)
+        if isinstance(captions, bytes):
+            text = captions.decode(errors="replace")
+            captions = text.splitlines() if self._caption_per_line else [text]
+        if isinstance(captions, str):
+            captions = [captions]
+        if not isinstance(captions, list):
+            captions = []
+        label = self._value(sample, self._names[2], shard)
+        try:
+            label = None if label is None else int(label)
+        except (TypeError, ValueError):
+            shard.problem("label is no integer", sample.key)
+            label = None
+        return [str(c).strip() for c in captions if str(c).strip()], label
+
+    def _value(self, sample, names, shard):
+        """What the first of the names that a sample has stands for."""
+        for name in names:
+            file, _, field = name.partition(":")
+            if file not in sample.texts:
+                continue
+            if not field:
+                return sample.texts[file]
+            try:
+                value = json.loads(sample.texts[file]).get(field)
+            except (ValueError, AttributeError):
+                shard.problem("json cannot be read", sample.key)
+                continue
+            if value is not None:
+                return value
+        return None
+
+
+class _Sample:
+    """The files of one sample: name -> (offset, size), name -> contents."""
+
+    def __init__(self, key):
+        self.key = key
+        self.files = {}
+        self.texts = {}
+
+
+class _Shard:
+    """One tar file, gone through in order.
+
+    Attributes:
+        problems: As `index.IndexedShard.problems`.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self.problems = {}
+
+    def problem(self, reason, name):
+        """Notes one thing that is left out."""
+        count, first = self.problems.get(reason, (0, name))
+        self.problems[reason] = (count + 1, first)
+
+    def samples(self, wanted):
+        """Yields `_Sample`s, with the contents of the files `wanted`."""
+        size = tf.io.gfile.stat(self._path).length
+        with tf.io.gfile.GFile(self._path, "rb") as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    yield from self._samples(tar, wanted, size)
+                    end = tar.offset
+                # A tar ends with zeros; anything else is no tar any more.
+                file.seek(min(end, size))
+                if file.read(512).strip(b"\0"):
+                    self.problem("damaged shard", f"at byte {end}")
+            except (tarfile.TarError, EOFError, tf.errors.OpError) as error:
+                self.problem("damaged shard", str(error))
+
+    def _samples(self, tar, wanted, size):
+        files = (member for member in tar if member.isfile())
+        shard = os.path.basename(self._path)
+        for key, members in itertools.groupby(
+            files, lambda m: _split(m.name)[0]
+        ):
+            sample = _Sample(f"{shard}/{key}")
+            for member in members:
+                if member.offset_data + member.size > size:
+                    raise EOFError(f"ends inside {member.name}")
+                name = _split(member.name)[1]
+                sample.files[name] = (member.offset_data, member.size)
+                if name in wanted:
+                    sample.texts[name] = tar.extractfile(member).read()
+            tar.members = []  # It would keep them all.
+            yield sample
+
+
+def _split(path):
+    """a/b.c.jpg to (a/b, c.jpg)."""
+    folder, slash, file = path.rpartition("/")
+    stem, _, name = file.partition(".")
+    return folder + slash + stem, name.lower()
+
+
+def _head(key, captions, label, size):
+    """The bytes that make a record of `tfrecord.py` of an image behind them.
+
+    Protocol buffers that follow each other are one, merged. The second of two
+    holds nothing but the image, which so comes last.
+    """
+    feature = {
+        "key": _bytes_feature([key.encode()]),
+        "captions": _bytes_feature([c.encode() for c in captions]),
+    }
+    if label is not None:
+        feature["label"] = tf.train.Feature(
+            int64_list=tf.train.Int64List(value=[label])
+        )
+    image = {"image/encoded": _bytes_feature([bytes(size)])}
+    return _serialize(feature) + _serialize(image)[:-size]
+
+
+def _serialize(feature):
+    features = tf.train.Features(feature=feature)
+    return tf.train.Example(features=features).SerializeToString(
+        deterministic=True
+    )
+
+
+def _bytes_feature(values):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+
+
+class _TarRecords(Records):
+    """The samples of indexed tar files."""
+
+    def __init__(self, name, shards):
+        super().__init__(name, shards.shards)
+        self._index = shards
+        self._max_captions = max(s.max_captions for s in self.shards)
+        with tf.device("CPU:0"):
+            self._paths = tf.constant([s.path for s in self.shards])
+            self._sizes = tf.constant(
+                [s.num_bytes for s in self.shards], tf.int64
+            )
+            self._rows = tf.constant(
+                [shards.companion(s.path) for s in self.shards]
+            )
+
+    def check(self, counter):
+        """As `Records.check`."""
+        self._index.check(counter)
+
+    def read(self, shard, skip, count):
+        """As `Records.read`."""
+        rows = read_tfrecords(self._rows[shard], skip, count)
+        path, num_bytes = self._paths[shard], self._sizes[shard]
+        return rows.batch(_BLOCK).flat_map(
+            lambda rows: _read_block(path, num_bytes, rows)
+        )
+
+
+def _read_block(path, num_bytes, rows):
+    """Records of one block of rows.
+
+    Args:
+        path: Of the tar file.
+        num_bytes: Its size when it was indexed.
+        rows: string [n].
+
+    Returns:
+        A tf.data.Dataset of n serialized records.
+    """
+    lost = tf.strings.substr(rows, 0, len(order.LOST)) == order.LOST  # [n]
+    numbers = tf.io.decode_raw(
+        tf.where(lost, bytes(_ROW.size), tf.strings.substr(rows, 0, _ROW.size)),
+        tf.int64,
+    )  # [n, 2]
+    offsets, sizes = numbers[:, 0], numbers[:, 1]
+    begin = tf.reduce_min(tf.where(lost, tf.int64.max, offsets))
+    size = tf.reduce_max(offsets + sizes) - begin
+    block = _read_bytes(path, num_bytes, begin, size)
+
+    def record(row, offset, size, is_lost):
+        def join():
+            length = tf.strings.length(row) - _ROW.size
+            head = tf.strings.substr(row, _ROW.size, length)
+            return tf.strings.join(
+                [head, tf.strings.substr(block, offset - begin, size)]
+            )
+
+        readable = ~is_lost & (tf.strings.length(block) > 0)
+        return tf.cond(readable, join, lambda: order.LOST + path)
+
+    return tf.data.Dataset.from_tensor_slices((rows, offsets, sizes, lost)).map(
+        record
+    )
+
+
+def _read_bytes(path, num_bytes, begin, size):
+    """Bytes of a file, scalar string; "" if it is not what it was.
+
+    TensorFlow reads from an offset only as a data set of records of a fixed
+    length, here one. It refuses a file of another size than it has reckoned
+    with, so a file that changed is never read at offsets of the old one.
+    """
+
+    def read(_):
+        return tf.data.FixedLengthRecordDataset(
+            path,
+            record_bytes=size,
+            header_bytes=begin,
+            footer_bytes=num_bytes - begin - size,
+            buffer_size=size,
+        ).get_single_element()
+
+    # The error of `read` must not reach `ignore_errors` from a data set: that
+    # would try to open the file for ever.
+    found = tf.data.Dataset.range(1).map(read).ignore_errors()
+    return (
+        found.concatenate(tf.data.Dataset.from_tensors(""))
+        .take(1)
+        .get_single_element()
+    )

@@ -1,0 +1,105 @@
+"""Image bytes of a request to pixels, inside the graph of a server.
+
+Requests of several clients share a batch, so a bad image must not fail it:
+the image is flagged and the others go on. TensorFlow has no try, but a small
+data set inside the graph drops the elements that fail (as in
+data/decoding.py), and those that are missing afterwards are the bad ones.
+
+Abbreviations for dimensions:
+    B: images of a request (or of several that a server has put together).
+    H, W: height and width the model takes.
+"""
+
+import tensorflow as tf
+
+from cappa_tf.data import images, orientation
+
+# Images decoded side by side. Fixed, because tuning it would start a thread
+# for each request.
+PARALLEL_CALLS = 16
+
+NOT_AN_IMAGE = "not a JPEG, PNG, GIF, BMP or WebP image"
+BROKEN = "image cannot be decoded"
+
+
+def decode_request(image_bytes, decoder):
+    """Decodes the images of a request; the bad ones become black.
+
+    Photos are turned as their EXIF data say, which for data sets happens when
+    they are prepared.
+    The size is read from the header first: an image of more pixels than
+    `decoder.max_pixels` takes no memory.
+
+    Args:
+        image_bytes: string [B], image files.
+        decoder: `RecordDecoder` with `max_pixels`.
+
+    Returns:
+        pixels: uint8 [B, H, W, 3].
+        errors: string [B], "" where the image is good. They do not say which
+            image it is: a server that batches requests would count those of
+            other clients.
+    """
+    areas, _ = attempt(
+        images.pixels_to_decode, image_bytes, tf.constant(0, tf.int64)
+    )
+
+    def decode(encoded):
+        image = images.decode(encoded, decoder.max_pixels, decoder.at_least)
+        return decoder.fit(orientation.turn(image, orientation.read(encoded)))
+
+    pixels, decoded = attempt(
+        decode,
+        image_bytes,
+        tf.zeros([*decoder.size, 3], tf.uint8),
+    )
+    reason = tf.where(
+        images.is_known_format(image_bytes),
+        tf.where(
+            areas > decoder.max_pixels,
+            f"more than {decoder.max_pixels} pixels",
+            BROKEN,
+        ),
+        NOT_AN_IMAGE,
+    )
+    return pixels, tf.where(decoded, "", "image_bytes: " + reason)
+
+
+def attempt(function, elements, blank):
+    """Applies a function to each element and says where it failed.
+
+    Args:
+        function: Maps an element of `elements` to a tensor.
+        elements: Tensor with a leading B, at least 1.
+        blank: Result where the function fails.
+
+    Returns:
+        The results, with a leading B, and bool [B]: whether it succeeded.
+    """
+    count = tf.shape(elements, tf.int64)[0]
+    results = (
+        tf.data.Dataset.from_tensor_slices(elements)
+        .enumerate()
+        .map(
+            lambda number, element: (number, function(element)),
+            num_parallel_calls=PARALLEL_CALLS,
+            deterministic=False,
+        )
+        .ignore_errors()
+    )
+    # The blank also keeps the data set from being empty.
+    blanks = tf.data.Dataset.from_tensors((count, blank))
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    numbers, values = (
+        blanks.concatenate(results)
+        .with_options(options)
+        .batch(count + 1)
+        .get_single_element()
+    )
+    row = tf.tensor_scatter_nd_update(
+        tf.zeros([count + 1], tf.int32),
+        numbers[:, tf.newaxis],
+        tf.range(tf.size(numbers)),
+    )[:count]
+    return tf.gather(values, row), row > 0

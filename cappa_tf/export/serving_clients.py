@@ -1,0 +1,159 @@
+"""Clients of TensorFlow Serving's two interfaces, gRPC and REST.
+
+For models that export/saved_model.py wrote. Importing this loads no
+TensorFlow, and the REST client needs none.
+"""
+
+import base64
+import json
+import urllib.error
+import urllib.request
+
+
+class RequestFailedError(Exception):
+    """A request without an answer; the message says why."""
+
+
+class NoServerError(Exception):
+    """Nothing can be asked at all; the message names the address."""
+
+
+class RestClient:
+    """Asks over HTTP, without TensorFlow.
+
+    Args:
+        address: HOST:PORT, or a URL without the path.
+        model: What the server calls the model.
+        timeout: Seconds a request may take.
+    """
+
+    def __init__(self, address, model, timeout):
+        root = address if "://" in address else f"http://{address}"
+        self._url = f"{root.rstrip('/')}/v1/models/{model}"
+        self._timeout = timeout
+
+    def connect(self):
+        """Makes sure that the model is served.
+
+        Raises:
+            NoServerError: If it is not.
+        """
+        try:
+            status = self._ask(self._url)["model_version_status"]
+        except (RequestFailedError, KeyError, TypeError) as error:
+            raise NoServerError(f"{self._url}: {error}") from None
+        if not any(version["state"] == "AVAILABLE" for version in status):
+            raise NoServerError(f"{self._url}: no version is available yet")
+
+    def predict(self, signature, inputs):
+        """Sends a request.
+
+        Args:
+            signature: Name of the signature.
+            inputs: Dict of lists: `image_bytes` of bytes, and for score
+                `texts`, a list of strings for each image.
+
+        Returns:
+            Dict of lists or arrays, the outputs of the signature.
+
+        Raises:
+            RequestFailedError: The server did not answer, or with an error.
+        """
+        encoded = [
+            {"b64": base64.b64encode(content).decode()}
+            for content in inputs["image_bytes"]
+        ]
+        body = {
+            "signature_name": signature,
+            "inputs": {**inputs, "image_bytes": encoded},
+        }
+        answer = self._ask(f"{self._url}:predict", json.dumps(body).encode())
+        if not isinstance(answer.get("outputs"), dict):
+            raise RequestFailedError("the answer has no outputs")
+        return answer["outputs"]
+
+    def _ask(self, url, body=None):
+        request = urllib.request.Request(
+            url, body, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as file:
+                return json.load(file)
+        except urllib.error.HTTPError as error:
+            raise RequestFailedError(_rest_message(error)) from None
+        except urllib.error.URLError as error:
+            raise RequestFailedError(f"{error.reason}") from None
+        except (OSError, ValueError) as error:
+            raise RequestFailedError(f"{error}") from None
+
+
+def _rest_message(error):
+    """The server's own words, from the JSON it sends with a status."""
+    try:
+        message = json.load(error)["error"]
+    except (ValueError, KeyError, TypeError, OSError):
+        message = error.reason
+    return f"HTTP {error.code}: {message}"
+
+
+class GrpcClient:
+    """Asks over gRPC; see `RestClient`."""
+
+    def __init__(self, address, model, timeout):
+        try:
+            # TensorFlow, which they need, takes seconds to load.
+            import grpc
+            import tensorflow as tf
+            from tensorflow_serving.apis import (
+                predict_pb2,
+                prediction_service_pb2_grpc,
+            )
+        except ImportError as error:
+            raise NoServerError(
+                f"gRPC needs pip install 'cappa-tf[serving]' ({error}); "
+                "--protocol=rest does without"
+            ) from None
+        self._grpc = grpc
+        self._make_tensor = tf.make_tensor_proto
+        self._make_array = tf.make_ndarray
+        self._request = predict_pb2.PredictRequest
+        self._address = address
+        self._model = model
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", -1),
+            ],
+        )
+        self._service = prediction_service_pb2_grpc.PredictionServiceStub(
+            self._channel
+        )
+
+    def connect(self):
+        """Waits for the connection; see `RestClient.connect`."""
+        ready = self._grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=min(self._timeout, 10.0))
+        except self._grpc.FutureTimeoutError:
+            ready.cancel()
+            raise NoServerError(f"{self._address}: cannot connect") from None
+
+    def predict(self, signature, inputs):
+        """Sends a request; see `RestClient.predict`."""
+        request = self._request()
+        request.model_spec.name = self._model
+        request.model_spec.signature_name = signature
+        for name, value in inputs.items():
+            request.inputs[name].CopyFrom(self._make_tensor(value))
+        try:
+            response = self._service.Predict(request, timeout=self._timeout)
+        except self._grpc.RpcError as error:
+            raise RequestFailedError(
+                f"{error.code().name}: {error.details()}"
+            ) from None
+        return {k: self._make_array(v) for k, v in response.outputs.items()}
+
+
+CLIENTS = {"grpc": GrpcClient, "rest": RestClient}

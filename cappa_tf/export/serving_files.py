@@ -1,0 +1,241 @@
+"""What TensorFlow Serving is started with: warm-up, batching, manifests.
+
+MODEL/VERSION/assets.extra/tf_serving_warmup_requests
+                            run by the server before it takes requests
+MODEL/models.config         --model_config_file
+MODEL/batching_parameters.txt
+                            --batching_parameters_file
+MODEL/docker-compose.yaml   `docker compose up` in that folder
+MODEL/kubernetes.yaml       `kubectl apply`
+
+Reference: tensorflow/serving, session_bundle_config.proto (batching),
+saved_model_warmup_util.h, model_server_config.proto.
+"""
+
+import os
+import pathlib
+import re
+import string
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.export import files
+
+# The newest released server as of 2026; its TensorFlow runs what this
+# project's writes.
+IMAGE = "tensorflow/serving:2.20.0"
+WARMUP = os.path.join("assets.extra", "tf_serving_warmup_requests")
+# How long a request waits for others to share its batch: little beside the
+# decoding of a caption.
+BATCH_TIMEOUT_MICROS = 5_000
+# Batches that wait; beyond them the server answers UNAVAILABLE at once.
+MAX_ENQUEUED_BATCHES = 100
+BATCH_THREADS = 4
+
+_MODELS = """\
+model_config_list {
+  config {
+    name: "$name"
+    base_path: "/models/$name"
+    model_platform: "tensorflow"
+  }
+}
+"""
+
+# Texts of requests with fewer of them are filled up by repetition, and the
+# answer has as many columns more: tools/serving_client.py cuts them off.
+_BATCHING = """\
+max_batch_size { value: $max_batch_size }
+batch_timeout_micros { value: $timeout }
+max_enqueued_batches { value: $enqueued }
+num_batch_threads { value: $threads }
+pad_variable_length_inputs: true
+"""
+
+_COMPOSE = """\
+# docker compose up, in this folder. 8500 is gRPC, 8501 REST.
+services:
+  $name:
+    image: $image
+    command:
+      - --model_config_file=/models/$name/models.config
+      - --enable_batching=true
+      - --batching_parameters_file=/models/$name/batching_parameters.txt
+    ports:
+      - "8500:8500"
+      - "8501:8501"
+    volumes:
+      - .:/models/$name:ro
+    restart: unless-stopped
+"""
+
+_KUBERNETES = """\
+# kubectl apply -f kubernetes.yaml, with the content of this folder on the
+# volume that the claim $name-model binds.
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: $name
+  labels:
+    app: $name
+spec:
+  replicas: 1
+  selector:
+    matchLabels:
+      app: $name
+  template:
+    metadata:
+      labels:
+        app: $name
+    spec:
+      containers:
+        - name: serving
+          image: $image
+          args:
+            - --model_config_file=/models/$name/models.config
+            - --enable_batching=true
+            - --batching_parameters_file=/models/$name/batching_parameters.txt
+          ports:
+            - name: grpc
+              containerPort: 8500
+            - name: rest
+              containerPort: 8501
+          # Answers 200 only when a version is loaded and warmed up.
+          readinessProbe:
+            httpGet:
+              path: /v1/models/$name/metadata
+              port: rest
+            periodSeconds: 5
+          # The ports open after loading; a large model takes its time.
+          startupProbe:
+            tcpSocket:
+              port: grpc
+            periodSeconds: 5
+            failureThreshold: 120
+          livenessProbe:
+            tcpSocket:
+              port: grpc
+          resources:
+            requests:
+              cpu: "2"
+              memory: $memory
+          volumeMounts:
+            - name: model
+              mountPath: /models/$name
+              readOnly: true
+      volumes:
+        - name: model
+          persistentVolumeClaim:
+            claimName: $name-model
+            readOnly: true
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: $name
+spec:
+  selector:
+    app: $name
+  ports:
+    - name: grpc
+      port: 8500
+      targetPort: grpc
+    - name: rest
+      port: 8501
+      targetPort: rest
+"""
+
+
+def check_name(name):
+    """Raises ValueError unless the model can be called this everywhere."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
+        raise ValueError(
+            "`name` must be lower-case letters, digits and dashes, as it is "
+            "part of URLs and of Kubernetes names. "
+            f"Received: name={name!r}"
+        )
+
+
+def check_protos():
+    """Raises ValueError unless the protos of warm-up records are there."""
+    try:
+        import tensorflow_serving.apis.prediction_log_pb2  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "Warm-up requests need tensorflow-serving-api: "
+            "pip install 'cappa-tf[serving]'"
+        ) from error
+
+
+def write_warmup(path, service, name):
+    """Writes the requests that a server runs while it loads a version.
+
+    Args:
+        path: Folder of the version.
+        service: The `CaptionService` in it.
+        name: What the server calls the model.
+    """
+    file = os.path.join(path, WARMUP)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with tf.io.TFRecordWriter(file) as writer:
+        for record in warmup_records(service, name):
+            writer.write(record.SerializeToString())
+
+
+def warmup_records(service, name):
+    """`PredictionLog`s: every signature, one and several images, a bad one."""
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    picture = _noise(service.image_size)
+    records = []
+    for images in ([picture], [picture, picture, b"not a picture"]):
+        texts = np.array([["a photo", "a longer text"]] * len(images), object)
+        for signature in service.signatures():
+            inputs = {"image_bytes": images}
+            if signature == "score":
+                inputs["texts"] = texts
+            record = prediction_log_pb2.PredictionLog()
+            request = record.predict_log.request
+            request.model_spec.name = name
+            request.model_spec.signature_name = signature
+            for key, value in inputs.items():
+                request.inputs[key].CopyFrom(tf.make_tensor_proto(value))
+            records.append(record)
+    return records
+
+
+def _noise(size):
+    """A JPEG of random pixels."""
+    pixels = np.random.RandomState(0).randint(256, size=(*size, 3))
+    return tf.io.encode_jpeg(pixels.astype("uint8")).numpy()
+
+
+def write_configuration(output, service, name):
+    """Writes the files beside the versions, replacing those of earlier ones.
+
+    Args:
+        output: The model's folder.
+        service: `CaptionService`.
+        name: What the server calls the model.
+    """
+    values = {
+        "name": name,
+        "image": IMAGE,
+        "max_batch_size": service.max_batch_size,
+        "timeout": BATCH_TIMEOUT_MICROS,
+        "enqueued": MAX_ENQUEUED_BATCHES,
+        "threads": BATCH_THREADS,
+        # The weights twice (a version and its successor), and room to work.
+        "memory": f"{2 * service.num_bytes // 2**20 + 2048}Mi",
+    }
+    contents = {
+        "models.config": _MODELS,
+        "batching_parameters.txt": _BATCHING,
+        "docker-compose.yaml": _COMPOSE,
+        "kubernetes.yaml": _KUBERNETES,
+    }
+    for file_name, template in contents.items():
+        content = string.Template(template).substitute(values)
+        with files.replacing(os.path.join(output, file_name)) as unfinished:
+            pathlib.Path(unfinished).write_text(content)

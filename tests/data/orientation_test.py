@@ -1,0 +1,82 @@
+"""A photo is turned as Pillow turns it."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageOps
+
+from cappa_tf.data import images, orientation
+
+
+def _jpeg(pixels, exif=b""):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    random = np.random.RandomState(0)
+    small = random.randint(256, size=(3, 5, 3)).astype("uint8")
+    return np.asarray(Image.fromarray(small).resize((25, 15)))
+
+
+@pytest.fixture(scope="module")
+def upright():
+    """The function as a graph has it."""
+    return tf.function(
+        lambda encoded: orientation.turn(
+            images.decode(encoded), orientation.read(encoded)
+        ),
+        input_signature=[tf.TensorSpec([], tf.string)],
+    )
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_it_is_as_pillow_has_it(pixels, upright, number, order):
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x010F] = "a maker's name, which lies outside the directory"
+    exif[0x0112] = number
+    encoded = _jpeg(pixels, exif)
+    assert (b"MM\0*" in encoded[:40]) == (order == ">")
+    assert orientation.read(encoded).numpy() == number
+    decoded = Image.fromarray(images.decode(encoded).numpy())
+    decoded.getexif()[0x0112] = number
+    expected = np.asarray(ImageOps.exif_transpose(decoded))
+    np.testing.assert_array_equal(upright(encoded), expected)
+
+
+def test_what_does_not_say_stays_as_it_is(pixels, upright):
+    plain = _jpeg(pixels)
+    other = Image.Exif()
+    other[0x010F] = "a maker"
+    wrong = Image.Exif()
+    wrong[0x0112] = 9
+    for encoded in (plain, _jpeg(pixels, other), _jpeg(pixels, wrong)):
+        np.testing.assert_array_equal(upright(encoded), images.decode(encoded))
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG", exif=_exif(6))
+    np.testing.assert_array_equal(upright(png.getvalue()), pixels)
+
+
+def _exif(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
+
+
+def test_exif_data_may_end_anywhere(pixels):
+    """Cut or nonsensical data are no reason to refuse a picture."""
+    encoded = _jpeg(pixels, _exif(6))
+    start = encoded.index(b"Exif")
+    for length in range(len(encoded[: start + 40]) + 1):
+        assert orientation.read(encoded[:length]).numpy() in range(1, 9)
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        noise = random.bytes(40)
+        broken = encoded[: start + 6] + noise + encoded[start + 46 :]
+        assert orientation.read(broken).numpy() in range(1, 9)

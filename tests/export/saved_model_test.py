@@ -1,0 +1,530 @@
+"""A SavedModel answers like the captioner, whatever it is sent."""
+
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import shared_data
+from PIL import Image
+
+pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+
+import grpc
+import serving
+from google.protobuf import text_format
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from cappa_tf.data import picture_files
+from cappa_tf.evaluation import captioning, picture_captions
+from cappa_tf.export import saved_model, serving_files
+from cappa_tf.training import workdir
+
+TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
+
+
+def _png(width, height, pixels=b""):
+    """A PNG with the size in its header and nothing right after it."""
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
+    start = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + b"IHDR" + header
+    return start + pixels
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Files of every format and of many sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.RandomState(0)
+    suffixes = ("jpg", "png", "webp", "gif", "bmp")
+    for number in range(20):
+        height, width = random.randint(5, 80, size=2)
+        low = random.randint(256, size=(2, 3, 3)).astype("uint8")
+        image = Image.fromarray(low).resize((width, height))
+        image.save(folder / f"{number:02d}.{suffixes[number % 5]}")
+    # TensorFlow's own decoder would end the server at this one.
+    frames = [image.rotate(180)]
+    image.save(folder / "moving.webp", save_all=True, append_images=frames)
+    with Image.open(folder / "moving.webp") as moving:
+        assert moving.n_frames == 2
+    return sorted(map(str, folder.iterdir()))
+
+
+@pytest.fixture(scope="module")
+def contents(pictures):
+    return [picture_files.read(path) for path in pictures]
+
+
+@pytest.fixture(scope="module")
+def captioner(served):
+    model = workdir.load_captioner(served.run)
+    model.tokenizer = workdir.load_preprocessing(served.run)[0]
+    return model
+
+
+@pytest.fixture(scope="module")
+def broken(contents):
+    """Bytes that are no usable image, and what is said of them."""
+    unknown = "not a JPEG, PNG, GIF, BMP or WebP image"
+    undecodable = "image cannot be decoded"
+    reasons = {
+        b"text in place of bytes": unknown,
+        b"": unknown,
+        contents[0][: len(contents[0]) // 2]: undecodable,
+        _png(40, 40): undecodable,
+        _png(60_000, 60_000): "more than 1000000 pixels",
+    }
+    return {k: f"image_bytes: {reason}" for k, reason in reasons.items()}
+
+
+def _reader(run):
+    return picture_captions.PictureReader(**workdir.load_preprocessing(run)[1])
+
+
+def _rows_of_the_tool(run, paths):
+    """What tools/caption.py prints of each file."""
+    captioner = workdir.load_captioner(run)
+    tokenizer, _ = workdir.load_preprocessing(run)
+    rows = picture_captions.caption_pictures(
+        paths, _reader(run), captioning.CaptionDecoder(captioner, tokenizer, 32)
+    )
+    return [row for _, row, _ in rows]
+
+
+def _same_captions(served, paths, least_distinct):
+    rows = _rows_of_the_tool(served.run, paths)
+    files = [picture_files.read(path) for path in paths]
+    for start in range(0, len(paths), 8):
+        answer = served.predict("caption", image_bytes=files[start : start + 8])
+        for i, row in enumerate(rows[start : start + 8]):
+            assert answer["ok"][i] and not answer["error"][i]
+            assert answer["caption"][i].decode() == row.caption, row.key
+            assert answer["log_likelihood"][i] == pytest.approx(
+                row.log_likelihood, abs=1e-3
+            )
+    assert len({row.caption for row in rows}) >= least_distinct
+
+
+def test_captions_are_those_of_the_tool(served, pictures):
+    _same_captions(served, pictures, least_distinct=8)
+
+
+def test_captions_of_photos_are_those_of_the_tool(served):
+    folder = shared_data("flickr8k/images")
+    paths = picture_files.find_pictures([str(folder)])[:100]
+    _same_captions(served, paths, least_distinct=20)
+
+
+def test_photos_are_turned(served, tmp_path):
+    """As tools/caption.py does, which stores a turned one anew."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    upright, lying = tmp_path / "upright.png", tmp_path / "lying.jpg"
+    Image.fromarray(pixels).save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    turned.save(lying, exif=exif, quality=100)
+    contents = [path.read_bytes() for path in (upright, lying)]
+    contents.append(contents[1].replace(b"Exif", b"Exit"))
+    first, second, third = served.predict("embed", image_bytes=contents)[
+        "embedding"
+    ]
+    np.testing.assert_allclose(second, first, atol=0.05)
+    assert np.abs(third - first).max() > 0.2
+
+
+def test_caption_is_the_default(served, contents):
+    named = served.predict("caption", image_bytes=contents[:3])
+    default = served.predict("", image_bytes=contents[:3])
+    assert named.keys() == default.keys()
+    for key, value in named.items():
+        if key != "log_likelihood":
+            assert value.tolist() == default[key].tolist()
+
+
+def test_scores_are_the_captioners(served, captioner, pictures, contents):
+    reader = _reader(served.run)
+    images = np.stack([reader(path) for path in pictures[:3]])
+    expected = captioner.score(images, TEXTS).numpy()
+    shared = served.predict(
+        "score",
+        name=serving.UNBATCHED,
+        image_bytes=contents[:3],
+        texts=[TEXTS],
+    )
+    np.testing.assert_allclose(shared["log_likelihood"], expected, atol=1e-3)
+    own = np.array([TEXTS, TEXTS[::-1], TEXTS[2:] + TEXTS[:2]], object)
+    answer = served.predict("score", image_bytes=contents[:3], texts=own)
+    order = [[0, 1, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1]]
+    np.testing.assert_allclose(
+        answer["log_likelihood"],
+        np.take_along_axis(expected, np.array(order), axis=1),
+        atol=1e-3,
+    )
+    assert answer["ok"].all()
+
+
+def test_scores_do_not_depend_on_the_passes(served, captioner, contents):
+    """More texts than a pass holds, and not a multiple of it."""
+    texts = [f"{'red ' * (i % 4)}square" for i in range(70)]
+    answer = served.predict("score", image_bytes=contents[:1], texts=[texts])
+    few = served.predict("score", image_bytes=contents[:1], texts=[texts[:4]])
+    expected = np.tile(few["log_likelihood"], 18)[:, :70]
+    np.testing.assert_allclose(answer["log_likelihood"], expected, atol=1e-3)
+
+
+def test_embeddings_are_the_encoders(served, captioner, pictures, contents):
+    reader = _reader(served.run)
+    images = np.stack([reader(path) for path in pictures[:3]])
+    expected = captioner.vision_encoder(images)["pre_logits"]
+    answer = served.predict("embed", image_bytes=contents[:3])
+    np.testing.assert_allclose(answer["embedding"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("signature", ["caption", "score", "embed"])
+def test_bad_images_are_flagged_and_the_others_answered(
+    served, contents, broken, signature
+):
+    mixed = [contents[0], *broken, contents[1]]
+
+    def ask(images):
+        texts = {"texts": [TEXTS] * len(images)} if signature == "score" else {}
+        return served.predict(signature, image_bytes=images, **texts)
+
+    answer, good = ask(mixed), ask(contents[:2])
+    assert answer["ok"].tolist() == [True, *[False] * len(broken), True]
+    errors = [error.decode() for error in answer["error"]]
+    assert errors == ["", *broken.values(), ""]
+    for key in good.keys() - {"ok", "error"}:
+        ends = answer[key][[0, -1]]
+        if key == "caption":
+            assert ends.tolist() == good[key].tolist()
+        else:
+            np.testing.assert_allclose(ends, good[key], atol=1e-3)
+        assert not answer[key][1:-1].any()
+
+
+def test_an_image_alone_may_be_bad(served, broken):
+    for content, error in broken.items():
+        answer = served.predict("caption", image_bytes=[content])
+        assert answer["error"].tolist() == [error.encode()]
+
+
+def test_a_text_that_is_not_utf8_is_flagged(served, contents):
+    texts = np.array([["red", b"caf\xe9"], ["red", "caf\u00e9"]], object)
+    answer = served.predict("score", image_bytes=contents[:2], texts=texts)
+    assert answer["ok"].tolist() == [False, True]
+    assert answer["error"][0] == b"texts: a text is not UTF-8"
+
+
+MALFORMED = {
+    "no image": ("caption", {}, "image_bytes"),
+    "none of them": ("caption", {"image_bytes": []}, "image_bytes"),
+    "too many": ("embed", {"image_bytes": [b"x"] * 10_000}, "image_bytes"),
+    "a bare image": ("caption", {"image_bytes": b"x"}, "image_bytes"),
+    "no texts": ("score", {"image_bytes": [b"x"]}, "texts"),
+    "no text": ("score", {"image_bytes": [b"x"], "texts": [[]]}, "texts"),
+    "too many texts": (
+        "score",
+        {"image_bytes": [b"x"], "texts": [["a"] * 101]},
+        "texts",
+    ),
+    "texts of another batch": (
+        "score",
+        {"image_bytes": [b"x"] * 3, "texts": [["a"]] * 2},
+        "texts",
+    ),
+    "texts without a batch": (
+        "score",
+        {"image_bytes": [b"x"], "texts": ["a"]},
+        "texts",
+    ),
+    "an unknown input": (
+        "caption",
+        {"image_bytes": [b"x"], "pixels": [b"x"]},
+        "pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_request_names_the_input(served, contents, case):
+    signature, inputs, name = MALFORMED[case]
+    with pytest.raises(grpc.RpcError) as caught:
+        served.predict(signature, name=serving.UNBATCHED, **inputs)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert name in caught.value.details()
+    # A server that batches may have its own words, and lives on as well.
+    with pytest.raises(grpc.RpcError):
+        served.predict(signature, **inputs)
+    assert served.is_alive()
+    assert served.predict("caption", image_bytes=contents[:1])["ok"].all()
+
+
+def _answers(served, contents):
+    """What each file gets on its own."""
+    return {
+        "caption": [
+            served.predict("caption", image_bytes=[content])
+            for content in contents
+        ],
+        "embed": [
+            served.predict("embed", image_bytes=[content])
+            for content in contents
+        ],
+        "score": [
+            served.predict("score", image_bytes=[content], texts=[TEXTS])
+            for content in contents
+        ],
+    }
+
+
+def _client(served, contents, expected, seed, seconds):
+    """Asks until the time is over; returns (requests, wrong answers)."""
+    random = np.random.RandomState(seed)
+    asked, wrong = 0, []
+    end = time.monotonic() + seconds
+    with grpc.insecure_channel(served.grpc) as channel:
+        stub = serving.prediction_service_pb2_grpc.PredictionServiceStub(
+            channel
+        )
+        while time.monotonic() < end:
+            signature = random.choice(["caption", "caption", "embed", "score"])
+            rows = random.randint(len(contents), size=random.randint(1, 9))
+            inputs = {"image_bytes": [contents[row] for row in rows]}
+            texts = random.permutation(len(TEXTS))[: random.randint(1, 5)]
+            if signature == "score":
+                inputs["texts"] = [[TEXTS[t] for t in texts]] * len(rows)
+            answer = serving.arrays(
+                stub.Predict(
+                    serving.predict_request(signature, **inputs), timeout=60
+                )
+            )
+            asked += 1
+            for i, row in enumerate(rows):
+                right = expected[signature][row]
+                if not _is_right(signature, answer, i, right, texts):
+                    wrong.append((signature, row, answer))
+    return asked, wrong
+
+
+def _is_right(signature, answer, i, right, texts):
+    if answer["ok"][i] != right["ok"][0]:
+        return False
+    if answer["error"][i] != right["error"][0]:
+        return False
+    if signature == "embed":
+        pair = answer["embedding"][i], right["embedding"][0]
+    elif signature == "score":
+        # Columns on the right come from sharing a batch with more texts.
+        got = answer["log_likelihood"][i][: len(texts)]
+        pair = got, right["log_likelihood"][0][texts]
+    else:
+        if answer["caption"][i] != right["caption"][0]:
+            return False
+        pair = answer["log_likelihood"][i], right["log_likelihood"][0]
+    return np.allclose(*pair, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "seconds", [4, pytest.param(60, marks=pytest.mark.slow)]
+)
+def test_concurrent_clients_get_their_own_answers(
+    served, contents, broken, seconds
+):
+    files = [*contents[:10], next(iter(broken))]
+    expected = _answers(served, files)
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        results = list(
+            pool.map(
+                lambda seed: _client(served, files, expected, seed, seconds),
+                range(32),
+            )
+        )
+    assert sum(asked for asked, _ in results) >= 64
+    assert [wrong for _, some in results for wrong in some] == []
+    assert served.is_alive()
+
+
+def test_the_server_ran_the_warm_up_requests(served):
+    file = served.model / "1" / "assets.extra" / "tf_serving_warmup_requests"
+    records = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        for record in tf.data.TFRecordDataset(str(file))
+    ]
+    assert served.warmed_up == len(records)
+    requests = [record.predict_log.request for record in records]
+    signatures = {request.model_spec.signature_name for request in requests}
+    assert signatures == {"serving_default", "caption", "score", "embed"}
+    sizes = {
+        request.inputs["image_bytes"].tensor_shape.dim[0].size
+        for request in requests
+    }
+    assert sizes == {1, 3}
+
+
+def test_saved_model_cli_runs_it(served, pictures, tmp_path):
+    """The command of TensorFlow, with TensorFlow Text's ops loaded."""
+    inputs = tmp_path / "images.npy"
+    with open(pictures[1], "rb") as file:
+        content = file.read()
+    np.save(inputs, np.array([content]))
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import tensorflow_text\n"
+            "from tensorflow.python.tools import saved_model_cli\n"
+            "saved_model_cli.main()",
+            "run",
+            f"--dir={served.model / '1'}",
+            "--tag_set=serve",
+            "--signature_def=caption",
+            f"--inputs=image_bytes={inputs}",
+            f"--outdir={tmp_path}",
+        ],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Result for output key caption" in result.stdout
+    answer = served.predict("caption", image_bytes=[content])
+    np.testing.assert_allclose(
+        np.load(tmp_path / "log_likelihood.npy"),
+        answer["log_likelihood"],
+        atol=1e-3,
+    )
+
+
+def test_nothing_is_compiled_by_xla(served):
+    """A GPU server does not load what is (tensorflow/serving#2214)."""
+    graph = (served.model / "1" / "saved_model.pb").read_bytes()
+    (meta,) = saved_model_pb2.SavedModel.FromString(graph).meta_graphs
+    functions = meta.graph_def.library.function
+    nodes = [*meta.graph_def.node, *(n for f in functions for n in f.node_def)]
+    assert not any(
+        value.attr["_XlaMustCompile"].b
+        for value in [*nodes, *functions]
+        if "_XlaMustCompile" in value.attr
+    )
+
+
+def test_files_beside_the_versions_fit_it(served):
+    config = text_format.Parse(
+        (served.model / "models.config").read_text(),
+        model_server_config_pb2.ModelServerConfig(),
+    )
+    (model,) = config.model_config_list.config
+    assert model.name == serving.NAME
+    assert model.base_path == f"/models/{serving.NAME}"
+    batching = (served.model / "batching_parameters.txt").read_text()
+    # Larger ones the graph would refuse, those of other clients with them.
+    assert f"max_batch_size {{ value: {serving.MAX_BATCH_SIZE} }}" in batching
+
+
+def test_manifests_start_the_server_on_these_files(served):
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load((served.model / "docker-compose.yaml").read_text())
+    deployment, service = yaml.safe_load_all(
+        (served.model / "kubernetes.yaml").read_text()
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (composed,) = compose["services"].values()
+    assert container["args"] == composed["command"]
+    assert container["image"] == composed["image"]
+    mount = f"/models/{serving.NAME}"
+    assert container["volumeMounts"][0]["mountPath"] == mount
+    assert composed["volumes"] == [f".:{mount}:ro"]
+    for path in re.findall(rf"={mount}/(\S+)", " ".join(composed["command"])):
+        assert (served.model / path).is_file()
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {"grpc": 8500, "rest": 8501}
+
+
+def _only_make_the_folder(module, path, signatures):
+    os.mkdir(path)
+
+
+def test_a_version_is_there_whole_or_not_at_all(served, tmp_path, monkeypatch):
+    def full_disk(path, *_):
+        assert os.path.isdir(path)
+        raise OSError("No space left on device")
+
+    service = serving.service(served.run)
+    monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
+    monkeypatch.setattr(serving_files, "write_warmup", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        saved_model.export_saved_model(tmp_path, service)
+    assert os.listdir(tmp_path) == []
+
+
+def test_versions_count_up_and_are_never_replaced(
+    served, tmp_path, monkeypatch
+):
+    # What is tested is where it is written.
+    monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
+    service = serving.service(served.run)
+
+    def export(**options):
+        path = saved_model.export_saved_model(tmp_path, service, **options)
+        return os.path.relpath(path, tmp_path)
+
+    assert export() == "1"
+    assert export(version=7) == "7"
+    assert export() == "8"
+    with pytest.raises(ValueError, match="version=7, but .*7 exists"):
+        export(version=7)
+    with pytest.raises(ValueError, match="`version` must be an integer >= 1"):
+        export(version=0)
+    with pytest.raises(ValueError, match="`name` must be lower-case"):
+        export(name="Cap/tioner")
+
+
+def test_limits_are_checked(served):
+    with pytest.raises(ValueError, match="at most the decoder's 8"):
+        serving.service(served.run, max_length=9)
+    with pytest.raises(ValueError, match="`max_batch_size` must be"):
+        serving.service(served.run, max_batch_size=0)
+
+
+def test_a_real_server(contents):
+    """Against `tensorflow_model_server`, where there is one.
+
+    SERVING_ADDRESS is its gRPC address, SERVING_MODEL the model's name.
+    """
+    address = os.environ.get("SERVING_ADDRESS")
+    if address is None:
+        pytest.skip("no real server: set SERVING_ADDRESS=host:port (gRPC)")
+    name = os.environ.get("SERVING_MODEL", "captioner")
+    with grpc.insecure_channel(address) as channel:
+        stub = serving.prediction_service_pb2_grpc.PredictionServiceStub(
+            channel
+        )
+
+        def ask(signature, **inputs):
+            request = serving.predict_request(signature, name, **inputs)
+            return serving.arrays(stub.Predict(request, timeout=60))
+
+        images = [contents[0], b"no image", contents[1]]
+        answer = ask("caption", image_bytes=images)
+        assert answer["ok"].tolist() == [True, False, True]
+        assert answer["error"][1].startswith(b"image_bytes: ")
+        scores = ask("score", image_bytes=images, texts=[TEXTS] * 3)
+        assert scores["log_likelihood"].shape == (3, len(TEXTS))
+        assert ask("embed", image_bytes=images)["ok"].tolist()[1] is False
+        with pytest.raises(grpc.RpcError):
+            ask("caption", image_bytes=[b"x"] * 10_000)
+        with pytest.raises(grpc.RpcError, match="image_bytes"):
+            ask("caption")
+        assert ask("caption", image_bytes=images[:1])["ok"].all()

@@ -1,0 +1,99 @@
+"""tools/export.py: from a run's folder to what others open."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from harness import randomize
+
+import cappa_tf
+from cappa_tf.training import workdir
+from tools import export
+
+
+def run(**values):
+    """Parses flags like the program and exports."""
+    flag_values = flags.FlagValues()
+    export.define_flags(flag_values)
+    flag_values(["export", *(f"--{n}={v}" for n, v in values.items())])
+    return export.export(flag_values)
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    model = tiny.make_model(40)
+    model.build()
+    randomize(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run_folder(captioner, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    workdir.save_captioner(str(folder), captioner)
+    return folder
+
+
+def images(size=16):
+    rng = np.random.default_rng(0)
+    return rng.uniform(-1, 1, (2, size, size, 3)).astype("float32")
+
+
+def test_backbone_is_the_encoder_of_the_run(captioner, run_folder, tmp_path):
+    path = tmp_path / "encoder.keras"
+    said = run(what="backbone", checkpoint=run_folder, output=path)
+    assert "16 x 16" in said and "encoder.keras" in said
+    encoder = keras.saving.load_model(path)
+    expected = captioner.vision_encoder(images())
+    for name, value in encoder(images()).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_another_size_at_export_or_on_load(run_folder, tmp_path):
+    same, larger = tmp_path / "same.keras", tmp_path / "larger.keras"
+    given = {"what": "backbone", "checkpoint": run_folder}
+    run(output=same, **given)
+    run(output=larger, image_size="32", **given)
+    first = keras.saving.load_model(larger)(images(32))
+    second = cappa_tf.load_backbone(same, image_size=32)(images(32))
+    assert first["encoded"].shape == (2, 16, 16)
+    np.testing.assert_array_equal(first["encoded"], second["encoded"])
+
+
+@pytest.mark.parametrize("what", ["siglip", "timm"])
+def test_folders_for_pytorch(what, run_folder, tmp_path):
+    safetensors = pytest.importorskip(
+        "safetensors.numpy", reason="needs pip install '.[interop]'"
+    )
+    folder = tmp_path / what
+    encoder = tmp_path / "encoder.keras"
+    # From a run, or from an encoder that was exported before.
+    run(what="backbone", checkpoint=run_folder, output=encoder)
+    run(what=what, checkpoint=encoder, output=folder, image_size="24")
+    json.loads((folder / "config.json").read_text())
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    size = keras.saving.load_model(encoder).count_params()
+    # 9 patches in place of 4, of width 16.
+    assert sum(t.size for t in tensors.values()) == size + 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"what": "backbone", "output": "x.h5"}, "--output=x.h5"),
+        ({"what": "backbone", "output": "x.keras", "image_size": "a"}, "=a$"),
+        ({"what": "siglip", "output": "x", "checkpoint": "nowhere"}, "nowhere"),
+        ({"what": "timm", "output": "x", "image_size": "20"}, r"\(20, 20\)"),
+    ],
+)
+def test_wrong_flags_are_named(values, named, run_folder):
+    with pytest.raises(ValueError, match=named):
+        run(**{"checkpoint": run_folder, **values})
+
+
+def test_what_is_not_in_the_table_is_refused(run_folder):
+    with pytest.raises(flags.IllegalFlagValueError, match="backbone"):
+        run(what="onnx", checkpoint=run_folder, output="x")

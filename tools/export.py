@@ -1,0 +1,211 @@
+"""Exports a trained model to other people's programs.
+
+    python tools/export.py --what=backbone --checkpoint=runs/mine \
+        --output=encoder.keras --image_size=384
+    python tools/export.py --what=siglip --checkpoint=runs/mine --output=hf
+    python tools/export.py --what=timm --checkpoint=runs/mine --output=timm
+    python tools/export.py --what=saved_model --checkpoint=runs/mine \
+        --output=models/captioner
+
+backbone: the vision encoder as a Keras file, which opens with TensorFlow, JAX
+or PyTorch. siglip: a folder for `transformers.SiglipVisionModel`. timm: a
+folder for `timm.create_model("local-dir:...")`. saved_model: the captioner for
+TensorFlow Serving, in a new VERSION below the folder, with the files beside it
+that a server is started with.
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+
+from cappa_tf.checks import parse_height_width
+
+
+def define_flags(flag_values=flags.FLAGS):
+    """Defines the flags of this tool."""
+    where = {"flag_values": flag_values}
+    flags.DEFINE_enum(
+        "what", None, list(EXPORTS), "What to write.", required=True, **where
+    )
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Folder of a run, or a .keras file of a captioner or an encoder.",
+        required=True,
+        **where,
+    )
+    flags.DEFINE_enum(
+        "weights",
+        "auto",
+        ["auto", "final", "best", "latest"],
+        "Which weights of the run: at its end, best by validation, of the "
+        "newest checkpoint, or the first of these that is there.",
+        **where,
+    )
+    flags.DEFINE_string(
+        "output", None, "File or folder to write.", required=True, **where
+    )
+    flags.DEFINE_list(
+        "image_size",
+        None,
+        "Side of the images in pixels, or HEIGHT,WIDTH, if it is not that of "
+        "training: learned positions are resampled. Not for saved_model.",
+        **where,
+    )
+    _define_serving_flags(where)
+
+
+def _define_serving_flags(where):
+    """What only --what=saved_model takes; None is the function's default."""
+    flags.DEFINE_string(
+        "name", None, "saved_model: what the server calls it.", **where
+    )
+    numbers = {
+        "version": "number of the version; one more than the highest",
+        "max_length": "longest caption in tokens; the decoder's",
+        "max_batch_size": "most images at once; 32",
+        "max_texts": "most texts to score for an image; 1,000",
+        "max_pixels": "images of more are refused; the limit of the run",
+    }
+    for name, meaning in numbers.items():
+        flags.DEFINE_integer(
+            name, None, f"saved_model: {meaning} by default.", 1, **where
+        )
+
+
+def export(options):
+    """Reads a checkpoint and writes what was asked for.
+
+    Args:
+        options: The parsed flags.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: If flags contradict each other, the checkpoint is none,
+            or the wanted form cannot hold the model.
+    """
+    parse_height_width("image_size", options.image_size)
+    if options.what != "saved_model":
+        _refuse(options, SERVING_FLAGS)
+    return EXPORTS[options.what](options)
+
+
+def _backbone(options):
+    if not options.output.endswith(".keras"):
+        raise ValueError(
+            f"--output must end in .keras. Received: --output={options.output}"
+        )
+    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    from cappa_tf.export import keras_backbone
+
+    encoder = _encoder(options)
+    keras_backbone.save_backbone(encoder, options.output)
+    return _described(options, "vision encoder for Keras", encoder)
+
+
+def _siglip(options):
+    from cappa_tf.export import torch_vit
+
+    encoder = _encoder(options)
+    torch_vit.save_siglip(encoder, options.output)
+    return _described(options, "SiglipVisionModel", encoder)
+
+
+def _timm(options):
+    from cappa_tf.export import torch_vit
+
+    encoder = _encoder(options)
+    torch_vit.save_timm(encoder, options.output)
+    return _described(options, "timm VisionTransformer", encoder)
+
+
+def _saved_model(options):
+    _refuse(options, ["image_size"])
+    from cappa_tf.export import saved_model
+    from cappa_tf.training import workdir
+
+    def given(*names):
+        values = {name: options[name].value for name in names}
+        return {k: v for k, v in values.items() if v is not None}
+
+    tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
+    service = saved_model.CaptionService(
+        workdir.load_captioner(options.checkpoint, options.weights),
+        tokenizer,
+        picture,
+        **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
+    )
+    path = saved_model.export_saved_model(
+        options.output, service, **given("name", "version")
+    )
+    height, width = service.image_size
+    return (
+        f"{path}: captioner for TensorFlow Serving, "
+        f"{service.num_bytes / 2**20:.0f} MiB of weights, images of "
+        f"{height} x {width} pixels"
+    )
+
+
+# What --what names; each writes --output and says what it wrote.
+EXPORTS = {
+    "backbone": _backbone,
+    "siglip": _siglip,
+    "timm": _timm,
+    "saved_model": _saved_model,
+}
+SERVING_FLAGS = (
+    "name version max_length max_batch_size max_texts max_pixels"
+).split()
+
+
+def _refuse(options, names):
+    """Raises ValueError if one of these flags was given."""
+    for name in names:
+        if options[name].value is not None:
+            raise ValueError(
+                f"--{name} does not go with --what={options.what}. "
+                f"Received: --{name}={options[name].value}"
+            )
+
+
+def _encoder(options):
+    """The vision encoder of --checkpoint, at --image_size."""
+    from cappa_tf.export import keras_backbone
+    from cappa_tf.training import workdir
+
+    model = workdir.load_captioner(options.checkpoint, options.weights)
+    encoder = getattr(model, "vision_encoder", model)
+    size = parse_height_width("image_size", options.image_size)
+    if size is None:
+        return encoder
+    return keras_backbone.rebuilt(encoder, image_size=size)
+
+
+def _described(options, kind, encoder):
+    height, width = encoder.image_size
+    return (
+        f"{options.output}: {kind}, {encoder.count_params():,} parameters, "
+        f"images of {height} x {width} pixels"
+    )
+
+
+def main(argv):
+    """Exports; errors of the input are one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    try:
+        print(export(flags.FLAGS))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"export: {error}") from None
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
