@@ -150,7 +150,7 @@ def count_records(path, companion=None):
     size = tf.io.gfile.stat(path).length
     count = position = 0
     # A record: length (8 bytes), its checksum (4), content, checksum (4).
-    with tf.io.gfile.GFile(path, "rb") as file:
+    with index.open_binary(path) as file:
         while position + 16 <= size:
             file.seek(position)
             (length,) = struct.unpack("<Q", file.read(8))
