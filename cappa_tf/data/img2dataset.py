@@ -111,8 +111,8 @@ class _NamedRecords(TFRecordFiles):
             )
         key = values([names["key"]])
         label = None
-        if names["label"] in feature:
-            label = feature[names["label"]].int64_list.value[0]
+        if names["label"] is not None and names["label"] in feature:
+            label = next(iter(feature[names["label"]].int64_list.value), None)
         return tfrecord.Example(
             key=key[0].decode(errors="replace") if key else "",
             image=image[0],
