@@ -111,8 +111,8 @@ class _NamedRecords(TFRecordFiles):
             )
         key = values([names["key"]])
         label = None
-        if names["label"] in feature:
-            label = feature[names["label"]].int64_list.value[0]
+        if names["label"] is not None and names["label"] in feature:
+            label = next(iter(feature[names["label"]].int64_list.value), None)
         return tfrecord.Example(
             key=key[0].decode(errors="replace") if key else "",
             image=image[0],
@@ -150,7 +150,7 @@ def count_records(path, companion=None):
     size = tf.io.gfile.stat(path).length
     count = position = 0
     # A record: length (8 bytes), its checksum (4), content, checksum (4).
-    with tf.io.gfile.GFile(path, "rb") as file:
+    with index.open_binary(path) as file:
         while position + 16 <= size:
             file.seek(position)
             (length,) = struct.unpack("<Q", file.read(8))

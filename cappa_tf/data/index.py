@@ -225,6 +225,24 @@ class Index:
         return path.removeprefix(self._root).lstrip("/")
 
 
+def open_binary(path):
+    """Opens a file for reading, wherever it is.
+
+    A seek of TensorFlow's own takes 0.1 ms in Python, of which scans do many.
+    """
+    if "://" in path:
+        return _Remote(path, "rb")
+    return open(path, "rb")
+
+
+class _Remote(tf.io.gfile.GFile):
+    """Whose `seek` returns the position, as that of other files does."""
+
+    def seek(self, offset=0, whence=0):
+        super().seek(offset, whence)
+        return self.tell()
+
+
 def write_whole(path, content):
     """Writes text under a name of its own, then renames.
 

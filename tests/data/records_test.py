@@ -265,6 +265,8 @@ def test_what_tfds_has_not_is_named(sources, tmp_path):
 
 def test_records_of_other_features_are_named(sources):
     source = sources["img2dataset"]
+    plain = img2dataset.TFRecords(source._path).split("train")
+    assert {e.label for e in plain.read_examples()} == {None}
     source = img2dataset.TFRecords(source._path, image=["png"])
     data = make(source)
     with pytest.raises((tf.errors.OpError, ValueError)):
