@@ -31,8 +31,12 @@ def _example(i):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     words = [random.choice(COLOURS), random.choice(THINGS)]
-    captions = [" ".join(words[: 1 + j % 2] * (1 + j)) for j in range(1 + i % 3)]
-    return tfrecord.Example(key=f"{i}", image=file.getvalue(), captions=captions)
+    captions = [
+        " ".join(words[: 1 + j % 2] * (1 + j)) for j in range(1 + i % 3)
+    ]
+    return tfrecord.Example(
+        key=f"{i}", image=file.getvalue(), captions=captions
+    )
 
 
 def write_data(folder):
@@ -102,7 +106,18 @@ def run(folder, workdir, **overrides):
     return train(workdir=workdir, **arguments | overrides)
 
 
-def worker(index, folder, workdir, blow=None, **overrides):
+def plain_run(folder, workdir):
+    """Trains only, and saves every other step; deterministic."""
+    run(
+        folder,
+        workdir,
+        eval_data=None,
+        final_evaluation=False,
+        checkpoint_steps=2,
+    )
+
+
+def worker(index, folder, workdir, blow=None, sample_images=0):
     """A host of a run on several.
 
     Args:
@@ -111,11 +126,11 @@ def worker(index, folder, workdir, blow=None, **overrides):
         workdir: Of the run.
         blow: Optional (host, step, signal): what that host sends itself after
             that step.
-        **overrides: See `run`.
+        sample_images: See `train`.
     """
     if blow is not None and blow[0] == index:
         signal_after(*blow[1:])
-    figures = run(folder, workdir, strategy="auto", **overrides)
+    figures = run(folder, workdir, strategy="auto", sample_images=sample_images)
     print("figures", figures, flush=True)
 
 
