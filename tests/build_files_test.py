@@ -78,7 +78,8 @@ def test_every_python_file_is_in_one_target_of_the_right_kind(targets):
     expected = {}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
-            kind = "py_binary" if folder == "tools" else "py_library"
+            is_tool = path.parent == ROOT / "tools"
+            kind = "py_binary" if is_tool else "py_library"
             is_test = path.name.endswith("_test.py")
             name = path.relative_to(ROOT).as_posix()
             expected[name] = ["py_test" if is_test else kind]

@@ -3,7 +3,7 @@
     python tools/update_build.py
 
 Run it after adding, removing or renaming a Python file, or after importing a
-new package: one py_library for each folder of cappa_tf, one py_binary for each
+new package: one py_library for each folder of modules, one py_binary for each
 tool, one py_test for each test file. tests/build_files_test.py fails until
 then. tools/requirements_lock.txt, which Bazel installs from, is made anew by
 `pip install -e '.[test]' && pip freeze --exclude-editable`.
@@ -82,7 +82,8 @@ def _label(parts):
         is_folder = len(parts) > 1 and (ROOT / folder).is_dir()
         return {f"//{folder}" if is_folder else "//cappa_tf"}
     if parts[0] == "tools" and len(parts) > 1:
-        return {f"//tools:{parts[1]}"}
+        is_folder = (ROOT / "tools" / parts[1]).is_dir()
+        return {f"//tools{'/' if is_folder else ':'}{parts[1]}"}
     helper = parts[1] if parts[0] == "tests" and len(parts) > 1 else parts[0]
     if (ROOT / "tests" / f"{helper}.py").is_file():
         return {"//tests:helpers"}
@@ -118,7 +119,7 @@ def _file(kind, rules, test_only=False):
 
 
 def library(folder):
-    """BUILD of a folder of cappa_tf: one py_library with the folder's name."""
+    """BUILD of a folder of modules: one py_library with the folder's name."""
     paths = sorted(folder.glob("*.py"))
     label = f"//{folder.relative_to(ROOT).as_posix()}"
     labels = dependencies(paths, label)
@@ -208,7 +209,7 @@ def build_files():
         "gin/BUILD": HEADER + CONFIGURATIONS,
         "tools/BUILD": binaries(ROOT / "tools"),
     }
-    for folder in _folders("cappa_tf"):
+    for folder in _folders("cappa_tf") + _folders("tools/benchmarks"):
         found[f"{folder.relative_to(ROOT)}/BUILD"] = library(folder)
     for folder in _folders("tests"):
         found[f"{folder.relative_to(ROOT)}/BUILD"] = tests(folder)

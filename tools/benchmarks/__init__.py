@@ -1,0 +1,61 @@
+"""One module a benchmark of tools/benchmark.py, and what they share."""
+
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+
+_TOOL = pathlib.Path(__file__).resolve().parents[1] / "benchmark.py"
+
+
+def in_turns(ways, rounds, measure):
+    """Measures each way several times, in turns.
+
+    What else a machine does then slows all ways alike.
+
+    Args:
+        ways: Names.
+        rounds: How often.
+        measure: Function of a name to a dict of numbers.
+
+    Returns:
+        A dict way -> dict of the medians of its numbers.
+    """
+    results = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            results[way].append(measure(way))
+    return {
+        way: {
+            key: statistics.median(result[key] for result in found)
+            for key in found[0]
+        }
+        for way, found in results.items()
+    }
+
+
+def in_a_process(name, **flags):
+    """Runs a benchmark in a fresh process, so that peaks do not mix.
+
+    Args:
+        name: Name of the benchmark.
+        **flags: Its flags; those that are None are left out.
+
+    Returns:
+        The JSON value in the last line it prints.
+    """
+    given = [f"--{k}={v}" for k, v in flags.items() if v is not None]
+    output = subprocess.run(
+        [sys.executable, str(_TOOL), name, *given],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def peak_bytes():
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
