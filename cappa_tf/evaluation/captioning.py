@@ -225,7 +225,7 @@ class CaptionDecoder:
             )
         metrics = summarize(rows) | {"nll_per_token": nll / tokens}
         if corpus_scores:
-            metrics |= _corpus_scores(rows)
+            metrics |= corpus_scores(rows).corpus
         return CaptionResult(rows, metrics)
 
     def _fill(self, images):
@@ -341,9 +341,11 @@ def summarize(rows):
     }
 
 
-def _corpus_scores(rows):
+def corpus_scores(rows, meteor=False):
+    """`caption_metrics.Scores` of rows, which are numbered from 0."""
     # Numbered, because nothing keeps two images from having one key.
     return caption_metrics.score_captions(
         {i: row.caption for i, row in enumerate(rows)},
         {i: row.references for i, row in enumerate(rows)},
+        meteor,
     )

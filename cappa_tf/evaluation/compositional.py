@@ -130,7 +130,9 @@ def _scored(scorer, images, choices):
         list(dict.fromkeys(itertools.chain(*(c.texts for c in some))))
         for some in choices
     ]
-    found = {mode: scorer.captions(images, texts, mode) for mode in scorer.modes}
+    found = {
+        mode: scorer.captions(images, texts, mode) for mode in scorer.modes
+    }
     for i, some in enumerate(choices):
         position = {text: k for k, text in enumerate(texts[i])}
         for choice in some:
@@ -193,8 +195,8 @@ class FileChoices(Compositional):
         for choice in self.read():
             by_part[choice.image, choice.box].append(choice)
         # Pictures with equally many texts share a batch: less padding.
-        parts = sorted(by_part.values(), key=len, reverse=True)
-        for choices in parts[: self._limit]:
+        parts = list(by_part.values())[: self._limit]
+        for choices in sorted(parts, key=len, reverse=True):
             try:
                 path, box = self._path(choices[0]), choices[0].box
                 yield reader(path, box), choices

@@ -39,9 +39,7 @@ class Evaluator:
 
     def __init__(self, name: str):
         if not isinstance(name, str) or not name:
-            raise ValueError(
-                f"`name` must be a word. Received: name={name!r}"
-            )
+            raise ValueError(f"`name` must be a word. Received: name={name!r}")
         self.name = name
 
     def open(self):

@@ -46,7 +46,9 @@ def parse(caption):
     """The `Scene` or `Print` of a caption; None for one of another kind."""
     if found := _SCENE.fullmatch(caption):
         first, second = (
-            scenes.Thing(*(found[f"{a}_{i}"] for a in ("size", "color", "shape")))
+            scenes.Thing(
+                *(found[f"{a}_{i}"] for a in ("size", "color", "shape"))
+            )
             for i in (1, 2)
         )
         return scenes.Scene(first, found["relation"], second)

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 
 from cappa_tf.checks import check_choice, check_counts
+from cappa_tf.evaluation.captioning import CaptionDecoder
 from cappa_tf.evaluation.picture_captions import PictureReader
 
 # How a text is scored: left to right as captions are written; all tokens at
@@ -50,6 +51,11 @@ class Scorer:
     def reader(self):
         """Reads picture files as the model takes them."""
         return PictureReader(**self.preprocessing)
+
+    @functools.cached_property
+    def decoder(self):
+        """Captions B images at once."""
+        return CaptionDecoder(self.captioner, self.tokenizer, self.batch_size)
 
     @property
     def modes(self):

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from cappa_tf.checks import check_choice
+from cappa_tf.checks import check_choice, check_counts
 from cappa_tf.evaluation.evaluator import Evaluator, Report, table
 from cappa_tf.evaluation.labelled import RESIZES, LabelledImages
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
@@ -100,6 +100,7 @@ class ZeroShot(Evaluator):
         templates: M texts with {} where the name goes.
         resize: "squash" or "resize_small", the whole picture or its middle.
         parallel: Whether to score in parallel mode, too.
+        limit: Only the first pictures.
         name: See `Evaluator`.
     """
 
@@ -112,16 +113,18 @@ class ZeroShot(Evaluator):
         templates: list | tuple = DEFAULT_TEMPLATES,
         resize="squash",
         parallel=False,
+        limit: int | None = None,
         name="zero_shot",
     ):
         super().__init__(name)
         check_choice(RESIZES, resize=resize)
+        check_counts(optional=True, limit=limit)
         prompts(["name"], templates)
         self._path, self._split = os.fspath(path), split
         self._class_names = class_names
         self._templates = templates
         self._resize = resize
-        self._parallel = parallel
+        self._parallel, self._limit = parallel, limit
 
     def open(self):
         """See `Evaluator`."""
@@ -152,7 +155,9 @@ class ZeroShot(Evaluator):
         modes = (AUTOREGRESSIVE, PARALLEL)[: 1 + self._parallel]
         texts = prompts(names, self._templates)
         scores, labels = {mode: [] for mode in modes}, []
-        for images, numbers in data.batches(scorer.batch_size):
+        for images, numbers in _first(
+            data.batches(scorer.batch_size), self._limit
+        ):
             if numbers.max() >= len(names):
                 raise ValueError(
                     f"A label has no name. Received: label {numbers.max()} "
@@ -205,3 +210,14 @@ class ZeroShot(Evaluator):
             "skipped": dict(skipped),
         }
         return Report(metrics, lines, details)
+
+
+def _first(batches, limit):
+    """The first `limit` pictures of batches, all without a limit."""
+    left = float("inf") if limit is None else limit
+    for images, labels in batches:
+        count = int(min(left, len(labels)))
+        yield images[:count], labels[:count]
+        left -= count
+        if not left:
+            return
