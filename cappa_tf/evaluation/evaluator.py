@@ -76,7 +76,7 @@ def table(header, rows):
     Returns:
         A list of strings.
     """
-    cells = [[*header], *([_cell(value) for value in row] for row in rows)]
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return [
         "  ".join(

@@ -72,10 +72,15 @@ class Scorer:
 
     def tokens(self, texts):
         """Token ids int32 [T, L], L the longest text rounded up to 8."""
-        ids = np.asarray(self.tokenizer(list(texts)), np.int32)
-        longest = int((ids != self.tokenizer.pad_id).sum(-1).max(initial=1))
-        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        return ids[:, :length]
+        return _cut(self._whole(texts), self.tokenizer.pad_id)
+
+    def _whole(self, texts):
+        """Token ids int32 [T, L] of the tokenizer's length.
+
+        What parallel mode is given: there the number of MASK positions
+        matters, and in training it is this.
+        """
+        return np.asarray(self.tokenizer(list(texts)), np.int32)
 
     def count_tokens(self, texts):
         """Tokens of each text, eos counted: int64 [T]."""
@@ -93,7 +98,8 @@ class Scorer:
             float64 [images, T].
         """
         self.check_mode(mode)
-        count, ids = len(images), self.tokens(texts)
+        count = len(images)
+        ids = self._whole(texts) if mode == PARALLEL else self.tokens(texts)
         if mode == BLIND:
             scores = self.captioner.score(None, ids)  # -> [1, T]
             return np.repeat(np.asarray(scores, np.float64), count, axis=0)
@@ -133,15 +139,16 @@ class Scorer:
         for start in range(0, most, _TEXTS_PER_PASS):
             some = [t[start : start + _TEXTS_PER_PASS] for t in texts]
             scores = self.captioner.score_captions(
-                images, self._padded(some), parallel=mode == PARALLEL
+                images, self._padded(some, mode), parallel=mode == PARALLEL
             )
             parts.append(np.asarray(scores, np.float64))
         scores = np.concatenate(parts, axis=1)
         return [row[: len(some)] for row, some in zip(scores, texts)]
 
-    def _padded(self, texts):
+    def _padded(self, texts, mode):
         """int32 [B, K, L] of ragged lists; what is missing is padding."""
-        ids = self.tokens([text for some in texts for text in some])
+        flat = [text for some in texts for text in some]
+        ids = self._whole(flat) if mode == PARALLEL else self.tokens(flat)
         most = max(map(len, texts))
         labels = np.zeros((self.batch_size, most, ids.shape[1]), np.int32)
         counts = np.array([len(some) for some in texts])
@@ -159,3 +166,9 @@ class Scorer:
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+
+
+def _cut(ids, pad_id):
+    """Drops positions that are padding in all of ids [T, L]."""
+    longest = int((ids != pad_id).sum(-1).max(initial=1))
+    return ids[:, : -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE]
