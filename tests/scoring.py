@@ -15,6 +15,7 @@ PREPROCESSING = {
     "resize": "squash",
     "resize_small": 18,
     "antialias": False,
+    "reduced_decode": False,
     "max_pixels": None,
 }
 # As many colours as `tiny.WORDS` names.
@@ -35,9 +36,15 @@ class Knowing:
         self._tokenizer, self._prior = tokenizer, prior
 
     def score(self, images, labels, *, parallel=False):
-        count = 1 if images is None else len(images)
+        count = 1 if images is None else images.shape[0]
         labels = np.repeat(np.asarray(labels)[None], count, axis=0)
-        return self.score_captions(images, labels, parallel=parallel)
+        if images is None:
+            return self.score_captions(None, labels)
+        return tf.numpy_function(
+            lambda pictures: self.score_captions(pictures, labels),
+            [images],
+            tf.float64,
+        )
 
     def score_captions(self, images, labels, *, parallel=False):
         scores = np.zeros(labels.shape[:2])

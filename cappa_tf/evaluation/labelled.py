@@ -113,6 +113,7 @@ class LabelledImages:
             self._decode_size if squash else self._size,
             resize="squash" if squash else "resize_small_central_crop",
             resize_small=None if squash else max(self._decode_size),
+            reduced_decode=False,
             batch_size=batch_size,
         )
         for batch in data.evaluate().as_numpy_iterator():

@@ -50,10 +50,19 @@ class PictureReader:
         resize: "squash" or "resize_small_central_crop".
         resize_small: Length of the shorter side for the latter.
         antialias: Whether shrinking averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at a smaller scale.
         max_pixels: A picture with more is refused; None for any.
     """
 
-    def __init__(self, image_size, resize, resize_small, antialias, max_pixels):
+    def __init__(
+        self,
+        image_size,
+        resize,
+        resize_small,
+        antialias,
+        reduced_decode,
+        max_pixels,
+    ):
         decoder = RecordDecoder(
             size=tuple(image_size),
             resize=resize,
@@ -62,10 +71,11 @@ class PictureReader:
             max_pixels=max_pixels,
             num_captions=0,
             seed=None,
+            reduced=reduced_decode,
         )
         self._max_pixels = max_pixels
         self._decode = tf.function(
-            lambda record: decoder.decode_one(record, tf.constant(0, tf.int64)),
+            decoder.decode_one,
             input_signature=[tf.TensorSpec([], tf.string)],
         )
 

@@ -9,6 +9,7 @@ Abbreviations for dimensions:
 import functools
 
 import numpy as np
+import tensorflow as tf
 
 from cappa_tf.checks import check_choice, check_counts
 from cappa_tf.evaluation.captioning import CaptionDecoder
@@ -26,6 +27,8 @@ MODES = (AUTOREGRESSIVE, PARALLEL, BLIND)
 _TEXTS_PER_PASS = 16
 # Lengths are rounded up to these: few shapes, so few graphs.
 _LENGTH_MULTIPLE = 8
+# Sets of texts whose graphs are kept: those of one evaluator and a few more.
+_GRAPHS = 4
 
 
 class Scorer:
@@ -36,7 +39,7 @@ class Scorer:
         tokenizer: The `Tokenizer` it was trained with.
         preprocessing: Arguments of `PictureReader` and `CaptionDataset` that
             decide how pictures are prepared: `image_size`, `resize`,
-            `resize_small`, `antialias`, `max_pixels`.
+            `resize_small`, `antialias`, `reduced_decode`, `max_pixels`.
         batch_size: B.
     """
 
@@ -46,6 +49,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.preprocessing = dict(preprocessing)
         self.batch_size = batch_size
+        self._graphs = {}
 
     @functools.cached_property
     def reader(self):
@@ -72,15 +76,10 @@ class Scorer:
 
     def tokens(self, texts):
         """Token ids int32 [T, L], L the longest text rounded up to 8."""
-        return _cut(self._whole(texts), self.tokenizer.pad_id)
-
-    def _whole(self, texts):
-        """Token ids int32 [T, L] of the tokenizer's length.
-
-        What parallel mode is given: there the number of MASK positions
-        matters, and in training it is this.
-        """
-        return np.asarray(self.tokenizer(list(texts)), np.int32)
+        ids = np.asarray(self.tokenizer(list(texts)), np.int32)
+        longest = int((ids != self.tokenizer.pad_id).sum(-1).max(initial=1))
+        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        return ids[:, :length]
 
     def count_tokens(self, texts):
         """Tokens of each text, eos counted: int64 [T]."""
@@ -98,15 +97,27 @@ class Scorer:
             float64 [images, T].
         """
         self.check_mode(mode)
-        count = len(images)
-        ids = self._whole(texts) if mode == PARALLEL else self.tokens(texts)
+        count, ids = len(images), self.tokens(texts)
         if mode == BLIND:
             scores = self.captioner.score(None, ids)  # -> [1, T]
             return np.repeat(np.asarray(scores, np.float64), count, axis=0)
-        scores = self.captioner.score(
-            self._filled(images), ids, parallel=mode == PARALLEL
-        )
+        scores = self._compiled(ids, mode == PARALLEL)(self._filled(images))
         return np.asarray(scores, np.float64)[:count]
+
+    def _compiled(self, ids, parallel):
+        """Scores of fixed texts: their prefixes are part of the graph."""
+        key = (ids.shape, ids.tobytes(), parallel)
+        if key not in self._graphs:
+            if len(self._graphs) >= _GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            # AutoGraph would find nothing to convert, and take long over it.
+            self._graphs[key] = tf.function(
+                lambda images: self.captioner.score(
+                    images, ids, parallel=parallel
+                ),
+                autograph=False,
+            )
+        return self._graphs[key]
 
     def blind(self, texts):
         """Scores of texts without any image: float64 [T]."""
@@ -139,16 +150,15 @@ class Scorer:
         for start in range(0, most, _TEXTS_PER_PASS):
             some = [t[start : start + _TEXTS_PER_PASS] for t in texts]
             scores = self.captioner.score_captions(
-                images, self._padded(some, mode), parallel=mode == PARALLEL
+                images, self._padded(some), parallel=mode == PARALLEL
             )
             parts.append(np.asarray(scores, np.float64))
         scores = np.concatenate(parts, axis=1)
         return [row[: len(some)] for row, some in zip(scores, texts)]
 
-    def _padded(self, texts, mode):
+    def _padded(self, texts):
         """int32 [B, K, L] of ragged lists; what is missing is padding."""
-        flat = [text for some in texts for text in some]
-        ids = self._whole(flat) if mode == PARALLEL else self.tokens(flat)
+        ids = self.tokens([text for some in texts for text in some])
         most = max(map(len, texts))
         labels = np.zeros((self.batch_size, most, ids.shape[1]), np.int32)
         counts = np.array([len(some) for some in texts])
@@ -166,9 +176,3 @@ class Scorer:
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-
-
-def _cut(ids, pad_id):
-    """Drops positions that are padding in all of ids [T, L]."""
-    longest = int((ids != pad_id).sum(-1).max(initial=1))
-    return ids[:, : -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE]

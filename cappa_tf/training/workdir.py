@@ -23,7 +23,14 @@ from cappa_tf.training.checkpoints import restore_model
 # Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
 # is given in evaluation.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
-PICTURE = ("image_size", "resize", "resize_small", "antialias", "max_pixels")
+PICTURE = (
+    "image_size",
+    "resize",
+    "resize_small",
+    "antialias",
+    "reduced_decode",
+    "max_pixels",
+)
 
 
 def open_workdir(path):
