@@ -47,6 +47,7 @@ class Data:
     resize = "squash"
     resize_small = 18
     antialias = False
+    reduced_decode = True
     max_pixels = None
 
     def __init__(self, folder, examples=32, poison=None):

@@ -6,6 +6,8 @@ Dimensions:
     H, W: height and width the model takes.
 """
 
+import functools
+
 import tensorflow as tf
 
 from cappa_tf.data import draws
@@ -24,54 +26,55 @@ def header_size(encoded):
     return tf.switch_case(
         _format(encoded),
         {
-            _JPEG: lambda: tf.io.extract_jpeg_shape(encoded, tf.int64)[:2],
-            _PNG: lambda: _fields(encoded, [20, 16], 4, little=False),
-            _GIF: lambda: _fields(encoded, [8, 6], 2),
-            # A BMP stored top row first has a negative height.
-            _BMP: lambda: _signed_32(_fields(encoded, [22, 18], 4)),
-            _WEBP: lambda: _webp_size(encoded),
+            kind: functools.partial(size, encoded)
+            for kind, (size, _) in _formats().items()
         },
         default=lambda: _unknown_format(encoded, tf.int64),
     )
 
 
-def decode(encoded, max_pixels=None):
+def decode(encoded, max_pixels=None, at_least=None):
     """Decodes a picture of any supported format to RGB.
 
     Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; transparent
     pixels of PNG and WebP are laid on white; of an animation the first frame
     is taken.
 
+    With `at_least` a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of
+    its size that is not smaller. The decoder leaves out the high frequencies
+    of the scale asked for, so that each pixel is the mean of those it stands
+    for: less work than a full decode and less aliasing after `resize`, which
+    looks at no more than four neighbours.
+
     Args:
         encoded: Scalar string tensor, a JPEG, PNG, GIF, BMP or WebP file.
         max_pixels: Largest h * w, read from the header: a larger picture is
             refused before memory is taken for it. None for any.
+        at_least: Least (height, width) wanted of a larger JPEG; None for its
+            full size.
 
     Returns:
-        uint8 [h, w, 3]. In a graph a picture that cannot be decoded raises
+        uint8 [h, w, 3]; of a JPEG decoded at 1 / r, ceil(h / r) and
+        ceil(w / r). In a graph a picture that cannot be decoded raises
         `tf.errors.InvalidArgumentError`.
     """
-    if max_pixels is not None:
-        size = header_size(encoded)
-        check = tf.debugging.assert_less_equal(
-            tf.reduce_prod(size),
-            tf.cast(max_pixels, tf.int64),
-            message=f"more than {max_pixels} pixels",
-        )
-        with tf.control_dependencies([check] if check is not None else []):
-            encoded = tf.identity(encoded)
-    image = tf.switch_case(
-        _format(encoded),
-        {
-            _JPEG: lambda: tf.io.decode_jpeg(encoded, channels=3),
-            _PNG: lambda: _decode_png(encoded),
-            _GIF: lambda: tf.io.decode_image(
-                encoded, channels=3, expand_animations=False
-            ),
-            _BMP: lambda: _decode_bmp(encoded),
-            _WEBP: lambda: _decode_webp(encoded),
-        },
-        default=lambda: _unknown_format(encoded, tf.uint8),
+
+    def other(size, decode_format):
+        return lambda: decode_format(_check(encoded, size, max_pixels)[0])
+
+    # JPEG first and apart: it is what data sets of photos hold, and every
+    # operation before it is paid for each picture.
+    image = tf.cond(
+        tf.strings.substr(encoded, 0, 3) == _MAGIC[_JPEG][1],
+        lambda: _decode_jpeg(encoded, max_pixels, at_least),
+        lambda: tf.switch_case(
+            _format(encoded),
+            {
+                kind: other(size, decode_format)
+                for kind, (size, decode_format) in _formats().items()
+            },
+            default=lambda: _unknown_format(encoded, tf.uint8),
+        ),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -91,8 +94,7 @@ def resize(image, size, antialias=False):
         uint8 [H, W, 3].
     """
     image = tf.image.resize(image, size, antialias=antialias)
-    image = tf.ensure_shape(image, [*size, 3])
-    return tf.saturate_cast(tf.round(image), tf.uint8)
+    return _rounded(tf.ensure_shape(image, [*size, 3]))
 
 
 def resize_small_central_crop(image, small, size, antialias=False):
@@ -116,8 +118,14 @@ def resize_small_central_crop(image, small, size, antialias=False):
     top = (scaled[0] - size[0]) // 2
     left = (scaled[1] - size[1]) // 2
     image = image[top : top + size[0], left : left + size[1]]
-    image = tf.ensure_shape(image, [*size, 3])
-    return tf.saturate_cast(tf.round(image), tf.uint8)
+    return _rounded(tf.ensure_shape(image, [*size, 3]))
+
+
+def _rounded(image):
+    """float32 in 0..255 to the nearest uint8."""
+    # Both filters take means: nothing leaves 0..255, which a saturating cast
+    # would look for in two more passes.
+    return tf.cast(image + 0.5, tf.uint8)
 
 
 def to_model_range(image):
@@ -137,8 +145,8 @@ def augment(
 ):
     """Random crop, shift and flip of a batch, each example by its own draws.
 
-    All three choose a box of the picture, and one bilinear operation cuts the
-    boxes out: the cost does not grow with what is switched on.
+    Crop and shift choose a box of the picture, flips turn it around, and one
+    bilinear operation cuts the boxes out. Without boxes nothing is resampled.
 
     Args:
         images: uint8 [B, h, w, 3].
@@ -155,6 +163,17 @@ def augment(
     Returns:
         float32 [B, H, W, 3] in 0..255.
     """
+    flips = None
+    if flip:
+        flips = draws.uniform(seed, draws.FLIP, index, 1)[:, 0] < 0.5
+    if crop_scale is None and not shift and images.shape[1:3] == tuple(size):
+        if flip:
+            images = tf.where(
+                flips[:, tf.newaxis, tf.newaxis, tf.newaxis],
+                images[:, :, ::-1],
+                images,
+            )
+        return tf.cast(images, tf.float32)
     batch = tf.shape(index)[0]
     top, left = tf.zeros([batch]), tf.zeros([batch])
     bottom, right = tf.ones([batch]), tf.ones([batch])
@@ -167,7 +186,6 @@ def augment(
             images, seed, index, shift
         )
     if flip:
-        flips = draws.uniform(seed, draws.FLIP, index, 1)[:, 0] < 0.5
         left, right = (
             tf.where(flips, right, left),
             tf.where(flips, left, right),
@@ -206,47 +224,102 @@ def _random_shift(images, seed, index, shift):
     return images, top, left, bottom, right
 
 
+def _decode_jpeg(encoded, max_pixels, at_least):
+    """JPEG at full size, or at the scale that `decode` describes."""
+    encoded, size = _check(encoded, _jpeg_size, max_pixels)
+    if at_least is None:
+        return tf.io.decode_jpeg(encoded, channels=3)
+    # How often the picture holds what is wanted, in the direction it does so
+    # less often; the scale is an attribute of the operation, not an input.
+    times = tf.reduce_min(size // tf.constant(at_least, tf.int64))
+    smaller = tf.cast(times >= tf.constant(_RATIOS[1:], tf.int64), tf.int32)
+    return tf.switch_case(
+        tf.reduce_sum(smaller),
+        [
+            functools.partial(
+                tf.io.decode_jpeg, encoded, channels=3, ratio=ratio
+            )
+            for ratio in _RATIOS
+        ],
+    )
+
+
+def _check(encoded, size_of, max_pixels):
+    """(encoded, its size), the former only if it has not too many pixels."""
+    size = size_of(encoded)
+    if max_pixels is None:
+        return encoded, size
+    check = tf.debugging.assert_less_equal(
+        tf.reduce_prod(size),
+        tf.cast(max_pixels, tf.int64),
+        message=f"more than {max_pixels} pixels",
+    )
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.identity(encoded), size
+
+
+_RATIOS = (1, 2, 4, 8)
 _JPEG, _PNG, _GIF, _BMP, _WEBP, _OTHER = range(6)
 _MAGIC = (
-    (_JPEG, 0, b"\xff\xd8\xff"),
-    (_PNG, 0, b"\x89PNG\r\n\x1a\n"),
-    (_GIF, 0, b"GIF8"),
-    (_BMP, 0, b"BM"),
-    (_WEBP, 8, b"WEBP"),
+    (0, b"\xff\xd8\xff"),
+    (0, b"\x89PNG\r\n\x1a\n"),
+    (0, b"GIF8"),
+    (0, b"BM"),
+    (8, b"WEBP"),
 )
+
+
+def _formats():
+    """How to read size and pixels of each format."""
+    return {
+        _JPEG: (_jpeg_size, functools.partial(tf.io.decode_jpeg, channels=3)),
+        _PNG: (
+            lambda encoded: _fields(encoded, [20, 16], 4, little=False),
+            _decode_png,
+        ),
+        _GIF: (lambda encoded: _fields(encoded, [8, 6], 2), _decode_gif),
+        # A BMP stored top row first has a negative height.
+        _BMP: (
+            lambda encoded: _signed_32(_fields(encoded, [22, 18], 4)),
+            _decode_bmp,
+        ),
+        _WEBP: (_webp_size, _decode_webp),
+    }
 
 
 def _format(encoded):
     """int32: which of the formats the first bytes announce."""
-    # `substr` fails on a string shorter than the offset.
-    head = tf.strings.substr(encoded + b"\0" * 16, 0, 16)
+    head = _first_bytes(encoded)
     result = tf.constant(_OTHER)
-    for number, start, magic in _MAGIC:
+    for number, (start, magic) in enumerate(_MAGIC):
         found = tf.strings.substr(head, start, len(magic)) == magic
         result = tf.where(found, number, result)
     return result
 
 
+def _first_bytes(encoded):
+    """The first 32 bytes, with zeros where a file is shorter."""
+    # A file cut before its header ends reads as zeros and then fails to decode.
+    head = tf.strings.substr(encoded, 0, 32)
+    return tf.strings.substr(head + b"\0" * 32, 0, 32)
+
+
+def _jpeg_size(encoded):
+    return tf.io.extract_jpeg_shape(encoded, tf.int64)[:2]
+
+
 def _unknown_format(encoded, dtype):
     """Fails, with a tensor of the type the other branches give."""
     tf.debugging.Assert(
-        False, ["neither JPEG, PNG, GIF, BMP nor WebP:", _head(encoded)]
+        False, ["neither JPEG, PNG, GIF, BMP nor WebP:", _first_bytes(encoded)]
     )
     shape = [2] if dtype == tf.int64 else [1, 1, 3]
     return tf.zeros(shape, dtype)
 
 
-def _head(encoded):
-    return tf.strings.substr(encoded + b" " * 8, 0, 8)
-
-
 def _fields(encoded, offsets, length, little=True):
     """int64 [len(offsets)]: unsigned integers at byte offsets."""
-    # A file cut before its header ends reads as zeros and then fails to decode.
-    raw = tf.io.decode_raw(
-        tf.strings.substr(encoded + b"\0" * 32, 0, 32), tf.uint8
-    )
-    raw = tf.cast(raw, tf.int64)
+    raw = tf.cast(tf.io.decode_raw(_first_bytes(encoded), tf.uint8), tf.int64)
     powers = [256**i for i in range(length)]
     weights = tf.constant(powers if little else powers[::-1], tf.int64)
     return tf.stack(
@@ -264,7 +337,7 @@ def _signed_32(values):
 
 def _webp_size(encoded):
     """h, w of the three kinds of WebP (lossy, lossless, extended)."""
-    kind = tf.strings.substr(encoded + b"\0" * 32, 12, 4)
+    kind = tf.strings.substr(_first_bytes(encoded), 12, 4)
 
     def lossless():
         packed = _fields(encoded, [21], 4)[0]
@@ -289,6 +362,11 @@ def _decode_png(encoded):
         lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
         lambda: tf.io.decode_png(encoded, channels=3),
     )
+
+
+def _decode_gif(encoded):
+    """First frame of a GIF."""
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
 def _decode_bmp(encoded):

@@ -83,6 +83,9 @@ class CaptionDataset:
         resize_small: Length of the shorter side for the latter, by default
             256 / 224 of the longer side of image_size.
         antialias: Whether shrinking averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8,
+            the smallest that covers the size wanted. False decodes all pixels
+            and takes the four nearest ones, as the recipe does.
         length_buckets: Text lengths: "labels" are cut to the smallest one
             that holds the batch's longest caption. None for always L.
         cache: "stream" reads the shards anew each epoch; "records" holds
@@ -116,6 +119,7 @@ class CaptionDataset:
         resize="squash",
         resize_small=None,
         antialias=False,
+        reduced_decode=True,
         length_buckets=None,
         cache=None,
         max_pixels=25_000_000,
@@ -138,6 +142,7 @@ class CaptionDataset:
         self.shift = shift
         self.resize = resize
         self.antialias = antialias
+        self.reduced_decode = reduced_decode
         self.length_buckets = arguments.buckets(length_buckets, tokenizer)
         self.cache = cache
         self.max_pixels = max_pixels
@@ -336,6 +341,7 @@ class CaptionDataset:
                 self.num_captions if num_captions is None else num_captions
             ),
             seed=seed,
+            reduced=self.reduced_decode,
         )
 
     def _finish(self, batch, image):

@@ -199,7 +199,7 @@ class CaptionDecoder:
         rows, nll, tokens = [], 0.0, 0.0
         most = dataset.description.max_captions(dataset.split)
         part = (0, 1) if hosts is None else (hosts.index, hosts.count)
-        for images, indices, examples in _batches(
+        for images, indices, examples in batches(
             dataset, self.batch_size, limit, *part
         ):
             references = [example.captions for example in examples]
@@ -225,7 +225,7 @@ class CaptionDecoder:
             )
         metrics = summarize(rows) | {"nll_per_token": nll / tokens}
         if corpus_scores:
-            metrics |= _corpus_scores(rows)
+            metrics |= corpus_scores(rows).corpus
         return CaptionResult(rows, metrics)
 
     def _fill(self, images):
@@ -288,8 +288,21 @@ def evaluate_captions(
     return decoder.evaluate(dataset, limit, **options)
 
 
-def _batches(dataset, batch_size, limit, host, num_hosts):
-    """(images [<= B, H, W, 3], their indices and `Example`s), in order."""
+def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
+    """Pictures of a split in order, with all that is known of them.
+
+    Bad records, which the data set counts, are left out.
+
+    Args:
+        dataset: A `CaptionDataset`.
+        batch_size: B.
+        limit: Only the first `limit` records.
+        host: Which host's part is wanted.
+        num_hosts: Number of parts.
+
+    Yields:
+        (images [at most B, H, W, 3], their indices, their `Example`s).
+    """
     # Example i of `read_examples` is index i of `evaluate`.
     examples = dataset.read_examples(limit)
     examples = itertools.islice(examples, host, None, num_hosts)
@@ -328,9 +341,11 @@ def summarize(rows):
     }
 
 
-def _corpus_scores(rows):
+def corpus_scores(rows, meteor=False):
+    """`caption_metrics.Scores` of rows, which are numbered from 0."""
     # Numbered, because nothing keeps two images from having one key.
     return caption_metrics.score_captions(
         {i: row.caption for i, row in enumerate(rows)},
         {i: row.references for i, row in enumerate(rows)},
+        meteor,
     )

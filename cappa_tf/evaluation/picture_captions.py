@@ -50,10 +50,19 @@ class PictureReader:
         resize: "squash" or "resize_small_central_crop".
         resize_small: Length of the shorter side for the latter.
         antialias: Whether shrinking averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at a smaller scale.
         max_pixels: A picture with more is refused; None for any.
     """
 
-    def __init__(self, image_size, resize, resize_small, antialias, max_pixels):
+    def __init__(
+        self,
+        image_size,
+        resize,
+        resize_small,
+        antialias,
+        reduced_decode,
+        max_pixels,
+    ):
         decoder = RecordDecoder(
             size=tuple(image_size),
             resize=resize,
@@ -62,15 +71,21 @@ class PictureReader:
             max_pixels=max_pixels,
             num_captions=0,
             seed=None,
+            reduced=reduced_decode,
         )
         self._max_pixels = max_pixels
         self._decode = tf.function(
-            lambda record: decoder.decode_one(record, tf.constant(0, tf.int64)),
+            decoder.decode_one,
             input_signature=[tf.TensorSpec([], tf.string)],
         )
 
-    def __call__(self, path):
+    def __call__(self, path, box=None):
         """Reads one file.
+
+        Args:
+            path: The file.
+            box: (left, top, width, height) in pixels of the only part to
+                take, or None for all of it.
 
         Returns:
             float32 [H, W, 3] in [-1, 1].
@@ -79,7 +94,20 @@ class PictureReader:
             picture_files.UnusableError: If it cannot be used.
         """
         content = picture_files.read(path, max_pixels=self._max_pixels)
-        example = tfrecord.Example(key=path, image=content, captions=[])
+        if box is not None:
+            content = picture_files.cut(content, box)
+        return self.decode(content)
+
+    def decode(self, content):
+        """Decodes the bytes of an image file.
+
+        Returns:
+            float32 [H, W, 3] in [-1, 1].
+
+        Raises:
+            picture_files.UnusableError: If it cannot be decoded.
+        """
+        example = tfrecord.Example(key="", image=content, captions=[])
         try:
             image = self._decode(tfrecord.serialize(example))["image"]
         except tf.errors.OpError as error:

@@ -212,6 +212,8 @@ class TextDecoder(keras.Model):
         parallel=None,
         seeds=None,
         training=False,
+        positions=None,
+        attention_mask=None,
     ):
         """Hidden states of whole captions.
 
@@ -222,12 +224,22 @@ class TextDecoder(keras.Model):
             parallel: None or bool [N], see `attention_mask`.
             seeds: uint32 [N]; needed in training with dropout.
             training: Whether to drop.
+            positions: Optional int [L], where in its text each token stands;
+                0, 1, ... by default.
+            attention_mask: Optional bool, broadcastable to [N, H, L, L], in
+                place of `self.attention_mask(L, parallel)`.
 
         Returns:
             [N, L, D] after the final LayerNorm.
         """
-        x = self._positions(self._embedding(tokens))
-        mask = self.attention_mask(ops.shape(tokens)[1], parallel)
+        x = self._embedding(tokens)
+        if positions is None:
+            x = self._positions(x)
+        else:
+            x = x + ops.take(self._positions.table(), positions, axis=1)
+        mask = attention_mask
+        if mask is None:
+            mask = self.attention_mask(ops.shape(tokens)[1], parallel)
         for i, block in enumerate(self.blocks):
 
             def run(x, *keys_values, block=block):

@@ -10,7 +10,7 @@ from cappa_tf.training.distribution import on_replicas
 from cappa_tf.training.workdir import save_captioner, write_json
 
 
-def finish(model, data, settings, step, strategy, hosts):
+def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
     """Evaluates the trained captioner and writes what it is judged by.
 
     Args:
@@ -20,6 +20,7 @@ def finish(model, data, settings, step, strategy, hosts):
         step: Number of finished steps.
         strategy: The run's strategy.
         hosts: The run's `Hosts`: each captions its part, the chief writes.
+        evaluate: Gives further figures, a dict by name.
 
     Returns:
         What `results.json` holds: `step` and the figures.
@@ -29,6 +30,7 @@ def finish(model, data, settings, step, strategy, hosts):
     figures = {"step": step}
     if data is not None:
         figures.update(_evaluate(model, data, settings, strategy, hosts))
+    figures.update(evaluate())
     if hosts.is_chief:
         write_json(os.path.join(settings.workdir, "results.json"), figures)
     return figures

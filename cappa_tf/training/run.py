@@ -11,6 +11,7 @@ from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import parameter_counts
 from cappa_tf.training.checkpoints import Checkpoints
 from cappa_tf.training.distribution import has_accelerator, training_iterator
+from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.metrics import Interval, Stopwatch, all_finite
 from cappa_tf.training.progress import Progress
@@ -50,6 +51,7 @@ class Run:
         train_data: Data set to train on.
         eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation, or None.
+        evaluators: List of evaluators, see `trainer.train`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Run:
         train_data,
         eval_data,
         test_data,
+        evaluators=(),
     ):
         self._settings, self._hosts = settings, hosts
         self._strategy, self._model = strategy, model
@@ -83,6 +86,9 @@ class Run:
         self._best_nll = state.get("best_nll")
         if hosts.is_chief:
             describe_run(settings.workdir, model, train_data)
+        self._evaluators = Evaluators(
+            evaluators, model, train_data, settings.evaluation_batch, hosts
+        )
         self._validation = self._samples = None
         if eval_data is not None:
             self._validation = Validation(
@@ -213,7 +219,12 @@ class Run:
     def _steps_to_next_event(self):
         """Steps until something happens between two, at most a loop's."""
         s, step = self._settings, self.step
-        periods = [s.log_steps, s.checkpoint_steps, s.eval_steps]
+        periods = [
+            s.log_steps,
+            s.checkpoint_steps,
+            s.eval_steps,
+            s.evaluator_steps,
+        ]
         ahead = [period - step % period for period in periods if period]
         return min(s.steps_per_loop, s.total_steps - step, *ahead)
 
@@ -243,6 +254,11 @@ class Run:
             self._log(interval.result())
         if settings.eval_steps and step % settings.eval_steps == 0 or last:
             self._validate()
+        # At the end they run with the weights that are kept: `_finish`.
+        every = settings.evaluator_steps
+        if every and step % every == 0 and not last:
+            with averaged_weights(self._model, self._optimizer):
+                self._evaluate()
         if step % settings.checkpoint_steps == 0:
             self._save()
 
@@ -279,6 +295,14 @@ class Run:
         named = {f"validation/{name}": v for name, v in figures.items()}
         self._progress.figures(self.step, named)
 
+    def _evaluate(self):
+        """Runs the evaluators; returns their figures by name."""
+        figures = self._evaluators()
+        if figures:
+            self._summaries.scalars(self.step, figures)
+            self._progress.figures(self.step, figures)
+        return figures
+
     def _finish(self):
         """Final evaluation and export, with the weights that were asked for."""
         settings = self._settings
@@ -293,6 +317,7 @@ class Run:
                 self.step,
                 self._strategy,
                 self._hosts,
+                self._evaluate,
             )
         for name, value in figures.items():
             self._progress.line(f"{name} {value}")

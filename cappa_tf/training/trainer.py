@@ -25,6 +25,7 @@ from cappa_tf.training.build import (
     parameter_counts,
 )
 from cappa_tf.training.distribution import check_batch_size, make_strategy
+from cappa_tf.training.evaluators import check_evaluators
 from cappa_tf.training.hosts import Hosts
 from cappa_tf.training.run import Run
 from cappa_tf.training.settings import RunSettings
@@ -60,6 +61,8 @@ def train(
     final_evaluation=True,
     final_weights="last",
     caption_metrics=False,
+    evaluators: list | tuple = (),
+    evaluator_steps: int | None = None,
     sheet_images=24,
     prepare=None,
     dry_run=False,
@@ -104,6 +107,9 @@ def train(
         final_evaluation: Whether to caption the test split at the end.
         final_weights: "last", or "best" by validation.
         caption_metrics: Whether the final evaluation computes BLEU and CIDEr.
+        evaluators: `Evaluator`s to run between steps and at the end; their
+            figures go to TensorBoard, to the log and into results.json.
+        evaluator_steps: Steps between their runs; None only at the end.
         sheet_images: Pictures on the final sheet.
         prepare: Function without arguments, called before data is opened, on
             the first host only.
@@ -140,9 +146,11 @@ def train(
         final_evaluation=final_evaluation,
         final_weights=final_weights,
         caption_metrics=caption_metrics,
+        evaluator_steps=evaluator_steps,
         sheet_images=sheet_images,
     )
     checks.check_bool(dry_run=dry_run)
+    check_evaluators(evaluators)
     checks.check_choice((None, *PRECISIONS), precision=precision)
     checks.check_callable(
         prepare=prepare, on_start=on_start, on_first_step=on_first_step
@@ -163,7 +171,9 @@ def train(
         if hosts.is_chief:
             open_workdir(workdir)
         hosts.wait()
-        run = Run(settings, strategy, hosts, model, optimizer, *data)
+        run = Run(
+            settings, strategy, hosts, model, optimizer, *data, evaluators
+        )
         # Not before the folder turned out to be this run's own.
         if on_start is not None and hosts.is_chief:
             on_start(workdir)

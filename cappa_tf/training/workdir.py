@@ -23,7 +23,14 @@ from cappa_tf.training.checkpoints import restore_model
 # Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
 # is given in evaluation.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
-_PICTURE = ("image_size", "resize", "resize_small", "antialias", "max_pixels")
+PICTURE = (
+    "image_size",
+    "resize",
+    "resize_small",
+    "antialias",
+    "reduced_decode",
+    "max_pixels",
+)
 
 
 def open_workdir(path):
@@ -63,7 +70,7 @@ def describe_run(workdir, model, data):
         os.path.join(workdir, "preprocessing.json"),
         {
             "tokenizer": {n: getattr(data.tokenizer, n) for n in _CAPTION},
-            "image": {n: getattr(data, n) for n in _PICTURE},
+            "image": {n: getattr(data, n) for n in PICTURE},
         },
     )
 
