@@ -223,6 +223,8 @@ def training_iterator(strategy, make_dataset, batch_size):
             context.input_pipeline_id,
             context.num_input_pipelines,
         )
+        if isinstance(strategy, tf.distribute.TPUStrategy):
+            check_static_shapes(stream.element_spec)
         # Otherwise the hosts ask each other before every batch whether the
         # stream has ended.
         return stream.apply(
@@ -232,6 +234,23 @@ def training_iterator(strategy, make_dataset, batch_size):
         )
 
     return iter(strategy.distribute_datasets_from_function(one_host))
+
+
+def check_static_shapes(spec):
+    """Refuses batches for which a TPU would have to compile while it runs.
+
+    Args:
+        spec: Dict of `tf.TensorSpec`, of a data set.
+
+    Raises:
+        ValueError: If a shape is open, as with several text lengths.
+    """
+    shapes = {name: part.shape for name, part in spec.items()}
+    if not all(shape.is_fully_defined() for shape in shapes.values()):
+        raise ValueError(
+            "On a TPU all batches must have one shape: leave `length_buckets` "
+            f"of the training data None. Received: {shapes}"
+        )
 
 
 def on_replicas(strategy, function, num_hosts=1):
