@@ -55,11 +55,11 @@ def data(folder, split="train", **options):
     )
 
 
-def make_model(folder, remat=False, **kwargs):
+def make_model(folder, remat=False, num_layers=1, **kwargs):
     """A captioner that draws all there is to draw."""
     small = {
         "hidden_dim": 16,
-        "num_layers": 1,
+        "num_layers": num_layers,
         "num_heads": 2,
         "mlp_dim": 32,
         "remat": remat,

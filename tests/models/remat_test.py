@@ -19,10 +19,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _build(folder, remat, precision="float32"):
+def _build(folder, remat, precision="float32", num_layers=1):
     strategy = make_strategy("one")
     model, optimizer = build_model(
-        lambda: small_run.make_model(folder, remat=remat),
+        lambda: small_run.make_model(folder, remat, num_layers),
         Adafactor,
         strategy,
         precision=precision,
@@ -52,10 +52,12 @@ def test_gradients_are_the_same(folder, precision, tolerance):
 
 def test_activations_take_less_memory(folder):
     sizes = [
-        estimate(*_build(folder, remat), batch_size=64)["activations"]
+        estimate(*_build(folder, remat, num_layers=3), batch_size=64)
         for remat in (False, True)
     ]
-    assert sizes[1] < 0.8 * sizes[0]
+    kept, recomputed = (size["activations"] for size in sizes)
+    # About one block of three, in encoder and decoder.
+    assert recomputed < 0.6 * kept
 
 
 def test_the_model_remembers_it(folder):
