@@ -37,6 +37,10 @@ class Evaluator:
             write into one place.
     """
 
+    # Whether several hosts of a run share the work, by `scorer.hosts`; the
+    # first does it for all otherwise.
+    on_all_hosts = False
+
     def __init__(self, name: str):
         if not isinstance(name, str) or not name:
             raise ValueError(f"`name` must be a word. Received: name={name!r}")

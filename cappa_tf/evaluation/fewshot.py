@@ -196,6 +196,8 @@ class Fewshot(Evaluator):
         name: See `Evaluator`.
     """
 
+    on_all_hosts = True
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -224,10 +226,14 @@ class Fewshot(Evaluator):
 
     def evaluate(self, scorer):
         """Measures the encoder of a captioner: see `measure`."""
-        return self.measure(scorer.captioner.vision_encoder)
+        return self.measure(scorer.captioner.vision_encoder, scorer.hosts)
 
-    def measure(self, encoder):
+    def measure(self, encoder, hosts=None):
         """Measures a `VisionEncoder`.
+
+        Args:
+            encoder: The encoder.
+            hosts: See `labelled.extract_features`.
 
         Returns:
             A `Report`; a metric is called `10_shot`, with more than one
@@ -239,7 +245,9 @@ class Fewshot(Evaluator):
                 self._path, split, encoder.image_size, self._resize
             )
             features.append(
-                labelled.extract_features(encoder, data, self._batch_size)
+                labelled.extract_features(
+                    encoder, data, self._batch_size, hosts=hosts
+                )
             )
             skipped[name] = dict(data.skipped)
         results = evaluate(*features, *self._settings)

@@ -86,17 +86,24 @@ class LabelledImages:
 
         The last batch may be smaller.
         """
+        for pictures, labels, _ in self.part(batch_size):
+            yield pictures, labels
+
+    def part(self, batch_size, host=0, num_hosts=1):
+        """`batches` of one of several hosts, which share the pictures.
+
+        Yields:
+            As `batches`, and int64 [B] that order the pictures of all hosts.
+        """
         self.skipped.clear()
-        pairs = (
-            self._record_batches(batch_size)
-            if self._is_records
-            else self._folder_batches(batch_size)
+        read = (
+            self._record_batches if self._is_records else self._folder_batches
         )
-        for pictures, labels in pairs:
+        for pictures, labels, order in read(batch_size, host, num_hosts):
             known = labels >= 0
             self.skipped["no label"] += int((~known).sum())
             if known.any():
-                yield pictures[known], labels[known]
+                yield pictures[known], labels[known], order[known]
         self.skipped = +self.skipped
 
     @property
@@ -104,7 +111,7 @@ class LabelledImages:
         # Rounded down as in the reference (configs/proj/cappa/pretrain.py).
         return tuple(int(side * self._margin) for side in self._size)
 
-    def _record_batches(self, batch_size):
+    def _record_batches(self, batch_size, host, num_hosts):
         squash = self._resize == "squash"
         data = CaptionDataset(
             self._path,
@@ -116,19 +123,24 @@ class LabelledImages:
             reduced_decode=False,
             batch_size=batch_size,
         )
-        for batch in data.evaluate().as_numpy_iterator():
+        part = data.evaluate(batch_size, host, num_hosts)
+        for batch in part.as_numpy_iterator():
             real = batch["_mask"] > 0
             pictures = _central_crop(batch["image"], self._size)
-            yield pictures[real], batch["label"][real]
+            yield pictures[real], batch["label"][real], batch["index"][real]
         self.skipped.update(data.skipped)
 
-    def _folder_batches(self, batch_size):
+    def _folder_batches(self, batch_size, host, num_hosts):
+        # A run of rows: what is skipped then leaves the order as it is.
+        first, end = (
+            len(self._rows) * i // num_hosts for i in (host, host + 1)
+        )
         noted = sources.Skipped()
         options = sources.Options(require_captions=False)
 
         def read():
             for _, example in sources.read_examples(
-                self._rows,
+                self._rows[first:end],
                 noted,
                 options,
                 os.cpu_count() or 1,
@@ -146,8 +158,11 @@ class LabelledImages:
             lambda encoded, label: (self._picture(encoded), label),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+        data = data.enumerate(first).map(lambda i, pair: (*pair, i))
         yield from data.batch(batch_size).prefetch(2).as_numpy_iterator()
-        self.skipped.update(self._malformed + noted.counts)
+        if host == 0:
+            self.skipped.update(self._malformed)
+        self.skipped.update(noted.counts)
 
     def _picture(self, encoded):
         image = images.decode(encoded)
@@ -168,7 +183,7 @@ def _central_crop(pictures, size):
     return pictures[:, top : top + h, left : left + w]
 
 
-def extract_features(encoder, data, batch_size=64, progress=None):
+def extract_features(encoder, data, batch_size=64, progress=None, hosts=None):
     """Runs a frozen encoder over labelled pictures.
 
     Args:
@@ -177,6 +192,8 @@ def extract_features(encoder, data, batch_size=64, progress=None):
         batch_size: Pictures at once.
         progress: Optional function called with the number of pictures after
             each batch.
+        hosts: Has `index`, `count` and `gather(value)`, where several
+            processes encode a part each and all want the result.
 
     Returns:
         (features float32 [N, D], labels int64 [N]), features being
@@ -193,15 +210,22 @@ def extract_features(encoder, data, batch_size=64, progress=None):
             return tf.cast(outputs["pre_logits"], tf.float32)
         return tf.reduce_mean(tf.cast(outputs["encoded"], tf.float32), 1)
 
-    features, labels = [], []
-    for pictures, numbers in data.batches(batch_size):
-        features.append(encode(tf.constant(pictures)).numpy())
-        labels.append(numbers)
+    rows = []  # (order, features, label)
+    part = (0, 1) if hosts is None else (hosts.index, hosts.count)
+    for pictures, labels, order in data.part(batch_size, *part):
+        encoded = encode(tf.constant(pictures)).numpy()
+        rows += zip(order.tolist(), encoded, labels.tolist())
         if progress is not None:
-            progress(len(numbers))
-    if not features:
+            progress(len(labels))
+    if hosts is not None:
+        parts = hosts.gather((rows, data.skipped))
+        rows = [row for part in parts for row in part[0]]
+        data.skipped = sum((part[1] for part in parts), collections.Counter())
+    if not rows:
         raise ValueError(
             f"No labelled picture was found. Received: skipped "
             f"{dict(data.skipped)}"
         )
-    return np.concatenate(features), np.concatenate(labels)
+    rows.sort(key=lambda row: row[0])
+    _, features, labels = zip(*rows)
+    return np.stack(features), np.array(labels, np.int64)

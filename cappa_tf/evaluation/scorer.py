@@ -41,14 +41,19 @@ class Scorer:
             decide how pictures are prepared: `image_size`, `resize`,
             `resize_small`, `antialias`, `reduced_decode`, `max_pixels`.
         batch_size: B.
+        hosts: The `Hosts` of a run on several, for evaluators that share the
+            work; None where there is one process.
     """
 
-    def __init__(self, captioner, tokenizer, preprocessing, batch_size=32):
+    def __init__(
+        self, captioner, tokenizer, preprocessing, batch_size=32, hosts=None
+    ):
         check_counts(batch_size=batch_size)
         self.captioner = captioner
         self.tokenizer = tokenizer
         self.preprocessing = dict(preprocessing)
         self.batch_size = batch_size
+        self.hosts = hosts
         self._graphs = {}
 
     @functools.cached_property

@@ -26,7 +26,7 @@ class Evaluators:
     """Runs evaluators on the model as it stands.
 
     The chief runs them for all hosts: they only read weights, of which every
-    host has a copy.
+    host has a copy. Those that say `on_all_hosts` share the work.
 
     Args:
         evaluators: A list of evaluators; may be empty.
@@ -48,6 +48,7 @@ class Evaluators:
             data.tokenizer,
             {name: getattr(data, name) for name in PICTURE},
             batch_size,
+            hosts,
         )
         if hosts.is_chief:
             for one in evaluators:
@@ -61,8 +62,9 @@ class Evaluators:
             same on all hosts.
         """
         figures = {}
-        if self._evaluators and self._hosts.is_chief:
-            for one in self._evaluators:
+        for one in self._evaluators:
+            shared = getattr(one, "on_all_hosts", False)
+            if shared or self._hosts.is_chief:
                 for metric, value in one.run(self._scorer):
                     figures[f"evaluation/{one.name}/{metric}"] = value
         # None goes on while the chief still reads its weights.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cappa_tf.data import tfrecord
 from cappa_tf.evaluation import caption_metrics
-from cappa_tf.evaluation.labelled import LabelledImages
+from cappa_tf.evaluation.labelled import LabelledImages, extract_features
 from cappa_tf.export import big_vision
 from tools import evaluate
 
@@ -90,6 +90,44 @@ def test_records_give_the_same_pictures(folder, tmp_path):
     order = [np.lexsort(images.reshape(12, -1).T) for images, _ in both]
     for first, second in zip(*both):
         np.testing.assert_array_equal(first[order[0]], second[order[1]])
+
+
+class _Part:
+    """One host of two, which hears what the others gave."""
+
+    count = 2
+
+    def __init__(self, index, others=()):
+        self.index, self._others = index, others
+
+    def gather(self, value):
+        self.given = value
+        return [value, *self._others]
+
+
+def test_two_hosts_have_the_features_of_one(folder, tmp_path):
+    examples = [
+        tfrecord.Example(str(i), (folder / f"{i}.png").read_bytes(), [], i % 3)
+        for i in range(24)
+    ]
+    tfrecord.write_dataset({"train": examples}, tmp_path, "colours")
+
+    def encoder(images, training):
+        return {"pre_logits": tf.reduce_mean(images, axis=1)[:, 0]}
+
+    for path in (folder, tmp_path):
+        data = LabelledImages(path, "train", 7)
+        whole = extract_features(encoder, data, 5)
+        skipped = dict(data.skipped)
+        second = _Part(1)
+        extract_features(encoder, data, 5, hosts=second)
+        shared = extract_features(
+            encoder, data, 5, hosts=_Part(0, [second.given])
+        )
+        assert 0 < len(second.given[0]) < len(whole[1])
+        for one, other in zip(whole, shared, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert dict(data.skipped) == skipped
 
 
 def test_middle_of_the_picture_keeps_its_aspect_ratio(folder):
