@@ -21,7 +21,7 @@ from tools import benchmarks
 
 BENCHMARKS = {
     "data": "images a second and memory from shards to batches",
-    "memory": "peak memory and time of the captioning loss",
+    "memory": "peak memory and time of the loss, and of a training step",
 }
 
 

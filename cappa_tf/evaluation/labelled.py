@@ -9,14 +9,14 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.checks import height_width
+from cappa_tf.checks import check_number, height_width
 from cappa_tf.data import images, sources
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.pipeline import CaptionDataset
 
 RESIZES = ("squash", "resize_small")
 # The paper resizes to 256 for a crop of 224.
-_MARGIN = 256 / 224
+PAPER_MARGIN = 256 / 224
 
 
 class LabelledImages:
@@ -33,12 +33,17 @@ class LabelledImages:
         image_size: H and W, an integer or a pair.
         resize: "squash" (the reference's: both sides to the length) or
             "resize_small" (the shorter side, aspect ratio kept).
+        margin: Picture to crop, in length; 1 leaves nothing out.
 
     Attributes:
+        class_names: Names of the classes by number, as the data has them; an
+            empty list where it has none.
         skipped: Counter of what `batches` left out, by reason.
     """
 
-    def __init__(self, path, split, image_size, resize="squash"):
+    def __init__(
+        self, path, split, image_size, resize="squash", margin=PAPER_MARGIN
+    ):
         if resize not in RESIZES:
             raise ValueError(
                 f"`resize` must be one of {RESIZES}. Received: {resize!r}"
@@ -47,6 +52,7 @@ class LabelledImages:
         self._split = split
         self._size = height_width("image_size", image_size)
         self._resize = resize
+        self._margin = check_number("margin", margin, 1.0)
         self.skipped = collections.Counter()
         self._is_records = os.path.exists(
             os.path.join(self._path, "dataset.json")
@@ -55,13 +61,16 @@ class LabelledImages:
 
     def _check_split(self):
         if self._is_records:
-            splits = DatasetDescription.load(self._path).splits
+            described = DatasetDescription.load(self._path)
+            splits = described.splits
+            self.class_names = list(described.metadata.get("classes", []))
         else:
             malformed = sources.Skipped()
             rows = sources.read_rows(self._path, skipped=malformed)
             self._malformed = malformed.counts
             # Of all splits: numbers must not depend on the split.
-            self._class_names = sources.class_names(rows)
+            self._label_names = sources.class_names(rows)
+            self.class_names = self._label_names or sources.named_classes(rows)
             splits = sorted({sources.choose_split(row) for row in rows})
             self._rows = [
                 row for row in rows if sources.choose_split(row) == self._split
@@ -77,25 +86,32 @@ class LabelledImages:
 
         The last batch may be smaller.
         """
+        for pictures, labels, _ in self.part(batch_size):
+            yield pictures, labels
+
+    def part(self, batch_size, host=0, num_hosts=1):
+        """`batches` of one of several hosts, which share the pictures.
+
+        Yields:
+            As `batches`, and int64 [B] that order the pictures of all hosts.
+        """
         self.skipped.clear()
-        pairs = (
-            self._record_batches(batch_size)
-            if self._is_records
-            else self._folder_batches(batch_size)
+        read = (
+            self._record_batches if self._is_records else self._folder_batches
         )
-        for pictures, labels in pairs:
+        for pictures, labels, order in read(batch_size, host, num_hosts):
             known = labels >= 0
             self.skipped["no label"] += int((~known).sum())
             if known.any():
-                yield pictures[known], labels[known]
+                yield pictures[known], labels[known], order[known]
         self.skipped = +self.skipped
 
     @property
     def _decode_size(self):
         # Rounded down as in the reference (configs/proj/cappa/pretrain.py).
-        return tuple(int(side * _MARGIN) for side in self._size)
+        return tuple(int(side * self._margin) for side in self._size)
 
-    def _record_batches(self, batch_size):
+    def _record_batches(self, batch_size, host, num_hosts):
         squash = self._resize == "squash"
         data = CaptionDataset(
             self._path,
@@ -107,23 +123,28 @@ class LabelledImages:
             reduced_decode=False,
             batch_size=batch_size,
         )
-        for batch in data.evaluate().as_numpy_iterator():
+        part = data.evaluate(batch_size, host, num_hosts)
+        for batch in part.as_numpy_iterator():
             real = batch["_mask"] > 0
             pictures = _central_crop(batch["image"], self._size)
-            yield pictures[real], batch["label"][real]
+            yield pictures[real], batch["label"][real], batch["index"][real]
         self.skipped.update(data.skipped)
 
-    def _folder_batches(self, batch_size):
+    def _folder_batches(self, batch_size, host, num_hosts):
+        # A run of rows: what is skipped then leaves the order as it is.
+        first, end = (
+            len(self._rows) * i // num_hosts for i in (host, host + 1)
+        )
         noted = sources.Skipped()
         options = sources.Options(require_captions=False)
 
         def read():
             for _, example in sources.read_examples(
-                self._rows,
+                self._rows[first:end],
                 noted,
                 options,
                 os.cpu_count() or 1,
-                self._class_names,
+                self._label_names,
             ):
                 label = -1 if example.label is None else example.label
                 yield example.image, label
@@ -137,8 +158,11 @@ class LabelledImages:
             lambda encoded, label: (self._picture(encoded), label),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+        data = data.enumerate(first).map(lambda i, pair: (*pair, i))
         yield from data.batch(batch_size).prefetch(2).as_numpy_iterator()
-        self.skipped.update(self._malformed + noted.counts)
+        if host == 0:
+            self.skipped.update(self._malformed)
+        self.skipped.update(noted.counts)
 
     def _picture(self, encoded):
         image = images.decode(encoded)
@@ -159,7 +183,7 @@ def _central_crop(pictures, size):
     return pictures[:, top : top + h, left : left + w]
 
 
-def extract_features(encoder, data, batch_size=64, progress=None):
+def extract_features(encoder, data, batch_size=64, progress=None, hosts=None):
     """Runs a frozen encoder over labelled pictures.
 
     Args:
@@ -168,6 +192,8 @@ def extract_features(encoder, data, batch_size=64, progress=None):
         batch_size: Pictures at once.
         progress: Optional function called with the number of pictures after
             each batch.
+        hosts: Has `index`, `count` and `gather(value)`, where several
+            processes encode a part each and all want the result.
 
     Returns:
         (features float32 [N, D], labels int64 [N]), features being
@@ -184,15 +210,22 @@ def extract_features(encoder, data, batch_size=64, progress=None):
             return tf.cast(outputs["pre_logits"], tf.float32)
         return tf.reduce_mean(tf.cast(outputs["encoded"], tf.float32), 1)
 
-    features, labels = [], []
-    for pictures, numbers in data.batches(batch_size):
-        features.append(encode(tf.constant(pictures)).numpy())
-        labels.append(numbers)
+    rows = []  # (order, features, label)
+    part = (0, 1) if hosts is None else (hosts.index, hosts.count)
+    for pictures, labels, order in data.part(batch_size, *part):
+        encoded = encode(tf.constant(pictures)).numpy()
+        rows += zip(order.tolist(), encoded, labels.tolist())
         if progress is not None:
-            progress(len(numbers))
-    if not features:
+            progress(len(labels))
+    if hosts is not None:
+        parts = hosts.gather((rows, data.skipped))
+        rows = [row for part in parts for row in part[0]]
+        data.skipped = sum((part[1] for part in parts), collections.Counter())
+    if not rows:
         raise ValueError(
             f"No labelled picture was found. Received: skipped "
             f"{dict(data.skipped)}"
         )
-    return np.concatenate(features), np.concatenate(labels)
+    rows.sort(key=lambda row: row[0])
+    _, features, labels = zip(*rows)
+    return np.stack(features), np.array(labels, np.int64)

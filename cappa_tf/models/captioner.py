@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from cappa_tf.checks import check_counts, check_fraction
-from cappa_tf.models import generation, losses, random
+from cappa_tf.models import generation, losses, random, scoring
 
 # A saved captioner names its encoder's class; importing registers it.
 from cappa_tf.models import vision_encoder as _  # noqa: F401
@@ -146,34 +146,70 @@ class Captioner(keras.Model):
             hidden = self.text_decoder(shift_right(labels), memory)
         return self.text_decoder.logits(hidden)
 
-    def score(self, images, labels, labels_per_pass=64):
+    def score(self, images, labels, *, parallel=False):
         """Log-likelihood of each label for each image.
 
-        Autoregressive, summed over tokens up to and including eos, not
-        normalised by length (paper, section 4.2). Keys and values of an
-        image are computed once, for all labels.
+        Summed over tokens up to and including eos, not normalised by length
+        (paper, section 4.2). An image is encoded once, and so is each prefix
+        that labels share: see `scoring`.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1].
+            images: float [B, H, W, 3] in [-1, 1]; None leaves the image out
+                (the blind decoder), B = 1.
             labels: int32 [T, L] token ids padded with 0, or T strings (needs
-                `captioner.tokenizer`).
-            labels_per_pass: Labels that go through the decoder at once.
+                `captioner.tokenizer`). Prefixes are shared where the ids are
+                known when a graph is traced.
+            parallel: False: left to right; True: all tokens at once, from
+                MASK tokens and the image, one decoder pass an image.
 
         Returns:
             float32 [B, T].
         """
-        labels = self._label_ids(labels)
-        memory = self.text_decoder.project_memory(self.encode(images))
-        count = tf.shape(images)[0]
-        scores = []
-        for start in range(0, labels.shape[0], labels_per_pass):
-            some = labels[start : start + labels_per_pass]
-            tiled = tf.tile(some[None], [count, 1, 1])  # -> [B, T, L]
-            nll = self._captions_nll(
-                tf.reshape(tiled, [-1, some.shape[1]]), memory
+        labels = scoring.cut_padding(self._label_ids(labels))
+        memory = self._memory(images)
+        known = tf.get_static_value(labels)
+        if not parallel and known is not None:
+            groups = scoring.group_by_prefix(known)
+            return scoring.score_groups(
+                self.text_decoder, memory, groups, self.chunk_size
             )
-            scores.append(-tf.reshape(nll, [count, -1]))
-        return tf.concat(scores, axis=1)
+        count = 1 if images is None else tf.shape(images)[0]
+        labels = tf.repeat(labels[None], count, axis=0)  # -> [B, T, L]
+        return self._score_each(memory, labels, parallel)
+
+    def score_captions(self, images, labels, *, parallel=False):
+        """Log-likelihood of each image's own captions.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1]; None leaves the images out
+                (the blind decoder).
+            labels: int32 [B, K, L] token ids padded with 0.
+            parallel: As in `score`.
+
+        Returns:
+            float32 [B, K]; 0 for a caption that is all padding.
+        """
+        labels = scoring.cut_padding(labels)
+        shape = tf.shape(labels)
+        if images is None:
+            labels = tf.reshape(labels, [1, -1, shape[2]])
+        scores = self._score_each(self._memory(images), labels, parallel)
+        return tf.reshape(scores, shape[:2])
+
+    def _score_each(self, memory, labels, parallel):
+        """Scores [B, K] of labels [B, K, L] for the images of `memory`."""
+        if parallel:
+            self._mask_id()  # Refuses a decoder without MASK.
+            return scoring.score_parallel(self.text_decoder, memory, labels)
+        shape = tf.shape(labels)
+        nll = self._captions_nll(tf.reshape(labels, [-1, shape[2]]), memory)
+        return -tf.reshape(nll, shape[:2])
+
+    def _memory(self, images):
+        """Cross-attention keys and values of images; None without them."""
+        if images is None:
+            return None
+        return self.text_decoder.project_memory(self.encode(images))
 
     def _captions_nll(self, labels, memory):
         """Summed negative log-likelihood [N] of labels [N, L]."""
@@ -181,7 +217,7 @@ class Captioner(keras.Model):
         return tf.reduce_sum(self._token_losses(hidden, labels)[1], axis=-1)
 
     def _label_ids(self, labels):
-        """int32 [T, L], cut to the longest label where the values are known."""
+        """int32 [T, L] of token ids or of strings."""
         strings = tf.convert_to_tensor(labels).dtype == tf.string
         if strings and self.tokenizer is None:
             raise ValueError(
@@ -189,11 +225,7 @@ class Captioner(keras.Model):
                 f"ids). Received: labels={labels!r}"
             )
         labels = self.tokenizer(labels) if strings else labels
-        labels = tf.convert_to_tensor(labels, tf.int32)
-        if tf.is_symbolic_tensor(labels):
-            return labels
-        longest = int(tf.reduce_max(tf.math.count_nonzero(labels, axis=1)))
-        return labels[:, : max(longest, 1)]
+        return tf.convert_to_tensor(labels, tf.int32)
 
     def generate(self, images, max_length=None):
         """Greedy captions.

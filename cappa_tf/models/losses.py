@@ -74,6 +74,33 @@ def token_cross_entropy(
     return scattered[:, 0], tf.stop_gradient(scattered[:, 1])
 
 
+def log_normalizers(hidden, kernel, bias, chunk_size=DEFAULT_CHUNK_SIZE):
+    """Log of the summed exponentials of each position's logits.
+
+    Args:
+        hidden: [R, D], the decoder's outputs.
+        kernel: [D, V] of the output head.
+        bias: [V] of the output head.
+        chunk_size: Positions whose logits are held at once.
+
+    Returns:
+        float32 [R].
+    """
+    count = tf.shape(hidden)[0]
+    chunks = -(-count // chunk_size)
+    # Chunks of equal size, as few rows of padding as there are chunks.
+    size = -(-count // tf.maximum(chunks, 1))
+    hidden = tf.pad(hidden, [[0, chunks * size - count], [0, 0]])
+
+    def step(i, sums):
+        logits = _logits(hidden[i * size : (i + 1) * size], kernel, bias)
+        some = tf.reduce_logsumexp(logits, axis=-1)
+        where = (i * size + tf.range(size))[:, None]
+        return i + 1, tf.tensor_scatter_nd_update(sums, where, some)
+
+    return _loop(chunks, step, (tf.zeros([chunks * size]),))[1][:count]
+
+
 def _chunked(hidden, kernel, bias, targets, chunks, chunk_size, smoothing):
     """Loss and nll of the first `chunks` chunks; zeros for the others.
 
