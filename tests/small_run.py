@@ -55,9 +55,15 @@ def data(folder, split="train", **options):
     )
 
 
-def make_model(folder, **kwargs):
+def make_model(folder, remat=False, **kwargs):
     """A captioner that draws all there is to draw."""
-    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    small = {
+        "hidden_dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "mlp_dim": 32,
+        "remat": remat,
+    }
     return Captioner(
         VisionEncoder(
             patch_size=8,
@@ -114,6 +120,21 @@ def plain_run(folder, workdir):
         eval_data=None,
         final_evaluation=False,
         checkpoint_steps=2,
+    )
+
+
+def compiled_run(folder, workdir):
+    """Trains with XLA on captions cut to three lengths, in microbatches."""
+    run(
+        folder,
+        workdir,
+        train_data=data(folder, length_buckets=(3, 5)),
+        eval_data=None,
+        final_evaluation=False,
+        batch_size=4,
+        accumulation_steps=2,
+        jit_compile=True,
+        model=lambda: make_model(folder, remat=True),
     )
 
 

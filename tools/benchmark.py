@@ -20,7 +20,7 @@ from absl import app
 from tools import benchmarks
 
 BENCHMARKS = {
-    "memory": "peak memory and time of the captioning loss",
+    "memory": "peak memory and time of the loss, and of a training step",
 }
 
 

@@ -186,10 +186,7 @@ class TrainLoop:
         count = self._accumulation_steps
         if count == 1:
             return self.microbatch_gradients(batch)
-        parts = {
-            key: tf.reshape(value, [count, -1, *value.shape[1:]])  # [A, B/A, .]
-            for key, value in batch.items()
-        }
+        parts = {key: _microbatches(x, count) for key, x in batch.items()}
 
         def add_one(i, gradients, sums):
             micro = {key: value[i] for key, value in parts.items()}
@@ -225,6 +222,14 @@ class TrainLoop:
 # AutoGraph has nothing to convert in the model or here, and takes as long to
 # find that out as all the rest of the tracing.
 _function = functools.partial(tf.function, autograph=False)
+
+
+def _microbatches(value, count):
+    """[B, ...] as [A, B / A, ...]; the text length may be open."""
+    shape = tf.concat([[count, -1], tf.shape(value)[1:]], axis=0)
+    parts = tf.reshape(value, shape)
+    parts.set_shape([count, value.shape[0] // count, *value.shape[1:]])
+    return parts
 
 
 def _metric_sums(losses):

@@ -214,6 +214,13 @@ def _report(model, optimizer, strategy, settings, train_data):
     if captions == "all":  # Only the data knows how many: not read here.
         print("The estimate counts one caption an image.")
         captions = 1
-    estimate = memory.estimate(model, optimizer, strategy, settings, captions)
+    estimate = memory.estimate(
+        model,
+        optimizer,
+        strategy,
+        settings.batch_size,
+        settings.accumulation_steps,
+        captions,
+    )
     print(memory.table(estimate))
     return {"parameters": counts, "memory": estimate}
