@@ -12,6 +12,13 @@
 Splits keep the names the captions file gives them ("train", "dev", "test",
 ...); without any, --split_fractions draws them. Unusable pictures and captions
 are skipped, counted, and listed in OUTPUT/prepare_data.log.
+
+A conversion that was killed goes on with the same command. --runner converts
+on Apache Beam, to the same bytes; Beam's own options come after --:
+
+    python tools/prepare_data.py --input=photos --output=photos_prepared \
+        --num_shards=64 --runner=DirectRunner -- \
+        --direct_running_mode=multi_processing --direct_num_workers=8
 """
 
 import os
@@ -74,9 +81,16 @@ def define_flags():
     )
     flags.DEFINE_integer(
         "workers",
-        os.cpu_count(),
-        "Threads that read and check images.",
+        None,
+        "Threads that read and check images; by default one a core.",
         lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "runner",
+        None,
+        "Apache Beam's DirectRunner, DataflowRunner, FlinkRunner, SparkRunner "
+        "or PortableRunner (the extra 'beam'). By default this process "
+        "converts.",
     )
     flags.DEFINE_bool(
         "overwrite", False, "Replace another data set that lies in --output."
@@ -85,24 +99,28 @@ def define_flags():
 
 def main(argv):
     """Prepares the data; what cannot be done is one line, not a traceback."""
-    if len(argv) > 1:
+    if len(argv) > 1 and FLAGS.runner is None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    # TensorFlow takes seconds to load: --help should not.
+    import tensorflow as tf
+
     try:
-        prepare()
-    except ValueError as error:
+        prepare(argv[1:])
+    except (ValueError, OSError, tf.errors.OpError) as error:
         raise SystemExit(f"prepare_data: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("prepare_data: interrupted; run it again") from None
 
 
-def prepare():
-    """Reads, checks and writes, as the flags say."""
-    # TensorFlow takes seconds to load: --help should not.
-    from cappa_tf.data import sources, tfrecord
+def prepare(beam_arguments):
+    """Plans, converts and publishes, as the flags say."""
+    import tensorflow as tf
 
-    output = os.path.abspath(FLAGS.output)
+    from cappa_tf.data import conversion, publish, sources
+
+    output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
-    metadata = {"source": os.path.abspath(FLAGS.captions or FLAGS.input)}
+    metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
     options = sources.Options(
         split_fractions=parse_fractions(FLAGS.split_fractions),
         resize=FLAGS.resize,
@@ -111,21 +129,54 @@ def prepare():
         max_caption_characters=FLAGS.max_caption_characters,
         require_captions=FLAGS.require_captions,
     )
+    publish.check_name("name", name)
+    publish.check_output(output, name, metadata, FLAGS.overwrite)
     skipped = sources.Skipped()
-    rows = sources.read_rows(FLAGS.input, FLAGS.captions, skipped)
+    rows = sources.read_rows(absolute(FLAGS.input), FLAGS.captions, skipped)
     classes = sources.class_names(rows)
     if classes:
         metadata["classes"] = classes
-    with tqdm.tqdm(rows, unit=" pictures", smoothing=0.05) as progress:
-        examples = sources.read_examples(
-            progress, skipped, options, FLAGS.workers, classes
-        )
-        description = tfrecord.write_dataset(
-            examples, output, name, FLAGS.num_shards, metadata, FLAGS.overwrite
-        )
-    log = pathlib.Path(output) / LOG_NAME
-    log.write_text("".join(line + "\n" for line in skipped.lines))
+    plans = conversion.plan(rows, output, FLAGS.num_shards, options, skipped)
+    convert(plans, beam_arguments)
+    description, reused = conversion.finish(
+        plans, output, name, metadata, skipped
+    )
+    with tf.io.gfile.GFile(os.path.join(output, LOG_NAME), "wb") as log:
+        lines = "".join(line + "\n" for line in skipped.lines)
+        log.write(lines.encode(errors="backslashreplace"))
     print_table(description, skipped)
+    if reused:
+        print(f"{reused} shards taken over from an interrupted conversion")
+
+
+def convert(plans, beam_arguments):
+    """Makes the shards, in this process or on Beam."""
+    from cappa_tf.data import conversion
+
+    if FLAGS.runner is None:
+        total = sum(plan.num_rows for plan in plans)
+        with tqdm.tqdm(
+            total=total, unit=" pictures", smoothing=0.05
+        ) as progress:
+            for plan in plans:
+                conversion.convert(plan.path, FLAGS.workers, progress.update)
+        return
+    try:
+        from cappa_tf.data import beam_conversion
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--runner needs the extra 'beam': pip install 'cappa-tf[beam]' "
+            f"({error})"
+        ) from None
+    # Worker processes that Beam starts on this machine find the package, too.
+    paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    beam_conversion.convert(plans, FLAGS.runner, beam_arguments, FLAGS.workers)
+
+
+def absolute(path):
+    """The path from the root; an address in a bucket stays as it is."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def parse_fractions(items):

@@ -1,7 +1,9 @@
 """One image file: is it usable, and the bytes to store for it."""
 
 import io
+import os
 
+import tensorflow as tf
 from PIL import Image, ImageOps
 
 # What `images.decode` reads; anything else is stored as JPEG.
@@ -30,7 +32,7 @@ def read(path, resize=None, min_side=1, max_pixels=None):
     format: then it becomes a JPEG.
 
     Args:
-        path: The file.
+        path: The file, local or in a bucket.
         resize: Length of the shorter side that larger pictures are shrunk to,
             or None.
         min_side: Least length of the shorter side.
@@ -44,11 +46,11 @@ def read(path, resize=None, min_side=1, max_pixels=None):
         UnusableError: The picture is to be left out.
     """
     try:
-        with open(path, "rb") as file:
+        with tf.io.gfile.GFile(os.fspath(path), "rb") as file:
             content = file.read()
-    except FileNotFoundError:
+    except tf.errors.NotFoundError:
         raise UnusableError("image missing") from None
-    except OSError:
+    except tf.errors.OpError:
         raise UnusableError("image unreadable") from None
     try:
         with Image.open(io.BytesIO(content)) as image:

@@ -11,19 +11,20 @@ Three forms are understood:
                      put together
     a/1.jpg a/1.txt  a text file beside each image, one caption a line
 
-Image paths are relative to the captions file. What is no good is skipped,
-counted by reason and listed by name, never passed on.
+Image paths are relative to the captions file. All files are opened through
+`tf.io.gfile`, so that they may lie in a bucket (gs://...) as well. What is no
+good is skipped, counted by reason and listed by name, never passed on.
 """
 
 import collections
-import concurrent.futures
 import csv
 import dataclasses
 import hashlib
-import itertools
+import io
 import json
 import os
-import pathlib
+
+import tensorflow as tf
 
 from cappa_tf.data import picture_files
 from cappa_tf.data.tfrecord import Example
@@ -48,7 +49,7 @@ class Row:
     """
 
     key: str
-    path: pathlib.Path
+    path: str
     captions: list[str]
     split: str | None = None
     label: int | str | None = None
@@ -87,29 +88,33 @@ def find_captions(path, captions=None):
     Raises:
         ValueError: There is no such file, or several might be meant.
     """
-    path = pathlib.Path(path)
+    path = os.fspath(path)
     if captions is not None:
-        if not pathlib.Path(captions).is_file():
+        captions = os.fspath(captions)
+        if not _is_file(captions):
             raise ValueError(
                 f"The captions must be a file. Received: captions={captions}"
             )
-        return pathlib.Path(captions)
-    if path.is_file():
+        return captions
+    if _is_file(path):
         return path
-    if not path.is_dir():
+    if not tf.io.gfile.isdir(path):
         raise ValueError(
             "The input must be a folder or a captions file. "
             f"Received: input={path}, which does not exist"
         )
-    found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")])
-    named = [file for file in found if file.stem == "captions"]
+    found = sorted(
+        file
+        for file in tf.io.gfile.listdir(path)
+        if file.endswith((".jsonl", ".csv"))
+    )
+    named = [f for f in found if os.path.splitext(f)[0] == "captions"]
     if len(named) == 1 or (not named and len(found) == 1):
-        return (named or found)[0]
+        return os.path.join(path, (named or found)[0])
     if found:
         raise ValueError(
-            f"{path} holds several captions files "
-            f"({', '.join(file.name for file in found)}): say which one "
-            "(--captions)"
+            f"{path} holds several captions files ({', '.join(found)}): say "
+            "which one (--captions)"
         )
     return None
 
@@ -130,63 +135,23 @@ def read_rows(path, captions=None, skipped=None):
         ValueError: The source is empty or not understood.
     """
     skipped = skipped if skipped is not None else Skipped()
-    path = pathlib.Path(path)
+    path = os.fspath(path)
     file = find_captions(path, captions)
-    root = path if path.is_dir() else path.parent
+    root = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
     if file is None:
         rows = list(_rows_beside_images(root))
-    elif file.suffix == ".jsonl":
+    elif file.endswith(".jsonl"):
         rows = list(_rows_of_jsonl(file, root, skipped))
     else:
         rows = list(_rows_of_csv(file, root, skipped))
     if not rows:
+        name = os.path.basename(file) if file else None
         raise ValueError(
             f"No pictures found: {path} "
-            + (f"lists none in {file.name}" if file else "holds no images")
+            + (f"lists none in {name}" if file else "holds no images")
             + (f" ({dict(skipped.counts)})" if skipped.counts else "")
         )
     return rows
-
-
-def read_examples(rows, skipped, options=None, workers=2, classes=()):
-    """Reads, checks and cleans the pictures and captions of rows.
-
-    Args:
-        rows: Iterable of `Row`s.
-        skipped: A `Skipped` that takes what is left out.
-        options: `Options`.
-        workers: Threads that read and check images.
-        classes: `class_names` of the rows; the label of one becomes its
-            position.
-
-    Yields:
-        (split, `Example`) in the order of the rows.
-
-    Raises:
-        ValueError: Nothing was left.
-    """
-    options = options or Options()
-    numbers = {name: i for i, name in enumerate(classes)}
-    seen = set()
-    count = 0
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        loaded = _ordered_map(
-            pool, lambda row: _load(row, options), rows, ahead=4 * workers
-        )
-        for row, captions, image, reasons in loaded:
-            if not reasons and row.key in seen:
-                reasons = [("repeated key", row.key)]
-            for reason, name in reasons:
-                skipped.add(reason, name)
-            if image is None or captions is None or row.key in seen:
-                continue
-            seen.add(row.key)
-            label = numbers.get(row.label, row.label)
-            split = choose_split(row, options.split_fractions)
-            count += 1
-            yield split, Example(row.key, image, captions, label)
-    if not count:
-        raise ValueError(f"No usable example was left: {dict(skipped.counts)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,21 +226,43 @@ def choose_split(row, fractions=None):
     return split
 
 
-def _load(row, options):
-    """Image bytes and captions of a row, or reasons why not."""
+def read_example(row, options, classes):
+    """Reads, checks and cleans the picture and captions of a row.
+
+    Args:
+        row: A `Row`.
+        options: `Options`.
+        classes: A dict class name -> label.
+
+    Returns:
+        The `Example`, or None for one that is left out; and a list of
+        (reason, name) of what was left out, captions included.
+    """
     reasons = []
     captions = _clean(row, options.max_caption_characters, reasons)
     if not captions and options.require_captions:
         if not reasons:
             reasons.append(("no caption", row.key))
-        return row, None, None, reasons
+        return None, reasons
     try:
         image = picture_files.read(
             row.path, options.resize, options.min_side, options.max_pixels
         )
     except picture_files.UnusableError as error:
-        return row, None, None, [*reasons, (error.reason, row.key)]
-    return row, captions, image, reasons
+        return None, [*reasons, (error.reason, row.key)]
+    label = row.label
+    if isinstance(label, str):
+        label = classes[label]
+    return Example(row.key, image, captions, label), reasons
+
+
+def is_text(value):
+    """Whether a string can be written as UTF-8: no half of a pair in it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _clean(row, max_characters, reasons):
@@ -284,6 +271,8 @@ def _clean(row, max_characters, reasons):
     for caption in row.captions:
         if not isinstance(caption, str) or not caption.strip():
             reasons.append(("empty caption", row.key))
+        elif not is_text(caption):
+            reasons.append(("caption is not valid Unicode", row.key))
         elif len(caption) > max_characters:
             reasons.append(
                 (f"caption of more than {max_characters} characters", row.key)
@@ -293,31 +282,30 @@ def _clean(row, max_characters, reasons):
     return captions
 
 
-def _ordered_map(pool, function, items, ahead):
-    """Results in order, with at most `ahead` items under way."""
-    items = iter(items)
-    waiting = collections.deque(
-        pool.submit(function, item) for item in itertools.islice(items, ahead)
+def _is_file(path):
+    return tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
+
+
+def _open_text(file):
+    """The lines of a captions file, whatever wrote it."""
+    with tf.io.gfile.GFile(file, "rb") as stream:
+        content = io.BytesIO(stream.read())
+    # What is no UTF-8 becomes text that `is_text` gives away.
+    return io.TextIOWrapper(
+        content, "utf-8-sig", errors="surrogateescape", newline=""
     )
-    try:
-        while waiting:
-            yield waiting.popleft().result()
-            for item in itertools.islice(items, 1):
-                waiting.append(pool.submit(function, item))
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _rows_of_jsonl(file, root, skipped):
-    with open(file, encoding="utf-8") as lines:
+    name = os.path.basename(file)
+    with _open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = _row(json.loads(line), root)
             except (ValueError, TypeError, AttributeError) as error:
-                skipped.add("malformed row", f"{file.name}:{number}: {error}")
+                skipped.add("malformed row", f"{name}:{number}: {error}")
                 continue
             yield row
 
@@ -333,11 +321,17 @@ def _row(value, root):
     if isinstance(captions, str):
         captions = [captions]
     label = value.get("label")
-    if label is not None and not isinstance(label, int | str):
+    if isinstance(label, str):
+        # A class name is one line of a list of names.
+        label = " ".join(label.split()) or None
+    elif label is not None and not isinstance(label, int):
         raise ValueError(f"'label' is {label!r}")
+    key = str(value.get("key") or image)
+    if not is_text(f"{image}{key}{label}"):
+        raise ValueError("'image', 'key' or 'label' is not valid Unicode")
     return Row(
-        key=str(value.get("key") or image),
-        path=root / image,
+        key=key,
+        path=os.path.join(root, image),
         captions=list(captions),
         split=value.get("split") or None,
         label=label,
@@ -347,7 +341,8 @@ def _row(value, root):
 
 def _rows_of_csv(file, root, skipped):
     rows = {}
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    name = os.path.basename(file)
+    with _open_text(file) as lines:
         first = lines.readline()
         lines.seek(0)
         header = next(csv.reader([first]), [])
@@ -359,7 +354,7 @@ def _rows_of_csv(file, root, skipped):
             except (ValueError, TypeError) as error:
                 skipped.add(
                     "malformed row",
-                    f"{file.name}:{reader.line_num}: {error}",
+                    f"{name}:{reader.line_num}: {error}",
                 )
                 continue
             rows.setdefault(row.key, dataclasses.replace(row, captions=[]))
@@ -380,16 +375,25 @@ def _csv_values(value):
 
 
 def _rows_beside_images(root):
-    for directory, folders, files in os.walk(root):
+    # os.walk gives local names that are no Unicode, too; gfile.walk fails.
+    walk = os.walk if os.path.isdir(root) else tf.io.gfile.walk
+    for directory, folders, files in walk(root):
         folders.sort()
+        names = set(files)
         for file in sorted(files):
-            path = pathlib.Path(directory) / file
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() not in IMAGE_SUFFIXES:
                 continue
-            text = path.with_suffix(".txt")
             captions = []
-            if text.is_file():
-                lines = text.read_text(encoding="utf-8", errors="replace")
-                captions = [c for c in lines.splitlines() if c.strip()]
-            key = path.relative_to(root).as_posix()
+            if f"{stem}.txt" in names:
+                text = os.path.join(directory, f"{stem}.txt")
+                captions = _lines_of_text(text) if is_text(text) else []
+            path = os.path.join(directory, file)
+            key = path.removeprefix(root).lstrip("/")
             yield Row(key=key, path=path, captions=captions)
+
+
+def _lines_of_text(path):
+    with tf.io.gfile.GFile(path, "rb") as file:
+        lines = file.read().decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()]

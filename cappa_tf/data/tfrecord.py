@@ -8,7 +8,7 @@ One record is one picture with all its captions:
     label          int64        optional class
 
 Files are `<name>-<split>.tfrecord-00000-of-00008`; `dataset.json` beside them
-lists them (`description.DatasetDescription`).
+lists them (`description.DatasetDescription`), and so do the files TFDS needs.
 """
 
 import contextlib
@@ -21,20 +21,18 @@ import uuid
 import tensorflow as tf
 
 from cappa_tf.data import description as description_lib
+from cappa_tf.data import publish
 from cappa_tf.data.description import DatasetDescription
 
 __all__ = [
     "DatasetDescription",
     "Example",
+    "ShardWriter",
     "deserialize",
     "parse",
     "serialize",
     "write_dataset",
 ]
-
-# What may lie in a data set's folder and is not written here: vocabularies
-# and logs. Anything else makes the folder somebody else's.
-_COMPANIONS = re.compile(r"(tokenizer\..*|.*\.log|\..*)")
 
 
 @dataclasses.dataclass
@@ -159,77 +157,60 @@ def write_dataset(
     """
     output_dir = os.fspath(output_dir)
     metadata = metadata or {}
-    _check_name("name", name)
-    check_output(output_dir, name, metadata, overwrite)
+    publish.check_name("name", name)
+    publish.check_output(output_dir, name, metadata, overwrite)
     tf.io.gfile.makedirs(output_dir)
     with _incomplete_directory(output_dir) as temporary:
         writers = {}
         with contextlib.ExitStack() as stack:
             for split, example in _pairs(examples):
                 if split not in writers:
+                    publish.check_split(split)
                     writers[split] = stack.enter_context(
                         _SplitWriter(temporary, split, num_shards)
                     )
                 writers[split].write(example)
-        if not writers:
-            raise ValueError(
-                f"A data set needs at least one example. Received none for "
-                f"{name!r}"
-            )
-        _remove_old(output_dir)
-        splits = {
-            split: writer.finish(output_dir, name)
-            for split, writer in writers.items()
-        }
-    description = DatasetDescription(
-        output_dir,
-        {
-            "name": name,
-            "schema_version": description_lib.SCHEMA_VERSION,
-            "features": description_lib.FEATURES,
-            "metadata": metadata,
-            "splits": splits,
-        },
-    )
-    description.save()
-    return description
+        splits = {split: writer.finish() for split, writer in writers.items()}
+        return publish.publish(output_dir, name, metadata, splits)
 
 
-def check_output(output_dir, name, metadata=None, overwrite=False):
-    """Refuses to write a data set over something that is not the same one.
+class ShardWriter(contextlib.AbstractContextManager):
+    """Appends examples to one TFRecord file and counts them.
 
-    Args: as `write_dataset`.
-
-    Raises:
-        ValueError: `output_dir` holds another data set (unless `overwrite`)
-            or files that are no part of any.
+    Args:
+        path: The file, made or replaced.
     """
-    if not tf.io.gfile.exists(output_dir):
-        return
-    if not tf.io.gfile.isdir(output_dir):
-        raise ValueError(
-            f"The output must be a folder. Received: {output_dir}, a file"
-        )
-    foreign = [
-        file
-        for file in sorted(tf.io.gfile.listdir(output_dir))
-        if not (_is_data_file(file) or _COMPANIONS.fullmatch(file))
-    ]
-    if foreign:
-        raise ValueError(
-            "A data set is written to an empty folder or over its own older "
-            f"version. Received: {output_dir}, which holds {foreign[:3]}"
-        )
-    path = os.path.join(output_dir, description_lib.FILE_NAME)
-    if overwrite or not tf.io.gfile.exists(path):
-        return
-    old = DatasetDescription.load(output_dir)
-    source = (metadata or {}).get("source")
-    if (old.name, old.metadata.get("source")) != (name, source):
-        raise ValueError(
-            f"{output_dir} already holds the data set {old.name!r} from "
-            f"{old.metadata.get('source')!r}; pass overwrite to replace it. "
-            f"Received: name={name!r}, source={source!r}"
+
+    def __init__(self, path):
+        self._path = path
+        self._writer = tf.io.TFRecordWriter(path)
+        self._num_examples = 0
+        self._num_captions = 0
+        self._max_captions = 0
+        self._num_labels = 0
+
+    def write(self, example):
+        """Appends an `Example`."""
+        self._writer.write(serialize(example))
+        self._num_examples += 1
+        self._num_captions += len(example.captions)
+        self._max_captions = max(self._max_captions, len(example.captions))
+        self._num_labels += example.label is not None
+
+    def __exit__(self, *error):
+        self._writer.close()
+
+    def finish(self):
+        """Closes the file; returns the `WrittenShard`."""
+        self._writer.close()
+        return publish.WrittenShard(
+            path=self._path,
+            num_examples=self._num_examples,
+            num_captions=self._num_captions,
+            max_captions=self._max_captions,
+            num_labels=self._num_labels,
+            num_bytes=tf.io.gfile.stat(self._path).length,
+            sha256=description_lib.file_sha256(self._path),
         )
 
 
@@ -237,7 +218,6 @@ class _SplitWriter(contextlib.AbstractContextManager):
     """The open shards of one split, under temporary names."""
 
     def __init__(self, directory, split, num_shards):
-        _check_name("split", split)
         if isinstance(num_shards, dict):
             num_shards = num_shards[split]
         if not isinstance(num_shards, int) or num_shards < 1:
@@ -245,56 +225,28 @@ class _SplitWriter(contextlib.AbstractContextManager):
                 "`num_shards` must be a positive integer. Received: "
                 f"num_shards={num_shards!r} for split {split!r}"
             )
-        self._split = split
         self._paths = [
             os.path.join(directory, f"{split}-{i:05d}")
             for i in range(num_shards)
         ]
         self._writers = []
-        self._counts = []
         self._num_examples = 0
-        self._num_captions = 0
-        self._max_captions = 0
 
     def write(self, example):
         """Appends an example to the next shard in turn."""
         shard = self._num_examples % len(self._paths)
         if shard == len(self._writers):
-            self._writers.append(tf.io.TFRecordWriter(self._paths[shard]))
-            self._counts.append(0)
-        self._writers[shard].write(serialize(example))
-        self._counts[shard] += 1
+            self._writers.append(ShardWriter(self._paths[shard]))
+        self._writers[shard].write(example)
         self._num_examples += 1
-        self._num_captions += len(example.captions)
-        self._max_captions = max(self._max_captions, len(example.captions))
 
     def __exit__(self, *error):
         for writer in self._writers:
-            writer.close()
+            writer.__exit__(*error)
 
-    def finish(self, output_dir, name):
-        """Gives the shards their names; returns the split's description."""
-        shards = []
-        for i, count in enumerate(self._counts):
-            file = description_lib.shard_name(
-                name, self._split, i, len(self._counts)
-            )
-            path = os.path.join(output_dir, file)
-            shards.append(
-                {
-                    "file": file,
-                    "num_examples": count,
-                    "num_bytes": tf.io.gfile.stat(self._paths[i]).length,
-                    "sha256": description_lib.file_sha256(self._paths[i]),
-                }
-            )
-            tf.io.gfile.rename(self._paths[i], path, overwrite=True)
-        return {
-            "num_examples": self._num_examples,
-            "num_captions": self._num_captions,
-            "max_captions": self._max_captions,
-            "shards": shards,
-        }
+    def finish(self):
+        """The `WrittenShard`s, in order."""
+        return [writer.finish() for writer in self._writers]
 
 
 @contextlib.contextmanager
@@ -333,24 +285,6 @@ def _is_running(pid):
     return True
 
 
-def _remove_old(output_dir):
-    """Removes an older version: its description first, then its shards."""
-    path = os.path.join(output_dir, description_lib.FILE_NAME)
-    if tf.io.gfile.exists(path):
-        tf.io.gfile.remove(path)
-    for file in tf.io.gfile.listdir(output_dir):
-        if _is_data_file(file):
-            tf.io.gfile.remove(os.path.join(output_dir, file))
-
-
-def _is_data_file(file):
-    """Whether a file name is one that `write_dataset` gives."""
-    return bool(
-        re.fullmatch(r".+\.tfrecord-\d{5}-of-\d{5}", file)
-        or file.startswith(description_lib.FILE_NAME)
-    )
-
-
 def _pairs(examples):
     """(split, example) of either form that `write_dataset` takes."""
     if not isinstance(examples, dict):
@@ -359,15 +293,6 @@ def _pairs(examples):
     for split, split_examples in examples.items():
         for example in split_examples:
             yield split, example
-
-
-def _check_name(what, value):
-    """Names become parts of file names."""
-    if not isinstance(value, str) or not re.fullmatch(r"\w[\w.-]*", value):
-        raise ValueError(
-            f"`{what}` must be letters, digits, '_', '.' or '-'. "
-            f"Received: {what}={value!r}"
-        )
 
 
 def _bytes_feature(values):

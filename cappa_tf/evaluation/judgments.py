@@ -157,7 +157,10 @@ class Judgments(Evaluator):
 
     def _read(self):
         """(judgments by image, caption name -> text, image -> path)."""
-        rows = {row.path.name: row for row in sources.read_rows(self._path)}
+        rows = {
+            os.path.basename(row.path): row
+            for row in sources.read_rows(self._path)
+        }
         captions = {
             f"{name}#{i}": text
             for name, row in rows.items()

@@ -2,19 +2,41 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
+import tensorflow as tf
 from absl import flags
 from conftest import ROOT, shared_data
 from PIL import Image
 
-from cappa_tf.data import sources, tfrecord
+from cappa_tf.data import conversion, sources, tfrecord
+
+TOOL = ROOT / "tools" / "prepare_data.py"
+# Runs the tool with arguments 2, ... and kills itself at rename number
+# argument 1. Every step that others can see is a rename.
+KILL_AT_RENAME = """
+import os, runpy, signal, sys
+import tensorflow as tf
+left, rename = int(sys.argv.pop(1)), tf.io.gfile.rename
+def counted(*arguments, **keywords):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*arguments, **keywords)
+tf.io.gfile.rename = counted
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data_tool", path)
+    spec = importlib.util.spec_from_file_location("prepare_data_tool", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     before = set(flags.FLAGS)
@@ -32,7 +54,7 @@ def run(tool):
         return tool.main(rest)
 
     yield run
-    for name in ("captions", "name", "split_fractions", "resize"):
+    for name in ("captions", "name", "split_fractions", "resize", "runner"):
         flags.FLAGS[name].value = None
     flags.FLAGS.overwrite = False
 
@@ -83,38 +105,150 @@ def test_fractions_and_resize(run, photos, tmp_path):
         f"--input={photos / 'captions.jsonl'}",
         f"--output={output}",
         "--name=small",
-        "--split_fractions=all=1",
+        "--split_fractions=whole=1",
         "--resize=10",
     )
     description = tfrecord.DatasetDescription.load(output)
-    assert description.splits == ["all"]
-    assert description.shards("all")[0].path.endswith(
-        "small-all.tfrecord-00000-of-00008"
+    assert description.splits == ["whole"]
+    assert description.shards("whole")[0].path.endswith(
+        "small-whole.tfrecord-00000-of-00008"
     )
-    size = description.shards("all")[0].num_bytes
+    size = description.shards("whole")[0].num_bytes
     original = (photos / "1.jpg").stat().st_size
     assert size < 2 * original + 200
 
 
-def test_interrupted_run_leaves_nothing_and_can_be_repeated(
-    run, photos, tmp_path, monkeypatch
+def _contents(folder):
+    """Name -> bytes of all that is seen in a folder."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+    }
+
+
+def _is_as_uninterrupted(run, photos, output, *more):
+    """Converts again, and elsewhere without interruption: no difference."""
+    run(f"--input={photos}", f"--output={output}", *more)
+    assert not list(output.glob(".*"))
+    whole = output.with_name("whole")
+    run(f"--input={photos}", f"--output={whole}", "--name=out", *more)
+    assert _contents(output) == _contents(whole)
+
+
+def test_interrupted_in_a_shard_goes_on_with_the_next(
+    run, photos, tmp_path, monkeypatch, capsys
 ):
+    real = sources.read_example
+
+    def interrupted(row, *arguments):
+        if row.key == "5.jpg":
+            raise KeyboardInterrupt
+        return real(row, *arguments)
+
     output = tmp_path / "out"
-    real = sources.read_examples
-
-    def interrupted(*arguments):
-        for i, pair in enumerate(real(*arguments)):
-            if i == 5:
-                raise KeyboardInterrupt
-            yield pair
-
-    monkeypatch.setattr(sources, "read_examples", interrupted)
+    monkeypatch.setattr(sources, "read_example", interrupted)
     with pytest.raises(SystemExit, match="interrupted; run it again"):
         run(f"--input={photos}", f"--output={output}")
-    assert list(output.iterdir()) == []
-    monkeypatch.setattr(sources, "read_examples", real)
-    run(f"--input={photos}", f"--output={output}")
-    assert tfrecord.DatasetDescription.load(output).num_examples("train") == 10
+    assert not _contents(output)
+    monkeypatch.setattr(sources, "read_example", real)
+    _is_as_uninterrupted(run, photos, output)
+    assert "5 shards taken over" in capsys.readouterr().out
+
+
+# With one shard a split: 3 plans, 3 x shard and result, 3 shards get their
+# names, 2 files for TFDS, the description.
+@pytest.mark.parametrize("step", range(1, 16))
+def test_interrupted_before_any_step(run, photos, tmp_path, monkeypatch, step):
+    output = tmp_path / "out"
+    if step % 2:  # Over an older version, too.
+        run(f"--input={photos}", f"--output={output}", "--resize=10")
+        flags.FLAGS["resize"].value = None
+    real, calls = tf.io.gfile.rename, []
+
+    def counted(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(tf.io.gfile, "rename", counted)
+    with pytest.raises(SystemExit, match="interrupted; run it again"):
+        run(f"--input={photos}", f"--output={output}", "--num_shards=1")
+    monkeypatch.setattr(tf.io.gfile, "rename", real)
+    if step % 2 and step < 10:  # The older version is still all there.
+        tfrecord.DatasetDescription.load(output).verify(checksums=True)
+    else:
+        with pytest.raises(ValueError, match="interrupted"):
+            tfrecord.DatasetDescription.load(output)
+    _is_as_uninterrupted(run, photos, output, "--num_shards=1")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(5, marks=pytest.mark.slow),
+        11,
+        pytest.param(15, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_between_two_steps(run, photos, tmp_path, step):
+    output = tmp_path / "out"
+    arguments = [f"--input={photos}", f"--output={output}", "--num_shards=1"]
+    program = [sys.executable, "-c", KILL_AT_RENAME, str(step), str(TOOL)]
+    killed = subprocess.run([*program, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="interrupted"):
+        tfrecord.DatasetDescription.load(output)
+    _is_as_uninterrupted(run, photos, output, "--num_shards=1")
+
+
+@pytest.mark.parametrize(
+    "runner", [None, pytest.param("DirectRunner", marks=pytest.mark.slow)]
+)
+def test_killed_in_the_middle_of_a_shard(run, photos, tmp_path, runner):
+    more = ["--num_shards=1", "--workers=1"]
+    if runner:
+        pytest.importorskip("apache_beam", reason="needs the extra 'beam'")
+        more.append(f"--runner={runner}")
+    output = tmp_path / "out"
+    # A pipe in place of a picture: the reader waits until it is written.
+    content = (photos / "7.jpg").read_bytes()
+    (photos / "7.jpg").unlink()
+    os.mkfifo(photos / "7.jpg")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(TOOL),
+            f"--input={photos}",
+            f"--output={output}",
+            *more,
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    with open(photos / "7.jpg", "wb"):  # Opens when the other side does.
+        process.kill()
+        process.wait()
+    assert not _contents(output)
+    halves = list(output.glob(f"{conversion.FOLDER}/*.tfrecord.incomplete-*"))
+    assert [half.name[:12] for half in halves] == ["train-00000-"]
+    (photos / "7.jpg").unlink()
+    (photos / "7.jpg").write_bytes(content)
+    _is_as_uninterrupted(run, photos, output, *more[:2])
+
+
+def test_beam_gives_the_same_data_set_and_report(run, photos, tmp_path, capsys):
+    pytest.importorskip("apache_beam", reason="needs the extra 'beam'")
+    run(f"--input={photos}", f"--output={tmp_path / 'here'}", "--name=d")
+    here = capsys.readouterr().out
+    beam = ["--runner=DirectRunner", "--", "--direct_num_workers=2"]
+    beam.append("--direct_running_mode=multi_threading")
+    output = tmp_path / "beam"
+    run(f"--input={photos}", f"--output={output}", "--name=d", *beam)
+    assert _contents(tmp_path / "here") == _contents(output)
+    assert capsys.readouterr().out == here.replace(
+        str(tmp_path / "here"), str(output)
+    )
 
 
 def test_refusals_name_the_cause(run, photos, tmp_path):
