@@ -3,6 +3,7 @@
 The files are found by looking, so a new one cannot escape.
 """
 
+import json
 import pathlib
 
 import gin
@@ -202,8 +203,13 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
         "BATCH_SIZE=8",
         "trainer.train.final_evaluation=False",
         "trainer.train.sample_images=0",
+        "EVALUATION_IMAGES=2",
     ]
-    files = ["gin/quickstart.gin", "gin/models/tiny8.gin"]
+    files = [
+        "gin/quickstart.gin",
+        "gin/models/tiny8.gin",
+        "gin/evaluation/scenes.gin",
+    ]
     config.parse(files, params, workdir=str(tmp_path / "run"))
     config.run(
         on_start=config.save_config,
@@ -216,5 +222,7 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
         assert found[name] == again[name]
     sizes = [build(values["model"]).count_params() for values in (found, again)]
     assert sizes[0] == sizes[1]
+    measured = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 0 <= measured["evaluation/scenes/blind/macro"] <= 1
     # The operative one holds what nobody set.
     assert "AdamW.beta_1 = 0.9" in operative.read_text()

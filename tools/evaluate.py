@@ -96,6 +96,10 @@ def define_flags(flag_values=flags.FLAGS):
     )
     _define_label_flags(where)
     _define_fewshot_flags(where)
+    _define_benchmark_flags(where)
+
+
+def _define_benchmark_flags(where):
     flags.DEFINE_string(
         "pictures",
         None,

@@ -8,7 +8,12 @@ import os
 from cappa_tf.checks import check_choice, check_integer
 from cappa_tf.evaluation import caption_metrics, captioning
 from cappa_tf.evaluation.captioned import CaptionedImages
-from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    skipped_lines,
+    table,
+)
 
 
 class Captions(Evaluator):
@@ -72,7 +77,7 @@ class Captions(Evaluator):
         if not meteor:
             lines.append("no METEOR: it needs Java")
         skipped = dict(self._data.skipped)
-        lines += [f"skipped: {n} x {reason}" for reason, n in skipped.items()]
+        lines += skipped_lines(skipped)
         return Report(
             metrics,
             lines,

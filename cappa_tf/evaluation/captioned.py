@@ -14,6 +14,7 @@ from cappa_tf.data import picture_files, sources
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.pipeline import CaptionDataset
 from cappa_tf.evaluation import captioning
+from cappa_tf.evaluation.rows import read_examples
 
 
 class CaptionedImages:
@@ -103,8 +104,7 @@ class CaptionedImages:
 
     def _of_folder(self, scorer):
         noted = sources.Skipped()
-        workers = os.cpu_count() or 1
-        found = sources.read_examples(self._rows, noted, workers=workers)
+        found = read_examples(self._rows, noted)
         good = self._decoded(found, scorer.reader)
         while some := list(itertools.islice(good, scorer.batch_size)):
             images, examples = zip(*some)
@@ -112,7 +112,7 @@ class CaptionedImages:
         self.skipped.update(self._malformed.counts + noted.counts)
 
     def _decoded(self, found, reader):
-        for _, example in found:
+        for example in found:
             try:
                 yield reader.decode(example.image), example
             except picture_files.UnusableError as error:

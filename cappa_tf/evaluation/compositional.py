@@ -79,7 +79,7 @@ class Compositional(Evaluator):
         return {}
 
     def _report(self, won, tied, rows, num_images):
-        subsets = {s: len(hits) for s, hits in won[AUTOREGRESSIVE].items()}
+        subsets = {s: len(h) for s, h in sorted(won[AUTOREGRESSIVE].items())}
         shares = {mode: self._shares(hits) for mode, hits in won.items()}
         ties = {
             mode: float(np.mean([*itertools.chain(*hits.values())]))
@@ -109,7 +109,7 @@ class Compositional(Evaluator):
 
     def _shares(self, hits):
         """Share of the choices won: subsets, groups, macro, micro."""
-        shares = {s: float(np.mean(h)) for s, h in hits.items()}
+        shares = {s: float(np.mean(h)) for s, h in sorted(hits.items())}
         grouped = collections.defaultdict(list)
         for subset, share in shares.items():
             grouped[subset.split("_")[0]].append(share)

@@ -6,6 +6,8 @@ a model again and again while it is trained, and many models after that.
 
 import dataclasses
 
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE
+
 
 @dataclasses.dataclass
 class Report:
@@ -89,6 +91,21 @@ def table(header, rows):
         ).rstrip()
         for row in cells
     ]
+
+
+def skipped_lines(skipped):
+    """A line for each reason, of counts by reason."""
+    return [f"skipped: {n} x {reason}" for reason, n in skipped.items()]
+
+
+def named(mode, figures):
+    """Figures of one kind of score, by the name of their metric.
+
+    Those of the plain, autoregressive score have their own name; others the
+    score's in front: "parallel/top_1".
+    """
+    prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
+    return {prefix + name: value for name, value in figures.items()}
 
 
 def _cell(value):

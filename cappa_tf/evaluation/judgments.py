@@ -27,7 +27,13 @@ import numpy as np
 
 from cappa_tf.checks import check_choice, check_counts
 from cappa_tf.data import picture_files, sources
-from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
 
 FILES = {
@@ -151,7 +157,10 @@ class Judgments(Evaluator):
 
     def _read(self):
         """(judgments by image, caption name -> text, image -> path)."""
-        rows = {row.path.name: row for row in sources.read_rows(self._path)}
+        rows = {
+            os.path.basename(row.path): row
+            for row in sources.read_rows(self._path)
+        }
         captions = {
             f"{name}#{i}": text
             for name, row in rows.items()
@@ -207,15 +216,14 @@ class Judgments(Evaluator):
         metrics, body = {}, []
         for mode, values in columns.items():
             found = correlations(values, ratings)
-            prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
-            metrics |= {prefix + name: value for name, value in found.items()}
+            metrics |= named(mode, found)
             body.append((mode, *found.values()))
         count = sum(map(len, ratings))
         lines = [
             f"{self._which}: {count} ratings of {len(judged)} captions of "
             f"{num_images} images",
             *table(("log-likelihood", *found), body),
-            *(f"skipped: {n} x {reason}" for reason, n in skipped.items()),
+            *skipped_lines(skipped),
         ]
         details = {
             "which": self._which,

@@ -13,6 +13,7 @@ from cappa_tf.checks import check_number, height_width
 from cappa_tf.data import images, sources
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.pipeline import CaptionDataset
+from cappa_tf.evaluation import rows
 
 RESIZES = ("squash", "resize_small")
 # The paper resizes to 256 for a crop of 224.
@@ -66,14 +67,14 @@ class LabelledImages:
             self.class_names = list(described.metadata.get("classes", []))
         else:
             malformed = sources.Skipped()
-            rows = sources.read_rows(self._path, skipped=malformed)
+            found = sources.read_rows(self._path, skipped=malformed)
             self._malformed = malformed.counts
             # Of all splits: numbers must not depend on the split.
-            self._label_names = sources.class_names(rows)
-            self.class_names = self._label_names or sources.named_classes(rows)
-            splits = sorted({sources.choose_split(row) for row in rows})
+            self._label_names = sources.class_names(found)
+            self.class_names = self._label_names or sources.named_classes(found)
+            splits = sorted({sources.choose_split(row) for row in found})
             self._rows = [
-                row for row in rows if sources.choose_split(row) == self._split
+                row for row in found if sources.choose_split(row) == self._split
             ]
         if self._split not in splits:
             raise ValueError(
@@ -139,12 +140,8 @@ class LabelledImages:
         options = sources.Options(require_captions=False)
 
         def read():
-            for _, example in sources.read_examples(
-                self._rows[first:end],
-                noted,
-                options,
-                os.cpu_count() or 1,
-                self._label_names,
+            for example in rows.read_examples(
+                self._rows[first:end], noted, options, self._label_names
             ):
                 label = -1 if example.label is None else example.label
                 yield example.image, label

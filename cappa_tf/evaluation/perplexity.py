@@ -8,7 +8,13 @@ import math
 import os
 
 from cappa_tf.evaluation.captioned import CaptionedImages
-from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
 
 
@@ -80,8 +86,7 @@ class Perplexity(Evaluator):
                 "perplexity": math.exp(nll / tokens),
                 "nll_per_caption": nll / captions,
             }
-            prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
-            metrics |= {prefix + name: value for name, value in found.items()}
+            metrics |= named(mode, found)
             image = "with image" if mode == AUTOREGRESSIVE else "without"
             lines.append((image, *found.values()))
         skipped = dict(self._data.skipped)
@@ -94,6 +99,6 @@ class Perplexity(Evaluator):
         table_lines = [
             f"{len(rows)} images, {captions} captions, {tokens} tokens",
             *table(("", *found), lines),
-            *(f"skipped: {n} x {reason}" for reason, n in skipped.items()),
+            *skipped_lines(skipped),
         ]
         return Report(metrics, table_lines, details, rows)

@@ -15,7 +15,13 @@ import os
 import numpy as np
 
 from cappa_tf.evaluation.captioned import CaptionedImages
-from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
 
 RECALLS = (1, 5, 10)
@@ -116,8 +122,7 @@ class Retrieval(Evaluator):
         metrics, rows = {}, []
         for mode, values in scores.items():
             found = recalls(values, owners)
-            prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
-            metrics |= {prefix + name: value for name, value in found.items()}
+            metrics |= named(mode, found)
             both = np.split(np.array([*found.values()]), 2)
             rows.append((f"{mode}, image to text", *map(float, both[0])))
             if mode != "minus_blind":  # the same order of images
@@ -126,7 +131,7 @@ class Retrieval(Evaluator):
         lines = [
             f"{len(owned)} images, {len(texts)} captions",
             *table(("", *(f"recall@{k}" for k in RECALLS)), rows),
-            *(f"skipped: {n} x {reason}" for reason, n in skipped.items()),
+            *skipped_lines(skipped),
         ]
         details = {
             "num_images": len(owned),

@@ -13,12 +13,19 @@ import os
 import numpy as np
 
 from cappa_tf.checks import check_choice, check_counts
-from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
 from cappa_tf.evaluation.labelled import RESIZES, LabelledImages
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 MINUS_BLIND = "minus_blind"
+_MOST_COLUMNS = 20
 
 
 def prompts(class_names, templates=DEFAULT_TEMPLATES):
@@ -183,33 +190,34 @@ class ZeroShot(Evaluator):
         for mode, values in scores.items():
             found, confusion = figures(values, labels)
             confusions[mode] = confusion.tolist()
-            prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
-            metrics |= {prefix + name: value for name, value in found.items()}
+            metrics |= named(mode, found)
             rows.append((mode, *found.values()))
         lines = [
             f"{len(labels)} pictures, {len(names)} classes",
             *table(("score", *found), rows),
-            "",
-            "true class by predicted one:",
-            *table(
-                ("", *range(len(names))),
-                [
-                    (f"{number} {name}", *row)
-                    for number, (name, row) in enumerate(
-                        zip(names, confusions[AUTOREGRESSIVE])
-                    )
-                ],
-            ),
-            *(f"skipped: {n} x {reason}" for reason, n in skipped.items()),
+            *_confusion_lines(names, confusions[AUTOREGRESSIVE]),
+            *skipped_lines(skipped),
         ]
         details = {
             "num_images": len(labels),
             "class_names": names,
             "templates": list(self._templates),
-            "confusion": confusions,
+            "confusion": confusions[AUTOREGRESSIVE],
             "skipped": dict(skipped),
         }
         return Report(metrics, lines, details)
+
+
+def _confusion_lines(names, confusion):
+    """The matrix as a table, where it fits a terminal."""
+    if len(names) > _MOST_COLUMNS:
+        return []
+    rows = [
+        (f"{number} {name}", *row)
+        for number, (name, row) in enumerate(zip(names, confusion))
+    ]
+    head = ("true class, by predicted one", *range(len(names)))
+    return ["", *table(head, rows)]
 
 
 def _first(batches, limit):

@@ -1,0 +1,39 @@
+"""Pictures of a folder, read and checked as they are evaluated."""
+
+import concurrent.futures
+import itertools
+import os
+
+from cappa_tf.data import sources
+
+
+def read_examples(rows, skipped, options=None, classes=()):
+    """Reads, checks and cleans the pictures and captions of rows.
+
+    Args:
+        rows: Iterable of `sources.Row`s.
+        skipped: A `sources.Skipped` that takes what is left out.
+        options: `sources.Options`.
+        classes: `sources.class_names` of the rows; the label of one becomes
+            its position.
+
+    Yields:
+        `Example`s in the order of the rows.
+    """
+    options = options or sources.Options()
+    numbers = {name: i for i, name in enumerate(classes)}
+    workers = os.cpu_count() or 1
+    rows, seen = iter(rows), set()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        while some := list(itertools.islice(rows, 8 * workers)):
+            found = pool.map(
+                lambda row: sources.read_example(row, options, numbers), some
+            )
+            for row, (example, reasons) in zip(some, found):
+                for reason, name in reasons:
+                    skipped.add(reason, name)
+                if example is not None and row.key in seen:
+                    skipped.add("repeated key", row.key)
+                elif example is not None:
+                    seen.add(row.key)
+                    yield example
