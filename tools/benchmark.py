@@ -20,7 +20,9 @@ from absl import app
 from tools import benchmarks
 
 BENCHMARKS = {
+    "generate": "time of the ways to caption",
     "memory": "peak memory and time of the captioning loss",
+    "score": "time of the likelihoods of many labels",
 }
 
 
