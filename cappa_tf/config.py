@@ -33,9 +33,6 @@ class ConfigError(ValueError):
     """A configuration that cannot be run, and which binding is at fault."""
 
 
-# -- Flags ---------------------------------------------------------------------
-
-
 def define_flags():
     """Defines --gin_file, --gin_param, --workdir and --dry_run for a tool."""
     flags.DEFINE_multi_string(
@@ -53,15 +50,20 @@ def define_flags():
     flags.DEFINE_bool("dry_run", False, "Build all, print sizes, and stop.")
 
 
-def parse_flags():
+def parse_flags(**macros):
     """Parses what the flags of `define_flags` name.
+
+    Args:
+        **macros: Values of a tool's own flags, by macro; None where not given.
 
     Raises:
         SystemExit: With the `ConfigError`'s message and no traceback.
     """
     values = flags.FLAGS
+    given = [f"{k} = {v!r}" for k, v in macros.items() if v is not None]
+    params = values.gin_param + given
     try:
-        parse(values.gin_file, values.gin_param, workdir=values.workdir)
+        parse(values.gin_file, params, workdir=values.workdir)
     except ConfigError as error:
         raise SystemExit(f"Configuration error: {error}") from None
 
@@ -185,9 +187,6 @@ def _write(workdir, name, text):
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(f"{path}.tmp", path)
-
-
-# -- Files ---------------------------------------------------------------------
 
 
 @functools.cache

@@ -70,20 +70,23 @@ class Data:
         labels = tf.gather(self._labels, index % len(self._labels))
         return {"image": image, "labels": labels, "index": index}
 
-    def train(self, batch_size, start_index=0, seed=0):
+    def train(self, batch_size, start_index=0, seed=0, host=0, num_hosts=1):
         del seed
-        stream = tf.data.Dataset.range(start_index, 2**40).map(self._example)
+        first = start_index + (host - start_index) % num_hosts
+        stream = tf.data.Dataset.range(first, 2**40, num_hosts)
+        stream = stream.map(self._example)
         return stream.batch(batch_size, drop_remainder=True)
 
-    def evaluate(self, batch_size):
+    def evaluate(self, batch_size, host=0, num_hosts=1):
         count = len(self._images)
-        padded = -(-count // batch_size) * batch_size
+        together = batch_size * num_hosts
+        padded = -(-count // together) * together
 
         def masked(index):
             real = tf.cast(index < count, tf.float32)
             return {**self._example(index), "_mask": real}
 
-        stream = tf.data.Dataset.range(padded).map(masked)
+        stream = tf.data.Dataset.range(host, padded, num_hosts).map(masked)
         return stream.batch(batch_size, drop_remainder=True)
 
 

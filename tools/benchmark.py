@@ -21,7 +21,7 @@ from tools import benchmarks
 
 BENCHMARKS = {
     "generate": "time of the ways to caption",
-    "memory": "peak memory and time of the captioning loss",
+    "memory": "peak memory and time of the loss, and of a training step",
     "score": "time of the likelihoods of many labels",
 }
 

@@ -1,16 +1,35 @@
 """Measures a trained model on a task.
 
-    python tools/evaluate.py --task=fewshot --checkpoint=runs/mine \
-        --data=pets --train_split=train --test_split=test
+    python tools/evaluate.py --task=caption --checkpoint=runs/mine \
+        --data=data/mine
+    python tools/evaluate.py --task=zero_shot --checkpoint=runs/mine \
+        --data=pets --templates="a photo of a {}" --parallel
+    python tools/evaluate.py --task=sugar_crepe --checkpoint=runs/mine \
+        --data=sugar_crepe --pictures=coco/val2017
 
 Tasks:
-    fewshot  ridge regression on frozen features of few examples of each class;
-             --data is a folder of labelled pictures (labels.jsonl with lines
-             {"image": "a/1.jpg", "label": 3, "split": "train"}) or of TFRecords
+    caption      greedy captions: CIDEr, BLEU, ROUGE-L, METEOR (with Java);
+                 each image's own result, and picture sheets of the worst and
+                 the best
+    perplexity   likelihood of people's captions, with and without the image
+    retrieval    which caption, which image, by likelihood: Recall@1, 5, 10
+    zero_shot    which class name is the likeliest caption
+    fewshot      ridge regression on frozen features of few examples a class
+    sugar_crepe  right caption against hard negatives; --data has its 7 files
+    aro          the same in ARO's form; --data is one of its files
+    scenes       the same for drawn scenes; --data is their folder
+    judgments    Kendall's tau with people's judgments; --data is Flickr8k
 
---checkpoint is the folder of a run, a .keras file (captioner or vision
-encoder) or an npz of big_vision. A table is printed, and the same figures are
-written as JSON to --output, by default beside the checkpoint.
+--data of caption, perplexity and retrieval is a folder of TFRecords
+(tools/prepare_data.py) or of pictures with captions.jsonl; of zero_shot and
+fewshot, of TFRecords or of pictures with labels.jsonl, lines such as {"image":
+"a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
+
+--checkpoint is the folder of a run or its .keras file; fewshot takes any
+.keras file (captioner or vision encoder) and an npz of big_vision, too. A
+table is printed; the figures are written as JSON to --output, by default
+beside the checkpoint, results one by one (of an image, a choice) to .jsonl
+and sheets to .png files of the same name.
 """
 
 import json
@@ -46,16 +65,27 @@ def define_flags(flag_values=flags.FLAGS):
         **where,
     )
     flags.DEFINE_string(
-        "data",
+        "data", None, "What to measure on, see above.", required=True, **where
+    )
+    flags.DEFINE_string(
+        "test_split",
         None,
-        "Folder of the pictures or TFRecords.",
-        required=True,
+        "Split to measure on: by default test, of scenes heldout.",
         **where,
     )
-    flags.DEFINE_string("train_split", "train", "Split to learn from.", **where)
-    flags.DEFINE_string("test_split", "test", "Split to measure on.", **where)
     flags.DEFINE_integer(
-        "batch_size", 64, "Pictures encoded at once.", lower_bound=1, **where
+        "limit",
+        None,
+        "Only so many pictures; all by default, of retrieval 100.",
+        lower_bound=1,
+        **where,
+    )
+    flags.DEFINE_integer(
+        "batch_size",
+        32,
+        "Pictures at once.",
+        lower_bound=1,
+        **where,
     )
     flags.DEFINE_string(
         "output",
@@ -64,10 +94,52 @@ def define_flags(flag_values=flags.FLAGS):
         "or CHECKPOINT.TASK.json beside a file.",
         **where,
     )
+    _define_label_flags(where)
     _define_fewshot_flags(where)
+    _define_benchmark_flags(where)
+
+
+def _define_benchmark_flags(where):
+    flags.DEFINE_string(
+        "pictures",
+        None,
+        "Folder of the pictures that sugar_crepe's and aro's files name.",
+        **where,
+    )
+    flags.DEFINE_enum(
+        "judgments",
+        "expert",
+        ["expert", "crowdflower"],
+        "Whose judgments.",
+        **where,
+    )
+
+
+def _define_label_flags(where):
+    flags.DEFINE_bool(
+        "parallel",
+        False,
+        "zero_shot, retrieval: score in parallel mode, too.",
+        **where,
+    )
+    flags.DEFINE_multi_string(
+        "templates",
+        ["a photo of a {}"],
+        "zero_shot: captions of a class, {} being its name; repeat for more.",
+        **where,
+    )
+    flags.DEFINE_list(
+        "class_names",
+        None,
+        "zero_shot: names by class number; by default those of the data.",
+        **where,
+    )
 
 
 def _define_fewshot_flags(where):
+    flags.DEFINE_string(
+        "train_split", "train", "fewshot: split to learn from.", **where
+    )
     flags.DEFINE_list(
         "shots", ["1", "5", "10", "25"], "Examples of each class.", **where
     )
@@ -85,85 +157,122 @@ def _define_fewshot_flags(where):
         "resize",
         "squash",
         ["squash", "resize_small"],
-        "Before the central crop of 224 in 256: both sides to 256 (as the "
-        "paper's numbers are taken), or only the shorter one.",
+        "zero_shot, fewshot: the whole picture (as the paper's numbers are "
+        "taken) or its middle. fewshot also cuts a margin off: 224 of 256.",
         **where,
     )
 
 
-def load_encoder(path, weights="auto"):
-    """The vision encoder of a run, a .keras file or an npz."""
-    # TensorFlow takes seconds to load: --help need not wait for it.
-    from cappa_tf.export import big_vision
-    from cappa_tf.training import workdir
-
-    if path.endswith(".npz"):
-        return big_vision.load_vision_encoder(path)
-    model = workdir.load_captioner(path, weights)
-    return getattr(model, "vision_encoder", model)
+# A task maps the parsed flags to its evaluator. TensorFlow takes seconds to
+# load, so each imports for itself: --help need not wait for it.
 
 
-def fewshot(options):
-    """Few-shot accuracies of the features.
+def _caption(options):
+    from cappa_tf.evaluation.caption_report import Captions
 
-    Args:
-        options: The parsed flags.
+    return Captions(options.data, _split(options), limit=options.limit)
 
-    Returns:
-        (lines of a table, dict for the JSON file).
-    """
-    import tqdm
 
-    from cappa_tf.evaluation import fewshot, labelled
+def _perplexity(options):
+    from cappa_tf.evaluation.perplexity import Perplexity
 
-    shots = _numbers("shots", options.shots, int)
-    l2 = _numbers("l2", options.l2, float)
-    encoder = load_encoder(options.checkpoint, options.weights)
-    features, skipped = [], {}
-    for split in (options.train_split, options.test_split):
-        data = labelled.LabelledImages(
-            options.data, split, encoder.image_size, options.resize
+    return Perplexity(
+        options.data, _split(options), limit=options.limit, blind=True
+    )
+
+
+def _retrieval(options):
+    from cappa_tf.evaluation.retrieval import Retrieval
+
+    return Retrieval(
+        options.data,
+        _split(options),
+        limit=options.limit or 100,
+        parallel=options.parallel,
+    )
+
+
+def _zero_shot(options):
+    from cappa_tf.evaluation.zero_shot import ZeroShot
+
+    return ZeroShot(
+        options.data,
+        _split(options),
+        class_names=options.class_names,
+        templates=options.templates,
+        resize=options.resize,
+        parallel=options.parallel,
+        limit=options.limit,
+    )
+
+
+def _fewshot(options):
+    from cappa_tf.evaluation.fewshot import Fewshot
+
+    return Fewshot(
+        options.data,
+        options.train_split,
+        _split(options),
+        shots=_numbers("shots", options.shots, int),
+        l2=_numbers("l2", options.l2, float),
+        num_seeds=options.num_seeds,
+        resize=options.resize,
+        batch_size=options.batch_size,
+    )
+
+
+def _sugar_crepe(options):
+    from cappa_tf.evaluation.compositional import SugarCrepe
+
+    pictures = _pictures(options)
+    return SugarCrepe(options.data, pictures, limit=options.limit)
+
+
+def _aro(options):
+    from cappa_tf.evaluation.compositional import Aro
+
+    return Aro(options.data, _pictures(options), limit=options.limit)
+
+
+def _scenes(options):
+    from cappa_tf.evaluation.compositional import Scenes
+
+    split = _split(options, "heldout")
+    return Scenes(options.data, split, limit=options.limit)
+
+
+def _judgments(options):
+    from cappa_tf.evaluation.judgments import Judgments
+
+    return Judgments(options.data, options.judgments, limit=options.limit)
+
+
+TASKS = {
+    "caption": _caption,
+    "perplexity": _perplexity,
+    "retrieval": _retrieval,
+    "zero_shot": _zero_shot,
+    "fewshot": _fewshot,
+    "sugar_crepe": _sugar_crepe,
+    "aro": _aro,
+    "scenes": _scenes,
+    "judgments": _judgments,
+}
+# Tasks that ask the encoder only.
+_OF_ENCODERS = ("fewshot",)
+
+
+def _split(options, default="test"):
+    return options.test_split or default
+
+
+def _pictures(options):
+    if options.pictures is None:
+        raise ValueError(
+            f"--task={options.task} needs --pictures, the folder of the "
+            "pictures that its files name"
         )
-        with tqdm.tqdm(desc=split, unit=" pictures") as progress:
-            features.append(
-                labelled.extract_features(
-                    encoder, data, options.batch_size, progress.update
-                )
-            )
-        skipped[split] = dict(data.skipped)
-    results = fewshot.evaluate(*features, shots, l2, options.num_seeds)
-    classes = max(int(labels.max()) for _, labels in features) + 1
-    counts = [len(labels) for _, labels in features]
-    table = [
-        f"{classes} classes, {counts[0]} pictures to draw from, "
-        f"{counts[1]} to test on",
-        f"{'shots':>5}{'l2':>10}{'accuracy':>10}{'+-':>8}   each seed",
-    ]
-    for result in results:
-        seeds = " ".join(f"{a:.2%}" for a in result.accuracies)
-        table.append(
-            f"{result.shots:>5}{result.l2:>10g}{result.mean:>10.2%}"
-            f"{result.std:>8.2%}   {seeds}"
-        )
-    for split, reasons in skipped.items():
-        table += [f"skipped of {split}: {n} x {r}" for r, n in reasons.items()]
-    report = {
-        "classes": classes,
-        "examples": dict(zip(("train", "test"), counts)),
-        "skipped": skipped,
-        "resize": options.resize,
-        "results": [
-            {
-                "shots": r.shots,
-                "l2": r.l2,
-                "mean": r.mean,
-                "std": r.std,
-                "accuracies": r.accuracies,
-            }
-            for r in results
-        ],
-    }
-    return table, report
+    return options.pictures
 
 
 def _numbers(name, values, kind):
@@ -180,30 +289,84 @@ def _numbers(name, values, kind):
     return numbers
 
 
-# A task maps the parsed flags to (lines of a table, dict for the JSON file).
-TASKS = {"fewshot": fewshot}
+def load_encoder(path, weights="auto"):
+    """The vision encoder of a run, a .keras file or an npz."""
+    from cappa_tf.export import big_vision
+    from cappa_tf.training import workdir
+
+    if path.endswith(".npz"):
+        return big_vision.load_vision_encoder(path)
+    model = workdir.load_captioner(path, weights)
+    return getattr(model, "vision_encoder", model)
+
+
+def load_scorer(path, weights="auto", batch_size=32):
+    """The captioner of a run with its vocabulary and preprocessing.
+
+    Args:
+        path: The run's folder or a .keras file in it.
+        weights: See `workdir.load_captioner`.
+        batch_size: Images at once.
+
+    Returns:
+        A `Scorer`.
+    """
+    from cappa_tf.evaluation.scorer import Scorer
+    from cappa_tf.training import workdir
+
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    tokenizer, preprocessing = workdir.load_preprocessing(folder or ".")
+    captioner = workdir.load_captioner(path, weights)
+    return Scorer(captioner, tokenizer, preprocessing, batch_size)
 
 
 def evaluate(options):
-    """Runs the task; prints its table and writes its JSON file.
+    """Runs the task; prints its table and writes its files.
 
     Returns:
         Path of the JSON file.
     """
+    evaluator = TASKS[options.task](options)
+    # Before the model is loaded: what is missing is known at once.
+    evaluator.open()
+    if options.task in _OF_ENCODERS:
+        encoder = load_encoder(options.checkpoint, options.weights)
+        report = evaluator.measure(encoder)
+    else:
+        report = evaluator.evaluate(
+            load_scorer(options.checkpoint, options.weights, options.batch_size)
+        )
+    print("\n".join(report.lines))
+    return write_report(report, options)
+
+
+def write_report(report, options):
+    """Writes a `Report` beside the checkpoint; returns the JSON's path."""
+    from cappa_tf.evaluation.sheet import write_sheet
+
     path = options.output or default_output(options.checkpoint, options.task)
-    table, report = TASKS[options.task](options)
-    print("\n".join(table))
-    report = {
+    stem = os.path.splitext(path)[0]
+    written = [path]
+    content = {
         "task": options.task,
         "checkpoint": options.checkpoint,
         "data": options.data,
-        "splits": [options.train_split, options.test_split],
-        **report,
+        "split": options.test_split,
+        "metrics": report.metrics,
+        **report.details,
     }
-    with open(path, "w") as file:
-        json.dump(report, file, indent=2)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
-    print(f"written to {path}")
+    if report.rows:
+        written.append(f"{stem}.jsonl")
+        with open(written[-1], "w", encoding="utf-8") as file:
+            for row in report.rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    for name, (title, rows) in report.sheets.items():
+        written.append(f"{stem}_{name}.png")
+        write_sheet(written[-1], rows, title=title, marks=False)
+    print(f"written to {', '.join(written)}")
     return path
 
 
@@ -220,7 +383,7 @@ def main(argv):
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     try:
         evaluate(flags.FLAGS)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate: {error}") from None
 
 

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app
+from absl import app, flags
 
 from cappa_tf import config
 
@@ -29,17 +29,26 @@ def main(argv):
     """Parses and checks the configuration, then runs it."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    config.parse_flags()
+    # TensorFlow takes seconds to load: --help need not wait for it.
+    from cappa_tf.training.hosts import WorkerLostError
+
+    config.parse_flags(STRATEGY=flags.FLAGS.strategy)
     try:
         config.run(
-            dry_run=config.flags.FLAGS.dry_run,
+            dry_run=flags.FLAGS.dry_run,
             on_start=config.save_config,
             on_first_step=config.save_operative_config,
         )
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, WorkerLostError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":
     config.define_flags()
+    flags.DEFINE_string(
+        "strategy",
+        None,
+        "Devices of the run (STRATEGY): auto, one, mirrored, multi_worker or "
+        "tpu.",
+    )
     app.run(main)

@@ -61,6 +61,33 @@ def read(path, resize=None, min_side=1, max_pixels=None):
         raise UnusableError("image cannot be decoded") from None
 
 
+def cut(content, box):
+    """Cuts a part out of an image.
+
+    Args:
+        content: Bytes that `read` gave.
+        box: (left, top, width, height) in pixels; what lies outside of the
+            image is left out.
+
+    Returns:
+        Bytes of a PNG.
+
+    Raises:
+        UnusableError: Nothing of the box lies on the image.
+    """
+    left, top, width, height = box
+    with Image.open(io.BytesIO(content)) as image:
+        right = min(left + width, image.width)
+        bottom = min(top + height, image.height)
+        left, top = max(left, 0), max(top, 0)
+        if left >= right or top >= bottom:
+            raise UnusableError("box outside of the image")
+        part = _to_rgb(image).crop((left, top, right, bottom))
+    stored = io.BytesIO()
+    part.save(stored, "PNG")
+    return stored.getvalue()
+
+
 def _checked(image, content, resize, min_side, max_pixels):
     """Decodes an opened image; returns the bytes to store."""
     width, height = image.size

@@ -192,13 +192,22 @@ class CaptionDataset:
         """The ValueError by which bad records stopped reading, or None."""
         return None if self._skips is None else self._skips.failure
 
-    def train(self, batch_size=None, start_index=0, seed=None):
-        """The endless training stream.
+    def train(
+        self,
+        batch_size=None,
+        start_index=0,
+        seed=None,
+        host=0,
+        num_hosts=1,
+    ):
+        """The endless training stream, or one host's part of it.
 
         Args:
             batch_size: B; by default the constructor's.
             start_index: Position of the first example.
             seed: By default the constructor's.
+            host: Of the positions p, those with p % num_hosts == host.
+            num_hosts: Number of hosts that share the stream.
 
         Returns:
             A tf.data.Dataset of the batches described above.
@@ -207,7 +216,9 @@ class CaptionDataset:
         seed = self.seed if seed is None else seed
         checks.check_integer("start_index", start_index, 0)
         self._open()
-        batches = self._train_batches(batch_size, start_index, seed)
+        batches = self._train_batches(
+            batch_size, start_index, seed, host, num_hosts
+        )
         diagnose = self._decoder(self.image_size, None).diagnose
 
         def finish(batch):
@@ -227,31 +238,37 @@ class CaptionDataset:
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
-    def evaluate(self, batch_size=None):
+    def evaluate(self, batch_size=None, host=0, num_hosts=1):
         """One pass over the split in order, the last batch filled up.
 
         Args:
             batch_size: B; by default the constructor's.
+            host: Of the records i, those with i % num_hosts == host.
+            num_hosts: Number of hosts that share the split.
 
         Returns:
             A tf.data.Dataset of the batches described above.
         """
         batch_size = self._batch_size(batch_size)
-        if batch_size not in self._evaluations:
+        key = batch_size, host, num_hosts
+        if key not in self._evaluations:
             self._open()
-            self._evaluations[batch_size] = self._evaluation(batch_size)
-        return self._evaluations[batch_size]
+            self._evaluations[key] = self._evaluation(*key)
+        return self._evaluations[key]
 
-    def _evaluation(self, batch_size):
+    def _evaluation(self, batch_size, host, num_hosts):
         """Builds `evaluate`, which repeated evaluations share."""
-        count = math.ceil(self.num_examples / batch_size) * batch_size
+        share = batch_size * num_hosts
+        count = math.ceil(self.num_examples / share) * batch_size
         padding = tf.data.Dataset.from_tensors("").repeat()
         records = (
             order.in_sequence(self._shards)
+            .filter(lambda index, serialized: index % num_hosts == host)
             .map(lambda index, serialized: serialized)
             .concatenate(padding)
             .take(count)
             .enumerate()
+            .map(lambda i, serialized: (i * num_hosts + host, serialized))
         )
         decoder = self._decoder(self.image_size, None)
         batches = decoder.batches(records, batch_size, self.num_parallel_calls)
@@ -282,7 +299,7 @@ class CaptionDataset:
             except ValueError:
                 yield tfrecord.Example(key="", image=b"", captions=[])
 
-    def _train_batches(self, batch_size, start_index, seed):
+    def _train_batches(self, batch_size, start_index, seed, host, num_hosts):
         """Decoded batches in training order, by way of the cache."""
         if self._cache_mode() == "stream":
             records = order.from_readers(
@@ -291,11 +308,11 @@ class CaptionDataset:
                 start_index,
                 self.num_readers,
                 self.shuffle_buffer if self.shuffle else 0,
-            )
+            ).filter(lambda index, serialized: index % num_hosts == host)
         else:
             numbers = order.in_memory(
                 self.num_examples, seed, start_index, self.shuffle
-            )
+            ).filter(lambda index, number: index % num_hosts == host)
             if self._cache_mode() == "images":
                 pixels = self._pixels_in_memory()
                 return numbers.batch(batch_size, drop_remainder=True).map(

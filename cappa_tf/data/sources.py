@@ -4,7 +4,8 @@ Three forms are understood:
 
     captions.jsonl   one object a line: {"image": "a/1.jpg", "captions":
                      ["...", "..."]} or "caption": "..."; optional "split",
-                     "label" (integer or class name) and "key"
+                     "label" (integer or class name), "class_name" (of an
+                     integer label) and "key"
     captions.csv     a row for each caption: image,caption with a header (the
                      same optional columns) or without; rows of one image are
                      put together
@@ -43,6 +44,7 @@ class Row:
         captions: As given.
         split: As given, or None.
         label: Integer, class name, or None.
+        class_name: What an integer label stands for, or None.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Row:
     captions: list[str]
     split: str | None = None
     label: int | str | None = None
+    class_name: str | None = None
 
 
 class Skipped:
@@ -214,6 +217,24 @@ def class_names(rows):
     return sorted({row.label for row in rows if isinstance(row.label, str)})
 
 
+def named_classes(rows):
+    """Names of rows whose labels are integers, by number.
+
+    Returns:
+        A list; empty unless every class that occurs has one name.
+    """
+    names = {
+        (row.label, row.class_name)
+        for row in rows
+        if isinstance(row.label, int)
+    }
+    by_number = dict(names)
+    complete = None not in by_number.values() and len(by_number) == len(names)
+    if not complete or sorted(by_number) != list(range(len(by_number))):
+        return []
+    return [by_number[number] for number in sorted(by_number)]
+
+
 def choose_split(row, fractions=None):
     """The split of a row: its own, or drawn by a hash of its key.
 
@@ -320,6 +341,7 @@ def _row(value, root):
         captions=list(captions),
         split=value.get("split") or None,
         label=label,
+        class_name=value.get("class_name") or None,
     )
 
 

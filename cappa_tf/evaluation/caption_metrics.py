@@ -1,4 +1,4 @@
-"""Agreement of captions with people's: CIDEr, BLEU and ROUGE-L.
+"""Agreement of captions with people's: CIDEr, BLEU, ROUGE-L and METEOR.
 
 The scorers are pycocoevalcap's (an optional dependency, imported where it is
 used), because everybody reports theirs. Its tokenizer starts a Java program;
@@ -9,7 +9,9 @@ give the same tokens. Where they differ (sums of money, a sentence that ends in
 a single letter, emoji) captions seldom go.
 """
 
+import dataclasses
 import re
+import shutil
 
 # What pycocoevalcap/tokenizer/ptbtokenizer.py drops. Its "-LRB-" and the like
 # never match, as the tokens are lower-cased first: "-lrb-" stays, here too,
@@ -72,18 +74,36 @@ def tokenize(caption):
     return " ".join(token for token in tokens if token not in _DROPPED)
 
 
-def score_captions(captions, references):
-    """Corpus scores of one caption an image against several references.
+@dataclasses.dataclass
+class Scores:
+    """What `score_captions` finds.
+
+    Attributes:
+        corpus: Name -> float, over all images: `cider` (CIDEr-D; 1 is as high
+            as people score, up to 10 is possible), `bleu_1` to `bleu_4`,
+            `rouge_l` and, if asked for, `meteor`, each in [0, 1].
+        cider: Image key -> its own CIDEr; the corpus' is their mean.
+    """
+
+    corpus: dict
+    cider: dict
+
+
+def score_captions(captions, references, meteor=False):
+    """Scores of one caption an image against several references.
 
     Args:
         captions: A dict, image key -> caption.
         references: A dict with the same keys, key -> list of captions. CIDEr
             weighs words by how few images' references have them, so the
             figure belongs to this set of images as a whole.
+        meteor: Whether to compute METEOR, which runs a Java program.
 
     Returns:
-        A dict of floats: `cider` (CIDEr-D; 1 is as high as people score, up to
-        10 is possible), `bleu_1` to `bleu_4` and `rouge_l`, each in [0, 1].
+        `Scores`.
+
+    Raises:
+        ValueError: The keys differ, or METEOR is asked for without Java.
     """
     _check_keys(captions, references)
     try:
@@ -98,11 +118,28 @@ def score_captions(captions, references):
     found = {key: [tokenize(captions[key])] for key in captions}
     wanted = {key: [tokenize(c) for c in references[key]] for key in captions}
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
-    return {
-        "cider": float(Cider().compute_score(wanted, found)[0]),
+    cider, each = Cider().compute_score(wanted, found)
+    corpus = {
+        "cider": float(cider),
         **{f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)},
         "rouge_l": float(Rouge().compute_score(wanted, found)[0]),
     }
+    if meteor:
+        corpus["meteor"] = _meteor(wanted, found)
+    return Scores(corpus, dict(zip(captions, map(float, each))))
+
+
+def has_java():
+    """Whether METEOR can be computed here."""
+    return shutil.which("java") is not None
+
+
+def _meteor(wanted, found):
+    if not has_java():
+        raise ValueError("METEOR needs Java: no program `java` was found")
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return float(Meteor().compute_score(wanted, found)[0])
 
 
 def _check_keys(captions, references):

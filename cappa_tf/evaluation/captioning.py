@@ -1,4 +1,4 @@
-"""Greedy captions of images, and how right they are on a data set.
+"""Captions of images, and how right they are on a data set.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
@@ -6,7 +6,9 @@ Abbreviations for dimensions:
 """
 
 import dataclasses
+import functools
 import itertools
+import zlib
 
 import numpy as np
 import tensorflow as tf
@@ -20,7 +22,7 @@ class CaptionRow:
 
     Attributes:
         key: Name of the image.
-        caption: The greedy caption.
+        caption: The best caption; the greedy one by default.
         log_likelihood: Of the caption, eos included: the sum of the logs of
             `probabilities`.
         pieces: The caption's tokens as text, "<eos>" at the end of a caption
@@ -28,6 +30,8 @@ class CaptionRow:
         probabilities: Of each piece, given the image and those before it.
         references: Captions written by people; empty where there are none.
         image: Encoded bytes of the image, for the picture sheet, or None.
+        others: Further `CaptionRow`s of the image, best first, where several
+            captions are asked for.
     """
 
     key: str
@@ -37,6 +41,7 @@ class CaptionRow:
     probabilities: list
     references: list = dataclasses.field(default_factory=list)
     image: bytes | None = dataclasses.field(default=None, repr=False)
+    others: list = dataclasses.field(default_factory=list)
 
     @property
     def exact_match(self):
@@ -67,9 +72,20 @@ class CaptionDecoder:
         tokenizer: The `Tokenizer` it was trained with.
         batch_size: B.
         max_length: Longest caption L in tokens; the decoder's by default.
+        compiled: Compiles a function of batches; by default for one device.
+        **generation: Options of `captioner.generate`. Where it draws, the
+            draws of an image are a function of the seed and its key.
     """
 
-    def __init__(self, captioner, tokenizer, batch_size=64, max_length=None):
+    def __init__(
+        self,
+        captioner,
+        tokenizer,
+        batch_size=64,
+        max_length=None,
+        compiled=None,
+        **generation,
+    ):
         if batch_size < 1:
             raise ValueError(
                 "`batch_size` must be at least 1. Received: "
@@ -77,14 +93,17 @@ class CaptionDecoder:
             )
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        # AutoGraph would find nothing to convert, and take long over it.
-        self._generate = tf.function(
-            lambda images: captioner.generate(images, max_length=max_length),
-            autograph=False,
+        if compiled is None:
+            # AutoGraph would find nothing to convert, and take long over it.
+            compiled = functools.partial(tf.function, autograph=False)
+        self._generate = compiled(
+            lambda images, **index: captioner.generate(
+                images, max_length=max_length, **generation, **index
+            )
         )
-        self._losses = tf.function(
-            lambda batch: captioner.compute_losses(batch, training=False),
-            autograph=False,
+        self._generation = generation
+        self._losses = compiled(
+            lambda batch: captioner.compute_losses(batch, training=False)
         )
 
     def decode(self, images, keys, references=None):
@@ -99,15 +118,31 @@ class CaptionDecoder:
         Returns:
             A list of `CaptionRow`s, one for each key.
         """
-        output = self._generate(self._fill(images))
-        tokens = output["tokens"].numpy()[: len(keys)]
-        log_probs = output["log_probs"].numpy()[: len(keys)]
-        captions = self.tokenizer.detokenize(tokens)
+        index = {"index": self._index(keys)} if self._generation else {}
+        output = self._generate(self._fill(images), **index)
+        tokens, log_probs = (
+            self._by_image(output[name])[: len(keys)]
+            for name in ("tokens", "log_probs")
+        )  # -> [images, captions, L]
         references = references or [[] for _ in keys]
-        return [
-            self._row(*columns)
-            for columns in zip(keys, captions, tokens, log_probs, references)
-        ]
+        rows = []
+        for key, texts, probs, ours in zip(keys, tokens, log_probs, references):
+            captions = self.tokenizer.detokenize(texts)
+            best, *others = (
+                self._row(key, *columns, ours)
+                for columns in zip(captions, texts, probs)
+            )
+            rows.append(dataclasses.replace(best, others=others))
+        return rows
+
+    def _index(self, keys):
+        """int64 [B]: which draws belong to which image."""
+        index = [zlib.crc32(key.encode()) for key in keys]
+        return tf.constant(index + [0] * (self.batch_size - len(keys)), "int64")
+
+    def _by_image(self, values):
+        """[B, captions, L] of [B, L] or of itself."""
+        return values.numpy().reshape(self.batch_size, -1, values.shape[-1])
 
     def _row(self, key, caption, tokens, log_probs, references):
         ended = np.flatnonzero(tokens == self.tokenizer.eos_id)
@@ -161,6 +196,7 @@ class CaptionDecoder:
         corpus_scores=False,
         keep_images=0,
         progress=None,
+        hosts=None,
     ):
         """Captions every image of a split and compares with its references.
 
@@ -173,6 +209,8 @@ class CaptionDecoder:
             keep_images: How many of the first rows keep their image's bytes.
             progress: Optional function, called with the number of images done
                 after each batch.
+            hosts: Has `index`, `count` and `gather(value)`, where several
+                processes caption a part each and all want the result.
 
         Returns:
             A `CaptionResult`, its metrics being: `num_images`; `exact_match`,
@@ -186,18 +224,25 @@ class CaptionDecoder:
         """
         rows, nll, tokens = [], 0.0, 0.0
         most = dataset.description.max_captions(dataset.split)
-        for images, examples in _batches(dataset, self.batch_size, limit):
+        part = (0, 1) if hosts is None else (hosts.index, hosts.count)
+        for images, indices, examples in batches(
+            dataset, self.batch_size, limit, *part
+        ):
             references = [example.captions for example in examples]
             keys = [example.key for example in examples]
-            for row, example in zip(
-                self.decode(images, keys, references), examples
-            ):
+            decoded = self.decode(images, keys, references)
+            for i, row, example in zip(indices, decoded, examples):
                 row.image = example.image if len(rows) < keep_images else None
-                rows.append(row)
+                rows.append((i, row))
             sums = self.reference_nll(images, references, most)
             nll, tokens = nll + sums[0], tokens + sums[1]
             if progress is not None:
                 progress(len(rows))
+        parts = [(rows, nll, tokens)]
+        if hosts is not None:
+            parts = hosts.gather(parts[0])
+        rows = in_order(part[0] for part in parts)
+        nll, tokens = (sum(part[i] for part in parts) for i in (1, 2))
         if not rows:
             raise ValueError(
                 "Captioning needs at least one image that can be read. "
@@ -206,7 +251,7 @@ class CaptionDecoder:
             )
         metrics = summarize(rows) | {"nll_per_token": nll / tokens}
         if corpus_scores:
-            metrics |= _corpus_scores(rows)
+            metrics |= corpus_scores(rows).corpus
         return CaptionResult(rows, metrics)
 
     def _fill(self, images):
@@ -269,17 +314,39 @@ def evaluate_captions(
     return decoder.evaluate(dataset, limit, **options)
 
 
-def _batches(dataset, batch_size, limit):
-    """(images [<= B, H, W, 3], their `Example`s), in order."""
+def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
+    """Pictures of a split in order, with all that is known of them.
+
+    Bad records, which the data set counts, are left out.
+
+    Args:
+        dataset: A `CaptionDataset`.
+        batch_size: B.
+        limit: Only the first `limit` records.
+        host: Which host's part is wanted.
+        num_hosts: Number of parts.
+
+    Yields:
+        (images [at most B, H, W, 3], their indices, their `Example`s).
+    """
     # Example i of `read_examples` is index i of `evaluate`.
-    examples = iter(dataset.read_examples(limit))
-    for batch in dataset.evaluate(batch_size):
+    examples = dataset.read_examples(limit)
+    examples = itertools.islice(examples, host, None, num_hosts)
+    for batch in dataset.evaluate(batch_size, host, num_hosts):
         some = list(itertools.islice(examples, batch_size))
         good = np.flatnonzero(batch["_mask"].numpy()[: len(some)])
         if good.size:
-            yield tf.gather(batch["image"], good), [some[i] for i in good]
+            indices = batch["index"].numpy()[good].tolist()
+            images = tf.gather(batch["image"], good)
+            yield images, indices, [some[i] for i in good]
         if len(some) < batch_size:
             return
+
+
+def in_order(parts):
+    """One list of rows of the (index, row) that several hosts have."""
+    pairs = sorted(itertools.chain(*parts), key=lambda pair: pair[0])
+    return [row for _, row in pairs]
 
 
 def summarize(rows):
@@ -300,9 +367,11 @@ def summarize(rows):
     }
 
 
-def _corpus_scores(rows):
+def corpus_scores(rows, meteor=False):
+    """`caption_metrics.Scores` of rows, which are numbered from 0."""
     # Numbered, because nothing keeps two images from having one key.
     return caption_metrics.score_captions(
         {i: row.caption for i, row in enumerate(rows)},
         {i: row.references for i, row in enumerate(rows)},
+        meteor,
     )

@@ -9,8 +9,13 @@ Letters: N examples, D features, C classes, R = min(N, D + 1), M test examples.
 """
 
 import dataclasses
+import os
 
 import numpy as np
+
+from cappa_tf.checks import check_choice
+from cappa_tf.evaluation import labelled
+from cappa_tf.evaluation.evaluator import Evaluator, Report
 
 DEFAULT_SHOTS = (1, 5, 10, 25)
 DEFAULT_L2 = (2.0**10,)
@@ -174,3 +179,107 @@ def evaluate(
             for one, column in zip(l2, columns)
         ]
     return results
+
+
+class Fewshot(Evaluator):
+    """Few-shot accuracy of the encoder's features on labelled pictures.
+
+    Args:
+        path: See `LabelledImages`.
+        train_split: Split that shots are drawn from.
+        test_split: Split to test on.
+        shots: Examples of each class.
+        l2: Penalties.
+        num_seeds: Draws of the shots.
+        resize: See `LabelledImages`.
+        batch_size: Pictures encoded at once.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        train_split="train",
+        test_split="test",
+        *,
+        shots: list | tuple = DEFAULT_SHOTS,
+        l2: list | tuple = DEFAULT_L2,
+        num_seeds=3,
+        resize="squash",
+        batch_size=64,
+        name="fewshot",
+    ):
+        super().__init__(name)
+        check_choice(labelled.RESIZES, resize=resize)
+        self._path = os.fspath(path)
+        self._splits = {"train": train_split, "test": test_split}
+        self._settings = (shots, l2, num_seeds)
+        self._resize = resize
+        self._batch_size = batch_size
+
+    def open(self):
+        """See `Evaluator`."""
+        for split in self._splits.values():
+            labelled.LabelledImages(self._path, split, 1, self._resize)
+
+    def evaluate(self, scorer):
+        """Measures the encoder of a captioner: see `measure`."""
+        return self.measure(scorer.captioner.vision_encoder)
+
+    def measure(self, encoder):
+        """Measures a `VisionEncoder`.
+
+        Returns:
+            A `Report`; a metric is called `10_shot`, with more than one
+            penalty `10_shot_l2_1024`, and is the mean over seeds.
+        """
+        features, skipped = [], {}
+        for name, split in self._splits.items():
+            data = labelled.LabelledImages(
+                self._path, split, encoder.image_size, self._resize
+            )
+            features.append(
+                labelled.extract_features(encoder, data, self._batch_size)
+            )
+            skipped[name] = dict(data.skipped)
+        results = evaluate(*features, *self._settings)
+        counts = [len(labels) for _, labels in features]
+        classes = max(int(labels.max()) for _, labels in features) + 1
+        lines = [
+            f"{classes} classes, {counts[0]} pictures to draw from, "
+            f"{counts[1]} to test on",
+            *_table(results),
+        ]
+        for split, reasons in skipped.items():
+            lines += [
+                f"skipped of {split}: {n} x {r}" for r, n in reasons.items()
+            ]
+        details = {
+            "classes": classes,
+            "examples": dict(zip(self._splits, counts)),
+            "skipped": skipped,
+            "resize": self._resize,
+            "results": [
+                {**dataclasses.asdict(r), "mean": r.mean, "std": r.std}
+                for r in results
+            ],
+        }
+        return Report(self._metrics(results), lines, details)
+
+    def _metrics(self, results):
+        several = len({result.l2 for result in results}) > 1
+        return {
+            f"{r.shots}_shot" + (f"_l2_{r.l2:g}" if several else ""): r.mean
+            for r in results
+        }
+
+
+def _table(results):
+    lines = [f"{'shots':>5}{'l2':>10}{'accuracy':>10}{'+-':>8}   each seed"]
+    for result in results:
+        seeds = " ".join(f"{a:.2%}" for a in result.accuracies)
+        lines.append(
+            f"{result.shots:>5}{result.l2:>10g}{result.mean:>10.2%}"
+            f"{result.std:>8.2%}   {seeds}"
+        )
+    return lines

@@ -9,14 +9,14 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.checks import height_width
+from cappa_tf.checks import check_number, height_width
 from cappa_tf.data import images, sources
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.pipeline import CaptionDataset
 
 RESIZES = ("squash", "resize_small")
 # The paper resizes to 256 for a crop of 224.
-_MARGIN = 256 / 224
+PAPER_MARGIN = 256 / 224
 
 
 class LabelledImages:
@@ -33,12 +33,17 @@ class LabelledImages:
         image_size: H and W, an integer or a pair.
         resize: "squash" (the reference's: both sides to the length) or
             "resize_small" (the shorter side, aspect ratio kept).
+        margin: Picture to crop, in length; 1 leaves nothing out.
 
     Attributes:
+        class_names: Names of the classes by number, as the data has them; an
+            empty list where it has none.
         skipped: Counter of what `batches` left out, by reason.
     """
 
-    def __init__(self, path, split, image_size, resize="squash"):
+    def __init__(
+        self, path, split, image_size, resize="squash", margin=PAPER_MARGIN
+    ):
         if resize not in RESIZES:
             raise ValueError(
                 f"`resize` must be one of {RESIZES}. Received: {resize!r}"
@@ -47,6 +52,7 @@ class LabelledImages:
         self._split = split
         self._size = height_width("image_size", image_size)
         self._resize = resize
+        self._margin = check_number("margin", margin, 1.0)
         self.skipped = collections.Counter()
         self._is_records = os.path.exists(
             os.path.join(self._path, "dataset.json")
@@ -55,13 +61,16 @@ class LabelledImages:
 
     def _check_split(self):
         if self._is_records:
-            splits = DatasetDescription.load(self._path).splits
+            described = DatasetDescription.load(self._path)
+            splits = described.splits
+            self.class_names = list(described.metadata.get("classes", []))
         else:
             malformed = sources.Skipped()
             rows = sources.read_rows(self._path, skipped=malformed)
             self._malformed = malformed.counts
             # Of all splits: numbers must not depend on the split.
-            self._class_names = sources.class_names(rows)
+            self._label_names = sources.class_names(rows)
+            self.class_names = self._label_names or sources.named_classes(rows)
             splits = sorted({sources.choose_split(row) for row in rows})
             self._rows = [
                 row for row in rows if sources.choose_split(row) == self._split
@@ -93,7 +102,7 @@ class LabelledImages:
     @property
     def _decode_size(self):
         # Rounded down as in the reference (configs/proj/cappa/pretrain.py).
-        return tuple(int(side * _MARGIN) for side in self._size)
+        return tuple(int(side * self._margin) for side in self._size)
 
     def _record_batches(self, batch_size):
         squash = self._resize == "squash"
@@ -123,7 +132,7 @@ class LabelledImages:
                 noted,
                 options,
                 os.cpu_count() or 1,
-                self._class_names,
+                self._label_names,
             ):
                 label = -1 if example.label is None else example.label
                 yield example.image, label

@@ -79,8 +79,13 @@ class PictureReader:
             input_signature=[tf.TensorSpec([], tf.string)],
         )
 
-    def __call__(self, path):
+    def __call__(self, path, box=None):
         """Reads one file.
+
+        Args:
+            path: The file.
+            box: (left, top, width, height) in pixels of the only part to
+                take, or None for all of it.
 
         Returns:
             float32 [H, W, 3] in [-1, 1].
@@ -89,7 +94,20 @@ class PictureReader:
             picture_files.UnusableError: If it cannot be used.
         """
         content = picture_files.read(path, max_pixels=self._max_pixels)
-        example = tfrecord.Example(key=path, image=content, captions=[])
+        if box is not None:
+            content = picture_files.cut(content, box)
+        return self.decode(content)
+
+    def decode(self, content):
+        """Decodes the bytes of an image file.
+
+        Returns:
+            float32 [H, W, 3] in [-1, 1].
+
+        Raises:
+            picture_files.UnusableError: If it cannot be decoded.
+        """
+        example = tfrecord.Example(key="", image=content, captions=[])
         try:
             image = self._decode(tfrecord.serialize(example))["image"]
         except tf.errors.OpError as error:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from cappa_tf.checks import check_counts
 from cappa_tf.models import generation, random, sampling, scoring
+from cappa_tf.models import speculative as speculative_decoding
 from cappa_tf.models.text_decoder import shift_right
 
 _SAMPLING_SALT = random.salt_of("captioner/sampling")
@@ -36,6 +37,7 @@ class Inference:
         num_captions=1,
         seed=0,
         index=None,
+        speculative=False,
     ):
         """Captions; by default the greedy one.
 
@@ -56,6 +58,8 @@ class Inference:
                 `seed` and its `index` alone.
             index: int64 [B], position of each image in all that are to be
                 captioned; 0, 1, ... by default.
+            speculative: Finds the greedy captions from a parallel draft, see
+                the module `speculative`; takes no option but `max_length`.
 
         Returns:
             Dict with `tokens` int32 [B, L] (eos kept, 0 after it),
@@ -63,10 +67,20 @@ class Inference:
             eos, and `log_likelihood` float32 [B], their sum. With S > 1
             [B, S, L] and [B, S], best first.
         """
+        if speculative:
+            options = (sampler, prefix, min_length, no_repeat_ngram)
+            if any(options) or num_captions != 1:
+                raise ValueError(
+                    "Speculative decoding gives the plain greedy caption. "
+                    "Received: speculative=True with sampler, prefix, "
+                    "min_length, no_repeat_ngram = "
+                    f"{options}, num_captions={num_captions}"
+                )
+            return self._speculate(images, max_length)
         search = sampling.search_of(sampler)
         rules = sampling.Rules(min_length, no_repeat_ngram, self.eos_id)
         prefix = self._prefix_ids(prefix)
-        length = self._caption_length(max_length, prefix, min_length)
+        length = self._caption_length(max_length, prefix.shape[1], min_length)
         sequences = self._num_sequences(search, num_captions)
         encoded = self.encode(images)
         batch = encoded.shape[0] or tf.shape(encoded)[0]
@@ -85,12 +99,18 @@ class Inference:
             uniform=uniform,
         )
         wanted = 0 if num_captions == 1 else slice(num_captions)
-        tokens, log_probs = tokens[:, wanted], log_probs[:, wanted]
-        return {
-            "tokens": tokens,
-            "log_probs": log_probs,
-            "log_likelihood": tf.reduce_sum(log_probs, axis=-1),
-        }
+        return _captions(tokens[:, wanted], log_probs[:, wanted])
+
+    def _speculate(self, images, max_length):
+        self._mask_id()  # Refuses a decoder without MASK.
+        length = self._caption_length(max_length)
+        tokens, log_probs, _ = speculative_decoding.decode(
+            self.text_decoder,
+            self._memory(images),
+            length=length,
+            eos_id=self.eos_id,
+        )
+        return _captions(tokens, log_probs)
 
     def _prefix_ids(self, prefix):
         """int32 [B or 1, tokens] of a string or of token ids."""
@@ -102,7 +122,7 @@ class Inference:
         prefix = tf.convert_to_tensor(prefix, tf.int32)
         return prefix[None] if prefix.shape.rank == 1 else prefix
 
-    def _caption_length(self, max_length, prefix, min_length):
+    def _caption_length(self, max_length, prefix=0, min_length=0):
         most = self.text_decoder.max_length
         length = most if max_length is None else max_length
         if not 1 <= length <= most:
@@ -110,10 +130,10 @@ class Inference:
                 "`max_length` must be between 1 and the decoder's "
                 f"{most}. Received: max_length={max_length}"
             )
-        if prefix.shape[1] >= length or min_length >= length:
+        if prefix >= length or min_length >= length:
             raise ValueError(
                 "A prefix and `min_length` must leave room for eos. Received: "
-                f"{prefix.shape[1]} tokens of prefix, min_length={min_length}, "
+                f"{prefix} tokens of prefix, min_length={min_length}, "
                 f"max_length={length}"
             )
         return length
@@ -210,3 +230,11 @@ class Inference:
             )
         labels = self.tokenizer(labels) if strings else labels
         return tf.convert_to_tensor(labels, tf.int32)
+
+
+def _captions(tokens, log_probs):
+    return {
+        "tokens": tokens,
+        "log_probs": log_probs,
+        "log_likelihood": tf.reduce_sum(log_probs, axis=-1),
+    }

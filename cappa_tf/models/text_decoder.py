@@ -16,7 +16,7 @@ from cappa_tf.checks import (
     check_fraction,
     check_number,
 )
-from cappa_tf.models.blocks import DecoderBlock
+from cappa_tf.models.blocks import DecoderBlock, recomputed
 from cappa_tf.models.layers import PositionEmbedding, layer_norm
 
 
@@ -57,6 +57,9 @@ class TextDecoder(keras.Model):
             reference's 1.0 drowns what attention adds to the residual stream
             until long training has shrunk it; 0.05 makes runs of some
             thousand steps see the picture from the first hundred on.
+        remat: Whether training computes what lies inside a block again for
+            the gradient, in place of keeping it: about a third more time,
+            and one activation a block in memory.
 
     Reference: big_vision models/proj/cappa/cappa.py `Decoder`.
     """
@@ -76,6 +79,7 @@ class TextDecoder(keras.Model):
         use_mask_token=True,
         position_embedding="learned",
         embedding_stddev=1.0,
+        remat=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -86,7 +90,9 @@ class TextDecoder(keras.Model):
             mlp_dim=mlp_dim,
         )
         check_fraction(dropout=dropout)
-        check_bool(use_bias=use_bias, use_mask_token=use_mask_token)
+        check_bool(
+            use_bias=use_bias, use_mask_token=use_mask_token, remat=remat
+        )
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.hidden_dim = hidden_dim
@@ -102,6 +108,7 @@ class TextDecoder(keras.Model):
         self.embedding_stddev = check_number(
             "embedding_stddev", embedding_stddev, exclusive=True
         )
+        self.remat = remat
         self._make_layers()
 
     @property
@@ -234,14 +241,19 @@ class TextDecoder(keras.Model):
         if mask is None:
             mask = self.attention_mask(ops.shape(tokens)[1], parallel)
         for i, block in enumerate(self.blocks):
-            keys_values = None if memory is None else memory[i]
-            x, _ = block(
-                x,
-                keys_values,
-                attention_mask=mask,
-                seeds=seeds,
-                training=training,
-            )
+
+            def run(x, *keys_values, block=block):
+                return block(
+                    x,
+                    keys_values or None,
+                    attention_mask=mask,
+                    seeds=seeds,
+                    training=training,
+                )[0]
+
+            keys_values = () if memory is None else memory[i]
+            run = recomputed(run) if self.remat and training else run
+            x = run(x, *keys_values)
         return self._norm(x)
 
     def empty_cache(self, batch_size, length=None):
@@ -297,7 +309,7 @@ class TextDecoder(keras.Model):
         names = (
             "vocabulary_size max_length hidden_dim num_layers num_heads "
             "mlp_dim encoder_dim use_bias dropout use_mask_token "
-            "position_embedding embedding_stddev"
+            "position_embedding embedding_stddev remat"
         ).split()
         config = {name: getattr(self, name) for name in names}
         base = {"name": self.name, "trainable": self.trainable}

@@ -54,9 +54,10 @@ class Checkpoints:
         model: Built Keras model.
         optimizer: Built Keras optimizer.
         keep: How many checkpoints to keep.
+        writes: False reads only: of several hosts, one writes.
     """
 
-    def __init__(self, folder, model, optimizer, keep=3):
+    def __init__(self, folder, model, optimizer, keep=3, writes=True):
         self.state = RunState()
         self._everything = named_variables(model, optimizer)
         self._weights = named_variables(model)
@@ -66,19 +67,32 @@ class Checkpoints:
         self._model = tf.train.Checkpoint(
             variables=self._weights, state=self.state
         )
-        self._manager = _manager(self._all, folder, "checkpoints", keep)
-        self._best_manager = _manager(self._model, folder, "best", 1)
+        self._writes = writes
+        self._folders = [
+            os.path.join(folder, name) for name in ("checkpoints", "best")
+        ]
+        if writes:
+            for path in self._folders:
+                _remove_unfinished(path)
+        self._manager, self._best_manager = (
+            tf.train.CheckpointManager(
+                checkpoint, path, max_to_keep=most, checkpoint_name="step"
+            )
+            for checkpoint, path, most in zip(
+                (self._all, self._model), self._folders, (keep, 1)
+            )
+        )
         self._saved_step = None
 
     @property
     def latest(self):
         """Path of the newest checkpoint, or None."""
-        return self._manager.latest_checkpoint
+        return tf.train.latest_checkpoint(self._folders[0])
 
     @property
     def best(self):
         """Path of the best weights so far, or None."""
-        return self._best_manager.latest_checkpoint
+        return tf.train.latest_checkpoint(self._folders[1])
 
     def restore(self):
         """Goes back to the newest checkpoint that can be read.
@@ -130,6 +144,8 @@ class Checkpoints:
         self._write(self._best_manager, step, values, self._weights)
 
     def _write(self, manager, step, values, variables):
+        if not self._writes:
+            return
         inventory = variable_inventory(variables)
         self.state.values = {"step": step, **values, "inventory": inventory}
         try:
@@ -241,14 +257,6 @@ def check_inventory(saved, wanted, path):
         f"The checkpoint {path} is of another model or optimizer. Choose "
         "another workdir, or the configuration the run was started with. "
         "Differences:\n" + "\n".join(lines[:12]) + more
-    )
-
-
-def _manager(checkpoint, folder, name, keep):
-    folder = os.path.join(folder, name)
-    _remove_unfinished(folder)
-    return tf.train.CheckpointManager(
-        checkpoint, folder, max_to_keep=keep, checkpoint_name="step"
     )
 
 

@@ -1,37 +1,177 @@
 """Which devices take part in a run, and how batches reach them.
 
-`auto` takes every GPU there is (one device where there is none); `one` and
-`mirrored` are explicit. An impossible choice is refused with what was found.
+Every choice is explicit or found (`auto`), and an impossible one is refused
+with what was found:
+
+    one           one device of this process
+    mirrored      several devices of this process
+    multi_worker  one process a host, all of them named in TF_CONFIG, with all
+                  GPUs of each (or its CPU)
+    tpu           the TPU that TPU_NAME names, or that this machine has
+
+B: global batch.  R: replicas, over all hosts.  H: hosts.
 """
 
-import tensorflow as tf
+import json
+import os
 
-STRATEGIES = ("auto", "one", "mirrored")
+import tensorflow as tf
+from absl import logging
+
+STRATEGIES = ("auto", "one", "mirrored", "multi_worker", "tpu")
+
+_TF_CONFIG_FORM = (
+    '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, '
+    '"task": {"type": "worker", "index": 0}}'
+)
 
 
 def make_strategy(name="auto", devices=None):
     """Returns the `tf.distribute.Strategy` a run works under.
 
+    To be called before TensorFlow has done anything else: several workers and
+    TPUs are connected first.
+
     Args:
-        name: "auto" (mirrored over all GPUs where there are several, one
-            device otherwise), "one" or "mirrored".
-        devices: Optional list of device names such as `["GPU:0", "GPU:1"]`;
-            by default all GPUs, or all logical CPUs where there is no GPU.
+        name: "one", "mirrored", "multi_worker", "tpu", or "auto": the first
+            of multi_worker (where TF_CONFIG names several), tpu (where there
+            is one), mirrored (several GPUs) and one that is possible.
+        devices: Optional list of device names such as `["GPU:0", "GPU:1"]`
+            for one or mirrored; by default all GPUs, or all logical CPUs
+            where there is no GPU.
 
     Raises:
-        ValueError: If the choice is unknown, or the devices are not there.
+        ValueError: If the choice is unknown, or what it needs is not there.
     """
     if name not in STRATEGIES:
         raise ValueError(
             f"`strategy` must be one of {STRATEGIES}. Received: "
             f"strategy={name!r}"
         )
-    devices = _check_devices(devices)
+    workers, index = tf_config_workers()
     if name == "auto":
-        several = devices or _names("GPU")
-        name = "mirrored" if len(several) > 1 else "one"
+        name = _best_choice(workers, devices)
+    if name == "multi_worker":
+        return _multi_worker(workers, index, devices)
+    if len(workers) > 1:
+        raise ValueError(
+            f"`strategy={name!r}` is for one process, and TF_CONFIG names "
+            "several, which would all write to the same folder. Unset "
+            "TF_CONFIG, or use strategy='multi_worker'. Received: TF_CONFIG="
+            f"{os.environ['TF_CONFIG']}"
+        )
+    if name == "tpu":
+        return _tpu(devices)
+    devices = _check_devices(devices)
     if name == "one":
         return _one_device(devices)
+    return _mirrored(devices)
+
+
+def _best_choice(workers, devices):
+    """What "auto" stands for here."""
+    if len(workers) > 1:
+        return "multi_worker"
+    if devices is None and _tpu_name() is not None:
+        return "tpu"
+    several = devices or _names("GPU")
+    return "mirrored" if len(several) > 1 else "one"
+
+
+def tf_config_workers():
+    """The workers that the environment variable TF_CONFIG names.
+
+    Returns:
+        (addresses, index): a list, the chief first, and which of them this
+        process is; ([], 0) where the variable is not set or names no cluster.
+
+    Raises:
+        ValueError: If it cannot be understood.
+    """
+    text = os.environ.get("TF_CONFIG", "").strip()
+    try:
+        config = json.loads(text or "{}")
+        cluster = dict(config.get("cluster", {}))
+        jobs = {job: cluster.pop(job, []) for job in ("chief", "worker")}
+        if cluster:
+            raise ValueError(f"jobs {sorted(cluster)} have no place here")
+        addresses = [*jobs["chief"], *jobs["worker"]]
+        if not addresses:
+            return [], 0
+        kind, index = config["task"]["type"], int(config["task"]["index"])
+        if kind not in jobs or not 0 <= index < len(jobs[kind]):
+            raise ValueError(f"there is no {kind} {index} in the cluster")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "TF_CONFIG must name chief and workers, and which one this process "
+            f"is, as in {_TF_CONFIG_FORM}. Received: TF_CONFIG={text} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return addresses, index + (len(jobs["chief"]) if kind == "worker" else 0)
+
+
+def _multi_worker(workers, index, devices):
+    if len(workers) < 2:
+        raise ValueError(
+            "`strategy='multi_worker'` needs the environment variable "
+            "TF_CONFIG with at least two workers, as in "
+            f"{_TF_CONFIG_FORM}, on every host with its own index. Received: "
+            f"TF_CONFIG={os.environ.get('TF_CONFIG')}"
+        )
+    if devices is not None:
+        raise ValueError(
+            "`strategy='multi_worker'` takes all GPUs of each host; hide some "
+            "with CUDA_VISIBLE_DEVICES. Received: "
+            f"devices={devices!r}"
+        )
+    logging.info("worker %d of %s: waiting for the others", index, workers)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        raise ValueError(
+            "`strategy='multi_worker'` must be chosen before TensorFlow has "
+            f"run anything in this process. Received: {error}"
+        ) from error
+
+
+def _tpu_name():
+    """What TensorFlow's resolver is to look for; None where there is no TPU.
+
+    Asking the resolver itself would make it ask Google's metadata server.
+    """
+    for variable in ("TPU_NAME", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    return "local" if tf.config.list_physical_devices("TPU") else None
+
+
+def _tpu(devices):
+    name = _tpu_name()
+    if name is None:
+        raise ValueError(
+            "`strategy='tpu'` needs a TPU: in this machine, or named by the "
+            "environment variable TPU_NAME ('local' on a TPU VM). Received: "
+            "TPU_NAME is not set and this machine has "
+            f"{_found()}"
+        )
+    if devices is not None:
+        raise ValueError(
+            "`strategy='tpu'` takes all cores of the TPU. Received: "
+            f"devices={devices!r}"
+        )
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(
+            name
+        )
+    except (ValueError, tf.errors.OpError) as error:
+        raise ValueError(
+            f"`strategy='tpu'` found no TPU under the name {name!r} "
+            f"(TPU_NAME). Received: {type(error).__name__}: {error}"
+        ) from error
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def _mirrored(devices):
     devices = devices or _names("GPU") or _names("CPU")
     if len(devices) < 2:
         raise ValueError(
@@ -63,30 +203,74 @@ def check_batch_size(name, batch_size, replicas, accumulation_steps=1):
 def training_iterator(strategy, make_dataset, batch_size):
     """Iterator over an endless training stream, dealt out to the replicas.
 
-    Consecutive replica batches of the stream form one global batch: step s
-    trains on the examples s * batch_size ... (s + 1) * batch_size - 1
-    whatever the number of replicas.
+    Step s trains on the examples s * B ... (s + 1) * B - 1 of the stream,
+    whatever the number of hosts and replicas: a host reads the positions that
+    are its own (position modulo H), and its replicas take turns.
 
     Args:
         strategy: The run's strategy.
-        make_dataset: Function of a batch size that returns the stream.
-        batch_size: Global batch size.
+        make_dataset: Function of (batch size, host, number of hosts) that
+            returns that host's part of the stream in such batches.
+        batch_size: B.
     """
     replicas = strategy.num_replicas_in_sync
     if replicas == 1:
-        return iter(make_dataset(batch_size))
-    return iter(
-        strategy.distribute_datasets_from_function(
-            lambda context: make_dataset(batch_size // replicas)
+        return iter(make_dataset(batch_size, 0, 1))
+
+    def one_host(context):
+        stream = make_dataset(
+            batch_size // replicas,
+            context.input_pipeline_id,
+            context.num_input_pipelines,
         )
-    )
+        # Otherwise the hosts ask each other before every batch whether the
+        # stream has ended.
+        return stream.apply(
+            tf.data.experimental.assert_cardinality(
+                tf.data.INFINITE_CARDINALITY
+            )
+        )
+
+    return iter(strategy.distribute_datasets_from_function(one_host))
 
 
-def evaluation_batches(strategy, dataset):
-    """A finite data set of full (padded) batches, each split over replicas."""
-    if strategy.num_replicas_in_sync == 1:
-        return dataset
-    return strategy.experimental_distribute_dataset(dataset)
+def on_replicas(strategy, function, num_hosts=1):
+    """Makes a function share its batch out to the devices of this host.
+
+    Evaluation needs no more: each host has its own examples, and its copy of
+    the weights. Nothing waits for another host.
+
+    Args:
+        strategy: The run's strategy.
+        function: Maps tensors (or dicts of them) with the batch in front to
+            such tensors.
+        num_hosts: H.
+
+    Returns:
+        A compiled function with the same signature. Its batch must be
+        divisible by the number of devices; their results are joined again.
+    """
+    local = strategy.num_replicas_in_sync // num_hosts
+    if local == 1:
+        return tf.function(function, autograph=False, reduce_retracing=True)
+
+    def share(tensor):
+        context = tf.distribute.get_replica_context()
+        parts = tf.stack(tf.split(tensor, local))  # [local, B / local, ...]
+        return parts[context.replica_id_in_sync_group % local]
+
+    def joined(value):
+        parts = strategy.experimental_local_results(value)
+        return tf.concat([tf.identity(part) for part in parts], axis=0)
+
+    def call(*arguments):
+        def replica(*whole):
+            return function(*tf.nest.map_structure(share, whole))
+
+        results = strategy.run(replica, args=arguments)
+        return tf.nest.map_structure(joined, results)
+
+    return tf.function(call, autograph=False, reduce_retracing=True)
 
 
 def _one_device(devices):

@@ -29,14 +29,17 @@ _ALIASES = {
 _FREE = {"Const", "Placeholder", "Shape"}
 
 
-def estimate(model, optimizer, strategy, settings, captions=1):
+def estimate(
+    model, optimizer, strategy, batch_size, accumulation_steps=1, captions=1
+):
     """Estimates the memory of one device.
 
     Args:
         model: Built captioner.
         optimizer: Built optimizer.
         strategy: The run's strategy.
-        settings: `RunSettings`.
+        batch_size: Of all devices and microbatches.
+        accumulation_steps: Microbatches a step.
         captions: K.
 
     Returns:
@@ -45,17 +48,16 @@ def estimate(model, optimizer, strategy, settings, captions=1):
     """
     weights = [variable.value for variable in model.weights]
     trained = [variable.value for variable in model.trainable_variables]
-    copies = 1 if settings.accumulation_steps == 1 else 2
-    replicas = strategy.num_replicas_in_sync
-    per_replica = settings.batch_size // replicas
-    size = per_replica // settings.accumulation_steps
+    copies = 1 if accumulation_steps == 1 else 2
+    per_replica = batch_size // strategy.num_replicas_in_sync
+    size = per_replica // accumulation_steps
     batch = example_batch(model, size, captions)
     parts = {
         "weights": _bytes(weights),
         "gradients": copies * _bytes(trained),
         "optimizer state": _bytes([v.value for v in optimizer.variables]),
-        "batch": settings.accumulation_steps * _bytes(batch.values()),
-        "activations": _activations(model, strategy, batch, settings),
+        "batch": accumulation_steps * _bytes(batch.values()),
+        "activations": _activations(model, strategy, batch, batch_size),
     }
     shapes = {name: tuple(spec.shape) for name, spec in batch.items()}
     shapes |= _shapes_inside(model, size, captions)
@@ -97,9 +99,9 @@ def table(parts):
     return "\n".join(lines)
 
 
-def _activations(model, strategy, batch, settings):
+def _activations(model, strategy, batch, batch_size):
     # Traced for one device: all have the same shapes.
-    loop = TrainLoop(strategy, model, None, settings.batch_size)
+    loop = TrainLoop(strategy, model, None, batch_size)
     function = tf.function(loop.microbatch_gradients, autograph=False)
     graph = function.get_concrete_function(batch).graph
     tokens = batch["labels"].shape.num_elements()

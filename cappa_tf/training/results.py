@@ -6,10 +6,11 @@ import tqdm
 
 from cappa_tf.evaluation.captioning import CaptionDecoder
 from cappa_tf.evaluation.sheet import write_sheet
+from cappa_tf.training.distribution import on_replicas
 from cappa_tf.training.workdir import save_captioner, write_json
 
 
-def finish(model, data, settings, step):
+def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
     """Evaluates the trained captioner and writes what it is judged by.
 
     Args:
@@ -17,29 +18,46 @@ def finish(model, data, settings, step):
         data: Data set whose pictures are captioned, or None to only export.
         settings: `RunSettings`.
         step: Number of finished steps.
+        strategy: The run's strategy.
+        hosts: The run's `Hosts`: each captions its part, the chief writes.
+        evaluate: Gives further figures, a dict by name.
 
     Returns:
         What `results.json` holds: `step` and the figures.
     """
-    save_captioner(settings.workdir, model)
+    if hosts.is_chief:
+        save_captioner(settings.workdir, model)
     figures = {"step": step}
     if data is not None:
-        figures.update(_evaluate(model, data, settings))
-    write_json(os.path.join(settings.workdir, "results.json"), figures)
+        figures.update(_evaluate(model, data, settings, strategy, hosts))
+    figures.update(evaluate())
+    if hosts.is_chief:
+        write_json(os.path.join(settings.workdir, "results.json"), figures)
     return figures
 
 
-def _evaluate(model, data, settings):
+def _evaluate(model, data, settings, strategy, hosts):
     """Captions all pictures of a split; draws the first ones on a sheet."""
-    decoder = CaptionDecoder(model, data.tokenizer, settings.evaluation_batch)
-    with tqdm.tqdm(total=data.num_examples, unit="picture", leave=False) as bar:
+    decoder = CaptionDecoder(
+        model,
+        data.tokenizer,
+        settings.evaluation_batch // hosts.count,
+        compiled=lambda f: on_replicas(strategy, f, hosts.count),
+    )
+    with tqdm.tqdm(
+        total=-(-data.num_examples // hosts.count),
+        unit="picture",
+        leave=False,
+        disable=not hosts.is_chief,
+    ) as bar:
         result = decoder.evaluate(
             data,
             corpus_scores=settings.caption_metrics,
             keep_images=settings.sheet_images,
             progress=lambda done: bar.update(done - bar.n),
+            hosts=hosts,
         )
-    if settings.sheet_images:
+    if settings.sheet_images and hosts.is_chief:
         write_sheet(
             os.path.join(settings.workdir, "sheet.png"),
             result.rows[: settings.sheet_images],

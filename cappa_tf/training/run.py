@@ -1,5 +1,6 @@
 """One run: the loop over steps, and what happens between them."""
 
+import collections
 import contextlib
 import os
 
@@ -10,6 +11,7 @@ from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import parameter_counts
 from cappa_tf.training.checkpoints import Checkpoints
 from cappa_tf.training.distribution import has_accelerator, training_iterator
+from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.metrics import Interval, Stopwatch, all_finite
 from cappa_tf.training.progress import Progress
@@ -43,44 +45,61 @@ class Run:
     Args:
         settings: `RunSettings`.
         strategy: The strategy the model was built under.
+        hosts: The `Hosts` of that strategy. The chief alone writes.
         model: Built captioner.
         optimizer: Built optimizer; its `iterations` is the step.
         train_data: Data set to train on.
         eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation, or None.
+        evaluators: List of evaluators, see `trainer.train`.
     """
 
     def __init__(
         self,
         settings,
         strategy,
+        hosts,
         model,
         optimizer,
         train_data,
         eval_data,
         test_data,
+        evaluators=(),
     ):
-        self._settings = settings
+        self._settings, self._hosts = settings, hosts
         self._strategy, self._model = strategy, model
         self._optimizer = optimizer
         self._train_data, self._test_data = train_data, test_data
         self._datasets = (train_data, eval_data, test_data)
         self._checkpoints = Checkpoints(
-            settings.workdir, model, optimizer, settings.keep_checkpoints
+            settings.workdir,
+            model,
+            optimizer,
+            settings.keep_checkpoints,
+            writes=hosts.is_chief,
         )
         self._resumed = self._checkpoints.restore()
+        hosts.check_same("the same checkpoint", self._checkpoints.latest)
         state = self._checkpoints.state.values
         # Counted in examples: the batch size may change between two starts.
         self._examples = state.get("examples", 0)
         self._best_nll = state.get("best_nll")
-        describe_run(settings.workdir, model, train_data)
+        if hosts.is_chief:
+            describe_run(settings.workdir, model, train_data)
+        self._evaluators = Evaluators(
+            evaluators, model, train_data, settings.evaluation_batch, hosts
+        )
         self._validation = self._samples = None
         if eval_data is not None:
             self._validation = Validation(
-                strategy, model, eval_data, settings.evaluation_batch
+                strategy, hosts, model, eval_data, settings.evaluation_batch
             )
             self._samples = Samples(
-                settings.workdir, model, eval_data, settings.sample_images
+                settings.workdir,
+                model,
+                eval_data,
+                settings.sample_images,
+                hosts,
             )
 
     @property
@@ -97,8 +116,11 @@ class Run:
         Returns:
             As `trainer.train`.
         """
-        folder = self._settings.workdir
-        self._progress = Progress(folder, self._settings.total_steps, self.step)
+        chief = self._hosts.is_chief
+        folder = self._settings.workdir if chief else None
+        self._progress = Progress(
+            folder, self._settings.total_steps, self.step, shown=chief
+        )
         self._summaries = Summaries(folder)
         try:
             self._announce()
@@ -107,14 +129,18 @@ class Run:
                 plain_data_errors(*self._datasets),
             ):
                 self._train(interruption, on_first_step)
-            if interruption.signal:
+            figures = {"step": self.step}
+            figures["interrupted"] = self._hosts.first(interruption.signal)
+            if figures["interrupted"]:
                 self._progress.line(
-                    f"{interruption.signal} at step {self.step}: saved; the "
+                    f"{figures['interrupted']} at step {self.step}: saved; the "
                     "same command goes on from here"
                 )
-                return {"step": self.step, "interrupted": interruption.signal}
-            figures = self._finish()
-            return {"step": self.step, "interrupted": None, **figures}
+            else:
+                figures |= self._finish()
+            # None leaves while the chief may still be writing.
+            self._hosts.wait()
+            return figures
         finally:
             self._progress.close()
             self._summaries.close()
@@ -125,7 +151,8 @@ class Run:
             f"{counts['total']:,} parameters (vision encoder "
             f"{counts['vision_encoder']:,}, text decoder "
             f"{counts['text_decoder']:,}) on "
-            f"{self._strategy.num_replicas_in_sync} device(s)"
+            f"{self._strategy.num_replicas_in_sync} device(s) of "
+            f"{self._hosts.count} host(s)"
         )
         if self._resumed:
             self._progress.line(
@@ -149,18 +176,27 @@ class Run:
             self._jit_compile(),
             interruption.stop,
             measure_wait=not settings.deterministic,
+            num_hosts=self._hosts.count,
         )
         interval = Interval(settings.batch_size)
-        first = True
-        while self.step < settings.total_steps and not interruption.signal:
+        first, stopped = True, self._knows_to_stop(interruption)
+        while self.step < settings.total_steps and not stopped:
             # The first call traces and compiles: one step, and not timed.
             steps = 1 if first else self._steps_to_next_event()
-            self._run_loop(loop, iterator, steps, interval, not first)
-            if first and on_first_step is not None:
+            stopped = self._run_loop(loop, iterator, steps, interval, not first)
+            if first and on_first_step is not None and self._hosts.is_chief:
                 on_first_step(settings.workdir, self.step)
             first = False
             self._between_loops(interval)
+            stopped = stopped or self._knows_to_stop(interruption)
         self._save()
+
+    def _knows_to_stop(self, interruption):
+        """Whether to stop without asking, as the only host there is.
+
+        Several must agree, which they do in every step.
+        """
+        return self._hosts.count == 1 and interruption.signal is not None
 
     def _jit_compile(self):
         given = self._settings.jit_compile
@@ -170,8 +206,12 @@ class Run:
         seed, start = self._settings.seed, self._examples
         return training_iterator(
             self._strategy,
-            lambda size: self._train_data.train(
-                size, start_index=start, seed=seed
+            lambda size, host, num_hosts: self._train_data.train(
+                size,
+                start_index=start,
+                seed=seed,
+                host=host,
+                num_hosts=num_hosts,
             ),
             self._settings.batch_size,
         )
@@ -179,14 +219,22 @@ class Run:
     def _steps_to_next_event(self):
         """Steps until something happens between two, at most a loop's."""
         s, step = self._settings, self.step
-        periods = [s.log_steps, s.checkpoint_steps, s.eval_steps]
+        periods = [
+            s.log_steps,
+            s.checkpoint_steps,
+            s.eval_steps,
+            s.evaluator_steps,
+        ]
         ahead = [period - step % period for period in periods if period]
         return min(s.steps_per_loop, s.total_steps - step, *ahead)
 
     def _run_loop(self, loop, iterator, steps, interval, timed):
+        """Makes up to `steps` steps; whether the hosts agreed to stop."""
         before = self.step
         with Stopwatch() as watch:
-            sums, done, waited, self._weight_norm = loop(iterator, steps)
+            sums, done, waited, self._weight_norm, stopped = loop(
+                iterator, steps
+            )
         if not all_finite(sums, self._weight_norm):
             raise FloatingPointError(
                 f"Loss, gradients or weights are not finite between steps "
@@ -197,6 +245,7 @@ class Run:
         interval.add(sums, done, watch.seconds, waited, timed)
         self._examples += done * self._settings.batch_size
         self._progress.advance(done)
+        return stopped
 
     def _between_loops(self, interval):
         settings, step = self._settings, self.step
@@ -205,6 +254,11 @@ class Run:
             self._log(interval.result())
         if settings.eval_steps and step % settings.eval_steps == 0 or last:
             self._validate()
+        # At the end they run with the weights that are kept: `_finish`.
+        every = settings.evaluator_steps
+        if every and step % every == 0 and not last:
+            with averaged_weights(self._model, self._optimizer):
+                self._evaluate()
         if step % settings.checkpoint_steps == 0:
             self._save()
 
@@ -218,7 +272,9 @@ class Run:
     def _log(self, figures):
         figures["weight_norm"] = self._weight_norm
         figures["learning_rate"] = float(self._optimizer.learning_rate)
-        skipped = dict(getattr(self._train_data, "skipped", {}))
+        skipped = collections.Counter()
+        for part in self._hosts.gather(dict(self._train_data.skipped)):
+            skipped.update(part)
         self._summaries.scalars(self.step, figures, "train/")
         self._summaries.scalars(self.step, skipped, "data/skipped/")
         if any(skipped.values()):
@@ -239,17 +295,29 @@ class Run:
         named = {f"validation/{name}": v for name, v in figures.items()}
         self._progress.figures(self.step, named)
 
+    def _evaluate(self):
+        """Runs the evaluators; returns their figures by name."""
+        figures = self._evaluators()
+        if figures:
+            self._summaries.scalars(self.step, figures)
+            self._progress.figures(self.step, figures)
+        return figures
+
     def _finish(self):
         """Final evaluation and export, with the weights that were asked for."""
         settings = self._settings
         with averaged_weights(self._model, self._optimizer):
             if settings.final_weights == "best":
+                self._hosts.wait()  # for the chief to have written them
                 self._checkpoints.restore_best()
             figures = results.finish(
                 self._model,
                 self._test_data if settings.final_evaluation else None,
                 settings,
-                step=self.step,
+                self.step,
+                self._strategy,
+                self._hosts,
+                self._evaluate,
             )
         for name, value in figures.items():
             self._progress.line(f"{name} {value}")

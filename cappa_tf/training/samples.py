@@ -1,13 +1,13 @@
 """A few evaluation pictures, captioned again and again as training goes on.
 
-B: sample pictures.  H, W: height and width in pixels.
+B: sample pictures of one host.  H, W: height and width in pixels.
 """
 
 import os
 
 import tensorflow as tf
 
-from cappa_tf.evaluation.captioning import CaptionDecoder
+from cappa_tf.evaluation.captioning import CaptionDecoder, in_order
 from cappa_tf.evaluation.sheet import write_sheet
 
 
@@ -19,24 +19,30 @@ class Samples:
         model: Built captioner.
         data: Evaluation data set.
         count: How many pictures; 0 for none.
+        hosts: The run's `Hosts`, each of which captions its part of them.
     """
 
-    def __init__(self, folder, model, data, count):
+    def __init__(self, folder, model, data, count, hosts):
         self._count = count
+        self._hosts = hosts
         self._path = os.path.join(folder, "samples.png")
         self._tokenizer = data.tokenizer
         if count:
-            self._decoder = CaptionDecoder(model, data.tokenizer, count)
-            self._take(next(iter(data.evaluate(count))))
+            share = -(-count // hosts.count)
+            self._decoder = CaptionDecoder(model, data.tokenizer, share)
+            batches = data.evaluate(share, hosts.index, hosts.count)
+            self._take(next(iter(batches)))
 
     def _take(self, batch):
         real = batch["_mask"].numpy() > 0
+        real &= batch["index"].numpy() < self._count
         labels = batch["labels"].numpy()[real]
         if labels.ndim == 3:  # [B, K, L]: one reference is enough here
             labels = labels[:, 0]
         texts = self._tokenizer.detokenize(labels)
         self._references = [[text] for text in texts]
         self._images = batch["image"].numpy()[real]  # [B, H, W, 3]
+        self._indices = batch["index"].numpy()[real].tolist()
 
     def write(self, step, summaries):
         """Captions the pictures with the weights as they are."""
@@ -44,9 +50,15 @@ class Samples:
             return
         keys = [str(i) for i in range(len(self._images))]
         rows = self._decoder.decode(self._images, keys, self._references)
-        lines = ["| caption | reference | log-likelihood |", "|-|-|-|"]
         for row, image in zip(rows, self._images, strict=True):
             row.image = _png(image)
+        rows = in_order(self._hosts.gather(list(zip(self._indices, rows))))
+        if self._hosts.is_chief:
+            self._show(step, summaries, rows)
+
+    def _show(self, step, summaries, rows):
+        lines = ["| caption | reference | log-likelihood |", "|-|-|-|"]
+        for row in rows:
             lines.append(
                 f"| {row.caption} | {row.references[0]} | "
                 f"{row.log_likelihood:.2f} |"

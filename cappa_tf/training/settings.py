@@ -21,6 +21,7 @@ class RunSettings:
     steps_per_loop: int
     log_steps: int
     eval_steps: int | None
+    evaluator_steps: int | None
     checkpoint_steps: int
     keep_checkpoints: int
     seed: int
@@ -43,7 +44,8 @@ class RunSettings:
         )
         checks.check_counts(**self._named(counts))
         checks.check_counts(
-            optional=True, **self._named("eval_batch_size eval_steps")
+            optional=True,
+            **self._named("eval_batch_size eval_steps evaluator_steps"),
         )
         for name, value in self._named(
             "seed sample_images sheet_images"

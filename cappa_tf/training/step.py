@@ -39,10 +39,11 @@ class TrainLoop:
         accumulation_steps: Microbatches a step, one after the other.
         jit_compile: Compile with XLA; with several replicas only forward and
             backward pass are, as XLA cannot read another device's variables.
-        stop: Optional boolean `tf.Variable`; once true, the loop ends at the
-            next step boundary.
+        stop: Optional boolean `tf.Variable`; once true, on any host, all
+            hosts' loops end at the same step boundary.
         measure_wait: Whether to time the wait for data; TensorFlow allows no
             clock in its deterministic mode.
+        num_hosts: Processes that run this loop side by side.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TrainLoop:
         jit_compile=False,
         stop=None,
         measure_wait=True,
+        num_hosts=1,
     ):
         self._strategy = strategy
         self._model = model
@@ -63,11 +65,12 @@ class TrainLoop:
         self._accumulation_steps = accumulation_steps
         self._replicas = strategy.num_replicas_in_sync
         self._stop = tf.constant(False) if stop is None else stop
+        self._num_hosts = num_hosts
         self._measure_wait = measure_wait
         self._gradients_fn = self._gradients
         self._step_fn = self._replica_step
         if jit_compile and self._replicas == 1:
-            self._step_fn = _function(self._replica_step, jit_compile=True)
+            self._step_fn = _function(self._step_fn, jit_compile=True)
         elif jit_compile:
             self._gradients_fn = _function(self._gradients, jit_compile=True)
         self._loop = _function(self._run_steps)
@@ -80,36 +83,44 @@ class TrainLoop:
             steps: Python integer.
 
         Returns:
-            (sums, steps, waited, weight_norm): dict of float sums by the names
-            in `METRICS`, steps really run, seconds spent waiting for the next
-            batch (None where not measured), global norm of the weights
-            afterwards.
+            (sums, steps, waited, weight_norm, stopped): dict of float sums by
+            the names in `METRICS`, steps really run, seconds spent waiting
+            for the next batch (None where not measured), global norm of the
+            weights afterwards, whether some host asked to stop.
         """
-        sums, done, waited, norm = self._loop(iterator, tf.constant(steps))
+        sums, done, waited, norm, stopped = self._loop(
+            iterator, tf.constant(steps)
+        )
         sums = dict(zip(METRICS, sums.numpy().tolist()))
         waited = float(waited) if self._measure_wait else None
-        return sums, int(done), waited, float(norm)
+        return sums, int(done), waited, float(norm), bool(stopped)
 
     def _run_steps(self, iterator, steps):
-        def unfinished(done, totals, waited):
-            return tf.logical_and(done < steps, tf.logical_not(self._stop))
+        def unfinished(done, stopping, totals, waited):
+            return tf.logical_and(done < steps, tf.logical_not(stopping))
 
-        def step(done, totals, waited):
+        def step(done, stopping, totals, waited):
             batch, seconds = self._timed_next(iterator, after=totals)
-            sums = self._strategy.run(self._step_fn, args=(batch,))
-            sums = self._strategy.reduce("SUM", sums, axis=None)
+            sums, stopping = self._global_step(batch)
             return (
                 done + 1,
+                stopping,
                 totals + tf.cast(sums, tf.float64),
                 waited + seconds,
             )
 
         # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
         totals = tf.zeros([len(METRICS)], tf.float64)
-        done, totals, waited = tf.while_loop(
+        done, stopping, totals, waited = tf.while_loop(
             unfinished,
             step,
-            (tf.constant(0), totals, tf.zeros([], tf.float64)),
+            (
+                tf.constant(0),
+                # Of several hosts, none knows yet what the others do.
+                tf.logical_and(self._stop, self._num_hosts == 1),
+                totals,
+                tf.zeros([], tf.float64),
+            ),
             parallel_iterations=1,
         )
         with tf.control_dependencies([totals]):
@@ -117,7 +128,29 @@ class TrainLoop:
                 tf.cast(v.value, tf.float32)
                 for v in self._model.trainable_variables
             ]
-        return totals, done, waited, tf.linalg.global_norm(weights)
+        norm = tf.linalg.global_norm(weights)
+        return totals, done, waited, norm, stopping
+
+    def _global_step(self, batch):
+        """Metric sums [M] of all replicas; whether a host asked to stop."""
+        if self._num_hosts > 1:
+            # Any host's wish goes round with the sums it makes anyway.
+            sums = self._strategy.run(self._step_and_stop, args=(batch,))
+            sums = self._strategy.reduce("SUM", sums, axis=None)
+            return sums[:-1], sums[-1] > 0.0
+        sums = self._strategy.run(self._step_fn, args=(batch,))
+        sums = self._strategy.reduce("SUM", sums, axis=None)
+        return sums, self._stop_after(sums)
+
+    def _step_and_stop(self, batch):
+        sums = self._step_fn(batch)
+        stop = tf.cast(self._stop_after(sums), tf.float32)
+        return tf.concat([sums, [stop]], axis=0)
+
+    def _stop_after(self, sums):
+        """This host's wish to stop, as it is once `sums` are there."""
+        with tf.control_dependencies([sums]):
+            return tf.identity(self._stop)
 
     def _timed_next(self, iterator, after):
         """The next batch and how long the step had to wait for it, in s.
@@ -153,10 +186,7 @@ class TrainLoop:
         count = self._accumulation_steps
         if count == 1:
             return self.microbatch_gradients(batch)
-        parts = {
-            key: tf.reshape(value, [count, -1, *value.shape[1:]])  # [A, B/A, .]
-            for key, value in batch.items()
-        }
+        parts = {key: _microbatches(x, count) for key, x in batch.items()}
 
         def add_one(i, gradients, sums):
             micro = {key: value[i] for key, value in parts.items()}
@@ -192,6 +222,14 @@ class TrainLoop:
 # AutoGraph has nothing to convert in the model or here, and takes as long to
 # find that out as all the rest of the tracing.
 _function = functools.partial(tf.function, autograph=False)
+
+
+def _microbatches(value, count):
+    """[B, ...] as [A, B / A, ...]; the text length may be open."""
+    shape = tf.concat([[count, -1], tf.shape(value)[1:]], axis=0)
+    parts = tf.reshape(value, shape)
+    parts.set_shape([count, value.shape[0] // count, *value.shape[1:]])
+    return parts
 
 
 def _metric_sums(losses):

@@ -3,7 +3,7 @@
 What `train` does, in this order, each in a module of its own:
 
     arguments checked           settings.py
-    devices                     distribution.py
+    devices, hosts              distribution.py, hosts.py
     model and optimizer built   build.py
     data prepared               the function `prepare`, if given
     data and model compared     build.py
@@ -25,6 +25,8 @@ from cappa_tf.training.build import (
     parameter_counts,
 )
 from cappa_tf.training.distribution import check_batch_size, make_strategy
+from cappa_tf.training.evaluators import check_evaluators
+from cappa_tf.training.hosts import Hosts
 from cappa_tf.training.run import Run
 from cappa_tf.training.settings import RunSettings
 from cappa_tf.training.workdir import open_workdir
@@ -59,6 +61,8 @@ def train(
     final_evaluation=True,
     final_weights="last",
     caption_metrics=False,
+    evaluators: list | tuple = (),
+    evaluator_steps: int | None = None,
     sheet_images=24,
     prepare=None,
     dry_run=False,
@@ -95,19 +99,25 @@ def train(
         precision: Dtype policy: "float32", "mixed_bfloat16", "bfloat16";
             None keeps the policy that is set.
         jit_compile: True, False, or "auto": XLA where there is an accelerator.
-        strategy: "auto", "one" or "mirrored", see `make_strategy`.
-        devices: Device names for the strategy; None for all.
+        strategy: "auto", "one", "mirrored", "multi_worker" or "tpu", see
+            `make_strategy`.
+        devices: Device names for one or mirrored; None for all.
         sample_images: Evaluation pictures captioned at every validation; 0
             for none.
         final_evaluation: Whether to caption the test split at the end.
         final_weights: "last", or "best" by validation.
         caption_metrics: Whether the final evaluation computes BLEU and CIDEr.
+        evaluators: `Evaluator`s to run between steps and at the end; their
+            figures go to TensorBoard, to the log and into results.json.
+        evaluator_steps: Steps between their runs; None only at the end.
         sheet_images: Pictures on the final sheet.
-        prepare: Function without arguments, called before data is opened.
+        prepare: Function without arguments, called before data is opened, on
+            the first host only.
         dry_run: Build everything, print shapes, parameters and an estimate of
             memory, read no data, and stop.
-        on_start: Called with `workdir` before the first step of this process.
-        on_first_step: Called with `workdir` and the step after it.
+        on_start: Called with `workdir` before the first step of this process,
+            on the first host only.
+        on_first_step: Called with `workdir` and the step after it, likewise.
 
     Returns:
         Dict of the final figures: `step`, `interrupted` (the signal's name or
@@ -116,6 +126,7 @@ def train(
     Raises:
         ValueError: For what cannot be run, naming argument or file.
         FloatingPointError: If loss or weights stop being finite.
+        WorkerLostError: If another process of the run has ended.
     """
     settings = RunSettings(
         workdir=workdir,
@@ -135,27 +146,38 @@ def train(
         final_evaluation=final_evaluation,
         final_weights=final_weights,
         caption_metrics=caption_metrics,
+        evaluator_steps=evaluator_steps,
         sheet_images=sheet_images,
     )
     checks.check_bool(dry_run=dry_run)
+    check_evaluators(evaluators)
     checks.check_choice((None, *PRECISIONS), precision=precision)
     checks.check_callable(
         prepare=prepare, on_start=on_start, on_first_step=on_first_step
     )
     strategy = _open_devices(settings, strategy, devices)
-    # First what can fail at once: no data is touched for a model that is wrong.
-    model, optimizer = build_model(model, optimizer, strategy, seed, precision)
-    if dry_run:
-        return _report(model, optimizer, strategy, settings, train_data)
-    if prepare is not None:
-        prepare()
-    data = _open_data(model, train_data, eval_data, test_data)
-    open_workdir(workdir)
-    run = Run(settings, strategy, model, optimizer, *data)
-    # Not before the folder turned out to be this run's own.
-    if on_start is not None:
-        on_start(workdir)
-    return run(on_first_step)
+    hosts = Hosts(strategy)
+    with hosts.explain_loss():
+        # First what can fail at once: no data is touched for a wrong model.
+        model, optimizer = build_model(
+            model, optimizer, strategy, seed, precision
+        )
+        if dry_run:
+            return _report(model, optimizer, strategy, settings, train_data)
+        if prepare is not None and hosts.is_chief:
+            prepare()
+        hosts.wait()
+        data = _open_data(model, train_data, eval_data, test_data)
+        if hosts.is_chief:
+            open_workdir(workdir)
+        hosts.wait()
+        run = Run(
+            settings, strategy, hosts, model, optimizer, *data, evaluators
+        )
+        # Not before the folder turned out to be this run's own.
+        if on_start is not None and hosts.is_chief:
+            on_start(workdir)
+        return run(on_first_step)
 
 
 def _open_devices(settings, strategy, devices):
@@ -192,6 +214,13 @@ def _report(model, optimizer, strategy, settings, train_data):
     if captions == "all":  # Only the data knows how many: not read here.
         print("The estimate counts one caption an image.")
         captions = 1
-    estimate = memory.estimate(model, optimizer, strategy, settings, captions)
+    estimate = memory.estimate(
+        model,
+        optimizer,
+        strategy,
+        settings.batch_size,
+        settings.accumulation_steps,
+        captions,
+    )
     print(memory.table(estimate))
     return {"parameters": counts, "memory": estimate}

@@ -3,9 +3,10 @@
 B: batch (padded at the end of the split).
 """
 
+import numpy as np
 import tensorflow as tf
 
-from cappa_tf.training.distribution import evaluation_batches
+from cappa_tf.training.distribution import on_replicas
 
 
 class Validation:
@@ -16,18 +17,18 @@ class Validation:
 
     Args:
         strategy: The run's strategy.
+        hosts: The run's `Hosts`; each evaluates its part of the split.
         model: Has `compute_losses(batch, training)`.
-        data: Has `evaluate(batch_size)`, a data set of padded batches with
-            `_mask` [B], 1 where an example is real.
-        batch_size: Over all replicas.
+        data: Has `evaluate(batch_size, host, num_hosts)`, a host's part of
+            the split in padded batches with `_mask` [B], 1 where an example
+            is real.
+        batch_size: Over all devices of all hosts.
     """
 
-    def __init__(self, strategy, model, data, batch_size):
-        self._strategy, self._model = strategy, model
+    def __init__(self, strategy, hosts, model, data, batch_size):
+        self._hosts, self._model = hosts, model
         self._data, self._batch_size = data, batch_size
-        self._sums = tf.function(
-            self._batch_sums, autograph=False, reduce_retracing=True
-        )
+        self._sums = on_replicas(strategy, self._example_sums, hosts.count)
 
     def __call__(self):
         """Evaluates the split.
@@ -40,12 +41,11 @@ class Validation:
         Raises:
             ValueError: If the split holds no example or no token.
         """
-        data = self._data.evaluate(self._batch_size)
-        totals = [0.0, 0.0, 0.0, 0.0]
-        for batch in evaluation_batches(self._strategy, data):
-            sums = self._sums(batch).numpy().tolist()
-            totals = [a + b for a, b in zip(totals, sums)]
-        nll, tokens, loss, examples = totals
+        totals = np.zeros([4])
+        for batch in self._batches():
+            totals += self._sums(batch).numpy().sum(0, dtype=np.float64)
+        totals = np.sum(self._hosts.gather(totals), axis=0)
+        nll, tokens, loss, examples = totals.tolist()
         if not tokens:
             raise ValueError(
                 "The evaluation split must hold at least one caption. "
@@ -57,11 +57,15 @@ class Validation:
             "examples": int(round(examples)),
         }
 
-    def _batch_sums(self, batch):
-        per_replica = self._strategy.run(self._replica_sums, args=(batch,))
-        return self._strategy.reduce("SUM", per_replica, axis=None)
+    def _batches(self):
+        """This host's part of the split."""
+        hosts = self._hosts
+        return self._data.evaluate(
+            self._batch_size // hosts.count, hosts.index, hosts.count
+        )
 
-    def _replica_sums(self, batch):
+    def _example_sums(self, batch):
+        """Float32 [B, 4]: nll, tokens, loss and 1, or zeros for padding."""
         mask = batch["_mask"]  # [B]
         losses = self._model.compute_losses(batch, training=False)
         # A padding example may hold anything, NaN included: where, not times.
@@ -69,4 +73,4 @@ class Validation:
             tf.where(mask > 0, losses[name], 0.0)
             for name in ("nll", "tokens", "loss")
         ]
-        return tf.stack([tf.reduce_sum(v) for v in (*real, mask)])
+        return tf.stack([*real, mask], axis=1)

@@ -23,7 +23,7 @@ from cappa_tf.training.checkpoints import restore_model
 # Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
 # is given in evaluation.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
-_PICTURE = (
+PICTURE = (
     "image_size",
     "resize",
     "resize_small",
@@ -70,7 +70,7 @@ def describe_run(workdir, model, data):
         os.path.join(workdir, "preprocessing.json"),
         {
             "tokenizer": {n: getattr(data.tokenizer, n) for n in _CAPTION},
-            "image": {n: getattr(data, n) for n in _PICTURE},
+            "image": {n: getattr(data, n) for n in PICTURE},
         },
     )
 

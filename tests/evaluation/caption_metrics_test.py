@@ -65,12 +65,12 @@ def test_a_perfect_caption_and_a_wrong_one():
         "b": ["two dogs run along a beach", "dogs at the sea"],
     }
     perfect = {key: texts[0] for key, texts in references.items()}
-    scores = caption_metrics.score_captions(perfect, references)
+    scores = caption_metrics.score_captions(perfect, references).corpus
     for name in ("bleu_1", "bleu_4", "rouge_l"):
         assert scores[name] == pytest.approx(1.0, abs=1e-6)
     assert scores["cider"] > 4
     swapped = {"a": perfect["b"], "b": perfect["a"]}
-    wrong = caption_metrics.score_captions(swapped, references)
+    wrong = caption_metrics.score_captions(swapped, references).corpus
     assert wrong["cider"] < 0.1 and wrong["bleu_4"] < 0.01
 
 
@@ -79,7 +79,7 @@ def test_bleu_by_hand():
     pytest.importorskip("pycocoevalcap")
     scores = caption_metrics.score_captions(
         {0: "a red dog runs"}, {0: ["a red dog sits"]}
-    )
+    ).corpus
     assert scores["bleu_1"] == pytest.approx(3 / 4, abs=1e-6)
     assert scores["bleu_2"] == pytest.approx((3 / 4 * 2 / 3) ** 0.5, abs=1e-6)
 
@@ -91,7 +91,7 @@ def test_people_against_people_on_flickr8k():
     scores = caption_metrics.score_captions(
         {row["image"]: row["captions"][0] for row in rows},
         {row["image"]: row["captions"][1:] for row in rows},
-    )
+    ).corpus
     # Computed with pycocoevalcap and its Java tokenizer.
     assert scores["cider"] == pytest.approx(0.788596797524874, abs=1e-9)
     assert scores["bleu_4"] == pytest.approx(0.20945675889555992, abs=1e-9)

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import numpy_reference as reference
 import pytest
+import scoring
 import tensorflow as tf
 from absl import flags
 from PIL import Image
 
 from cappa_tf.data import tfrecord
+from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.labelled import LabelledImages
 from cappa_tf.export import big_vision
 from tools import evaluate
@@ -17,12 +19,13 @@ from tools import evaluate
 COLOURS = ((250, 20, 20), (20, 250, 20), (20, 20, 250))
 
 
-def run(**values):
+def run(task="fewshot", **values):
     """Parses flags like the program; returns what the JSON file says."""
     flag_values = flags.FlagValues()
     evaluate.define_flags(flag_values)
+    values["task"] = task
     arguments = [f"--{name}={value}" for name, value in values.items()]
-    flag_values(["evaluate", "--task=fewshot", *arguments])
+    flag_values(["evaluate", *arguments])
     with open(evaluate.evaluate(flag_values)) as file:
         return json.load(file)
 
@@ -110,3 +113,87 @@ def test_wrong_values_are_named(folder):
         run(**good, test_split="validation")
     with pytest.raises(ValueError, match="nowhere"):
         run(**{**good, "checkpoint": "nowhere"})
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    vocabulary = tmp_path_factory.mktemp("vocabulary")
+    return scoring.save_run(tmp_path_factory.mktemp("run"), vocabulary)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return scoring.write_colours(tmp_path_factory.mktemp("colours"))
+
+
+def test_zero_shot_of_a_run(run_folder, colours, capsys):
+    report = run(
+        "zero_shot",
+        checkpoint=run_folder,
+        data=colours / "labels",
+        templates="{} square",
+        parallel=True,
+        limit=4,
+    )
+    assert report["num_images"] == 4
+    assert report["class_names"] == ["red", "green", "blue"]
+    assert {"top_1", "parallel/top_1", "minus_blind/top_1"} <= {
+        *report["metrics"]
+    }
+    assert "4 pictures, 3 classes" in capsys.readouterr().out
+    assert (run_folder / "zero_shot.json").exists()
+
+
+def test_captions_leave_their_rows_and_sheets(run_folder, colours, monkeypatch):
+    pytest.importorskip("pycocoevalcap")
+    # METEOR takes many seconds to start.
+    monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
+    report = run(
+        "caption",
+        checkpoint=run_folder / "captioner.keras",
+        data=colours / "captions",
+        output=run_folder / "told.json",
+    )
+    assert report["metrics"]["num_images"] == 6
+    lines = (run_folder / "told.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"][-5] for line in lines] == [*"012345"]
+    for name in ("worst", "best"):
+        assert Image.open(run_folder / f"told_{name}.png").width > 100
+
+
+@pytest.mark.parametrize("task", ["perplexity", "retrieval"])
+def test_tasks_on_captions(run_folder, colours, task):
+    report = run(
+        task, checkpoint=run_folder, data=colours / "captions", limit=3
+    )
+    assert report["num_images"] == 3
+    assert all(value >= 0 for value in report["metrics"].values())
+
+
+def test_hard_negatives_and_what_they_need(run_folder, colours, tmp_path):
+    items = [
+        {
+            "image_path": f"{i}.png",
+            "true_caption": "red square",
+            "false_caption": "blue square",
+        }
+        for i in (0, 3, 77)
+    ]
+    (tmp_path / "colour.json").write_text(json.dumps(items))
+    values = {"checkpoint": run_folder, "data": tmp_path / "colour.json"}
+    with pytest.raises(ValueError, match="--pictures"):
+        run("aro", **values)
+    report = run("aro", **values, pictures=colours)
+    assert report["num_choices"] == 2
+    assert report["left_out"] == {"image missing": 1}
+    rows = (run_folder / "aro.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["texts"] == ["red square", "blue square"]
+
+
+def test_a_model_file_alone_cannot_score_texts(folder, colours):
+    with pytest.raises(ValueError, match="preprocessing.json"):
+        run(
+            "perplexity",
+            checkpoint=folder / "captioner.keras",
+            data=colours / "captions",
+        )

@@ -33,8 +33,8 @@ def _train(folder, strategy=None, stop=None, **kwargs):
     )
     iterator = training_iterator(strategy, tiny.Data(folder).train, 8)
     loop = TrainLoop(strategy, model, optimizer, 8, stop=stop, **kwargs)
-    sums, done, waited, norm = loop(iterator, 3)
-    assert done == 3 and waited > 0.0
+    sums, done, waited, norm, stopped = loop(iterator, 3)
+    assert done == 3 and waited > 0.0 and not stopped
     if stop is not None:
         _check_stop(stop, loop, iterator)
     return [v.numpy() for v in model.trainable_variables], sums, norm

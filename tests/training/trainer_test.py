@@ -18,6 +18,7 @@ from cappa_tf.training import workdir as workdir_module
 from cappa_tf.training.adafactor import Adafactor
 from cappa_tf.training.build import build_model
 from cappa_tf.training.distribution import make_strategy
+from cappa_tf.training.hosts import Hosts
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.validation import Validation
 
@@ -104,8 +105,9 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(
     real = run_module.Run._run_loop
 
     def interrupted(self, *args):
-        real(self, *args)
+        stopped = real(self, *args)
         signal.raise_signal(signal.SIGTERM)
+        return stopped
 
     monkeypatch.setattr(run_module.Run, "_run_loop", interrupted)
     figures = tiny.run(folder, workdir=workdir)
@@ -123,9 +125,9 @@ def _record_starts(monkeypatch):
     starts = []
     real = tiny.Data.train
 
-    def train(self, batch_size, start_index=0, seed=0):
+    def train(self, batch_size, start_index=0, **kwargs):
         starts.append(start_index)
-        return real(self, batch_size, start_index, seed)
+        return real(self, batch_size, start_index, **kwargs)
 
     monkeypatch.setattr(tiny.Data, "train", train)
     return starts
@@ -146,8 +148,9 @@ def test_validation_counts_each_example_once(folder):
     model = tiny.make_model(tiny.vocabulary(folder)[1])
     model.build()
     data = tiny.Data(folder, examples=11)
+    strategy = make_strategy("one")
     exact = [
-        Validation(make_strategy("one"), model, data, size)()
+        Validation(strategy, Hosts(strategy), model, data, size)()
         for size in (1, 4, 11)
     ]
     for figures in exact:

@@ -1,13 +1,19 @@
-"""Memory and time of the captioning loss and its gradients.
+"""Memory and time of the captioning loss, and of a whole training step.
 
     python tools/benchmark.py memory
 
-The chunked way of this project against the plain way that holds all logits;
-by default 512 captions of 64 positions, 12 of them real, and a vocabulary of
-32,000. Each way runs in processes of its own, in turns.
+1. The loss and its gradients: the chunked way of this project against the
+   plain way that holds all logits; by default 512 captions of 64 positions, 12
+   of them real, and a vocabulary of 32,000.
+2. The step: PRECISION and REMAT, all four ways; by default S/16 at 224 px and
+   16 pictures, beside what `--dry_run` estimates for it.
+
+Each way runs in processes of its own, in turns.
 """
 
+import ctypes
 import json
+import pathlib
 import time
 
 from absl import flags
@@ -15,6 +21,13 @@ from absl import flags
 from tools import benchmarks
 
 _WAYS = ("plain", "chunked")
+# Precision and rematerialisation of a step, by name.
+_STEPS = {
+    "float32": ("float32", False),
+    "float32, remat": ("float32", True),
+    "mixed_bfloat16": ("mixed_bfloat16", False),
+    "mixed_bfloat16, remat": ("mixed_bfloat16", True),
+}
 
 
 def define_flags():
@@ -26,7 +39,11 @@ def define_flags():
     flags.DEFINE_integer("vocabulary_size", 32_000, "Tokens.", **count)
     flags.DEFINE_integer("width", 384, "Width of the decoder.", **count)
     flags.DEFINE_integer("rounds", 3, "Runs of each way, in turns.", **count)
-    flags.DEFINE_enum("way", None, _WAYS, "Measure one way in this process.")
+    flags.DEFINE_string("variant", "S/16", "Model of the training step.")
+    flags.DEFINE_integer("image_size", 224, "Side of its pictures.", **count)
+    flags.DEFINE_integer("images", 16, "Pictures of its batch.", **count)
+    ways = (*_WAYS, *_STEPS)
+    flags.DEFINE_enum("way", None, ways, "Measure one way in this process.")
 
 
 def _loss(way, hidden, targets, valid, kernel, bias):
@@ -80,22 +97,135 @@ def measure_loss(way, batch_size, length, tokens, vocabulary_size, width):
     }
 
 
-def _arguments():
-    names = ("batch_size", "length", "tokens", "vocabulary_size", "width")
+def make_captioner(variant, image_size, length, vocabulary_size, remat):
+    """A captioner with the sizes of a variant."""
+    from cappa_tf.models import (
+        captioner,
+        text_decoder,
+        variants,
+        vision_encoder,
+    )
+
+    sizes = variants.variant(variant)
+    encoder = vision_encoder.VisionEncoder(
+        **sizes, image_size=image_size, remat=remat
+    )
+    shared = ("hidden_dim", "num_heads", "mlp_dim")
+    decoder = text_decoder.TextDecoder(
+        vocabulary_size,
+        length,
+        num_layers=max(1, encoder.num_layers // 2),
+        remat=remat,
+        **{name: sizes[name] for name in shared},
+    )
+    return captioner.Captioner(encoder, decoder)
+
+
+def measure_step(
+    way, variant, image_size, images, length, tokens, vocabulary_size
+):
+    """Training steps of one device, without XLA.
+
+    Returns:
+        Dict: `bytes`, what the second step needs beside weights and optimizer
+        state; `estimate`, the same as `--dry_run` has it; `seconds` of that
+        step; `loss` of the first.
+    """
+    import tensorflow as tf
+
+    from cappa_tf.training import adafactor, build, step
+    from cappa_tf.training import memory as estimates
+
+    precision, remat = _STEPS[way]
+    strategy = tf.distribute.get_strategy()
+    model, optimizer = build.build_model(
+        lambda: make_captioner(
+            variant, image_size, length, vocabulary_size, remat
+        ),
+        adafactor.Adafactor,
+        strategy,
+        precision=precision,
+    )
+    labels = tf.random.stateless_uniform(
+        [images, length], (0, 1), 1, vocabulary_size, tf.int32
+    )
+    shape = [images, image_size, image_size, 3]
+    batch = {
+        "image": tf.random.stateless_uniform(shape, (0, 2), -1.0, 1.0),
+        "labels": tf.where(tf.range(length) < tokens, labels, 0),
+        "index": tf.range(images, dtype=tf.int64),
+    }
+    stream = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    loop = step.TrainLoop(strategy, model, optimizer, images)
+    loss = sum(v for k, v in loop(stream, 1)[0].items() if k.endswith("/loss"))
+    before = _resident_bytes("VmRSS", fresh=True)
+    start = time.perf_counter()
+    loop(stream, 1)
+    seconds = time.perf_counter() - start
+    peak = _resident_bytes("VmHWM") - before
+    parts = estimates.estimate(model, optimizer, strategy, images)
+    return {
+        "bytes": peak,
+        "estimate": parts["gradients"] + parts["activations"],
+        "seconds": seconds,
+        "loss": loss / images,
+    }
+
+
+def _resident_bytes(name, fresh=False):
+    """A size of this process, "VmRSS" now or "VmHWM" at most (Linux).
+
+    Args:
+        name: Which.
+        fresh: Give back what is free, and start the maximum anew.
+    """
+    if fresh:
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _arguments(*names):
     return {name: flags.FLAGS[name].value for name in names}
 
 
-def run():
-    """Prints both ways' peak and time, and the ratios."""
-    if flags.FLAGS.way:
-        print(json.dumps(measure_loss(flags.FLAGS.way, **_arguments())))
-        return
-    found = benchmarks.in_turns(
-        _WAYS,
-        flags.FLAGS.rounds,
-        lambda way: benchmarks.in_a_process("memory", way=way, **_arguments()),
+def _loss_arguments():
+    return _arguments(
+        "batch_size", "length", "tokens", "vocabulary_size", "width"
     )
-    print(f"{'way':10}{'peak MiB':>10}{'seconds':>10}{'loss':>14}")
+
+
+def _step_arguments():
+    return _arguments(
+        "variant", "image_size", "images", "length", "tokens", "vocabulary_size"
+    )
+
+
+def run():
+    """Prints peak and time of all ways, and the ratios."""
+    way = flags.FLAGS.way
+    if way in _WAYS:
+        print(json.dumps(measure_loss(way, **_loss_arguments())))
+    elif way:
+        print(json.dumps(measure_step(way, **_step_arguments())))
+    else:
+        _print_losses(_measure(_WAYS, _loss_arguments()))
+        print()
+        _print_steps(_measure(_STEPS, _step_arguments()))
+
+
+def _measure(ways, arguments):
+    return benchmarks.in_turns(
+        ways,
+        flags.FLAGS.rounds,
+        lambda way: benchmarks.in_a_process("memory", way=way, **arguments),
+    )
+
+
+def _print_losses(found):
+    print(f"{'loss':10}{'peak MiB':>10}{'seconds':>10}{'loss':>14}")
     for way, result in found.items():
         size = result["bytes"] / 2**20
         seconds, loss = result["seconds"], result["loss"]
@@ -105,3 +235,18 @@ def run():
         for key in ("bytes", "seconds")
     )
     print(f"plain / chunked: memory {memory:.1f}, time {speed:.1f}")
+
+
+def _print_steps(found):
+    sizes = f"{flags.FLAGS.variant}, {flags.FLAGS.images} pictures"
+    print(
+        f"{'step of ' + sizes:30}{'peak MiB':>10}{'estimate':>10}"
+        f"{'seconds':>10}{'loss':>10}{'saved':>8}"
+    )
+    most = found["float32"]["bytes"]
+    for way, result in found.items():
+        peak, estimate = (result[k] / 2**20 for k in ("bytes", "estimate"))
+        print(
+            f"{way:30}{peak:10.0f}{estimate:10.0f}{result['seconds']:10.2f}"
+            f"{result['loss']:10.3f}{1 - result['bytes'] / most:8.0%}"
+        )

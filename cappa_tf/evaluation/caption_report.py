@@ -1,0 +1,109 @@
+"""Captions of a split: figures, every image's own result, worst and best.
+
+B: images at once.
+"""
+
+import os
+
+from cappa_tf.checks import check_choice, check_integer
+from cappa_tf.evaluation import caption_metrics, captioning
+from cappa_tf.evaluation.captioned import CaptionedImages
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    skipped_lines,
+    table,
+)
+
+
+class Captions(Evaluator):
+    """Greedy captions against people's: CIDEr, BLEU, ROUGE-L, METEOR.
+
+    Args:
+        path: See `CaptionedImages`.
+        split: Name of the split.
+        limit: Only the first pictures.
+        meteor: Whether to compute METEOR, too; None where Java is found.
+        sheet_images: Pictures on each of the two sheets, of the lowest and of
+            the highest CIDEr.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split="test",
+        *,
+        limit: int | None = None,
+        meteor: bool | None = None,
+        sheet_images=12,
+        name="caption",
+    ):
+        super().__init__(name)
+        check_choice((None, True, False), meteor=meteor)
+        check_integer("sheet_images", sheet_images, 0)
+        self._data = CaptionedImages(path, split, limit)
+        self._meteor, self._sheet_images = meteor, sheet_images
+
+    def open(self):
+        """See `Evaluator`."""
+        self._data.open()
+
+    def evaluate(self, scorer):
+        """Captions every picture.
+
+        Returns:
+            A `Report`: the metrics of `caption_metrics.Scores` and
+            `captioning.summarize`, a row an image with its own `cider`, and
+            the sheets "worst" and "best".
+        """
+        rows = []
+        for images, examples in self._data.batches(scorer):
+            decoded = scorer.decoder.decode(
+                images,
+                [example.key for example in examples],
+                [example.captions for example in examples],
+            )
+            for row, example in zip(decoded, examples):
+                row.image = example.image if self._sheet_images else None
+                rows.append(row)
+        meteor = self._meteor
+        if meteor is None:
+            meteor = caption_metrics.has_java()
+        scores = captioning.corpus_scores(rows, meteor)
+        metrics = scores.corpus | captioning.summarize(rows)
+        order = sorted(scores.cider, key=scores.cider.get)
+        lines = table(("", "value"), [*metrics.items()])
+        if not meteor:
+            lines.append("no METEOR: it needs Java")
+        skipped = dict(self._data.skipped)
+        lines += skipped_lines(skipped)
+        return Report(
+            metrics,
+            lines,
+            {"skipped": skipped},
+            [_as_json(row, scores.cider[i]) for i, row in enumerate(rows)],
+            self._sheets(rows, order),
+        )
+
+    def _sheets(self, rows, order):
+        count = self._sheet_images
+        if not count:
+            return {}
+        worst = [rows[i] for i in order[:count]]
+        best = [rows[i] for i in order[::-1][:count]]
+        return {
+            "worst": ("Captions of the lowest CIDEr", worst),
+            "best": ("Captions of the highest CIDEr", best),
+        }
+
+
+def _as_json(row, cider):
+    return {
+        "key": row.key,
+        "caption": row.caption,
+        "cider": cider,
+        "log_likelihood": row.log_likelihood,
+        "tokens": len(row.pieces),
+        "references": row.references,
+    }

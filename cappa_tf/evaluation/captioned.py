@@ -1,0 +1,119 @@
+"""Pictures with captions, from a folder or from our TFRecords alike.
+
+B: images at once.  H, W: height and width the model takes.
+"""
+
+import collections
+import itertools
+import os
+
+import numpy as np
+
+from cappa_tf.checks import check_counts
+from cappa_tf.data import picture_files, sources
+from cappa_tf.data.description import DatasetDescription
+from cappa_tf.data.pipeline import CaptionDataset
+from cappa_tf.evaluation import captioning
+
+
+class CaptionedImages:
+    """One split of a folder of captioned pictures, or of our TFRecords.
+
+    What cannot be read or has no caption is skipped and counted.
+
+    Args:
+        path: Folder with `dataset.json`, or with captions in one of the forms
+            of `data/sources.py`.
+        split: Name of the split.
+        limit: Only the first `limit` pictures.
+
+    Attributes:
+        skipped: Counter of what `batches` left out, by reason.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, split: str, limit: int | None = None
+    ):
+        check_counts(optional=True, limit=limit)
+        self.path = os.fspath(path)
+        self.split = split
+        self._limit = limit
+        self._rows = None
+        self.skipped = collections.Counter()
+
+    @property
+    def _is_records(self):
+        return os.path.exists(os.path.join(self.path, "dataset.json"))
+
+    def open(self):
+        """Looks whether there is such a split.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._is_records:
+            splits = DatasetDescription.load(self.path).splits
+        else:
+            self._malformed = sources.Skipped()
+            rows = sources.read_rows(self.path, skipped=self._malformed)
+            splits = sorted({sources.choose_split(row) for row in rows})
+            rows = [r for r in rows if sources.choose_split(r) == self.split]
+            self._rows = rows[: self._limit]
+        if self.split not in splits:
+            raise ValueError(
+                f"{self.path} has the splits {list(splits)}. "
+                f"Received: split={self.split!r}"
+            )
+
+    def batches(self, scorer):
+        """Reads the split in order, as a model takes it.
+
+        Args:
+            scorer: `Scorer` with the model's preprocessing and B.
+
+        Yields:
+            (images float32 [at most B, H, W, 3] in [-1, 1], their
+            `tfrecord.Example`s).
+
+        Raises:
+            ValueError: Nothing was left to read.
+        """
+        self.open()
+        self.skipped = collections.Counter()
+        read = self._of_records if self._is_records else self._of_folder
+        empty = True
+        for images, examples in read(scorer):
+            empty = False
+            yield images, examples
+        if empty:
+            raise ValueError(
+                "Nothing to evaluate on. Received: split "
+                f"{self.split!r} of {self.path}, skipped={dict(self.skipped)}"
+            )
+
+    def _of_records(self, scorer):
+        data = CaptionDataset(
+            self.path, self.split, scorer.tokenizer, **scorer.preprocessing
+        )
+        for images, _, examples in captioning.batches(
+            data, scorer.batch_size, self._limit
+        ):
+            yield images.numpy(), examples
+        self.skipped.update(data.skipped)
+
+    def _of_folder(self, scorer):
+        noted = sources.Skipped()
+        workers = os.cpu_count() or 1
+        found = sources.read_examples(self._rows, noted, workers=workers)
+        good = self._decoded(found, scorer.reader)
+        while some := list(itertools.islice(good, scorer.batch_size)):
+            images, examples = zip(*some)
+            yield np.stack(images), list(examples)
+        self.skipped.update(self._malformed.counts + noted.counts)
+
+    def _decoded(self, found, reader):
+        for _, example in found:
+            try:
+                yield reader.decode(example.image), example
+            except picture_files.UnusableError as error:
+                self.skipped[error.reason] += 1

@@ -1,0 +1,110 @@
+"""What all evaluators share: a model goes in, named figures come out.
+
+An evaluator is made of data and settings alone, so that one object measures
+a model again and again while it is trained, and many models after that.
+"""
+
+import dataclasses
+
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE
+
+
+@dataclasses.dataclass
+class Report:
+    """What an evaluator found.
+
+    Attributes:
+        metrics: Name -> number: what is compared, logged and plotted.
+        lines: The lines of a table for people.
+        details: What else goes into the JSON file: counts, settings, figures
+            that are no single number.
+        rows: Results one by one (of an image, a pair), JSON objects for a
+            file of their own; may be empty.
+        sheets: Name -> (title, `captioning.CaptionRow`s with images): picture
+            sheets to be drawn; may be empty.
+    """
+
+    metrics: dict
+    lines: list
+    details: dict = dataclasses.field(default_factory=dict)
+    rows: list = dataclasses.field(default_factory=list)
+    sheets: dict = dataclasses.field(default_factory=dict)
+
+
+class Evaluator:
+    """Base class: `evaluate` is what an evaluator has to define.
+
+    Args:
+        name: First part of the names of its figures where several evaluators
+            write into one place.
+    """
+
+    def __init__(self, name: str):
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`name` must be a word. Received: name={name!r}")
+        self.name = name
+
+    def open(self):
+        """Looks whether the data is there; a long run fails before it starts.
+
+        Raises:
+            ValueError: It is not, or is not what it should be.
+        """
+
+    def evaluate(self, scorer):
+        """Measures a model.
+
+        Args:
+            scorer: The model and what belongs to it, a `Scorer`.
+
+        Returns:
+            A `Report`.
+        """
+        raise NotImplementedError
+
+    def run(self, scorer):
+        """Yields (name, number) of each metric."""
+        yield from self.evaluate(scorer).metrics.items()
+
+
+def table(header, rows):
+    """Lines of aligned columns, the first to the left, the others right.
+
+    Args:
+        header: Names of the columns.
+        rows: Tuples of texts, integers, and floats (shown to 4 decimals);
+            None is an empty cell.
+
+    Returns:
+        A list of strings.
+    """
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def skipped_lines(skipped):
+    """A line for each reason, of counts by reason."""
+    return [f"skipped: {n} x {reason}" for reason, n in skipped.items()]
+
+
+def named(mode, figures):
+    """Figures of one kind of score, by the name of their metric.
+
+    Those of the plain, autoregressive score have their own name; others the
+    score's in front: "parallel/top_1".
+    """
+    prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
+    return {prefix + name: value for name, value in figures.items()}
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

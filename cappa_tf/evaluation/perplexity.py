@@ -1,0 +1,104 @@
+"""How likely people's captions are to the model, with the image and without.
+
+Names tell what a figure is: nll is a negative log-likelihood in nats, and
+perplexity its exponential per token.
+"""
+
+import math
+import os
+
+from cappa_tf.evaluation.captioned import CaptionedImages
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
+
+
+class Perplexity(Evaluator):
+    """Perplexity of all captions of one split, left to right.
+
+    Args:
+        path: See `CaptionedImages`.
+        split: Name of the split.
+        limit: Only the first pictures.
+        blind: Whether to measure the captions without images, too: how much
+            of the likelihood is owed to language alone.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split="test",
+        *,
+        limit: int | None = None,
+        blind=False,
+        name="perplexity",
+    ):
+        super().__init__(name)
+        self._data = CaptionedImages(path, split, limit)
+        self._modes = (AUTOREGRESSIVE, BLIND)[: 1 + blind]
+
+    def open(self):
+        """See `Evaluator`."""
+        self._data.open()
+
+    def evaluate(self, scorer):
+        """Sums over all tokens of all captions, eos counted.
+
+        Returns:
+            A `Report` with the metrics `nll_per_token`, `perplexity` (its
+            exponential) and `nll_per_caption`, the same with `blind/` in
+            front if asked for; rows have each image's captions and nll.
+        """
+        totals = dict.fromkeys(self._modes, 0.0)
+        tokens, rows = 0, []
+        for images, examples in self._data.batches(scorer):
+            texts = [example.captions for example in examples]
+            row_nll = {}
+            for mode in self._modes:
+                row_nll[mode] = scorer.captions(images, texts, mode)
+                totals[mode] -= sum(float(s.sum()) for s in row_nll[mode])
+            for i, example in enumerate(examples):
+                counts = scorer.count_tokens(example.captions)
+                tokens += int(counts.sum())
+                nll = {m: (-row_nll[m][i]).tolist() for m in self._modes}
+                rows.append(
+                    {
+                        "key": example.key,
+                        "captions": example.captions,
+                        "tokens": counts.tolist(),
+                        "nll": nll,
+                    }
+                )
+        captions = sum(len(row["captions"]) for row in rows)
+        return self._report(totals, tokens, captions, rows)
+
+    def _report(self, totals, tokens, captions, rows):
+        metrics, lines = {}, []
+        for mode, nll in totals.items():
+            found = {
+                "nll_per_token": nll / tokens,
+                "perplexity": math.exp(nll / tokens),
+                "nll_per_caption": nll / captions,
+            }
+            metrics |= named(mode, found)
+            image = "with image" if mode == AUTOREGRESSIVE else "without"
+            lines.append((image, *found.values()))
+        skipped = dict(self._data.skipped)
+        details = {
+            "num_images": len(rows),
+            "num_captions": captions,
+            "num_tokens": tokens,
+            "skipped": skipped,
+        }
+        table_lines = [
+            f"{len(rows)} images, {captions} captions, {tokens} tokens",
+            *table(("", *found), lines),
+            *skipped_lines(skipped),
+        ]
+        return Report(metrics, table_lines, details, rows)

@@ -1,0 +1,141 @@
+"""Image-text retrieval by likelihood: which caption, which image.
+
+The score of a pair is the caption's log-likelihood given the image. Some
+captions are likelier than others whatever the image shows, and rank first for
+all of them; so images also rank captions by the score less the caption's
+likelihood without an image (`minus_blind`). For a given caption that changes
+no order of images.
+
+Letters: I images, T captions, each of one image.
+"""
+
+import itertools
+import os
+
+import numpy as np
+
+from cappa_tf.evaluation.captioned import CaptionedImages
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
+
+RECALLS = (1, 5, 10)
+
+
+def recalls(scores, owners, at=RECALLS):
+    """Recall@k in both directions.
+
+    Args:
+        scores: float [I, T].
+        owners: int [T], the image that each caption was written for; each
+            image has at least one.
+        at: The k.
+
+    Returns:
+        Dict of `image_to_text/recall@k`, the share of images one of whose own
+        captions is among the k best, and `text_to_image/recall@k`, the share
+        of captions whose image is. A wrong one that scores the same counts
+        as better: a model that cannot tell finds nothing.
+    """
+    scores, owners = np.asarray(scores), np.asarray(owners)
+    images = np.arange(scores.shape[0])
+    own = owners == images[:, None]  # [I, T]
+    if owners.shape != scores.shape[1:] or not own.any(1).all():
+        raise ValueError(
+            "Every caption must have one image, every image a caption. "
+            f"Received: scores of shape {scores.shape}, {len(owners)} owners "
+            f"from {set(owners.tolist())}"
+        )
+    best = np.where(own, scores, -np.inf).max(1)  # [I]
+    texts_before = (~own & (scores >= best[:, None])).sum(1)  # [I]
+    right = scores[owners, np.arange(len(owners))]  # [T]
+    images_before = (~own & (scores >= right)).sum(0)  # [T]
+    return {
+        f"{direction}/recall@{k}": float(np.mean(before < k))
+        for direction, before in (
+            ("image_to_text", texts_before),
+            ("text_to_image", images_before),
+        )
+        for k in at
+    }
+
+
+class Retrieval(Evaluator):
+    """Retrieval in one split of captioned pictures.
+
+    Every caption is scored for every image: I * T passes' worth, which grows
+    with the square of `limit`.
+
+    Args:
+        path: See `CaptionedImages`.
+        split: Name of the split.
+        limit: Only the first pictures.
+        captions_per_image: At most as many captions of each; None for all.
+        parallel: Whether to score in parallel mode, too.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split="test",
+        *,
+        limit: int | None = 100,
+        captions_per_image: int | None = None,
+        parallel=False,
+        name="retrieval",
+    ):
+        super().__init__(name)
+        self._data = CaptionedImages(path, split, limit)
+        self._most = captions_per_image
+        self._parallel = parallel
+
+    def open(self):
+        """See `Evaluator`."""
+        self._data.open()
+
+    def evaluate(self, scorer):
+        """Scores all pairs; see `recalls` for the metrics.
+
+        Those of the other scores have `minus_blind/` and `parallel/` in front.
+        """
+        batches = list(self._data.batches(scorer))
+        owned = [
+            example.captions[: self._most]
+            for _, examples in batches
+            for example in examples
+        ]
+        texts = list(itertools.chain(*owned))
+        owners = np.repeat(np.arange(len(owned)), [*map(len, owned)])
+        scores = {
+            mode: np.concatenate(
+                [scorer.labels(images, texts, mode) for images, _ in batches]
+            )
+            for mode in (AUTOREGRESSIVE, PARALLEL)[: 1 + self._parallel]
+        }
+        scores["minus_blind"] = scores[AUTOREGRESSIVE] - scorer.blind(texts)
+        metrics, rows = {}, []
+        for mode, values in scores.items():
+            found = recalls(values, owners)
+            metrics |= named(mode, found)
+            both = np.split(np.array([*found.values()]), 2)
+            rows.append((f"{mode}, image to text", *map(float, both[0])))
+            if mode != "minus_blind":  # the same order of images
+                rows.append((f"{mode}, text to image", *map(float, both[1])))
+        skipped = dict(self._data.skipped)
+        lines = [
+            f"{len(owned)} images, {len(texts)} captions",
+            *table(("", *(f"recall@{k}" for k in RECALLS)), rows),
+            *skipped_lines(skipped),
+        ]
+        details = {
+            "num_images": len(owned),
+            "num_captions": len(texts),
+            "skipped": skipped,
+        }
+        return Report(metrics, lines, details)

@@ -1,0 +1,231 @@
+"""Zero-shot classification: the class whose name is the likeliest caption.
+
+Reference: arXiv 2306.07915, section 4.2; big_vision
+evaluators/proj/cappa/scoring_classifier.py. A class's score is the
+log-likelihood of its prompt, summed over the tokens and not divided by their
+number. With several templates it is the mean of their log-likelihoods.
+
+Letters: N pictures, C classes, B pictures at once, M templates.
+"""
+
+import os
+
+import numpy as np
+
+from cappa_tf.checks import check_choice, check_counts
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
+from cappa_tf.evaluation.labelled import RESIZES, LabelledImages
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
+
+DEFAULT_TEMPLATES = ("a photo of a {}",)
+MINUS_BLIND = "minus_blind"
+_MOST_COLUMNS = 20
+
+
+def prompts(class_names, templates=DEFAULT_TEMPLATES):
+    """Captions of classes.
+
+    prompts(["cat", "dog"], ["a {}", "the {}"])
+        -> ["a cat", "the cat", "a dog", "the dog"]
+
+    Args:
+        class_names: C names.
+        templates: M texts, each with one {} where the name goes.
+
+    Returns:
+        A list of C * M texts, class by class.
+    """
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(
+                "A template must hold {} once, where the name goes. "
+                f"Received: {template!r} of {tuple(templates)}"
+            )
+    if not class_names or not templates:
+        raise ValueError(
+            "There must be class names and templates. Received: "
+            f"class_names={class_names}, templates={templates}"
+        )
+    return [t.replace("{}", name) for name in class_names for t in templates]
+
+
+def ranks(scores, labels):
+    """How many classes score as high as the right one or higher.
+
+    Args:
+        scores: float [N, C].
+        labels: int [N].
+
+    Returns:
+        int [N], 0 where the right class wins alone: a tie counts as lost.
+    """
+    right = np.take_along_axis(scores, labels[:, None], 1)
+    return (scores >= right).sum(1) - 1
+
+
+def figures(scores, labels):
+    """Accuracies and the confusion matrix.
+
+    Args:
+        scores: float [N, C].
+        labels: int [N].
+
+    Returns:
+        (dict of `top_1`, with more than five classes `top_5`, and
+        `mean_per_class`, the mean of the classes' own top-1; int [C, C], true
+        class by predicted one).
+    """
+    classes = scores.shape[1]
+    position = ranks(scores, labels)
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (labels, scores.argmax(1)), 1)
+    per_class = [
+        np.mean(position[labels == c] == 0)
+        for c in range(classes)
+        if (labels == c).any()
+    ]
+    found = {"top_1": float(np.mean(position == 0))}
+    if classes > 5:
+        found["top_5"] = float(np.mean(position < 5))
+    found["mean_per_class"] = float(np.mean(per_class))
+    return found, confusion
+
+
+class ZeroShot(Evaluator):
+    """Zero-shot classification of a folder or data set of labelled pictures.
+
+    Args:
+        path: See `LabelledImages`.
+        split: Name of the split.
+        class_names: C names by class number; None for those of the data.
+        templates: M texts with {} where the name goes.
+        resize: "squash" or "resize_small", the whole picture or its middle.
+        parallel: Whether to score in parallel mode, too.
+        limit: Only the first pictures.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split="test",
+        *,
+        class_names: list | tuple | None = None,
+        templates: list | tuple = DEFAULT_TEMPLATES,
+        resize="squash",
+        parallel=False,
+        limit: int | None = None,
+        name="zero_shot",
+    ):
+        super().__init__(name)
+        check_choice(RESIZES, resize=resize)
+        check_counts(optional=True, limit=limit)
+        prompts(["name"], templates)
+        self._path, self._split = os.fspath(path), split
+        self._class_names = class_names
+        self._templates = templates
+        self._resize = resize
+        self._parallel, self._limit = parallel, limit
+
+    def open(self):
+        """See `Evaluator`."""
+        self._names(self._data(1))
+
+    def _data(self, image_size):
+        # All of the picture, as in training: no margin is cut off.
+        return LabelledImages(
+            self._path, self._split, image_size, self._resize, margin=1.0
+        )
+
+    def _names(self, data):
+        names = self._class_names or data.class_names
+        if not names:
+            raise ValueError(
+                f"{self._path} does not name its classes: give `class_names`"
+            )
+        return list(names)
+
+    def evaluate(self, scorer):
+        """Classifies every picture; see `figures` for the metrics.
+
+        The parallel mode's are called `parallel/top_1` and so on, and those
+        of scores less that of the text without an image `minus_blind/...`.
+        """
+        data = self._data(scorer.preprocessing["image_size"])
+        names = self._names(data)
+        modes = (AUTOREGRESSIVE, PARALLEL)[: 1 + self._parallel]
+        texts = prompts(names, self._templates)
+        scores, labels = {mode: [] for mode in modes}, []
+        for images, numbers in _first(
+            data.batches(scorer.batch_size), self._limit
+        ):
+            if numbers.max() >= len(names):
+                raise ValueError(
+                    f"A label has no name. Received: label {numbers.max()} "
+                    f"with the {len(names)} names {names}"
+                )
+            labels.append(numbers)
+            for mode, parts in scores.items():
+                found = scorer.labels(images, texts, mode)  # -> [B, C * M]
+                parts.append(found.reshape(len(images), len(names), -1).mean(2))
+        if not labels:
+            raise ValueError(
+                f"No labelled picture in split {self._split!r} of "
+                f"{self._path}. Received: skipped={dict(data.skipped)}"
+            )
+        labels = np.concatenate(labels)
+        scores = {mode: np.concatenate(scores[mode]) for mode in modes}
+        blind = scorer.blind(texts).reshape(len(names), -1).mean(1)
+        scores[MINUS_BLIND] = scores[AUTOREGRESSIVE] - blind
+        return self._report(scores, labels, names, data.skipped)
+
+    def _report(self, scores, labels, names, skipped):
+        metrics, rows, confusions = {}, [], {}
+        for mode, values in scores.items():
+            found, confusion = figures(values, labels)
+            confusions[mode] = confusion.tolist()
+            metrics |= named(mode, found)
+            rows.append((mode, *found.values()))
+        lines = [
+            f"{len(labels)} pictures, {len(names)} classes",
+            *table(("score", *found), rows),
+            *_confusion_lines(names, confusions[AUTOREGRESSIVE]),
+            *skipped_lines(skipped),
+        ]
+        details = {
+            "num_images": len(labels),
+            "class_names": names,
+            "templates": list(self._templates),
+            "confusion": confusions[AUTOREGRESSIVE],
+            "skipped": dict(skipped),
+        }
+        return Report(metrics, lines, details)
+
+
+def _confusion_lines(names, confusion):
+    """The matrix as a table, where it fits a terminal."""
+    if len(names) > _MOST_COLUMNS:
+        return []
+    rows = [
+        (f"{number} {name}", *row)
+        for number, (name, row) in enumerate(zip(names, confusion))
+    ]
+    head = ("true class, by predicted one", *range(len(names)))
+    return ["", *table(head, rows)]
+
+
+def _first(batches, limit):
+    """The first `limit` pictures of batches, all without a limit."""
+    left = float("inf") if limit is None else limit
+    for images, labels in batches:
+        count = int(min(left, len(labels)))
+        yield images[:count], labels[:count]
+        left -= count
+        if not left:
+            return

@@ -1,0 +1,88 @@
+"""Each image's own caption and CIDEr are kept; worst and best are shown."""
+
+import numpy as np
+import pytest
+import scoring
+
+from cappa_tf.evaluation import caption_metrics
+from cappa_tf.evaluation.caption_report import Captions
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    pytest.importorskip("pycocoevalcap")
+    folder = tmp_path_factory.mktemp("colours")
+    scoring.write_colours(folder)
+    scorer = scoring.tiny_scorer(folder)
+    # A caption generator that knows: red and green right, blue wrong.
+    texts = {0: "red square", 1: "green square", 2: "left above"}
+
+    def generate(images):
+        tokens = [
+            scorer.tokenizer([texts[int(image.mean((0, 1)).argmax())]])[0]
+            for image in images.numpy()
+        ]
+        tokens = np.stack(tokens)
+        return {
+            name: _Tensor(value)
+            for name, value in (
+                ("tokens", tokens),
+                ("log_probs", np.where(tokens != 0, -0.5, 0.0)),
+            )
+        }
+
+    scorer.decoder._generate = generate
+    evaluator = Captions(folder / "captions", meteor=False, sheet_images=2)
+    evaluator.open()
+    return evaluator.evaluate(scorer)
+
+
+class _Tensor:
+    def __init__(self, value):
+        self._value = value
+
+    def numpy(self):
+        return self._value
+
+
+def test_the_corpus_cider_is_the_mean_of_the_images(report):
+    ciders = [row["cider"] for row in report.rows]
+    assert report.metrics["cider"] == pytest.approx(np.mean(ciders))
+    assert report.metrics["num_images"] == 6
+    assert report.metrics["exact_match"] == pytest.approx(2 / 3)
+    assert {f"bleu_{n}" for n in range(1, 5)} | {"rouge_l"} <= {*report.metrics}
+    assert "meteor" not in report.metrics
+    assert any("METEOR" in line for line in report.lines)
+
+
+def test_rows_say_what_was_said(report):
+    row = report.rows[2]
+    assert row["key"].endswith("2.png") and row["caption"] == "left above"
+    assert row["references"] == ["blue square", "square blue"]
+    assert row["cider"] == 0.0
+    assert row["log_likelihood"] == -0.5 * row["tokens"]
+
+
+def test_worst_and_best(report):
+    worst = {row.caption for row in report.sheets["worst"][1]}
+    best = {row.caption for row in report.sheets["best"][1]}
+    assert worst == {"left above"} and "left above" not in best
+    assert all(row.image for row in report.sheets["worst"][1])
+
+
+@pytest.mark.slow  # The Java program reads a large table first.
+def test_meteor_where_java_is():
+    pytest.importorskip("pycocoevalcap")
+    if not caption_metrics.has_java():
+        pytest.skip("no java on this machine")
+    scores = caption_metrics.score_captions(
+        {0: "a red ball on grass"}, {0: ["a red ball on grass"]}, meteor=True
+    )
+    assert scores.corpus["meteor"] > 0.99
+
+
+def test_meteor_without_java(monkeypatch):
+    pytest.importorskip("pycocoevalcap")
+    monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
+    with pytest.raises(ValueError, match="needs Java"):
+        caption_metrics.score_captions({0: "a"}, {0: ["a"]}, meteor=True)

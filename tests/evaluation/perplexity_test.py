@@ -1,0 +1,70 @@
+"""Perplexity is the exponential of the nll of every token, and says so."""
+
+import math
+
+import numpy as np
+import pytest
+import scoring
+import tensorflow as tf
+
+from cappa_tf.data import tfrecord
+from cappa_tf.evaluation.captioned import CaptionedImages
+from cappa_tf.evaluation.perplexity import Perplexity
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return scoring.write_colours(tmp_path_factory.mktemp("colours"))
+
+
+def test_figures_are_those_of_the_losses(folder, tmp_path):
+    scorer = scoring.tiny_scorer(tmp_path)
+    report = Perplexity(folder / "captions", blind=True).evaluate(scorer)
+    nll = tokens = 0.0
+    data = CaptionedImages(folder / "captions", "test")
+    for images, examples in data.batches(scorer):
+        labels = scorer.tokenizer([e.captions for e in examples])
+        batch = {"image": tf.constant(images), "labels": labels}
+        losses = scorer.captioner.compute_losses(batch, training=False)
+        nll += float(tf.reduce_sum(losses["nll"]))
+        tokens += float(tf.reduce_sum(losses["tokens"]))
+    metrics = report.metrics
+    assert metrics["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / tokens), 1e-3)
+    assert metrics["nll_per_caption"] == pytest.approx(nll / 12, rel=1e-4)
+    assert metrics["blind/perplexity"] != metrics["perplexity"]
+    assert report.details["num_tokens"] == tokens
+    summed = sum(sum(row["nll"]["autoregressive"]) for row in report.rows)
+    assert summed == pytest.approx(nll, rel=1e-4)
+    assert [row["key"] for row in report.rows][0].endswith("0.png")
+
+
+def test_records_and_folder_give_the_same(folder, tmp_path):
+    examples = [
+        tfrecord.Example(
+            str(i), (folder / f"{i}.png").read_bytes(), ["red", "blue square"]
+        )
+        for i in range(5)
+    ]
+    tfrecord.write_dataset({"test": examples}, tmp_path / "records", "colours")
+    scorer = scoring.tiny_scorer(tmp_path)
+    read = []
+    for path in (tmp_path / "records", folder / "captions"):
+        batches = CaptionedImages(path, "test", 5).batches(scorer)
+        read.append(np.concatenate([images for images, _ in batches]))
+    np.testing.assert_allclose(read[0], read[1], atol=1e-6)
+    report = Perplexity(tmp_path / "records", limit=3).evaluate(scorer)
+    assert report.details["num_images"] == 3
+
+
+def test_bad_pictures_are_counted(folder, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    lines = (folder / "captions" / "captions.jsonl").read_text()
+    lines = lines.replace("../", f"{folder}/")
+    extra = '\n{"image": "bad.jpg", "captions": ["red"], "split": "test"}'
+    (tmp_path / "captions.jsonl").write_text(lines + extra)
+    data = CaptionedImages(tmp_path, "test")
+    list(data.batches(scoring.tiny_scorer(tmp_path)))
+    assert data.skipped == {"image cannot be decoded": 1}
+    with pytest.raises(ValueError, match="split='nowhere'"):
+        CaptionedImages(tmp_path, "nowhere").open()

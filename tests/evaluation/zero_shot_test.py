@@ -1,0 +1,96 @@
+"""Zero-shot: accuracies by hand, and of a model that knows the classes."""
+
+import numpy as np
+import pytest
+import scoring
+from conftest import shared_data
+
+from cappa_tf.evaluation import labelled, zero_shot
+
+
+def test_prompts_go_class_by_class():
+    texts = zero_shot.prompts(["cat", "dog"], ["a {}", "the {}"])
+    assert texts == ["a cat", "the cat", "a dog", "the dog"]
+    for template in ("a", "{} {}", 3):
+        with pytest.raises(ValueError, match="{} once"):
+            zero_shot.prompts(["cat"], [template])
+
+
+def test_figures_by_hand():
+    """Ranks 0, 1, 5, and a tie of the best two, which counts as lost."""
+    scores = np.array(
+        [
+            [9, 1, 2, 3, 4, 5],
+            [5, 4, 3, 2, 1, 0],
+            [0, 1, 2, 3, 4, 5],
+            [7, 7, 1, 1, 1, 1],
+        ],
+        float,
+    )
+    labels = np.array([0, 1, 0, 1])
+    np.testing.assert_array_equal(zero_shot.ranks(scores, labels), [0, 1, 5, 1])
+    found, confusion = zero_shot.figures(scores, labels)
+    assert found == {"top_1": 1 / 4, "top_5": 3 / 4, "mean_per_class": 1 / 4}
+    assert confusion.tolist()[0] == [1, 0, 0, 0, 0, 1]
+    assert confusion.tolist()[1] == [2, 0, 0, 0, 0, 0]
+    assert confusion.sum() == 4
+
+
+def test_few_classes_have_no_top_5():
+    found, _ = zero_shot.figures(np.eye(3), np.arange(3))
+    assert found == {"top_1": 1.0, "mean_per_class": 1.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return scoring.write_colours(tmp_path_factory.mktemp("colours"))
+
+
+def test_a_model_that_knows_names_every_colour(folder, tmp_path):
+    evaluator = zero_shot.ZeroShot(
+        folder / "labels",
+        templates=["{} square", "square {}"],
+        parallel=True,
+        resize="resize_small",
+    )
+    report = evaluator.evaluate(scoring.knowing_scorer(tmp_path))
+    assert report.metrics["top_1"] == report.metrics["parallel/top_1"] == 1.0
+    assert report.details["class_names"] == ["red", "green", "blue"]
+    wanted = (2 * np.eye(3, dtype=int)).tolist()
+    assert report.details["confusion"] == wanted
+    assert (
+        dict(evaluator.run(scoring.knowing_scorer(tmp_path))) == report.metrics
+    )
+
+
+def test_the_prior_of_a_name_is_taken_off(folder, tmp_path):
+    """A model that dislikes each "e": "green" has two, the others one."""
+    evaluator = zero_shot.ZeroShot(folder / "labels", templates=["{}"])
+    metrics = evaluator.evaluate(
+        scoring.knowing_scorer(tmp_path, prior=50.0)
+    ).metrics
+    assert metrics["top_1"] == pytest.approx(2 / 3)
+    assert metrics["minus_blind/top_1"] == 1.0
+
+
+def test_all_of_the_picture_is_seen(folder):
+    """Without a margin the crop is the whole, squashed picture."""
+    data = labelled.LabelledImages(folder / "labels", "test", 9, margin=1.0)
+    assert data._decode_size == (9, 9)
+
+
+def test_limit_and_bad_names(folder, tmp_path):
+    scorer = scoring.knowing_scorer(tmp_path)
+    some = zero_shot.ZeroShot(folder / "labels", limit=5).evaluate(scorer)
+    assert some.details["num_images"] == 5
+    few = zero_shot.ZeroShot(folder / "labels", class_names=["a", "b"])
+    with pytest.raises(ValueError, match="label 2 with the 2 names"):
+        few.evaluate(scorer)
+    with pytest.raises(ValueError, match="'nowhere'"):
+        zero_shot.ZeroShot(folder / "labels", "nowhere").open()
+
+
+def test_names_of_the_clothing_set():
+    data = labelled.LabelledImages(shared_data("clothing_small"), "test", 8)
+    assert len(data.class_names) == 10
+    assert data.class_names[0] == "dress"

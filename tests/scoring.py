@@ -1,0 +1,124 @@
+"""What tests of evaluators share: a model that knows, one that does not."""
+
+import json
+
+import numpy as np
+import tensorflow as tf
+import tiny
+from PIL import Image
+
+from cappa_tf.evaluation.scorer import Scorer
+from cappa_tf.training import workdir
+
+PREPROCESSING = {
+    "image_size": (16, 16),
+    "resize": "squash",
+    "resize_small": 18,
+    "antialias": False,
+    "reduced_decode": False,
+    "max_pixels": None,
+}
+# As many colours as `tiny.WORDS` names.
+COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
+
+
+class Knowing:
+    """In place of a captioner: says how red, green or blue a picture is.
+
+    A text with a colour's name scores the logarithm of how much of the
+    picture has that colour, less `prior` for each letter "e" of the text,
+    which is what it thinks of a text without a picture.
+    """
+
+    masked_pred_prob = 0.75
+
+    def __init__(self, tokenizer, prior=0.0):
+        self._tokenizer, self._prior = tokenizer, prior
+
+    def score(self, images, labels, *, parallel=False):
+        count = 1 if images is None else images.shape[0]
+        labels = np.repeat(np.asarray(labels)[None], count, axis=0)
+        if images is None:
+            return self.score_captions(None, labels)
+        return tf.numpy_function(
+            lambda pictures: self.score_captions(pictures, labels),
+            [images],
+            tf.float64,
+        )
+
+    def score_captions(self, images, labels, *, parallel=False):
+        scores = np.zeros(labels.shape[:2])
+        for b, rows in enumerate(np.asarray(labels)):
+            for k, text in enumerate(self._tokenizer.detokenize(rows)):
+                scores[b, k] = -self._prior * text.count("e")
+                if images is not None:
+                    scores[b, k] += _match(images[b], text)
+        return scores
+
+
+def _match(image, text):
+    """Log share of the colours that the text names, in the picture."""
+    level = (image.mean((0, 1)) + 1) / 2
+    share = level / max(level.sum(), 1e-6) + 1e-6
+    return sum(
+        np.log(share[i]) for i, name in enumerate(COLOURS) if name in text
+    )
+
+
+def tiny_scorer(folder, batch_size=4):
+    """A model with random weights, its vocabulary, and what it sees."""
+    data = tiny.Data(folder)
+    return Scorer(
+        random_model(folder), data.tokenizer, PREPROCESSING, batch_size
+    )
+
+
+def random_model(folder):
+    """`tiny.make_model`, but the head does not start at zero."""
+    model = tiny.make_model(tiny.vocabulary(folder)[1])
+    model.build()
+    kernel, bias = model.text_decoder.head_weights
+    for i, weight in enumerate((kernel, bias)):
+        weight.assign(tf.random.stateless_normal(weight.shape, [1, i]))
+    return model
+
+
+def knowing_scorer(folder, prior=0.0, batch_size=4):
+    """Scores by `Knowing`."""
+    tokenizer = tiny.Data(folder).tokenizer
+    return Scorer(
+        Knowing(tokenizer, prior), tokenizer, PREPROCESSING, batch_size
+    )
+
+
+def save_run(folder, vocabulary):
+    """The folder of a run that has not learnt anything."""
+    model, data = random_model(vocabulary), tiny.Data(vocabulary)
+    workdir.describe_run(str(folder), model, data)
+    workdir.save_captioner(str(folder), model)
+    return folder
+
+
+def write_colours(folder, count=6):
+    """Pictures in one colour each; labels.jsonl and captions.jsonl.
+
+    Picture i has colour i % 3, the captions "<colour> square" and "square
+    <colour>", and the split "test" (the first six) or "train".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    labels, captions = [], []
+    for i in range(count):
+        number = i % len(COLOURS)
+        name = list(COLOURS)[number]
+        Image.new("RGB", (20, 14), COLOURS[name]).save(folder / f"{i}.png")
+        row = {"image": f"{i}.png", "split": "test" if i < 6 else "train"}
+        labels.append(row | {"label": number, "class_name": name})
+        texts = [f"{name} square", f"square {name}"]
+        captions.append(row | {"captions": texts})
+    for name, rows in (("labels", labels), ("captions", captions)):
+        (folder / name).mkdir(exist_ok=True)
+        lines = [
+            json.dumps(row | {"image": f"../{row['image']}"}) for row in rows
+        ]
+        (folder / name / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder

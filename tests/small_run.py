@@ -1,0 +1,192 @@
+"""A run of the real captioner on real shards, small enough to be repeated."""
+
+import io
+import os
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from cappa_tf.data import tfrecord
+from cappa_tf.data.pipeline import CaptionDataset
+from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
+from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.text_decoder import TextDecoder
+from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.training import run as run_module
+from cappa_tf.training.adafactor import Adafactor
+from cappa_tf.training.trainer import train
+
+SIDE = 16
+LENGTH = 8
+STEPS = 20
+BATCH = 8
+COLOURS = ("red", "green", "blue", "black", "white")
+THINGS = ("box", "sea", "dog", "tree")
+
+
+def _example(i):
+    random = np.random.RandomState(i)
+    pixels = random.randint(256, size=(SIDE, SIDE, 3)).astype("uint8")
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    words = [random.choice(COLOURS), random.choice(THINGS)]
+    captions = [
+        " ".join(words[: 1 + j % 2] * (1 + j)) for j in range(1 + i % 3)
+    ]
+    return tfrecord.Example(
+        key=f"{i}", image=file.getvalue(), captions=captions
+    )
+
+
+def write_data(folder):
+    """Writes 37 training and 11 evaluation examples, and a vocabulary."""
+    splits = {"train": range(37), "val": range(100, 111)}
+    examples = {k: [_example(i) for i in v] for k, v in splits.items()}
+    tfrecord.write_dataset(examples, folder, "small", 3)
+    captions = [f"{a} {b}" for a in COLOURS for b in THINGS] * 2
+    train_tokenizer(captions, os.path.join(folder, "tokenizer.model"), 40)
+
+
+def data(folder, split="train", **options):
+    """A `CaptionDataset` of what `write_data` wrote."""
+    return CaptionDataset(
+        folder, split, Tokenizer(folder, LENGTH), SIDE, **options
+    )
+
+
+def make_model(folder, remat=False, **kwargs):
+    """A captioner that draws all there is to draw."""
+    small = {
+        "hidden_dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "mlp_dim": 32,
+        "remat": remat,
+    }
+    return Captioner(
+        VisionEncoder(
+            patch_size=8,
+            image_size=SIDE,
+            dropout=0.1,
+            patch_dropout=0.25,
+            **small,
+        ),
+        TextDecoder(
+            vocabulary_size=Tokenizer(folder, LENGTH).vocabulary_size,
+            max_length=LENGTH,
+            dropout=0.1,
+            **small,
+        ),
+        masked_pred_prob=0.5,
+        masking_ratio=0.5,
+        chunk_size=64,
+        **kwargs,
+    )
+
+
+def run(folder, workdir, **overrides):
+    """Trains; returns what `train` does."""
+    folder, workdir = str(folder), str(workdir)
+    arguments = {
+        "model": lambda: make_model(folder),
+        # The gradient of a key's bias is zero but for rounding; divided by
+        # its own size it would be noise.
+        "optimizer": lambda: Adafactor(
+            0.01, epsilon=1e-3, momentum_dtype="float32"
+        ),
+        "train_data": data(folder),
+        "eval_data": data(folder, "val"),
+        "total_steps": STEPS,
+        "batch_size": BATCH,
+        "eval_batch_size": 4,
+        "steps_per_loop": 5,
+        "log_steps": 1,
+        "eval_steps": 10,
+        "checkpoint_steps": 5,
+        "sample_images": 3,
+        "sheet_images": 5,
+        "deterministic": True,
+        "strategy": "one",
+    }
+    return train(workdir=workdir, **arguments | overrides)
+
+
+def plain_run(folder, workdir):
+    """Trains only, and saves every other step; deterministic."""
+    run(
+        folder,
+        workdir,
+        eval_data=None,
+        final_evaluation=False,
+        checkpoint_steps=2,
+    )
+
+
+def compiled_run(folder, workdir):
+    """Trains with XLA on captions cut to three lengths, in microbatches."""
+    run(
+        folder,
+        workdir,
+        train_data=data(folder, length_buckets=(3, 5)),
+        eval_data=None,
+        final_evaluation=False,
+        batch_size=4,
+        accumulation_steps=2,
+        jit_compile=True,
+        model=lambda: make_model(folder, remat=True),
+    )
+
+
+def worker(index, folder, workdir, blow=None, sample_images=0):
+    """A host of a run on several.
+
+    Args:
+        index: Which.
+        folder: Of the data.
+        workdir: Of the run.
+        blow: Optional (host, step, signal): what that host sends itself after
+            that step.
+        sample_images: See `train`.
+    """
+    if blow is not None and blow[0] == index:
+        signal_after(*blow[1:])
+    figures = run(folder, workdir, strategy="auto", sample_images=sample_images)
+    print("figures", figures, flush=True)
+
+
+def signal_after(step, number):
+    """Makes this process send itself a signal once `step` steps are made."""
+    real = run_module.Run._between_loops
+
+    def between(self, interval):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        real(self, interval)
+
+    run_module.Run._between_loops = between
+
+
+def logged(workdir, tag):
+    """Scalars of TensorBoard: a dict from step to value."""
+    folder = os.path.join(workdir, "tensorboard")
+    return {
+        event.step: float(tf.make_ndarray(value.tensor))
+        for name in sorted(os.listdir(folder))
+        for event in tf.compat.v1.train.summary_iterator(
+            os.path.join(folder, name)
+        )
+        for value in event.summary.value
+        if value.tag == tag
+    }
+
+
+def saved(workdir, step=STEPS):
+    """Arrays of a checkpoint, by name."""
+    path = os.path.join(workdir, "checkpoints", f"step-{step}")
+    reader = tf.train.load_checkpoint(path)
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name.startswith("variables/")
+    }
