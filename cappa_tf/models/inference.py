@@ -222,14 +222,22 @@ class Inference:
 
     def _label_ids(self, labels):
         """int32 [T, L] of token ids or of strings."""
-        strings = tf.convert_to_tensor(labels).dtype == tf.string
-        if strings and self.tokenizer is None:
-            raise ValueError(
-                "Scoring strings needs `captioner.tokenizer` (or pass token "
-                f"ids). Received: labels={labels!r}"
-            )
-        labels = self.tokenizer(labels) if strings else labels
-        return tf.convert_to_tensor(labels, tf.int32)
+        if not tf.is_tensor(labels):
+            # Known now, also where a graph is traced.
+            with tf.init_scope():
+                labels = tf.convert_to_tensor(labels)
+                return self._ids_of_tensor(labels)
+        return self._ids_of_tensor(labels)
+
+    def _ids_of_tensor(self, labels):
+        if labels.dtype == tf.string:
+            if self.tokenizer is None:
+                raise ValueError(
+                    "Strings need `captioner.tokenizer` (or pass token ids). "
+                    f"Received: {labels!r}"
+                )
+            labels = self.tokenizer(labels)
+        return tf.convert_to_tensor(tf.cast(labels, tf.int32))
 
 
 def _captions(tokens, log_probs):

@@ -81,7 +81,7 @@ def make_ways(captioner, labels, part):
 
     decoder = captioner.text_decoder
     few = labels[:part]
-    short = scoring.cut_padding(few).numpy()
+    short = scoring.cut_padding(labels).numpy()[:part]
 
     @tf.function(autograph=False)
     def one(encoded, label):
