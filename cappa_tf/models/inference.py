@@ -68,13 +68,14 @@ class Inference:
             [B, S, L] and [B, S], best first.
         """
         if speculative:
-            options = (sampler, prefix, min_length, no_repeat_ngram)
-            if any(options) or num_captions != 1:
+            plain = sampler is None and prefix is None and num_captions == 1
+            if not plain or min_length or no_repeat_ngram:
                 raise ValueError(
                     "Speculative decoding gives the plain greedy caption. "
-                    "Received: speculative=True with sampler, prefix, "
-                    "min_length, no_repeat_ngram = "
-                    f"{options}, num_captions={num_captions}"
+                    f"Received: speculative=True, sampler={sampler!r}, "
+                    f"prefix={prefix!r}, min_length={min_length}, "
+                    f"no_repeat_ngram={no_repeat_ngram}, "
+                    f"num_captions={num_captions}"
                 )
             return self._speculate(images, max_length)
         search = sampling.search_of(sampler)
