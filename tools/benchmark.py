@@ -21,7 +21,9 @@ from tools import benchmarks
 
 BENCHMARKS = {
     "data": "images a second and memory from shards to batches",
+    "generate": "time of the ways to caption",
     "memory": "peak memory and time of the loss, and of a training step",
+    "score": "time of the likelihoods of many labels",
 }
 
 

@@ -2,15 +2,21 @@
 
     python tools/caption.py --checkpoint=runs/quickstart photo.jpg folder/
     python tools/caption.py --checkpoint=runs/flickr8k --format=jsonl photos/
+    python tools/caption.py --checkpoint=runs/flickr8k --sampler=beam \
+        --num_captions=3 --prefix="a dog" --no_repeat_ngram=2 photo.jpg
+    python tools/caption.py --checkpoint=runs/flickr8k --sampler=top_p \
+        --top_p=0.9 --temperature=0.8 --num_captions=5 --seed=1 photo.jpg
 
-One line per picture: its caption, the caption's log-likelihood (the sum over
-its tokens, in nats) and the number of tokens, the end of the caption counted.
+One line per caption, the best of a picture first: its log-likelihood (the sum
+over its tokens, in nats), the number of tokens, the end of the caption
+counted, and the caption; jsonl has the log-probability of each token, too.
 A picture that cannot be read is named on stderr (and is an `error` row of
 jsonl), and the others go on. Exit code 0 if all were captioned, 1 if some
 could not be read, 2 if there was nothing to caption.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -38,6 +44,78 @@ def define_flags():
     flags.DEFINE_integer(
         "batch_size", 32, "Pictures captioned at once.", lower_bound=1
     )
+    _define_generation_flags()
+
+
+# The flags that each sampler has a use for; None of them has a default here,
+# so that one given in vain is noticed.
+_USES = {
+    "greedy": ("speculative",),
+    "random": ("temperature", "seed"),
+    "top_k": ("top_k", "temperature", "seed"),
+    "top_p": ("top_p", "top_k", "temperature", "seed"),
+    "beam": ("beams", "length_penalty"),
+}
+
+
+def _define_generation_flags():
+    flags.DEFINE_enum("sampler", "greedy", list(_USES), "Chooses the tokens.")
+    flags.DEFINE_float("temperature", None, "Of drawing; 1 by default.")
+    flags.DEFINE_integer("top_k", None, "Draws among the k best; top_k: 5.")
+    flags.DEFINE_float("top_p", None, "Draws among the best p; 0.9.")
+    flags.DEFINE_integer("seed", None, "Of drawing; 0 by default.")
+    flags.DEFINE_integer("beams", None, "Captions that are followed; 4.")
+    flags.DEFINE_float("length_penalty", None, "Of beams; 0.6 by default.")
+    flags.DEFINE_bool(
+        "speculative", None, "Greedy from a parallel draft: same, faster."
+    )
+    flags.DEFINE_string("prefix", None, "What every caption begins with.")
+    flags.DEFINE_integer("min_length", 0, "Fewest tokens of a caption.")
+    flags.DEFINE_integer(
+        "no_repeat_ngram", 0, "Size of n-grams that occur only once; 0: any."
+    )
+    flags.DEFINE_integer("num_captions", 1, "Captions of a picture.")
+
+
+def _generation():
+    """Options of `captioner.generate` that the flags ask for."""
+    given = {
+        name: FLAGS[name].value
+        for name in {name for names in _USES.values() for name in names}
+        if FLAGS[name].value is not None
+    }
+    vain = sorted(given.keys() - set(_USES[FLAGS.sampler]))
+    if vain:
+        raise app.UsageError(
+            f"--sampler={FLAGS.sampler} has no use for --{', --'.join(vain)}"
+        )
+    options = {
+        name: FLAGS[name].value
+        for name in ("prefix", "min_length", "no_repeat_ngram", "num_captions")
+        if FLAGS[name].value != FLAGS[name].default
+    }
+    for name in ("seed", "speculative"):
+        if name in given:
+            options[name] = given.pop(name)
+    if FLAGS.sampler != "greedy":
+        options["sampler"] = _sampler(**given)
+    return options
+
+
+def _sampler(
+    top_k=None, top_p=0.9, temperature=1.0, beams=4, length_penalty=0.6
+):
+    from keras_nlp import samplers
+
+    from cappa_tf.models import sampling
+
+    if FLAGS.sampler == "beam":
+        return sampling.BeamSearch(beams, length_penalty)
+    if FLAGS.sampler == "top_k":
+        return samplers.TopKSampler(k=top_k or 5, temperature=temperature)
+    if FLAGS.sampler == "top_p":
+        return samplers.TopPSampler(p=top_p, k=top_k, temperature=temperature)
+    return samplers.RandomSampler(temperature=temperature)
 
 
 def main(argv):
@@ -56,10 +134,13 @@ def main(argv):
         captioner = workdir.load_captioner(FLAGS.checkpoint, FLAGS.weights)
     except ValueError as error:
         raise SystemExit(f"--checkpoint: {error}") from None
+    captioner.tokenizer = tokenizer
     rows = picture_captions.caption_pictures(
         paths,
         picture_captions.PictureReader(**preprocessing),
-        captioning.CaptionDecoder(captioner, tokenizer, FLAGS.batch_size),
+        captioning.CaptionDecoder(
+            captioner, tokenizer, FLAGS.batch_size, **_generation()
+        ),
     )
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
@@ -75,25 +156,37 @@ def main(argv):
 def _print(path, row, reason):
     if row is None:
         print(f"{path}: {reason}", file=sys.stderr)
-    if FLAGS.format == "jsonl":
-        values = {"image": path, "error": reason}
-        if row is not None:
-            values = {
-                "image": path,
-                "caption": row.caption,
-                "log_likelihood": row.log_likelihood,
-                "tokens": len(row.pieces),
-            }
-        line = json.dumps(values, ensure_ascii=False)
-    elif row is None:
-        return
+        lines = [json.dumps({"image": path, "error": reason})]
+        lines = lines if FLAGS.format == "jsonl" else []
     else:
-        line = (
-            f"{row.log_likelihood:9.3f} {len(row.pieces):4d}  "
-            f"{path}  {row.caption}"
-        )
-    # The bar on stderr steps aside while a line is printed.
-    tqdm.tqdm.write(line, file=sys.stdout)
+        one = _json if FLAGS.format == "jsonl" else _line
+        ranked = enumerate([row, *row.others], 1)
+        lines = [one(path, rank, each) for rank, each in ranked]
+    for line in lines:
+        # The bar on stderr steps aside while a line is printed.
+        tqdm.tqdm.write(line, file=sys.stdout)
+
+
+def _line(path, rank, row):
+    del rank
+    return (
+        f"{row.log_likelihood:9.3f} {len(row.pieces):4d}  {path}  {row.caption}"
+    )
+
+
+def _json(path, rank, row):
+    values = {
+        "image": path,
+        "error": None,
+        "rank": rank,
+        "caption": row.caption,
+        "log_likelihood": row.log_likelihood,
+        "tokens": len(row.pieces),
+        "pieces": row.pieces,
+        # Below what float32 can hold: null.
+        "log_probs": [math.log(p) if p else None for p in row.probabilities],
+    }
+    return json.dumps(values, ensure_ascii=False)
 
 
 if __name__ == "__main__":

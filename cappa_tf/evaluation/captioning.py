@@ -1,4 +1,4 @@
-"""Greedy captions of images, and how right they are on a data set.
+"""Captions of images, and how right they are on a data set.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
@@ -8,6 +8,7 @@ Abbreviations for dimensions:
 import dataclasses
 import functools
 import itertools
+import zlib
 
 import numpy as np
 import tensorflow as tf
@@ -21,7 +22,7 @@ class CaptionRow:
 
     Attributes:
         key: Name of the image.
-        caption: The greedy caption.
+        caption: The best caption; the greedy one by default.
         log_likelihood: Of the caption, eos included: the sum of the logs of
             `probabilities`.
         pieces: The caption's tokens as text, "<eos>" at the end of a caption
@@ -29,6 +30,8 @@ class CaptionRow:
         probabilities: Of each piece, given the image and those before it.
         references: Captions written by people; empty where there are none.
         image: Encoded bytes of the image, for the picture sheet, or None.
+        others: Further `CaptionRow`s of the image, best first, where several
+            captions are asked for.
     """
 
     key: str
@@ -38,6 +41,7 @@ class CaptionRow:
     probabilities: list
     references: list = dataclasses.field(default_factory=list)
     image: bytes | None = dataclasses.field(default=None, repr=False)
+    others: list = dataclasses.field(default_factory=list)
 
     @property
     def exact_match(self):
@@ -69,6 +73,8 @@ class CaptionDecoder:
         batch_size: B.
         max_length: Longest caption L in tokens; the decoder's by default.
         compiled: Compiles a function of batches; by default for one device.
+        **generation: Options of `captioner.generate`. Where it draws, the
+            draws of an image are a function of the seed and its key.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class CaptionDecoder:
         batch_size=64,
         max_length=None,
         compiled=None,
+        **generation,
     ):
         if batch_size < 1:
             raise ValueError(
@@ -90,8 +97,11 @@ class CaptionDecoder:
             # AutoGraph would find nothing to convert, and take long over it.
             compiled = functools.partial(tf.function, autograph=False)
         self._generate = compiled(
-            lambda images: captioner.generate(images, max_length=max_length)
+            lambda images, **index: captioner.generate(
+                images, max_length=max_length, **generation, **index
+            )
         )
+        self._generation = generation
         self._losses = compiled(
             lambda batch: captioner.compute_losses(batch, training=False)
         )
@@ -108,15 +118,31 @@ class CaptionDecoder:
         Returns:
             A list of `CaptionRow`s, one for each key.
         """
-        output = self._generate(self._fill(images))
-        tokens = output["tokens"].numpy()[: len(keys)]
-        log_probs = output["log_probs"].numpy()[: len(keys)]
-        captions = self.tokenizer.detokenize(tokens)
+        index = {"index": self._index(keys)} if self._generation else {}
+        output = self._generate(self._fill(images), **index)
+        tokens, log_probs = (
+            self._by_image(output[name])[: len(keys)]
+            for name in ("tokens", "log_probs")
+        )  # -> [images, captions, L]
         references = references or [[] for _ in keys]
-        return [
-            self._row(*columns)
-            for columns in zip(keys, captions, tokens, log_probs, references)
-        ]
+        rows = []
+        for key, texts, probs, ours in zip(keys, tokens, log_probs, references):
+            captions = self.tokenizer.detokenize(texts)
+            best, *others = (
+                self._row(key, *columns, ours)
+                for columns in zip(captions, texts, probs)
+            )
+            rows.append(dataclasses.replace(best, others=others))
+        return rows
+
+    def _index(self, keys):
+        """int64 [B]: which draws belong to which image."""
+        index = [zlib.crc32(key.encode()) for key in keys]
+        return tf.constant(index + [0] * (self.batch_size - len(keys)), "int64")
+
+    def _by_image(self, values):
+        """[B, captions, L] of [B, L] or of itself."""
+        return values.numpy().reshape(self.batch_size, -1, values.shape[-1])
 
     def _row(self, key, caption, tokens, log_probs, references):
         ended = np.flatnonzero(tokens == self.tokenizer.eos_id)

@@ -4,17 +4,18 @@ Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
     K: captions an image.      N: captions in the batch, B * K.
     L: length of the text.     P: number of patches.
-    T: labels to score.        D: width.  V: vocabulary.
+    D: width.                  V: vocabulary.
 """
 
 import keras
 import tensorflow as tf
 
 from cappa_tf.checks import check_counts, check_fraction
-from cappa_tf.models import generation, losses, random, scoring
+from cappa_tf.models import losses, random
 
 # A saved captioner names its encoder's class; importing registers it.
 from cappa_tf.models import vision_encoder as _  # noqa: F401
+from cappa_tf.models.inference import Inference
 from cappa_tf.models.text_decoder import shift_right
 
 _PARALLEL_SALT = random.salt_of("captioner/parallel")
@@ -23,7 +24,7 @@ _CAPTION_SALT = random.salt_of("captioner/caption")
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
-class Captioner(keras.Model):
+class Captioner(Inference, keras.Model):
     """Encoder and decoder trained by captioning, "CapPa" by default.
 
     Each training example is drawn to be predicted left to right
@@ -44,10 +45,6 @@ class Captioner(keras.Model):
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
     """
-
-    # Set by whoever has it: lets `score` take strings. Maps strings [T] to
-    # int32 [T, L].
-    tokenizer = None
 
     def __init__(
         self,
@@ -145,106 +142,6 @@ class Captioner(keras.Model):
         else:
             hidden = self.text_decoder(shift_right(labels), memory)
         return self.text_decoder.logits(hidden)
-
-    def score(self, images, labels, *, parallel=False):
-        """Log-likelihood of each label for each image.
-
-        Summed over tokens up to and including eos, not normalised by length
-        (paper, section 4.2). An image is encoded once, and so is each prefix
-        that labels share: see `scoring`.
-
-        Args:
-            images: float [B, H, W, 3] in [-1, 1]; None leaves the image out
-                (the blind decoder), B = 1.
-            labels: int32 [T, L] token ids padded with 0, or T strings (needs
-                `captioner.tokenizer`). Prefixes are shared where the ids are
-                known when a graph is traced.
-            parallel: False: left to right; True: all tokens at once, from
-                MASK tokens and the image, one decoder pass an image.
-
-        Returns:
-            float32 [B, T].
-        """
-        labels = scoring.cut_padding(self._label_ids(labels))
-        memory = self._memory(images)
-        known = tf.get_static_value(labels)
-        if not parallel and known is not None:
-            groups = scoring.group_by_prefix(known)
-            return scoring.score_groups(
-                self.text_decoder, memory, groups, self.chunk_size
-            )
-        count = 1 if images is None else tf.shape(images)[0]
-        labels = tf.repeat(labels[None], count, axis=0)  # -> [B, T, L]
-        return self._score_each(memory, labels, parallel)
-
-    def score_captions(self, images, labels, *, parallel=False):
-        """Log-likelihood of each image's own captions.
-
-        Args:
-            images: float [B, H, W, 3] in [-1, 1]; None leaves the images out
-                (the blind decoder).
-            labels: int32 [B, K, L] token ids padded with 0.
-            parallel: As in `score`.
-
-        Returns:
-            float32 [B, K]; 0 for a caption that is all padding.
-        """
-        labels = scoring.cut_padding(labels)
-        shape = tf.shape(labels)
-        if images is None:
-            labels = tf.reshape(labels, [1, -1, shape[2]])
-        scores = self._score_each(self._memory(images), labels, parallel)
-        return tf.reshape(scores, shape[:2])
-
-    def _score_each(self, memory, labels, parallel):
-        """Scores [B, K] of labels [B, K, L] for the images of `memory`."""
-        if parallel:
-            self._mask_id()  # Refuses a decoder without MASK.
-            return scoring.score_parallel(self.text_decoder, memory, labels)
-        shape = tf.shape(labels)
-        nll = self._captions_nll(tf.reshape(labels, [-1, shape[2]]), memory)
-        return -tf.reshape(nll, shape[:2])
-
-    def _memory(self, images):
-        """Cross-attention keys and values of images; None without them."""
-        if images is None:
-            return None
-        return self.text_decoder.project_memory(self.encode(images))
-
-    def _captions_nll(self, labels, memory):
-        """Summed negative log-likelihood [N] of labels [N, L]."""
-        hidden = self.text_decoder(shift_right(labels), memory)
-        return tf.reduce_sum(self._token_losses(hidden, labels)[1], axis=-1)
-
-    def _label_ids(self, labels):
-        """int32 [T, L] of token ids or of strings."""
-        strings = tf.convert_to_tensor(labels).dtype == tf.string
-        if strings and self.tokenizer is None:
-            raise ValueError(
-                "Scoring strings needs `captioner.tokenizer` (or pass token "
-                f"ids). Received: labels={labels!r}"
-            )
-        labels = self.tokenizer(labels) if strings else labels
-        return tf.convert_to_tensor(labels, tf.int32)
-
-    def generate(self, images, max_length=None):
-        """Greedy captions.
-
-        Args:
-            images: float [B, H, W, 3] in [-1, 1].
-            max_length: Longest caption L; the decoder's by default.
-
-        Returns:
-            Dict with `tokens` int32 [B, L] (eos kept, 0 after it) and
-            `log_probs` float32 [B, L], of each token, 0 after eos.
-        """
-        tokens, log_probs = generation.greedy(
-            self.text_decoder,
-            self.encode(images),
-            max_length=max_length,
-            eos_id=self.eos_id,
-        )
-        return {"tokens": tokens, "log_probs": log_probs}
 
     # Training.
 

@@ -1,62 +1,165 @@
-"""Greedy decoding with cached keys and values.
+"""The decoding loop, with cached keys and values, for every sampler.
 
 Abbreviations for dimensions:
-    B: batch.  P: number of patches.  L: length of the text.  D: width.
-    V: vocabulary.
+    B: batch (of images).      S: sequences (beams or samples) of an image.
+    P: number of patches.      L: length of the text.  N: B * S.
+    V: vocabulary.             D: width.
 """
+
+from typing import NamedTuple
 
 import tensorflow as tf
 
+from cappa_tf.models.sampling import BANNED
 
-def greedy(decoder, encoded, *, max_length=None, start_id=0, eos_id=1):
-    """The most probable token at each position, left to right.
 
-    The loop has static shapes (it compiles), computes the image's keys and
-    values once and stops when every caption has ended.
+class _State(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+        i: int32, the position to be filled.
+        tokens: int32 [B, S, L].
+        log_probs: float32 [B, S, L], of the tokens.
+        totals: float32 [B, S], sums of what the tokens were chosen by.
+        lengths: int32 [B, S], tokens so far, eos counted.
+        ended: bool [B, S].
+        cache: See `TextDecoder.empty_cache`, of N captions.
+    """
+
+    i: tf.Tensor
+    tokens: tf.Tensor
+    log_probs: tf.Tensor
+    totals: tf.Tensor
+    lengths: tf.Tensor
+    ended: tf.Tensor
+    cache: list
+
+
+def decode(
+    decoder, memory, search, rules, *, size, prefix, uniform, start_id=0
+):
+    """Captions, token by token.
+
+    The loop has static shapes (it compiles), uses the image's keys and values
+    without copying them for each sequence, and stops when all have ended.
 
     Args:
         decoder: `TextDecoder`.
-        encoded: [B, P, E].
-        max_length: Longest caption L; the decoder's by default.
+        memory: From `decoder.project_memory`.
+        search: Of `sampling`: chooses the next token.
+        rules: `sampling.Rules`.
+        size: (B, S, L); B may be a tensor.
+        prefix: int32 [B or 1, fewer than L], what each caption begins with.
+        uniform: float32 [B, L, S] in [0, 1), to draw with, or None.
         start_id: Input at the first position (pad, as in training).
-        eos_id: Token that ends a caption.
 
     Returns:
-        tokens: int32 [B, L]; eos is kept, 0 after it.
-        log_probs: float32 [B, L], of each token; 0 after eos.
+        tokens: int32 [B, S, L], the best sequence first; eos is kept, 0
+            after it.
+        log_probs: float32 [B, S, L], of each token by the model (rules and
+            temperature do not show), 0 after eos.
     """
-    length = max_length or decoder.max_length
-    if not 1 <= length <= decoder.max_length:
-        raise ValueError(
-            "`max_length` must be between 1 and the decoder's "
-            f"{decoder.max_length}. Received: max_length={max_length}"
+    batch, sequences, length = size
+    forced = tf.pad(prefix, [[0, 0], [0, length - prefix.shape[1]]])
+
+    def unfinished(state):
+        return (state.i < length) & ~tf.reduce_all(state.ended)
+
+    def step(state):
+        i, flat = state.i, tf.reshape(state.tokens, [-1, length])
+        last = tf.where(i > 0, tf.gather(flat, tf.maximum(i - 1, 0), axis=1), 0)
+        last = tf.where(i > 0, last, start_id)
+        hidden, cache = decoder.call_with_cache(
+            last[:, None], memory, state.cache, i
         )
-    batch = encoded.shape[0] or tf.shape(encoded)[0]
-    memory = decoder.project_memory(encoded)
+        log_probs = tf.nn.log_softmax(decoder.logits(hidden)[:, 0])  # [N, V]
+        scores = rules.apply(log_probs, flat, i)
+        if prefix.shape[1] > 0:
+            only = _only(log_probs, tf.repeat(forced[:, i], sequences))
+            scores = tf.where(i < prefix.shape[1], only, scores)
+        # Ended captions go on with pad, for nothing.
+        vocabulary = scores.shape[-1]
+        after = tf.where(tf.range(vocabulary) == 0, 0.0, BANNED)
+        scores = tf.where(tf.reshape(state.ended, [-1, 1]), after, scores)
+        scores = tf.reshape(scores, [-1, sequences, vocabulary])
+        log_probs = tf.reshape(log_probs, [-1, sequences * vocabulary])
+        lengths = state.lengths + tf.cast(~state.ended, tf.int32)
+        state = state._replace(lengths=lengths, cache=cache)
+        parents, chosen = search.choose(
+            state.totals,
+            scores,
+            lengths,
+            None if uniform is None else tf.gather(uniform, i, axis=1),
+        )
+        places = chosen + vocabulary * (
+            tf.range(sequences) if parents is None else parents
+        )
+        if parents is not None:
+            state = _follow(state, parents)
+        scores = tf.reshape(scores, [-1, sequences * vocabulary])
+        gained = tf.gather(log_probs, places, batch_dims=1)
+        gained = tf.where(state.ended, 0.0, gained)
+        column = tf.one_hot(i, length)
+        return state._replace(
+            i=i + 1,
+            tokens=state.tokens + chosen[..., None] * tf.cast(column, tf.int32),
+            log_probs=state.log_probs + gained[..., None] * column,
+            totals=state.totals + tf.gather(scores, places, batch_dims=1),
+            ended=state.ended | (chosen == rules.eos_id),
+        )
 
-    def unfinished(i, tokens, log_probs, last, ended, cache):
-        del tokens, log_probs, last, cache
-        return (i < length) & ~tf.reduce_all(ended)
-
-    def step(i, tokens, log_probs, last, ended, cache):
-        hidden, cache = decoder.call_with_cache(last[:, None], memory, cache, i)
-        scores = tf.nn.log_softmax(decoder.logits(hidden)[:, 0])  # -> [B, V]
-        best = tf.argmax(scores, axis=-1, output_type=tf.int32)
-        best = tf.where(ended, 0, best)
-        score = tf.gather(scores, best, batch_dims=1)
-        score = tf.where(ended, 0.0, score)
-        column = tf.one_hot(i, length, dtype=tf.int32)[None]
-        tokens += best[:, None] * column
-        log_probs += score[:, None] * tf.cast(column, tf.float32)
-        return i + 1, tokens, log_probs, best, ended | (best == eos_id), cache
-
-    state = (
-        tf.constant(0),
-        tf.zeros((batch, length), tf.int32),
-        tf.zeros((batch, length), tf.float32),
-        tf.fill((batch,), start_id),
-        tf.fill((batch,), False),
-        decoder.empty_cache(batch, length),
+    # Beams start as one: copies of the empty caption would stay copies.
+    first = tf.where(tf.range(sequences) == 0, 0.0, BANNED)
+    if uniform is not None:
+        first = tf.zeros([sequences])
+    (state,) = tf.while_loop(
+        unfinished,
+        lambda state: (step(state),),
+        (
+            _State(
+                i=tf.constant(0),
+                tokens=tf.zeros((batch, sequences, length), tf.int32),
+                log_probs=tf.zeros((batch, sequences, length)),
+                totals=tf.zeros((batch, sequences)) + first,
+                lengths=tf.zeros((batch, sequences), tf.int32),
+                ended=tf.fill((batch, sequences), False),
+                cache=decoder.empty_cache(batch * sequences, length),
+            ),
+        ),
     )
-    _, tokens, log_probs, *_ = tf.while_loop(unfinished, step, state)
-    return tokens, log_probs
+    rank = search.rank(state.totals, state.lengths)
+    order = tf.argsort(rank, direction="DESCENDING", stable=True)
+    return (
+        tf.gather(state.tokens, order, batch_dims=1),
+        tf.gather(state.log_probs, order, batch_dims=1),
+    )
+
+
+def _only(scores, tokens):
+    """Scores [N, V] where the given tokens [N or S] are all there is."""
+    shape = tf.shape(scores)
+    tokens = tf.reshape(tokens, [-1, 1])
+    repeats = shape[0] // tf.shape(tokens)[0]
+    tokens = tf.tile(tokens, [repeats, 1])
+    return tf.where(tf.range(shape[1]) == tokens, scores, BANNED)
+
+
+def _follow(state, parents):
+    """Sequences go on from `parents`, int32 [B, S]."""
+    sequences = parents.shape[1]
+
+    def gather(x):
+        return tf.gather(x, parents, batch_dims=1)
+
+    def gather_flat(x):
+        split = tf.reshape(x, [-1, sequences, *x.shape[1:]])
+        return tf.reshape(gather(split), [-1, *x.shape[1:]])
+
+    return state._replace(
+        tokens=gather(state.tokens),
+        log_probs=gather(state.log_probs),
+        totals=gather(state.totals),
+        lengths=gather(state.lengths),
+        ended=gather(state.ended),
+        cache=tf.nest.map_structure(gather_flat, state.cache),
+    )

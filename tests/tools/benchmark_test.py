@@ -4,8 +4,10 @@ import importlib.util
 import pathlib
 
 import pytest
+import tensorflow as tf
+from random_captioner import make_captioner
 
-from tools.benchmarks import memory
+from tools.benchmarks import generate, memory, score
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "benchmark.py"
 
@@ -22,7 +24,7 @@ def test_every_benchmark_can_be_loaded(benchmark):
     for name in benchmark.BENCHMARKS:
         module = benchmark.load([name])
         assert callable(module.define_flags) and callable(module.run)
-    with pytest.raises(ValueError, match=r"'speed'.*There are:(?s:.*)memory"):
+    with pytest.raises(ValueError, match=r"(?s)'speed'.*There are:.*memory"):
         benchmark.load(["speed"])
 
 
@@ -37,3 +39,26 @@ def test_both_ways_give_the_same_loss():
     plain = memory.measure_loss("plain", **sizes)
     chunked = memory.measure_loss("chunked", **sizes)
     assert chunked["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+
+
+def test_ways_to_score_give_the_same_scores():
+    """Also a whole run of the ways, at a size that takes no time."""
+    captioner = score.make_captioner("Ti/8", 16, 14, 30, layers=1)
+    labels = score.make_labels(9, 14, 30)
+    lengths = (labels != 0).sum(1)
+    assert lengths.min() >= 6 and lengths.max() <= 13
+    ways = score.make_ways(captioner, labels, part=3)
+    images = tf.random.stateless_uniform([2, 16, 16, 3], [0, 1])
+    found, difference = score.measure(ways, images, rounds=1)
+    assert difference < 1e-4
+    assert all(result["seconds"] > 0 for result in found.values())
+
+
+def test_ways_to_caption_give_the_greedy_caption():
+    captioner = make_captioner(length=5)
+    ways = generate.make_ways(captioner)
+    images = generate.draw_pictures(2, 16)
+    found = generate.measure(ways, images, rounds=1)
+    for name in ("greedy, uncached", "draft, verified"):
+        assert found[name]["equal"] == 1.0
+    assert found["parallel draft"]["passes"] == 1

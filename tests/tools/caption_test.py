@@ -52,13 +52,18 @@ def tool():
     spec = importlib.util.spec_from_file_location("caption_tool", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    before = set(flags.FLAGS)
     module.define_flags()
+    added = set(flags.FLAGS) - before
     yield module
-    for name in ("checkpoint", "weights", "format", "batch_size"):
+    for name in added:
         delattr(flags.FLAGS, name)
 
 
 def _run(tool, capsys, *arguments):
+    flags.FLAGS.unparse_flags()
+    for name in ("sampler", "prefix", "num_captions", "seed", "temperature"):
+        flags.FLAGS[name].unparse()
     rest = flags.FLAGS(["caption.py", *arguments])
     code = tool.main(rest)
     return code, *capsys.readouterr()
@@ -129,3 +134,47 @@ def test_nothing_to_caption(tool, capsys, run_folder, tmp_path):
     assert code == 2 and "Nothing to caption" in err
     with pytest.raises(SystemExit, match="--checkpoint: `workdir` must be"):
         _run(tool, capsys, f"--checkpoint={tmp_path}", "a.png")
+
+
+def test_several_captions_a_picture(tool, capsys, run_folder, pictures):
+    """The best first; the same in any batch, with a seed, and in the sum."""
+    outputs = [
+        _run(
+            tool,
+            capsys,
+            f"--checkpoint={run_folder}",
+            "--format=jsonl",
+            f"--batch_size={batch_size}",
+            "--sampler=random",
+            "--temperature=2",
+            "--seed=3",
+            "--num_captions=2",
+            "--prefix=red",
+            str(pictures / "a.png"),
+            str(pictures / "b.jpg"),
+        )[1]
+        for batch_size in (1, 2)
+    ]
+    rows, again = ([json.loads(x) for x in o.splitlines()] for o in outputs)
+    assert [row["rank"] for row in rows] == [1, 2, 1, 2]
+    assert [row["caption"] for row in rows] == [r["caption"] for r in again]
+    assert all(row["caption"].startswith("red") for row in rows)
+    assert rows[0]["log_likelihood"] >= rows[1]["log_likelihood"]
+    for row in rows:
+        assert sum(row["log_probs"]) == pytest.approx(
+            row["log_likelihood"], rel=1e-4
+        )
+
+
+def test_refuses_a_flag_that_its_sampler_ignores(
+    tool, capsys, run_folder, pictures
+):
+    with pytest.raises(Exception, match="beam has no use for --temperature"):
+        _run(
+            tool,
+            capsys,
+            f"--checkpoint={run_folder}",
+            "--sampler=beam",
+            "--temperature=2",
+            str(pictures / "a.png"),
+        )

@@ -1,0 +1,249 @@
+"""What a trained captioner is used for: captions and likelihoods.
+
+Abbreviations for dimensions:
+    B: batch (of images).      H, W: height and width of the image in pixels.
+    K: captions of an image.   L: length of the text in tokens.
+    T: labels to score.        S: captions wanted of an image.
+    N: captions in the batch.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.checks import check_counts
+from cappa_tf.models import generation, random, sampling, scoring
+from cappa_tf.models import speculative as speculative_decoding
+from cappa_tf.models.text_decoder import shift_right
+
+_SAMPLING_SALT = random.salt_of("captioner/sampling")
+
+
+class Inference:
+    """The part of `Captioner` that needs trained weights."""
+
+    # Set by whoever has it: lets `score` and `generate` take strings. Maps
+    # strings [T] to int32 [T, L].
+    tokenizer = None
+
+    def generate(
+        self,
+        images,
+        max_length=None,
+        *,
+        sampler=None,
+        prefix=None,
+        min_length=0,
+        no_repeat_ngram=0,
+        num_captions=1,
+        seed=0,
+        index=None,
+        speculative=False,
+    ):
+        """Captions; by default the greedy one.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1].
+            max_length: Longest caption L, prefix and eos counted; the
+                decoder's by default.
+            sampler: None (greedy), `sampling.BeamSearch`, or a sampler of
+                `keras_nlp.samplers`: see `sampling.search_of`.
+            prefix: What every caption begins with: a string (needs
+                `captioner.tokenizer`) or int32 token ids [tokens] or
+                [B, tokens], without eos.
+            min_length: Fewest tokens before eos, the prefix counted.
+            no_repeat_ngram: Size of the n-grams of tokens that may occur
+                only once in a caption, the prefix counted; 0 for any.
+            num_captions: S; more than one needs beams or samples.
+            seed: Of the samples. The draws of an image are a function of
+                `seed` and its `index` alone.
+            index: int64 [B], position of each image in all that are to be
+                captioned; 0, 1, ... by default.
+            speculative: Finds the greedy captions from a parallel draft, see
+                the module `speculative`; takes no option but `max_length`.
+
+        Returns:
+            Dict with `tokens` int32 [B, L] (eos kept, 0 after it),
+            `log_probs` float32 [B, L], of each token by the model, 0 after
+            eos, and `log_likelihood` float32 [B], their sum. With S > 1
+            [B, S, L] and [B, S], best first.
+        """
+        if speculative:
+            plain = sampler is None and prefix is None and num_captions == 1
+            if not plain or min_length or no_repeat_ngram:
+                raise ValueError(
+                    "Speculative decoding gives the plain greedy caption. "
+                    f"Received: speculative=True, sampler={sampler!r}, "
+                    f"prefix={prefix!r}, min_length={min_length}, "
+                    f"no_repeat_ngram={no_repeat_ngram}, "
+                    f"num_captions={num_captions}"
+                )
+            return self._speculate(images, max_length)
+        search = sampling.search_of(sampler)
+        rules = sampling.Rules(min_length, no_repeat_ngram, self.eos_id)
+        prefix = self._prefix_ids(prefix)
+        length = self._caption_length(max_length, prefix.shape[1], min_length)
+        sequences = self._num_sequences(search, num_captions)
+        encoded = self.encode(images)
+        batch = encoded.shape[0] or tf.shape(encoded)[0]
+        uniform = None
+        if isinstance(search, sampling.RandomSearch):
+            index = tf.range(batch) if index is None else index
+            seeds = random.example_seeds(seed, index)
+            uniform = random.uniform(seeds, (length, sequences), _SAMPLING_SALT)
+        tokens, log_probs = generation.decode(
+            self.text_decoder,
+            self.text_decoder.project_memory(encoded),
+            search,
+            rules,
+            size=(batch, sequences, length),
+            prefix=prefix,
+            uniform=uniform,
+        )
+        wanted = 0 if num_captions == 1 else slice(num_captions)
+        return _captions(tokens[:, wanted], log_probs[:, wanted])
+
+    def _speculate(self, images, max_length):
+        self._mask_id()  # Refuses a decoder without MASK.
+        length = self._caption_length(max_length)
+        tokens, log_probs, _ = speculative_decoding.decode(
+            self.text_decoder,
+            self._memory(images),
+            length=length,
+            eos_id=self.eos_id,
+        )
+        return _captions(tokens, log_probs)
+
+    def _prefix_ids(self, prefix):
+        """int32 [B or 1, tokens] of a string or of token ids."""
+        if prefix is None:
+            return tf.zeros([1, 0], tf.int32)
+        if isinstance(prefix, str):
+            ids = np.asarray(self._label_ids([prefix]))[0]
+            prefix = ids[(ids != 0) & (ids != self.eos_id)]
+        prefix = tf.convert_to_tensor(prefix, tf.int32)
+        return prefix[None] if prefix.shape.rank == 1 else prefix
+
+    def _caption_length(self, max_length, prefix=0, min_length=0):
+        most = self.text_decoder.max_length
+        length = most if max_length is None else max_length
+        if not 1 <= length <= most:
+            raise ValueError(
+                "`max_length` must be between 1 and the decoder's "
+                f"{most}. Received: max_length={max_length}"
+            )
+        if prefix >= length or min_length >= length:
+            raise ValueError(
+                "A prefix and `min_length` must leave room for eos. Received: "
+                f"{prefix} tokens of prefix, min_length={min_length}, "
+                f"max_length={length}"
+            )
+        return length
+
+    def _num_sequences(self, search, num_captions):
+        check_counts(num_captions=num_captions)
+        if isinstance(search, sampling.RandomSearch):
+            return num_captions
+        sequences = getattr(search, "num_beams", 1)
+        if num_captions > sequences:
+            raise ValueError(
+                "Several captions need as many beams, or a sampler that "
+                f"draws. Received: num_captions={num_captions}, {search}"
+            )
+        return sequences
+
+    def score(self, images, labels, *, parallel=False):
+        """Log-likelihood of each label for each image.
+
+        Summed over tokens up to and including eos, not normalised by length
+        (paper, section 4.2). An image is encoded once, and so is each prefix
+        that labels share: see `scoring`.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1]; None leaves the image out
+                (the blind decoder), B = 1.
+            labels: int32 [T, L] token ids padded with 0, or T strings (needs
+                `captioner.tokenizer`). Prefixes are shared where the ids are
+                known when a graph is traced.
+            parallel: False: left to right; True: all tokens at once, from
+                MASK tokens and the image, one decoder pass an image.
+
+        Returns:
+            float32 [B, T].
+        """
+        labels = scoring.cut_padding(self._label_ids(labels))
+        memory = self._memory(images)
+        known = tf.get_static_value(labels)
+        if not parallel and known is not None:
+            groups = scoring.group_by_prefix(known)
+            return scoring.score_groups(
+                self.text_decoder, memory, groups, self.chunk_size
+            )
+        count = 1 if images is None else tf.shape(images)[0]
+        labels = tf.repeat(labels[None], count, axis=0)  # -> [B, T, L]
+        return self._score_each(memory, labels, parallel)
+
+    def score_captions(self, images, labels, *, parallel=False):
+        """Log-likelihood of each image's own captions.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1]; None leaves the images out
+                (the blind decoder).
+            labels: int32 [B, K, L] token ids padded with 0.
+            parallel: As in `score`.
+
+        Returns:
+            float32 [B, K]; 0 for a caption that is all padding.
+        """
+        labels = scoring.cut_padding(labels)
+        shape = tf.shape(labels)
+        if images is None:
+            labels = tf.reshape(labels, [1, -1, shape[2]])
+        scores = self._score_each(self._memory(images), labels, parallel)
+        return tf.reshape(scores, shape[:2])
+
+    def _score_each(self, memory, labels, parallel):
+        """Scores [B, K] of labels [B, K, L] for the images of `memory`."""
+        if parallel:
+            self._mask_id()  # Refuses a decoder without MASK.
+            return scoring.score_parallel(self.text_decoder, memory, labels)
+        shape = tf.shape(labels)
+        nll = self._captions_nll(tf.reshape(labels, [-1, shape[2]]), memory)
+        return -tf.reshape(nll, shape[:2])
+
+    def _memory(self, images):
+        """Cross-attention keys and values of images; None without them."""
+        if images is None:
+            return None
+        return self.text_decoder.project_memory(self.encode(images))
+
+    def _captions_nll(self, labels, memory):
+        """Summed negative log-likelihood [N] of labels [N, L]."""
+        hidden = self.text_decoder(shift_right(labels), memory)
+        return tf.reduce_sum(self._token_losses(hidden, labels)[1], axis=-1)
+
+    def _label_ids(self, labels):
+        """int32 [T, L] of token ids or of strings."""
+        if not tf.is_tensor(labels):
+            # Known now, also where a graph is traced.
+            with tf.init_scope():
+                labels = tf.convert_to_tensor(labels)
+                return self._ids_of_tensor(labels)
+        return self._ids_of_tensor(labels)
+
+    def _ids_of_tensor(self, labels):
+        if labels.dtype == tf.string:
+            if self.tokenizer is None:
+                raise ValueError(
+                    "Strings need `captioner.tokenizer` (or pass token ids). "
+                    f"Received: {labels!r}"
+                )
+            labels = self.tokenizer(labels)
+        return tf.convert_to_tensor(tf.cast(labels, tf.int32))
+
+
+def _captions(tokens, log_probs):
+    return {
+        "tokens": tokens,
+        "log_probs": log_probs,
+        "log_likelihood": tf.reduce_sum(log_probs, axis=-1),
+    }

@@ -1,0 +1,245 @@
+"""How the next token of a caption is chosen, and what may not be chosen.
+
+keras_nlp's samplers say what is wanted (temperature, top-k, top-p); their
+`get_next_token` cannot be called in this project's loop, because it draws for
+a whole batch from a seed variable: the captions of an image would depend on
+its neighbours, and would not repeat. The draws here belong to each image. A
+beam search with length penalty, keras_nlp lacks.
+
+Abbreviations for dimensions:
+    B: batch (of images).      S: sequences (beams or samples) of an image.
+    L: length of the text.     V: vocabulary.       N: B * S.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from cappa_tf.checks import check_counts, check_integer, check_number
+
+# Log-probability of what may not be chosen. Finite, so that sums of it still
+# have an order.
+BANNED = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedySearch:
+    """The most probable token."""
+
+    def choose(self, totals, scores, lengths, uniform):
+        """See `BeamSearch.choose`."""
+        del totals, lengths, uniform
+        return None, tf.argmax(scores, axis=-1, output_type=tf.int32)
+
+    def rank(self, totals, lengths):
+        """See `BeamSearch.rank`."""
+        del lengths
+        return totals
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSearch:
+    """Draws a token by its probability.
+
+    Attributes:
+        temperature: Divides the logits; below 1 sharpens.
+        k: Draws among the k most probable tokens only; None for all.
+        p: Of these, draws among the fewest whose probabilities sum up to
+            more than p.
+    """
+
+    temperature: float = 1.0
+    k: int | None = None
+    p: float = 1.0
+
+    def __post_init__(self):
+        check_number("temperature", self.temperature, exclusive=True)
+        check_counts(optional=True, k=self.k)
+        check_number("p", self.p, 0.0, 1.0, exclusive=True)
+
+    def choose(self, totals, scores, lengths, uniform):
+        """See `BeamSearch.choose`."""
+        del totals, lengths
+        values = tf.nn.softmax(scores / self.temperature)
+        tokens = None
+        if self.k is not None or self.p < 1.0:
+            most = min(self.k or scores.shape[-1], scores.shape[-1])
+            values, tokens = tf.math.top_k(values, most)
+            before = tf.cumsum(values, axis=-1, exclusive=True)
+            values = tf.where(before <= self.p, values, 0.0)
+        # The first token at which the cumulative sum exceeds the draw; just
+        # below 1, or rounding could choose a token of probability 0.
+        sums = tf.cumsum(values, axis=-1)
+        drawn = (uniform * (1.0 - 2.0**-20))[..., None] * sums[..., -1:]
+        chosen = tf.argmax(
+            tf.cast(sums > drawn, tf.int32), axis=-1, output_type=tf.int32
+        )
+        if tokens is not None:
+            chosen = tf.gather(tokens, chosen, batch_dims=2)
+        return None, chosen
+
+    def rank(self, totals, lengths):
+        """See `BeamSearch.rank`."""
+        del lengths
+        return totals
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+    """Keeps the best partial captions by length-normalised log-likelihood.
+
+    Attributes:
+        num_beams: How many are kept.
+        length_penalty: Exponent a of ((5 + tokens) / 6)^a, which divides the
+            log-likelihood (arXiv 1609.08144, eq. 14); 0 ranks by likelihood,
+            which prefers short captions.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 0.6
+
+    def __post_init__(self):
+        check_counts(num_beams=self.num_beams)
+        check_number("length_penalty", self.length_penalty)
+
+    def choose(self, totals, scores, lengths, uniform):
+        """One more token for each sequence.
+
+        Args:
+            totals: float32 [B, S], log-likelihoods so far.
+            scores: float32 [B, S, V], log-probabilities of the next token,
+                `BANNED` for what may not follow; 0 for pad after the end.
+            lengths: int32 [B, S], tokens of each sequence with the next one.
+            uniform: float32 [B, S] in [0, 1), to draw with.
+
+        Returns:
+            Which sequence each goes on from, int32 [B, S] or None (its own),
+            and the token, int32 [B, S].
+        """
+        del uniform
+        beams, vocabulary = scores.shape[1:]
+        ranked = (
+            self.rank(totals, lengths)[..., None]
+            + scores / self._penalty(lengths)[..., None]
+        )
+        ranked = tf.reshape(ranked, [-1, beams * vocabulary])
+        places = tf.math.top_k(ranked, beams).indices
+        return places // vocabulary, places % vocabulary
+
+    def rank(self, totals, lengths):
+        """What orders the sequences of an image, float32 [B, S].
+
+        Args:
+            totals: float32 [B, S], log-likelihoods.
+            lengths: int32 [B, S], tokens, eos counted.
+        """
+        return totals / self._penalty(lengths)
+
+    def _penalty(self, lengths):
+        return ((5.0 + tf.cast(lengths, tf.float32)) / 6) ** self.length_penalty
+
+
+def search_of(sampler):
+    """The search that a sampler stands for.
+
+    Args:
+        sampler: None (greedy), `BeamSearch`, or a `GreedySampler`,
+            `RandomSampler`, `TopKSampler` or `TopPSampler` of
+            `keras_nlp.samplers`.
+
+    Raises:
+        ValueError: Another sampler, or one with a seed of its own.
+    """
+    if sampler is None:
+        return GreedySearch()
+    if isinstance(sampler, GreedySearch | RandomSearch | BeamSearch):
+        return sampler
+    # Takes seconds to import: the default does not need it.
+    from keras_nlp import samplers
+
+    known = (
+        samplers.GreedySampler,
+        samplers.RandomSampler,
+        samplers.TopKSampler,
+        samplers.TopPSampler,
+    )
+    if type(sampler) not in known:
+        names = ", ".join(kind.__name__ for kind in known)
+        raise ValueError(
+            "`sampler` must be None, a `BeamSearch` of cappa_tf or one of "
+            f"keras_nlp's {names}. Received: sampler={sampler!r}"
+        )
+    if isinstance(sampler, samplers.GreedySampler):
+        return GreedySearch()
+    if sampler.seed is not None:
+        raise ValueError(
+            "The seed is an argument of `generate`, not of the sampler. "
+            f"Received: {type(sampler).__name__}(seed={sampler.seed!r})"
+        )
+    return RandomSearch(
+        sampler.temperature,
+        getattr(sampler, "k", None),
+        getattr(sampler, "p", 1.0),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a caption must be like, whichever way it is searched.
+
+    Attributes:
+        min_length: Fewest tokens before eos.
+        no_repeat_ngram: Size of the n-grams that may occur only once; 0 for
+            none. Where this leaves no token at all, the caption ends.
+        eos_id: Token that ends a caption. Pad (0) is never chosen before it.
+    """
+
+    min_length: int = 0
+    no_repeat_ngram: int = 0
+    eos_id: int = 1
+
+    def __post_init__(self):
+        check_integer("min_length", self.min_length)
+        check_integer("no_repeat_ngram", self.no_repeat_ngram)
+
+    def apply(self, scores, tokens, i):
+        """Bans tokens at position i.
+
+        Args:
+            scores: float32 [N, V].
+            tokens: int32 [N, L], of which those before i are there.
+            i: Scalar int32.
+
+        Returns:
+            float32 [N, V], `BANNED` where a token may not follow.
+        """
+        vocabulary = tf.range(scores.shape[-1])
+        banned = vocabulary == 0
+        banned |= (vocabulary == self.eos_id) & (i < self.min_length)
+        free, scores = scores, tf.where(banned, BANNED, scores)
+        if not 0 < self.no_repeat_ngram <= tokens.shape[1]:
+            return scores
+        scores = _ban(scores, self._repeating(tokens, i))
+        nothing = tf.reduce_max(scores, -1, keepdims=True) <= BANNED
+        return tf.where(nothing & (vocabulary == self.eos_id), free, scores)
+
+    def _repeating(self, tokens, i):
+        """Tokens [N, windows] that would repeat an n-gram; 0 for none."""
+        n = self.no_repeat_ngram
+        windows = tokens.shape[1] - n + 1
+        same = tf.ones([tf.shape(tokens)[0], windows], tf.bool)
+        for offset in range(n - 1):
+            last = tf.gather(tokens, tf.maximum(i - n + 1 + offset, 0), axis=1)
+            same &= tokens[:, offset : offset + windows] == last[:, None]
+        # An n-gram that is complete, and n - 1 tokens to compare with it.
+        same &= (tf.range(windows) + n <= i)[None]
+        return tf.where(same, tokens[:, n - 1 :], 0)
+
+
+def _ban(scores, tokens):
+    """Bans tokens [N, any] (0, which is banned anyway, for none)."""
+    rows = tf.range(tf.shape(tokens)[0])[:, None]
+    places = tf.stack([tf.broadcast_to(rows, tf.shape(tokens)), tokens], -1)
+    return tf.tensor_scatter_nd_update(
+        scores, places, tf.fill(tf.shape(tokens), BANNED)
+    )
