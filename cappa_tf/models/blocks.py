@@ -7,24 +7,10 @@ Abbreviations for dimensions:
 """
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from cappa_tf.models.layers import MLP, MultiHeadAttention, layer_norm
 from cappa_tf.models.random import StatelessDropout
-
-
-def recomputed(run):
-    """A function whose inner results are not kept for its gradient.
-
-    Args:
-        run: Function of float tensors; what else it reads gets no gradient,
-            except for variables.
-
-    Returns:
-        The function, which the backward pass runs a second time.
-    """
-    return tf.recompute_grad(run)
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

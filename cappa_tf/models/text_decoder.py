@@ -16,7 +16,7 @@ from cappa_tf.checks import (
     check_fraction,
     check_number,
 )
-from cappa_tf.models.blocks import DecoderBlock, recomputed
+from cappa_tf.models.blocks import DecoderBlock
 from cappa_tf.models.layers import PositionEmbedding, layer_norm
 
 
@@ -252,7 +252,7 @@ class TextDecoder(keras.Model):
                 )[0]
 
             keys_values = () if memory is None else memory[i]
-            run = recomputed(run) if self.remat and training else run
+            run = keras.remat(run) if self.remat and training else run
             x = run(x, *keys_values)
         return self._norm(x)
 

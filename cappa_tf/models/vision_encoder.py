@@ -17,7 +17,7 @@ from cappa_tf.checks import (
     check_fraction,
     height_width,
 )
-from cappa_tf.models.blocks import AttentionPooling, EncoderBlock, recomputed
+from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.layers import PatchEmbedding, PositionEmbedding, layer_norm
 from cappa_tf.models.random import StatelessDropout, salt_of, uniform
 
@@ -201,7 +201,7 @@ class VisionEncoder(keras.Model):
         x = self._embedding_dropout(x, seeds, training=training)
         for block in self.blocks:
             run = functools.partial(block, seeds=seeds, training=training)
-            x = recomputed(run)(x) if self.remat and training else run(x)
+            x = keras.remat(run)(x) if self.remat and training else run(x)
         return self._outputs(self._norm(x))
 
     def _check_images(self, images):
