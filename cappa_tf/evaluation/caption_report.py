@@ -70,7 +70,7 @@ class Captions(Evaluator):
         meteor = self._meteor
         if meteor is None:
             meteor = caption_metrics.has_java()
-        scores = captioning.corpus_scores(rows, meteor)
+        scores = captioning.score_rows(rows, meteor)
         metrics = scores.corpus | captioning.summarize(rows)
         order = sorted(scores.cider, key=scores.cider.get)
         lines = table(("", "value"), [*metrics.items()])

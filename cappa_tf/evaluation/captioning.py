@@ -251,7 +251,7 @@ class CaptionDecoder:
             )
         metrics = summarize(rows) | {"nll_per_token": nll / tokens}
         if corpus_scores:
-            metrics |= corpus_scores(rows).corpus
+            metrics |= score_rows(rows).corpus
         return CaptionResult(rows, metrics)
 
     def _fill(self, images):
@@ -367,7 +367,7 @@ def summarize(rows):
     }
 
 
-def corpus_scores(rows, meteor=False):
+def score_rows(rows, meteor=False):
     """`caption_metrics.Scores` of rows, which are numbered from 0."""
     # Numbered, because nothing keeps two images from having one key.
     return caption_metrics.score_captions(

@@ -30,7 +30,9 @@ def save_backbone(encoder, path):
         encoder: A built `VisionEncoder`.
         path: File to write; ends in `.keras`.
     """
-    plain = rebuilt(encoder, dtype="float32", dropout=0.0, patch_dropout=0.0)
+    plain = rebuilt(
+        encoder, dtype="float32", dropout=0.0, patch_dropout=0.0, remat=False
+    )
     with replacing(path) as unfinished:
         plain.save(unfinished)
 

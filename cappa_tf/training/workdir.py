@@ -166,7 +166,9 @@ def load_preprocessing(workdir):
             f"and tokenizer.model. Received: {workdir!r} ({error})"
         ) from error
     vocabulary = os.path.join(workdir, "tokenizer.model")
-    return Tokenizer(vocabulary, **saved["tokenizer"]), saved["image"]
+    # Runs older than the option were trained on full decodes.
+    image = {"reduced_decode": False, **saved["image"]}
+    return Tokenizer(vocabulary, **saved["tokenizer"]), image
 
 
 def write_json(path, value):
