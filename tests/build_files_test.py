@@ -93,7 +93,7 @@ def test_every_dependency_exists(targets):
         for line in lock.read_text().splitlines()
         if "==" in line
     }
-    optional = {"keras_cv", "torch", "safetensors", "apache_beam"}
+    optional = {"keras_cv"}
     for label, (_, attributes) in targets.items():
         for dependency in attributes.get("deps", ()):
             if dependency.startswith("@pypi//"):
