@@ -165,8 +165,8 @@ def _outline(shape):
     quarter = [(near, -far), (near, -near), (far, -near)]
     turns = [[(x, y), (-y, x), (-x, -y), (y, -x)] for x, y in quarter]
     return {
-        "circle": [around([1.0] * 40)],
-        "square": [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.94],
+        "circle": [around([0.95] * 40)],
+        "square": [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)],
         "triangle": [np.array([(0, -1), (1, 0.8), (-1, 0.8)])],
         "star": [around([1.1, 0.48] * 5)],
         "cross": [np.array([turn[i] for i in range(4) for turn in turns])],

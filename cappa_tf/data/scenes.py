@@ -54,7 +54,7 @@ VOCABULARY = "tokenizer.model"
 VOCABULARY_SIZE = 63
 
 # Raised whenever the same arguments would draw other pictures than before.
-_VERSION = 4
+_VERSION = 5
 _VOCABULARY_CAPTIONS = 5_000
 
 
