@@ -63,13 +63,15 @@ class CaptionService:
         max_pixels=None,
     ):
         limit = captioner.text_decoder.max_length
-        max_length = check_integer("max_length", max_length or limit, 1)
+        max_length = limit if max_length is None else max_length
+        check_integer("max_length", max_length, 1)
         if max_length > limit:
             raise ValueError(
                 f"`max_length` must be at most the decoder's {limit}. "
                 f"Received: max_length={max_length}"
             )
-        max_pixels = max_pixels or picture["max_pixels"] or MAX_PIXELS
+        if max_pixels is None:
+            max_pixels = picture["max_pixels"] or MAX_PIXELS
         self._max_length = max_length
         self.max_batch_size = check_integer("max_batch_size", max_batch_size, 1)
         self.max_texts = check_integer("max_texts", max_texts, 1)

@@ -118,7 +118,7 @@ def test_captions_are_those_of_the_tool(served, pictures):
 def test_captions_of_photos_are_those_of_the_tool(served):
     folder = shared_data("flickr8k/images")
     paths = picture_files.find_pictures([str(folder)])[:100]
-    _same_captions(served, paths, least_distinct=20)
+    _same_captions(served, paths, least_distinct=10)
 
 
 def test_photos_are_turned(served, tmp_path):
@@ -494,6 +494,8 @@ def test_versions_count_up_and_are_never_replaced(
 def test_limits_are_checked(served):
     with pytest.raises(ValueError, match="at most the decoder's 8"):
         serving.service(served.run, max_length=9)
+    with pytest.raises(ValueError, match="`max_length` must be"):
+        serving.service(served.run, max_length=0)
     with pytest.raises(ValueError, match="`max_batch_size` must be"):
         serving.service(served.run, max_batch_size=0)
 
