@@ -228,7 +228,8 @@ class Index:
 def open_binary(path):
     """Opens a file for reading, wherever it is.
 
-    A seek of TensorFlow's own takes 0.1 ms in Python, of which scans do many.
+    A file on disk by Python's own `open`, which scans of many seeks went
+    through faster than TensorFlow's.
     """
     if "://" in path:
         return _Remote(path, "rb")
