@@ -287,7 +287,8 @@ def find_files(path, split, suffix):
         raise ValueError(
             "`path` must say which shards a split has: a pattern with {split}, "
             "a dict from split to pattern, or a folder with "
-            f"<split>-*{suffix} or <split>/*{suffix}. Received: path={path!r}"
+            f"<split>-*{suffix} or <split>/*{suffix}. Received: "
+            f"path={path!r}, which is no folder that exists"
         )
     found, absent = [], []
     for pattern in patterns:
