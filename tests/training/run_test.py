@@ -4,6 +4,7 @@ import types
 
 import pytest
 import tensorflow as tf
+import tiny
 
 from cappa_tf.training.run import plain_data_errors
 
@@ -29,3 +30,24 @@ def test_other_errors_pass():
         plain_data_errors(None, FINE),
     ):
         _end_a_step()
+
+
+@pytest.mark.parametrize("role", ["eval_data", "test_data"])
+def test_before_the_first_step_and_after_the_last_one(tmp_path, role):
+    """Of one, the samples' pictures are read; with the other a run ends."""
+
+    class Bad(tiny.Data):
+        failure, num_examples = None, 1
+
+        def evaluate(self, batch_size, host=0, num_hosts=1):
+            self.failure = BROKEN.failure
+            raise tf.errors.UnknownError(None, None, "a long trace")
+
+    with pytest.raises(ValueError, match="3 of 100 records are bad"):
+        tiny.run(
+            tmp_path,
+            workdir=str(tmp_path / "run"),
+            sample_images=1,
+            final_evaluation=True,
+            **{role: Bad(tmp_path)},
+        )
