@@ -32,12 +32,11 @@ def test_other_errors_pass():
         _end_a_step()
 
 
-@pytest.mark.parametrize("role", ["eval_data", "test_data"])
-def test_before_the_first_step_and_after_the_last_one(tmp_path, role):
-    """Of one, the samples' pictures are read; with the other a run ends."""
+def test_before_the_first_step(tmp_path):
+    """Where the pictures of the samples are read."""
 
     class Bad(tiny.Data):
-        failure, num_examples = None, 1
+        failure = None
 
         def evaluate(self, batch_size, host=0, num_hosts=1):
             self.failure = BROKEN.failure
@@ -48,6 +47,5 @@ def test_before_the_first_step_and_after_the_last_one(tmp_path, role):
             tmp_path,
             workdir=str(tmp_path / "run"),
             sample_images=1,
-            final_evaluation=True,
-            **{role: Bad(tmp_path)},
+            eval_data=Bad(tmp_path),
         )
