@@ -33,17 +33,18 @@ class ConfigError(ValueError):
     """A configuration that cannot be run, and which binding is at fault."""
 
 
-def define_flags():
-    """Defines --gin_file, --gin_param, --workdir and --dry_run for a tool."""
+def define_flags(runs=True):
+    """Defines --gin_file, --gin_param and, for runs, --workdir, --dry_run."""
     flags.DEFINE_multi_string(
         "gin_file", [], "Such as gin/quickstart.gin; repeatable, later wins."
     )
     flags.DEFINE_multi_string(
         "gin_param",
         [],
-        "Such as BATCH_SIZE=64 or \"DATA='data/mine'\"; repeatable, wins over "
-        "files.",
+        "Such as \"DATA='data/mine'\"; repeatable, wins over files.",
     )
+    if not runs:
+        return
     flags.DEFINE_string(
         "workdir", None, "Folder of the run (WORKDIR), which is continued."
     )

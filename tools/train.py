@@ -40,7 +40,9 @@ def main(argv):
             on_first_step=config.save_operative_config,
         )
     except (ValueError, FloatingPointError, WorkerLostError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+        # gin appends where it was called, which says nothing here.
+        message = str(error).partition("\n  In call to configurable")[0]
+        raise SystemExit(f"{type(error).__name__}: {message}") from error
 
 
 if __name__ == "__main__":

@@ -5,6 +5,15 @@ r"""Trains a SentencePiece vocabulary on the captions of a data set.
 
 reads the captions of the training split and writes
 photos_prepared/tokenizer.model; --text=FILE reads one caption a line instead.
+Any other data is read as training reads it, with the files and parameters of
+tools/train.py:
+
+    python tools/train_tokenizer.py --gin_file=gin/cappa_b16.gin \
+        --gin_file=gin/data/webdataset.gin \
+        --gin_param="DATA='cc3m/{split}-*.tar'" --output=cc3m/tokenizer.model
+
+To be given to both: TOKENIZER (here --output does), and VOCABULARY_SIZE there
+is --vocabulary_size here.
 """
 
 import itertools
@@ -18,6 +27,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
+from cappa_tf import config
+
 FLAGS = flags.FLAGS
 SAMPLE = 2000
 
@@ -27,8 +38,12 @@ def define_flags():
     flags.DEFINE_string("data", None, "Folder of a prepared data set.")
     flags.DEFINE_string("split", "train", "Split of --data to read.")
     flags.DEFINE_string("text", None, "Text file, one caption a line.")
+    config.define_flags(runs=False)
     flags.DEFINE_string(
-        "output", None, "Model file to write; by default DATA/tokenizer.model."
+        "output",
+        None,
+        "Model file to write; by default DATA/tokenizer.model, or TOKENIZER of "
+        "the gin files.",
     )
     flags.DEFINE_integer(
         "vocabulary_size", 32_000, "Number of pieces.", lower_bound=4
@@ -65,17 +80,8 @@ def train():
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import tokenizer
 
-    output = FLAGS.output
-    if output is None:
-        if FLAGS.data is None:
-            raise ValueError("--text needs --output.")
-        output = os.path.join(FLAGS.data, tokenizer.FILE_NAME)
-    captions = list(
-        itertools.islice(
-            read_captions(FLAGS.data, FLAGS.split, FLAGS.text),
-            FLAGS.max_captions,
-        )
-    )
+    captions, output = find_captions()
+    captions = list(itertools.islice(captions, FLAGS.max_captions))
     size = tokenizer.train_tokenizer(
         captions,
         output,
@@ -91,17 +97,40 @@ def train():
     print_coverage(output, captions[::step], FLAGS.lowercase)
 
 
-def read_captions(data=None, split="train", text=None):
-    """Captions of a data set's split, or the lines of a file."""
-    if (data is None) == (text is None):
-        raise ValueError("Give one of --data and --text.")
-    if text is not None:
-        with open(text, encoding="utf-8") as lines:
-            yield from lines
-        return
+def find_captions():
+    """What the flags name: an iterator of captions, and the file to write."""
+    from cappa_tf.data import tokenizer
     from cappa_tf.data.records import PreparedData
 
-    records = PreparedData(data).split(split)
+    gin = FLAGS.gin_file or FLAGS.gin_param or None
+    given = (FLAGS.data, FLAGS.text, gin)
+    if sum(value is not None for value in given) != 1:
+        raise ValueError("Give one of --data, --text and --gin_file.")
+    if FLAGS.text is not None:
+        if FLAGS.output is None:
+            raise ValueError("--text needs --output.")
+        return read_lines(FLAGS.text), FLAGS.output
+    if FLAGS.data is not None:
+        default = os.path.join(FLAGS.data, tokenizer.FILE_NAME)
+        records = PreparedData(FLAGS.data).split(FLAGS.split)
+        return read_captions(records), FLAGS.output or default
+    params = list(FLAGS.gin_param)
+    if FLAGS.output is not None:
+        params.append(f"TOKENIZER = {FLAGS.output!r}")
+    # Nothing is run, so nothing is written there.
+    config.parse(FLAGS.gin_file, params, workdir="unused")
+    data = config.arguments()["train_data"]
+    return read_captions(data.records), data.tokenizer.path
+
+
+def read_lines(path):
+    """Lines of a text file."""
+    with open(path, encoding="utf-8") as lines:
+        yield from lines
+
+
+def read_captions(records):
+    """Captions of a split's `Records`."""
     examples = records.read_examples()
     for example in tqdm.tqdm(
         examples, total=records.num_examples, unit=" pictures"

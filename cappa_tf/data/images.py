@@ -80,8 +80,8 @@ def decode(encoded, max_pixels=None, at_least=None):
         encoded: Scalar string tensor, a JPEG, PNG, GIF, BMP or WebP file.
         max_pixels: Most `pixels_to_decode`: a larger picture is refused
             before memory is taken for it. None for any.
-        at_least: Least (height, width) wanted of a larger JPEG; None for its
-            full size.
+        at_least: Least (height, width) wanted of a larger JPEG, two integers
+            or a tensor of them; None for its full size.
 
     Returns:
         uint8 [h, w, 3]; of a JPEG decoded at 1 / r, ceil(h / r) and
@@ -249,7 +249,7 @@ def _decode_jpeg(encoded, max_pixels, at_least):
         return tf.io.decode_jpeg(encoded, channels=3)
     # How often the picture holds what is wanted, in the direction it does so
     # less often; the scale is an attribute of the operation, not an input.
-    times = tf.reduce_min(size // tf.constant(at_least, tf.int64))
+    times = tf.reduce_min(size // tf.cast(at_least, tf.int64))
     smaller = tf.cast(times >= tf.constant(_RATIOS[1:], tf.int64), tf.int32)
     return tf.switch_case(
         tf.reduce_sum(smaller),

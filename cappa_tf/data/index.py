@@ -228,7 +228,8 @@ class Index:
 def open_binary(path):
     """Opens a file for reading, wherever it is.
 
-    A seek of TensorFlow's own takes 0.1 ms in Python, of which scans do many.
+    A file on disk by Python's own `open`, which scans of many seeks went
+    through faster than TensorFlow's.
     """
     if "://" in path:
         return _Remote(path, "rb")
@@ -286,7 +287,8 @@ def find_files(path, split, suffix):
         raise ValueError(
             "`path` must say which shards a split has: a pattern with {split}, "
             "a dict from split to pattern, or a folder with "
-            f"<split>-*{suffix} or <split>/*{suffix}. Received: path={path!r}"
+            f"<split>-*{suffix} or <split>/*{suffix}. Received: "
+            f"path={path!r}, which is no folder that exists"
         )
     found, absent = [], []
     for pattern in patterns:

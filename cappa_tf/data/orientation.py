@@ -10,6 +10,8 @@ Abbreviations for dimensions:
 
 import tensorflow as tf
 
+from cappa_tf.data import images
+
 # EXIF data are one segment of at most 64 KB, the first or second of the file.
 _HEAD = 1 << 17
 _TAG = 0x0112
@@ -17,6 +19,25 @@ _TAG = 0x0112
 _EXIF = b"Exif\0\0"
 # Far more entries than cameras write; a wrong count must not take memory.
 _MAX_ENTRIES = 512
+
+
+def decode(encoded, max_pixels=None, at_least=None):
+    """Decodes a picture with its top up.
+
+    Args:
+        encoded: As `images.decode`.
+        max_pixels: As there.
+        at_least: As there, of the picture as it is after turning.
+
+    Returns:
+        uint8 [h, w, 3], or [w, h, 3] of a photo that lies on its side.
+    """
+    orientation = read(encoded)
+    if at_least is not None:
+        # The decoder sees the photo as it lies.
+        lies = orientation >= 5
+        at_least = tf.where(lies, at_least[::-1], at_least)
+    return turn(images.decode(encoded, max_pixels, at_least), orientation)
 
 
 def read(encoded):

@@ -45,8 +45,9 @@ def decode_request(image_bytes, decoder):
     )
 
     def decode(encoded):
-        image = images.decode(encoded, decoder.max_pixels, decoder.at_least)
-        return decoder.fit(orientation.turn(image, orientation.read(encoded)))
+        return decoder.fit(
+            orientation.decode(encoded, decoder.max_pixels, decoder.at_least)
+        )
 
     pixels, decoded = attempt(
         decode,

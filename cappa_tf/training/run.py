@@ -70,7 +70,6 @@ class Run:
         self._strategy, self._model = strategy, model
         self._optimizer = optimizer
         self._train_data, self._test_data = train_data, test_data
-        self._datasets = (train_data, eval_data, test_data)
         self._checkpoints = Checkpoints(
             settings.workdir,
             model,
@@ -124,10 +123,7 @@ class Run:
         self._summaries = Summaries(folder)
         try:
             self._announce()
-            with (
-                Interruption() as interruption,
-                plain_data_errors(*self._datasets),
-            ):
+            with Interruption() as interruption:
                 self._train(interruption, on_first_step)
             figures = {"step": self.step}
             figures["interrupted"] = self._hosts.first(interruption.signal)

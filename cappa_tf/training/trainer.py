@@ -27,7 +27,7 @@ from cappa_tf.training.build import (
 from cappa_tf.training.distribution import check_batch_size, make_strategy
 from cappa_tf.training.evaluators import check_evaluators
 from cappa_tf.training.hosts import Hosts
-from cappa_tf.training.run import Run
+from cappa_tf.training.run import Run, plain_data_errors
 from cappa_tf.training.settings import RunSettings
 from cappa_tf.training.workdir import open_workdir
 
@@ -171,13 +171,14 @@ def train(
         if hosts.is_chief:
             open_workdir(workdir)
         hosts.wait()
-        run = Run(
-            settings, strategy, hosts, model, optimizer, *data, evaluators
-        )
-        # Not before the folder turned out to be this run's own.
-        if on_start is not None and hosts.is_chief:
-            on_start(workdir)
-        return run(on_first_step)
+        with plain_data_errors(*data):
+            run = Run(
+                settings, strategy, hosts, model, optimizer, *data, evaluators
+            )
+            # Not before the folder turned out to be this run's own.
+            if on_start is not None and hosts.is_chief:
+                on_start(workdir)
+            return run(on_first_step)
 
 
 def _open_devices(settings, strategy, devices):

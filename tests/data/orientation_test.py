@@ -27,9 +27,7 @@ def pixels():
 def upright():
     """The function as a graph has it."""
     return tf.function(
-        lambda encoded: orientation.turn(
-            images.decode(encoded), orientation.read(encoded)
-        ),
+        orientation.decode,
         input_signature=[tf.TensorSpec([], tf.string)],
     )
 
@@ -61,6 +59,18 @@ def test_what_does_not_say_stays_as_it_is(pixels, upright):
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG", exif=_exif(6))
     np.testing.assert_array_equal(upright(png.getvalue()), pixels)
+
+
+@pytest.mark.parametrize(
+    "number, size", [(1, (32, 64)), (4, (32, 64)), (5, (128, 64))]
+)
+def test_scale_covers_what_a_photo_is_after_turning(number, size):
+    """64 x 128 lies on its side: 128 x 64 then holds 30 x 60 only once."""
+    encoded = _jpeg(np.zeros((64, 128, 3), "uint8"), _exif(number))
+    decode = tf.function(lambda e: orientation.decode(e, at_least=(30, 60)))
+    assert decode(encoded).shape[:2] == size
+    found = orientation.decode(tf.constant(encoded), at_least=(30, 60))
+    assert found.shape[:2] == size
 
 
 def _exif(number):

@@ -1,6 +1,8 @@
 """Promises of tools/train_tokenizer.py: the training captions' vocabulary."""
 
 import importlib.util
+import io
+import tarfile
 
 import pytest
 from absl import flags
@@ -32,6 +34,8 @@ def run(tool):
     yield run
     for name in ("data", "text", "output"):
         flags.FLAGS[name].value = None
+    for name in ("gin_file", "gin_param"):
+        flags.FLAGS[name].value = []
 
 
 @pytest.fixture
@@ -74,6 +78,29 @@ def test_vocabulary_of_a_text_file(run, data, tmp_path, capsys):
     assert f"no more than {made.vocabulary_size} pieces" in printed
 
 
+def test_vocabulary_of_what_training_reads(run, tmp_path):
+    """With the gin files of tools/train.py: here, webdataset shards."""
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i in range(12):
+            for name, content in (("jpg", b"\xff"), ("txt", b"A Red Dog")):
+                file = tarfile.TarInfo(f"{i}.{name}")
+                file.size = len(content)
+                tar.addfile(file, io.BytesIO(content))
+    given = (
+        "--gin_file=gin/cappa_b16.gin",
+        "--gin_file=gin/data/webdataset.gin",
+        f"--gin_param=DATA='{tmp_path}/{{split}}-*.tar'",
+        "--vocabulary_size=20",
+    )
+    path = tmp_path / "made" / "x.model"
+    run(*given, f"--gin_param=TOKENIZER='{path}'")
+    made = tokenizer.Tokenizer(path)
+    assert made.detokenize(made(["a red dog"])) == ["a red dog"]
+    flags.FLAGS["gin_param"].value = []
+    with pytest.raises(SystemExit, match="TOKENIZER must be set"):
+        run(*given)
+
+
 def test_refusals_name_the_cause(run, tmp_path):
     text = tmp_path / "lines.txt"
     text.write_text("\n")
@@ -81,7 +108,7 @@ def test_refusals_name_the_cause(run, tmp_path):
         run(f"--text={text}")
     with pytest.raises(SystemExit, match="one non-empty caption"):
         run(f"--text={text}", f"--output={tmp_path / 'x'}")
-    with pytest.raises(SystemExit, match="one of --data and --text"):
+    with pytest.raises(SystemExit, match="one of --data, --text"):
         run(f"--text={text}", f"--data={tmp_path}")
     flags.FLAGS["text"].value = None
     with pytest.raises(SystemExit, match="A data set is a folder"):

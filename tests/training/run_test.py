@@ -4,6 +4,7 @@ import types
 
 import pytest
 import tensorflow as tf
+import tiny
 
 from cappa_tf.training.run import plain_data_errors
 
@@ -29,3 +30,22 @@ def test_other_errors_pass():
         plain_data_errors(None, FINE),
     ):
         _end_a_step()
+
+
+def test_before_the_first_step(tmp_path):
+    """Where the pictures of the samples are read."""
+
+    class Bad(tiny.Data):
+        failure = None
+
+        def evaluate(self, batch_size, host=0, num_hosts=1):
+            self.failure = BROKEN.failure
+            raise tf.errors.UnknownError(None, None, "a long trace")
+
+    with pytest.raises(ValueError, match="3 of 100 records are bad"):
+        tiny.run(
+            tmp_path,
+            workdir=str(tmp_path / "run"),
+            sample_images=1,
+            eval_data=Bad(tmp_path),
+        )
