@@ -50,12 +50,16 @@ def define_flags():
 # The flags that each sampler has a use for; None of them has a default here,
 # so that one given in vain is noticed.
 _USES = {
-    "greedy": ("speculative",),
+    "greedy": (),
     "random": ("temperature", "seed"),
     "top_k": ("top_k", "temperature", "seed"),
     "top_p": ("top_p", "top_k", "temperature", "seed"),
     "beam": ("beams", "length_penalty"),
 }
+_OF_SAMPLERS = tuple(
+    dict.fromkeys(name for uses in _USES.values() for name in uses)
+)
+_PLAIN = ("prefix", "min_length", "no_repeat_ngram", "num_captions")
 
 
 def _define_generation_flags():
@@ -66,9 +70,6 @@ def _define_generation_flags():
     flags.DEFINE_integer("seed", None, "Of drawing; 0 by default.")
     flags.DEFINE_integer("beams", None, "Captions that are followed; 4.")
     flags.DEFINE_float("length_penalty", None, "Of beams; 0.6 by default.")
-    flags.DEFINE_bool(
-        "speculative", None, "Greedy from a parallel draft: same, faster."
-    )
     flags.DEFINE_string("prefix", None, "What every caption begins with.")
     flags.DEFINE_integer("min_length", 0, "Fewest tokens of a caption.")
     flags.DEFINE_integer(
@@ -77,11 +78,30 @@ def _define_generation_flags():
     flags.DEFINE_integer("num_captions", 1, "Captions of a picture.")
 
 
-def _generation():
-    """Options of `captioner.generate` that the flags ask for."""
+def _generation(captioner):
+    """Options of `captioner.generate` that the flags ask for.
+
+    A wrong value ends the program in a line that names the flags given.
+    """
     given = {
         name: FLAGS[name].value
-        for name in {name for names in _USES.values() for name in names}
+        for name in (*_PLAIN, "sampler", *_OF_SAMPLERS)
+        if FLAGS[name].value != FLAGS[name].default
+    }
+    try:
+        options = _options()
+        plan = {name: x for name, x in options.items() if name != "seed"}
+        captioner.plan_generation(**plan)
+    except ValueError as error:
+        words = " ".join(f"--{name}={value}" for name, value in given.items())
+        raise SystemExit(f"caption: {words}: {error}") from None
+    return options
+
+
+def _options():
+    given = {
+        name: FLAGS[name].value
+        for name in _OF_SAMPLERS
         if FLAGS[name].value is not None
     }
     vain = sorted(given.keys() - set(_USES[FLAGS.sampler]))
@@ -91,12 +111,11 @@ def _generation():
         )
     options = {
         name: FLAGS[name].value
-        for name in ("prefix", "min_length", "no_repeat_ngram", "num_captions")
+        for name in _PLAIN
         if FLAGS[name].value != FLAGS[name].default
     }
-    for name in ("seed", "speculative"):
-        if name in given:
-            options[name] = given.pop(name)
+    if "seed" in given:
+        options["seed"] = given.pop("seed")
     if FLAGS.sampler != "greedy":
         options["sampler"] = _sampler(**given)
     return options
@@ -112,7 +131,8 @@ def _sampler(
     if FLAGS.sampler == "beam":
         return sampling.BeamSearch(beams, length_penalty)
     if FLAGS.sampler == "top_k":
-        return samplers.TopKSampler(k=top_k or 5, temperature=temperature)
+        top_k = 5 if top_k is None else top_k
+        return samplers.TopKSampler(k=top_k, temperature=temperature)
     if FLAGS.sampler == "top_p":
         return samplers.TopPSampler(p=top_p, k=top_k, temperature=temperature)
     return samplers.RandomSampler(temperature=temperature)
@@ -135,11 +155,12 @@ def main(argv):
     except ValueError as error:
         raise SystemExit(f"--checkpoint: {error}") from None
     captioner.tokenizer = tokenizer
+    generation = _generation(captioner)
     rows = picture_captions.caption_pictures(
         paths,
         picture_captions.PictureReader(**preprocessing),
         captioning.CaptionDecoder(
-            captioner, tokenizer, FLAGS.batch_size, **_generation()
+            captioner, tokenizer, FLAGS.batch_size, **generation
         ),
     )
     if FLAGS.format == "table":

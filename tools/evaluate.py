@@ -29,7 +29,8 @@ fewshot, of TFRecords or of pictures with labels.jsonl, lines such as {"image":
 .keras file (captioner or vision encoder) and an npz of big_vision, too. A
 table is printed; the figures are written as JSON to --output, by default
 beside the checkpoint, results one by one (of an image, a choice) to .jsonl
-and sheets to .png files of the same name.
+and sheets to .png files of the same name. A figure that is not defined is
+null.
 """
 
 import json
@@ -342,6 +343,7 @@ def evaluate(options):
 
 def write_report(report, options):
     """Writes a `Report` beside the checkpoint; returns the JSON's path."""
+    from cappa_tf.evaluation.evaluator import json_value
     from cappa_tf.evaluation.sheet import write_sheet
 
     path = options.output or default_output(options.checkpoint, options.task)
@@ -356,13 +358,22 @@ def write_report(report, options):
         **report.details,
     }
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+        json.dump(
+            json_value(content),
+            file,
+            indent=2,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         file.write("\n")
     if report.rows:
         written.append(f"{stem}.jsonl")
         with open(written[-1], "w", encoding="utf-8") as file:
             for row in report.rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                line = json.dumps(
+                    json_value(row), ensure_ascii=False, allow_nan=False
+                )
+                file.write(f"{line}\n")
     for name, (title, rows) in report.sheets.items():
         written.append(f"{stem}_{name}.png")
         write_sheet(written[-1], rows, title=title, marks=False)

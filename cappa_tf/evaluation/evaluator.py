@@ -5,6 +5,7 @@ a model again and again while it is trained, and many models after that.
 """
 
 import dataclasses
+import math
 
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE
 
@@ -91,6 +92,25 @@ def table(header, rows):
         ).rstrip()
         for row in cells
     ]
+
+
+def json_value(value):
+    """The same value without what JSON has no word for.
+
+    Args:
+        value: Dicts, lists, tuples, texts, numbers, None.
+
+    Returns:
+        The value with None for each number that is not finite, as where a
+        correlation is not defined.
+    """
+    if isinstance(value, dict):
+        return {name: json_value(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def skipped_lines(skipped):

@@ -135,6 +135,29 @@ def decode(
     )
 
 
+def draft(decoder, memory, length):
+    """Captions by the parallel mode: all positions at once, in one pass.
+
+    Verified left to right until they are the greedy captions, these cost more
+    time than greedy decoding itself: a position of a pass over all of them is
+    hardly cheaper than one of the loop, and most drafts need many passes.
+
+    Args:
+        decoder: `TextDecoder` with a MASK token.
+        memory: From `decoder.project_memory`.
+        length: L.
+
+    Returns:
+        int32 [B, L], the most probable token of each position other than pad;
+        what follows the first eos means nothing.
+    """
+    count = tf.shape(memory[0][0])[0]
+    masks = tf.fill([count, decoder.max_length], decoder.mask_id)
+    hidden = decoder(masks, memory, parallel=tf.fill([count], True))
+    logits = decoder.logits(hidden[:, :length])[..., 1:]
+    return 1 + tf.argmax(logits, axis=-1, output_type=tf.int32)
+
+
 def _only(scores, tokens):
     """Scores [N, V] where the given tokens [N or S] are all there is."""
     shape = tf.shape(scores)

@@ -7,15 +7,34 @@ Abbreviations for dimensions:
     N: captions in the batch.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import tensorflow as tf
 
 from cappa_tf.checks import check_counts
 from cappa_tf.models import generation, random, sampling, scoring
-from cappa_tf.models import speculative as speculative_decoding
 from cappa_tf.models.text_decoder import shift_right
 
 _SAMPLING_SALT = random.salt_of("captioner/sampling")
+
+
+class GenerationPlan(NamedTuple):
+    """What options of `Inference.generate` come down to.
+
+    Attributes:
+        search: Of `sampling`: chooses the tokens.
+        rules: `sampling.Rules`.
+        prefix: int32 [B or 1, tokens], what each caption begins with.
+        length: L, the longest caption.
+        sequences: Beams or samples that are followed for an image.
+    """
+
+    search: object
+    rules: sampling.Rules
+    prefix: tf.Tensor
+    length: int
+    sequences: int
 
 
 class Inference:
@@ -37,7 +56,6 @@ class Inference:
         num_captions=1,
         seed=0,
         index=None,
-        speculative=False,
     ):
         """Captions; by default the greedy one.
 
@@ -58,8 +76,6 @@ class Inference:
                 `seed` and its `index` alone.
             index: int64 [B], position of each image in all that are to be
                 captioned; 0, 1, ... by default.
-            speculative: Finds the greedy captions from a parallel draft, see
-                the module `speculative`; takes no option but `max_length`.
 
         Returns:
             Dict with `tokens` int32 [B, L] (eos kept, 0 after it),
@@ -67,51 +83,70 @@ class Inference:
             eos, and `log_likelihood` float32 [B], their sum. With S > 1
             [B, S, L] and [B, S], best first.
         """
-        if speculative:
-            plain = sampler is None and prefix is None and num_captions == 1
-            if not plain or min_length or no_repeat_ngram:
-                raise ValueError(
-                    "Speculative decoding gives the plain greedy caption. "
-                    f"Received: speculative=True, sampler={sampler!r}, "
-                    f"prefix={prefix!r}, min_length={min_length}, "
-                    f"no_repeat_ngram={no_repeat_ngram}, "
-                    f"num_captions={num_captions}"
-                )
-            return self._speculate(images, max_length)
-        search = sampling.search_of(sampler)
-        rules = sampling.Rules(min_length, no_repeat_ngram, self.eos_id)
-        prefix = self._prefix_ids(prefix)
-        length = self._caption_length(max_length, prefix.shape[1], min_length)
-        sequences = self._num_sequences(search, num_captions)
+        plan = self.plan_generation(
+            max_length,
+            sampler=sampler,
+            prefix=prefix,
+            min_length=min_length,
+            no_repeat_ngram=no_repeat_ngram,
+            num_captions=num_captions,
+        )
         encoded = self.encode(images)
         batch = encoded.shape[0] or tf.shape(encoded)[0]
         uniform = None
-        if isinstance(search, sampling.RandomSearch):
+        if isinstance(plan.search, sampling.RandomSearch):
             index = tf.range(batch) if index is None else index
             seeds = random.example_seeds(seed, index)
-            uniform = random.uniform(seeds, (length, sequences), _SAMPLING_SALT)
+            shape = (plan.length, plan.sequences)
+            uniform = random.uniform(seeds, shape, _SAMPLING_SALT)
         tokens, log_probs = generation.decode(
             self.text_decoder,
             self.text_decoder.project_memory(encoded),
-            search,
-            rules,
-            size=(batch, sequences, length),
-            prefix=prefix,
+            plan.search,
+            plan.rules,
+            size=(batch, plan.sequences, plan.length),
+            prefix=plan.prefix,
             uniform=uniform,
         )
         wanted = 0 if num_captions == 1 else slice(num_captions)
         return _captions(tokens[:, wanted], log_probs[:, wanted])
 
-    def _speculate(self, images, max_length):
-        self._mask_id()  # Refuses a decoder without MASK.
-        length = self._caption_length(max_length)
-        tokens, log_probs, _ = speculative_decoding.decode(
-            self.text_decoder,
-            self._memory(images),
+    def plan_generation(
+        self,
+        max_length=None,
+        *,
+        sampler=None,
+        prefix=None,
+        min_length=0,
+        no_repeat_ngram=0,
+        num_captions=1,
+    ):
+        """What `generate` does with its options, without any image.
+
+        Args:
+            max_length: This and the others: see `generate`.
+            sampler: How tokens are chosen.
+            prefix: What every caption begins with.
+            min_length: Fewest tokens before eos.
+            no_repeat_ngram: Size of n-grams that occur only once.
+            num_captions: S.
+
+        Returns:
+            A `GenerationPlan`.
+
+        Raises:
+            ValueError: An option makes no sense, alone or with the others.
+        """
+        search = sampling.search_of(sampler)
+        prefix = self._prefix_ids(prefix)
+        length = self._caption_length(max_length, prefix.shape[1], min_length)
+        return GenerationPlan(
+            search=search,
+            rules=sampling.Rules(min_length, no_repeat_ngram, self.eos_id),
+            prefix=prefix,
             length=length,
-            eos_id=self.eos_id,
+            sequences=self._num_sequences(search, num_captions),
         )
-        return _captions(tokens, log_probs)
 
     def _prefix_ids(self, prefix):
         """int32 [B or 1, tokens] of a string or of token ids."""

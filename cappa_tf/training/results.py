@@ -5,6 +5,7 @@ import os
 import tqdm
 
 from cappa_tf.evaluation.captioning import CaptionDecoder
+from cappa_tf.evaluation.evaluator import json_value
 from cappa_tf.evaluation.sheet import write_sheet
 from cappa_tf.training.distribution import on_replicas
 from cappa_tf.training.workdir import save_captioner, write_json
@@ -32,7 +33,8 @@ def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
         figures.update(_evaluate(model, data, settings, strategy, hosts))
     figures.update(evaluate())
     if hosts.is_chief:
-        write_json(os.path.join(settings.workdir, "results.json"), figures)
+        path = os.path.join(settings.workdir, "results.json")
+        write_json(path, json_value(figures))
     return figures
 
 

@@ -172,8 +172,9 @@ def load_preprocessing(workdir):
 
 
 def write_json(path, value):
-    """Writes JSON atomically, indented."""
-    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
+    """Writes JSON atomically, indented; refuses NaN, which is no JSON."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    write_file(path, text.encode() + b"\n")
 
 
 def write_file(path, content):

@@ -93,24 +93,6 @@ def test_one_beam_is_greedy(captioner, images):
     np.testing.assert_array_equal(beam[0], captions(captioner, images)[0])
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("max_length", [L, 4])
-def test_speculative_captions_are_the_greedy_ones(
-    captioner, images, max_length, jit_compile
-):
-    wanted = captioner.generate(images, max_length)
-    found = tf.function(
-        lambda x: captioner.generate(x, max_length, speculative=True),
-        jit_compile=jit_compile,
-        autograph=False,
-    )(images)
-    np.testing.assert_array_equal(found["tokens"], wanted["tokens"])
-    for name in ("log_probs", "log_likelihood"):
-        np.testing.assert_allclose(
-            found[name], wanted[name], rtol=1e-4, atol=1e-5
-        )
-
-
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_wide_beams_find_the_best_of_all_captions(penalty):
     """Vocabulary: pad, eos and 3 tokens; captions of at most 3."""
@@ -242,7 +224,6 @@ def test_compiles_with_xla(captioner, images, name):
         ({"prefix": [2] * 7}, "7 tokens of prefix"),
         ({"num_captions": 2}, "num_captions=2"),
         ({"sampler": BeamSearch(2), "num_captions": 3}, "num_captions=3"),
-        ({"speculative": True, "min_length": 2}, "speculative=True"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram=-1"),
         ({"sampler": samplers.RandomSampler(seed=3)}, "seed=3"),
         ({"sampler": samplers.BeamSampler(2)}, "BeamSearch"),
@@ -251,6 +232,8 @@ def test_compiles_with_xla(captioner, images, name):
 def test_refuses(captioner, images, kwargs, message):
     with pytest.raises(ValueError, match=message):
         captioner.generate(images, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        captioner.plan_generation(**kwargs)
 
 
 def test_samplers_refuse_what_makes_no_sense():

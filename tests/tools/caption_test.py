@@ -62,7 +62,7 @@ def tool():
 
 def _run(tool, capsys, *arguments):
     flags.FLAGS.unparse_flags()
-    for name in ("sampler", "prefix", "num_captions", "seed", "temperature"):
+    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, "sampler"):
         flags.FLAGS[name].unparse()
     rest = flags.FLAGS(["caption.py", *arguments])
     code = tool.main(rest)
@@ -178,3 +178,31 @@ def test_refuses_a_flag_that_its_sampler_ignores(
             "--temperature=2",
             str(pictures / "a.png"),
         )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--min_length=99"],
+        ["--num_captions=2"],
+        ["--no_repeat_ngram=-1"],
+        ["--sampler=top_k", "--top_k=0"],
+        ["--sampler=top_p", "--top_p=1.5"],
+        ["--sampler=random", "--temperature=0.0"],
+        ["--sampler=beam", "--beams=0"],
+    ],
+)
+def test_wrong_generation_is_one_line(
+    tool, capsys, run_folder, pictures, arguments
+):
+    with pytest.raises(SystemExit) as error:
+        _run(
+            tool,
+            capsys,
+            f"--checkpoint={run_folder}",
+            *arguments,
+            str(pictures / "a.png"),
+        )
+    assert arguments[-1] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""

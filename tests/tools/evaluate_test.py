@@ -12,6 +12,7 @@ from PIL import Image
 
 from cappa_tf.data import tfrecord
 from cappa_tf.evaluation import caption_metrics
+from cappa_tf.evaluation.evaluator import Report
 from cappa_tf.evaluation.labelled import LabelledImages, extract_features
 from cappa_tf.export import big_vision
 from tools import evaluate
@@ -90,6 +91,29 @@ def test_records_give_the_same_pictures(folder, tmp_path):
     order = [np.lexsort(images.reshape(12, -1).T) for images, _ in both]
     for first, second in zip(*both):
         np.testing.assert_array_equal(first[order[0]], second[order[1]])
+
+
+def test_what_is_not_defined_is_null(tmp_path):
+    report = Report(
+        {"tau": float("nan"), "top_1": 0.5},
+        [],
+        {"shots": [(1, np.float64("inf"))]},
+        [{"score": -float("inf")}],
+    )
+    flag_values = flags.FlagValues()
+    evaluate.define_flags(flag_values)
+    path = tmp_path / "found.json"
+    needed = ["--task=caption", "--checkpoint=none", "--data=none"]
+    flag_values(["evaluate", *needed, f"--output={path}"])
+    evaluate.write_report(report, flag_values)
+
+    def strict(text):
+        return json.loads(text, parse_constant=pytest.fail)
+
+    found = strict(path.read_text())
+    assert found["metrics"] == {"tau": None, "top_1": 0.5}
+    assert found["shots"] == [[1, None]]
+    assert strict((tmp_path / "found.jsonl").read_text()) == {"score": None}
 
 
 class _Part:

@@ -3,9 +3,8 @@
     python tools/benchmark.py generate --checkpoint=runs/quickstart
 
 Greedy decoding with cached keys and values against greedy decoding that runs
-the decoder over all positions at every step, the draft of the parallel mode,
-the draft verified left to right until it is the greedy caption, and four
-beams. Pictures are scenes drawn on the spot.
+the decoder over all positions at every step, the captions of the parallel
+mode, and four beams. Pictures are scenes drawn on the spot.
 """
 
 import time
@@ -39,7 +38,7 @@ def make_ways(captioner):
     """A dict: way -> function of pictures to tokens and number of passes."""
     import tensorflow as tf
 
-    from cappa_tf.models import sampling, speculative
+    from cappa_tf.models import generation, sampling
 
     decoder = captioner.text_decoder
     length = decoder.max_length
@@ -63,15 +62,9 @@ def make_ways(captioner):
         return tf.where(ended > 0, 0, tokens), length
 
     def drafted(images):
-        tokens = speculative.draft(decoder, memory(images), length)
+        tokens = generation.draft(decoder, memory(images), length)
         ended = tf.cumsum(tf.cast(tokens == 1, tf.int32), 1, exclusive=True)
         return tf.where(ended > 0, 0, tokens), 1
-
-    def verified(images):
-        tokens, _, passes = speculative.decode(
-            decoder, memory(images), length=length
-        )
-        return tokens, passes + 1
 
     def beams(images):
         search = sampling.BeamSearch(4)
@@ -82,7 +75,6 @@ def make_ways(captioner):
         "greedy, cached": cached,
         "greedy, uncached": uncached,
         "parallel draft": drafted,
-        "draft, verified": verified,
         "4 beams": beams,
     }
     return {
