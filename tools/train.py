@@ -30,8 +30,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     # TensorFlow takes seconds to load: --help need not wait for it.
+    from cappa_tf.data import memory
     from cappa_tf.training.hosts import WorkerLostError
 
+    memory.keep_freed_memory()
     config.parse_flags(STRATEGY=flags.FLAGS.strategy)
     try:
         config.run(
