@@ -68,6 +68,8 @@ def _record_offsets(path):
     """Where the records of a file begin, by their lengths, as int64 [n]."""
     offsets = []
     try:
+        # A zero-dimensional array of bytes, where the string is in a graph.
+        path = tf.compat.as_str_any(np.asarray(path).item())
         size = tf.io.gfile.stat(path).length
         with tf.io.gfile.GFile(path, "rb") as file:
             position = 0

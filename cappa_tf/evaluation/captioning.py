@@ -142,7 +142,8 @@ class CaptionDecoder:
 
     def _by_image(self, values):
         """[B, captions, L] of [B, L] or of itself."""
-        return values.numpy().reshape(self.batch_size, -1, values.shape[-1])
+        array = values.numpy()
+        return array.reshape(self.batch_size, -1, array.shape[-1])
 
     def _row(self, key, caption, tokens, log_probs, references):
         ended = np.flatnonzero(tokens == self.tokenizer.eos_id)

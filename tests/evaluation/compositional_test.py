@@ -111,7 +111,7 @@ def test_aros_order_has_several_wrong_ones(tmp_path, scorer):
 
 
 def test_scenes_are_read_from_their_records(tmp_path):
-    scenes.prepare(str(tmp_path / "scenes"), 60, 12, 32, vocabulary_size=80)
+    scenes.prepare(str(tmp_path / "scenes"), 60, 12, 32)
     scorer = scoring.tiny_scorer(tmp_path)
     evaluator = compositional.Scenes(tmp_path / "scenes", limit=10)
     report = evaluator.evaluate(scorer)
