@@ -160,8 +160,12 @@ def run():
     ways = make_ways(captioner, labels, min(values.part, values.labels))
     found, difference = measure(ways, images, values.rounds)
     first = next(iter(found.values()))["seconds"]
-    print(f"{'way':15}{'s / image':>11}{'times faster':>14}")
+    print(
+        f"{'way':15}{'labels run':>11}{'s / image':>11}{'times faster':>14}"
+        f"   (seconds are for {values.labels} labels)"
+    )
     for name, result in found.items():
         seconds = result["seconds"]
-        print(f"{name:15}{seconds:11.3f}{first / seconds:14.1f}")
+        count = ways[name][1]
+        print(f"{name:15}{count:11}{seconds:11.3f}{first / seconds:14.1f}")
     print(f"largest difference of left-to-right scores: {difference:.1e}")
