@@ -172,8 +172,10 @@ def _find(name, features, what, path):
     while rest:
         level = getattr(found, "feature", found)  # of a Sequence
         known = list(level) if hasattr(level, "keys") else []
-        # Names may have slashes of their own: "image/filename".
-        key = next((k for k in known if f"{rest}/".startswith(f"{k}/")), None)
+        # Names may have slashes of their own: "image/filename" beside "image",
+        # in an order that differs from process to process.
+        fitting = [k for k in known if f"{rest}/".startswith(f"{k}/")]
+        key = max(fitting, key=len, default=None)
         if key is None:
             raise ValueError(
                 f"`{what}` must be a feature of {name}: {features}. "
