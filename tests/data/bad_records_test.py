@@ -270,7 +270,8 @@ def test_a_shard_that_vanishes_during_the_run(data, bound):
     next(stream)
     os.remove(path)
     if bound == 1.0:
-        later = [numbers(next(stream)) for _ in range(12)][7:]
+        # How far was read ahead depends on the machine: a few epochs at most.
+        later = [numbers(next(stream)) for _ in range(40)][30:]
         assert {n % 2 for n in np.concatenate(later) if n} == {1}
         assert dataset.skipped["lost record"] >= COUNT // 2
         return
