@@ -166,7 +166,13 @@ class TrainLoop:
             batch = iterator.get_next()
         parts = tf.nest.flatten(batch, expand_composites=True)
         with tf.control_dependencies(parts):
-            return batch, tf.timestamp() - asked
+            got = tf.timestamp()
+        # The step begins once the clock is read: the executor might else read
+        # it after the step (and does with one thread).
+        with tf.control_dependencies([got]):
+            parts = [_identity(x) for x in parts]
+        batch = tf.nest.pack_sequence_as(batch, parts, expand_composites=True)
+        return batch, got - asked
 
     def _replica_step(self, batch):
         """One replica's part of a step; returns its metric sums [M]."""
@@ -222,6 +228,12 @@ class TrainLoop:
 # AutoGraph has nothing to convert in the model or here, and takes as long to
 # find that out as all the rest of the tracing.
 _function = functools.partial(tf.function, autograph=False)
+
+
+def _identity(tensor):
+    """The tensor, where it is."""
+    with tf.device(tensor.device):
+        return tf.identity(tensor)
 
 
 def _microbatches(value, count):

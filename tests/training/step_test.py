@@ -74,6 +74,41 @@ def test_compiled_step_is_the_step(folder, plain):
     _assert_same(plain, compiled, 1e-5)
 
 
+def test_only_the_wait_for_data_is_timed(folder, monkeypatch):
+    """The clock is read twice between two steps, never beside one."""
+    events = []
+
+    def event(name, value, dtype):
+        def note(value):
+            events.append(name)
+            return value
+
+        # Stateless, as TensorFlow keeps the order of all others by itself.
+        return tf.numpy_function(note, [value], dtype, stateful=False)
+
+    strategy = make_strategy("one")
+    data, size = tiny.Data(folder), tiny.vocabulary(folder)[1]
+    model, optimizer = build_model(
+        lambda: tiny.make_model(size), lambda: Adafactor(0.01), strategy
+    )
+    read_clock, compute = tf.timestamp, model.compute_losses
+
+    def compute_losses(batch, training):
+        image = event("step", batch["image"], tf.float32)
+        image = tf.ensure_shape(image, batch["image"].shape)
+        return compute({**batch, "image": image}, training=training)
+
+    monkeypatch.setattr(model, "compute_losses", compute_losses)
+    monkeypatch.setattr(
+        tf,
+        "timestamp",
+        lambda: tf.ensure_shape(event("clock", read_clock(), tf.float64), []),
+    )
+    loop = TrainLoop(strategy, model, optimizer, 8)
+    loop(iter(data.train(8)), 5)
+    assert events == ["clock", "clock", "step"] * 5
+
+
 def test_sums_are_those_of_the_batches(folder, plain):
     sums, data = plain[1], tiny.Data(folder)
     tokens = sum(
