@@ -148,7 +148,11 @@ def _rounded(image):
 
 
 def to_model_range(image):
-    """Pixels 0..255 to float32 in [-1, 1]."""
+    """Pixels 0..255, uint8 or float32, to float32 in [-1, 1]."""
+    if image.dtype == tf.uint8:
+        # The same numbers in one pass over the memory instead of three.
+        quantized = tf.bitcast(image, tf.quint8)
+        return tf.quantization.dequantize(quantized, -1.0, 1.0)
     return tf.cast(image, tf.float32) / 127.5 - 1.0
 
 
@@ -180,7 +184,7 @@ def augment(
             comes in at the border is mirrored. Not together with crop_scale.
 
     Returns:
-        float32 [B, H, W, 3] in 0..255.
+        [B, H, W, 3] in 0..255: uint8 where nothing is resampled, else float32.
     """
     flips = None
     if flip:
@@ -190,7 +194,7 @@ def augment(
             rows = tf.where(flips)
             mirrored = tf.gather_nd(images, rows)[:, :, ::-1]
             images = tf.tensor_scatter_nd_update(images, rows, mirrored)
-        return tf.cast(images, tf.float32)
+        return images
     batch = tf.shape(index)[0]
     top, left = tf.zeros([batch]), tf.zeros([batch])
     bottom, right = tf.ones([batch]), tf.ones([batch])
