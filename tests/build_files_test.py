@@ -1,11 +1,12 @@
 """The BUILD files describe the tree: read here as Bazel would read them."""
 
 import ast
-import importlib.util
 import pathlib
 import re
 
 import pytest
+
+from tools import update_build
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDERS = ("cappa_tf", "tests", "tools")
@@ -50,19 +51,10 @@ def _targets():
     return read_targets()
 
 
-@pytest.fixture(name="generator", scope="module")
-def _generator():
-    path = ROOT / "tools" / "update_build.py"
-    spec = importlib.util.spec_from_file_location("update_build", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_they_are_what_the_script_writes(generator):
+def test_they_are_what_the_script_writes():
     stale = [
         name
-        for name, text in generator.build_files().items()
+        for name, text in update_build.build_files().items()
         if not (ROOT / name).is_file() or (ROOT / name).read_text() != text
     ]
     assert not stale, "run `python tools/update_build.py`"

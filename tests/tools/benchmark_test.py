@@ -1,26 +1,14 @@
 """The benchmarks compare ways of computing the same."""
 
-import importlib.util
-import pathlib
-
 import pytest
 import tensorflow as tf
 from random_captioner import make_captioner
 
+from tools import benchmark
 from tools.benchmarks import generate, memory, score
 
-TOOL = pathlib.Path(__file__).parents[2] / "tools" / "benchmark.py"
 
-
-@pytest.fixture(name="benchmark", scope="module")
-def _benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_benchmark_can_be_loaded(benchmark):
+def test_every_benchmark_can_be_loaded():
     for name in benchmark.BENCHMARKS:
         module = benchmark.load([name])
         assert callable(module.define_flags) and callable(module.run)

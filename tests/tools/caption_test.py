@@ -1,6 +1,5 @@
 """Captions from a run's folder alone, whatever the pictures are like."""
 
-import importlib.util
 import json
 import os
 
@@ -9,11 +8,12 @@ import pytest
 import tensorflow as tf
 import tiny
 from absl import flags
-from conftest import ROOT
 from PIL import Image
+from tool_flags import defined
 
 from cappa_tf.evaluation import picture_captions
 from cappa_tf.training import workdir
+from tools import caption
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +48,8 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "caption.py"
-    spec = importlib.util.spec_from_file_location("caption_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before = set(flags.FLAGS)
-    module.define_flags()
-    added = set(flags.FLAGS) - before
-    yield module
-    for name in added:
-        delattr(flags.FLAGS, name)
+    with defined(caption) as tool:
+        yield tool
 
 
 def _run(tool, capsys, *arguments):

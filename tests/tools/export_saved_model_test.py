@@ -1,34 +1,24 @@
 """tools/export.py --what=saved_model: from the folder of a run to a server."""
 
-import importlib.util
 import os
 
 import pytest
 from absl import flags
-from conftest import ROOT
+
+from tools import export
 
 pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
 
 
-@pytest.fixture(scope="module")
-def tool():
-    path = ROOT / "tools" / "export.py"
-    spec = importlib.util.spec_from_file_location("export_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _export(tool, *arguments):
+def _export(*arguments):
     values = flags.FlagValues()
-    tool.define_flags(values)
+    export.define_flags(values)
     values(["export.py", *arguments])
-    return tool.export(values)
+    return export.export(values)
 
 
-def test_it_writes_a_version_and_what_starts_a_server(tool, served, tmp_path):
+def test_it_writes_a_version_and_what_starts_a_server(served, tmp_path):
     said = _export(
-        tool,
         "--what=saved_model",
         f"--checkpoint={served.run}",
         f"--output={tmp_path}",
@@ -60,10 +50,9 @@ def test_it_writes_a_version_and_what_starts_a_server(tool, served, tmp_path):
         ("saved_model", "--max_length=9", "at most the decoder's 8"),
     ],
 )
-def test_flags_that_do_not_fit(tool, served, tmp_path, what, flag, message):
+def test_flags_that_do_not_fit(served, tmp_path, what, flag, message):
     with pytest.raises(ValueError, match=message):
         _export(
-            tool,
             f"--what={what}",
             f"--checkpoint={served.run}",
             f"--output={tmp_path}/out.keras",
@@ -72,10 +61,9 @@ def test_flags_that_do_not_fit(tool, served, tmp_path, what, flag, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_without_its_vocabulary_is_not_enough(tool, served, tmp_path):
+def test_a_file_without_its_vocabulary_is_not_enough(served, tmp_path):
     with pytest.raises(ValueError, match="must be the folder of a run"):
         _export(
-            tool,
             "--what=saved_model",
             f"--checkpoint={served.run}/captioner.keras",
             f"--output={tmp_path}",

@@ -1,6 +1,5 @@
 """Promises of tools/prepare_data.py: a data set, or nothing and a reason."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,8 +11,10 @@ import tensorflow as tf
 from absl import flags
 from conftest import ROOT, shared_data
 from PIL import Image
+from tool_flags import defined
 
 from cappa_tf.data import conversion, sources, tfrecord
+from tools import prepare_data
 
 TOOL = ROOT / "tools" / "prepare_data.py"
 # Runs the tool with arguments 2, ... and kills itself at rename number
@@ -36,14 +37,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("prepare_data_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before = set(flags.FLAGS)
-    module.define_flags()
-    yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    with defined(prepare_data) as tool:
+        yield tool
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The client against a server: both protocols, and what goes wrong."""
 
 import base64
-import importlib.util
 import json
 import pathlib
 import re
@@ -11,7 +10,6 @@ import urllib.request
 import numpy as np
 import pytest
 from absl import flags
-from conftest import ROOT
 from PIL import Image
 
 pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
@@ -21,29 +19,21 @@ import serving
 from cappa_tf.data import picture_files
 from cappa_tf.evaluation import captioning, picture_captions
 from cappa_tf.training import workdir
+from tools import serving_client
 
 TEXTS = ["red circle", "green"]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    path = ROOT / "tools" / "serving_client.py"
-    spec = importlib.util.spec_from_file_location("serving_client", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(tool, capsys, monkeypatch):
+def run(capsys, monkeypatch):
     """Runs the tool; returns exit code, stdout, stderr."""
 
     def call(*arguments):
         values = flags.FlagValues()
-        tool.define_flags(values)
+        serving_client.define_flags(values)
         monkeypatch.setattr(flags, "FLAGS", values)
         rest = values(["serving_client.py", *map(str, arguments)])
-        return tool.main(rest), *capsys.readouterr()
+        return serving_client.main(rest), *capsys.readouterr()
 
     return call
 

@@ -1,27 +1,20 @@
 """Promises of tools/train_tokenizer.py: the training captions' vocabulary."""
 
-import importlib.util
 import io
 import tarfile
 
 import pytest
 from absl import flags
-from conftest import ROOT
+from tool_flags import defined
 
 from cappa_tf.data import tfrecord, tokenizer
+from tools import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "train_tokenizer.py"
-    spec = importlib.util.spec_from_file_location("train_tokenizer_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before = set(flags.FLAGS)
-    module.define_flags()
-    yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    with defined(train_tokenizer) as tool:
+        yield tool
 
 
 @pytest.fixture
