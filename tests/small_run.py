@@ -10,6 +10,7 @@ from PIL import Image
 from cappa_tf.data import tfrecord
 from cappa_tf.data.pipeline import CaptionDataset
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
+from cappa_tf.evaluation.perplexity import Perplexity
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
@@ -86,7 +87,14 @@ def make_model(folder, remat=False, num_layers=1, **kwargs):
 
 
 def run(folder, workdir, **overrides):
-    """Trains; returns what `train` does."""
+    """Trains; returns what `train` does.
+
+    Args:
+        folder: Of the data.
+        workdir: Of the run.
+        **overrides: Arguments of `train`, and `evaluate`: whether to measure
+            perplexity while it trains.
+    """
     folder, workdir = str(folder), str(workdir)
     arguments = {
         "model": lambda: make_model(folder),
@@ -109,6 +117,9 @@ def run(folder, workdir, **overrides):
         "deterministic": True,
         "strategy": "one",
     }
+    if overrides.pop("evaluate", False):
+        arguments["evaluators"] = [Perplexity(folder, "val", blind=True)]
+        arguments["evaluator_steps"] = 10
     return train(workdir=workdir, **arguments | overrides)
 
 
@@ -151,7 +162,13 @@ def worker(index, folder, workdir, blow=None, sample_images=0):
     """
     if blow is not None and blow[0] == index:
         signal_after(*blow[1:])
-    figures = run(folder, workdir, strategy="auto", sample_images=sample_images)
+    figures = run(
+        folder,
+        workdir,
+        strategy="auto",
+        sample_images=sample_images,
+        evaluate=True,
+    )
     print("figures", figures, flush=True)
 
 

@@ -44,16 +44,15 @@ def data(tmp_path_factory):
 def one_device(data, tmp_path_factory):
     """Folder of a run of 20 steps on one device, never interrupted."""
     folder = str(tmp_path_factory.mktemp("one"))
-    small_run.run(data, folder, deterministic=False, sample_images=0)
+    small_run.run(
+        data, folder, deterministic=False, sample_images=0, evaluate=True
+    )
     return folder
 
 
 def _assert_same_run(one, other):
     for tag in FIGURES:
-        wanted, found = (small_run.logged(f, tag) for f in (one, other))
-        assert wanted.keys() == found.keys() and wanted, tag
-        for step, value in wanted.items():
-            assert found[step] == pytest.approx(value, rel=1e-5), (tag, step)
+        _assert_same_figures(one, other, tag)
     arrays = small_run.saved(one), small_run.saved(other)
     assert arrays[0].keys() == arrays[1].keys()
     for name, array in arrays[0].items():
@@ -73,7 +72,16 @@ def _assert_same_run(one, other):
     for folder in (one, other):
         with open(os.path.join(folder, "results.json")) as file:
             results.append(json.load(file))
+    assert "evaluation/perplexity/blind/perplexity" in results[0]
     assert results[1] == pytest.approx(results[0], rel=1e-5)
+    _assert_same_figures(one, other, "evaluation/perplexity/nll_per_token")
+
+
+def _assert_same_figures(one, other, tag):
+    wanted, found = (small_run.logged(f, tag) for f in (one, other))
+    assert wanted.keys() == found.keys() and wanted, tag
+    for step, value in wanted.items():
+        assert found[step] == pytest.approx(value, rel=1e-5), (tag, step)
 
 
 def test_accumulated_microbatches_are_the_same_run(data, one_device, tmp_path):
@@ -85,7 +93,9 @@ def test_two_devices_are_the_same_run(data, one_device, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer, "make_strategy", lambda name, devices: two_devices()
     )
-    small_run.run(data, tmp_path, deterministic=False, sample_images=0)
+    small_run.run(
+        data, tmp_path, deterministic=False, sample_images=0, evaluate=True
+    )
     _assert_same_run(one_device, str(tmp_path))
 
 
