@@ -16,6 +16,7 @@ import tensorflow as tf
 from cappa_tf import checks
 from cappa_tf.data import (
     arguments,
+    augmentation,
     decoding,
     images,
     memory,
@@ -230,7 +231,7 @@ class CaptionDataset:
         def finish(batch):
             self._skips.report(batch, diagnose, "train", start_index)
             batch = decoding.replace_bad(batch)
-            image = images.augment(
+            image = augmentation.augment(
                 batch["image"],
                 self.image_size,
                 seed,
