@@ -1,0 +1,170 @@
+"""What an export writes: versions, and what a server starts with."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+
+import serving
+from google.protobuf import text_format
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from cappa_tf.export import saved_model, serving_files
+
+
+def test_the_server_ran_the_warm_up_requests(served):
+    file = served.model / "1" / "assets.extra" / "tf_serving_warmup_requests"
+    records = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        for record in tf.data.TFRecordDataset(str(file))
+    ]
+    assert served.warmed_up == len(records)
+    requests = [record.predict_log.request for record in records]
+    signatures = {request.model_spec.signature_name for request in requests}
+    assert signatures == {"serving_default", "caption", "score", "embed"}
+    sizes = {
+        request.inputs["image_bytes"].tensor_shape.dim[0].size
+        for request in requests
+    }
+    assert sizes == {1, 3}
+
+
+def test_nothing_is_compiled_by_xla(served):
+    """A GPU server does not load what is (tensorflow/serving#2214)."""
+    graph = (served.model / "1" / "saved_model.pb").read_bytes()
+    (meta,) = saved_model_pb2.SavedModel.FromString(graph).meta_graphs
+    functions = meta.graph_def.library.function
+    nodes = [*meta.graph_def.node, *(n for f in functions for n in f.node_def)]
+    assert not any(
+        value.attr["_XlaMustCompile"].b
+        for value in [*nodes, *functions]
+        if "_XlaMustCompile" in value.attr
+    )
+
+
+def test_files_beside_the_versions_fit_it(served):
+    config = text_format.Parse(
+        (served.model / "models.config").read_text(),
+        model_server_config_pb2.ModelServerConfig(),
+    )
+    (model,) = config.model_config_list.config
+    assert model.name == serving.NAME
+    assert model.base_path == f"/models/{serving.NAME}"
+    batching = (served.model / "batching_parameters.txt").read_text()
+    # Larger ones the graph would refuse, those of other clients with them.
+    assert f"max_batch_size {{ value: {serving.MAX_BATCH_SIZE} }}" in batching
+
+
+def test_manifests_start_the_server_on_these_files(served):
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load((served.model / "docker-compose.yaml").read_text())
+    deployment, service = yaml.safe_load_all(
+        (served.model / "kubernetes.yaml").read_text()
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (composed,) = compose["services"].values()
+    assert container["args"] == composed["command"]
+    assert container["image"] == composed["image"]
+    mount = f"/models/{serving.NAME}"
+    assert container["volumeMounts"][0]["mountPath"] == mount
+    assert composed["volumes"] == [f".:{mount}:ro"]
+    for path in re.findall(rf"={mount}/(\S+)", " ".join(composed["command"])):
+        assert (served.model / path).is_file()
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {"grpc": 8500, "rest": 8501}
+
+
+def _only_make_the_folder(module, path, signatures):
+    os.mkdir(path)
+
+
+def test_a_version_is_there_whole_or_not_at_all(served, tmp_path, monkeypatch):
+    def full_disk(path, *_):
+        assert os.path.isdir(path)
+        raise OSError("No space left on device")
+
+    service = serving.service(served.run)
+    monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
+    monkeypatch.setattr(serving_files, "write_warmup", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        saved_model.export_saved_model(tmp_path, service)
+    assert os.listdir(tmp_path) == []
+
+
+def test_versions_count_up_and_are_never_replaced(
+    served, tmp_path, monkeypatch
+):
+    # What is tested is where it is written.
+    monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
+    service = serving.service(served.run)
+
+    def export(**options):
+        path = saved_model.export_saved_model(tmp_path, service, **options)
+        return os.path.relpath(path, tmp_path)
+
+    assert export() == "1"
+    assert export(version=7) == "7"
+    assert export() == "8"
+    with pytest.raises(ValueError, match="version=7, but .*7 exists"):
+        export(version=7)
+    with pytest.raises(ValueError, match="`version` must be an integer >= 1"):
+        export(version=0)
+    with pytest.raises(ValueError, match="`name` must be lower-case"):
+        export(name="Cap/tioner")
+
+
+def test_saved_model_cli_runs_it(served, tmp_path):
+    """The command of TensorFlow, with TensorFlow Text's ops loaded."""
+    inputs = tmp_path / "images.npy"
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 30, 60)).save(picture, "PNG")
+    content = picture.getvalue()
+    np.save(inputs, np.array([content]))
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import tensorflow_text\n"
+            "from tensorflow.python.tools import saved_model_cli\n"
+            "saved_model_cli.main()",
+            "run",
+            f"--dir={served.model / '1'}",
+            "--tag_set=serve",
+            "--signature_def=caption",
+            f"--inputs=image_bytes={inputs}",
+            f"--outdir={tmp_path}",
+        ],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Result for output key caption" in result.stdout
+    answer = served.predict("caption", image_bytes=[content])
+    np.testing.assert_allclose(
+        np.load(tmp_path / "log_likelihood.npy"),
+        answer["log_likelihood"],
+        atol=1e-3,
+    )
+
+
+def test_limits_are_checked(served):
+    with pytest.raises(ValueError, match="at most the decoder's 8"):
+        serving.service(served.run, max_length=9)
+    with pytest.raises(ValueError, match="`max_length` must be"):
+        serving.service(served.run, max_length=0)
+    with pytest.raises(ValueError, match="`max_batch_size` must be"):
+        serving.service(served.run, max_batch_size=0)
