@@ -210,6 +210,11 @@ class MixedRecords(Records):
         for records in self._members:
             records.check(counter)
 
+    def check_captions(self):
+        """As `Records.check_captions`, of each source."""
+        for records in self._members:
+            records.check_captions()
+
     def numbers(self, reading, start_index):
         """As `Records.numbers`: those of a source follow the one before."""
         begins = np.cumsum([0] + [r.num_examples for r in self._members])

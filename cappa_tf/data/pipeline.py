@@ -365,6 +365,7 @@ class CaptionDataset:
         """Opens records and vocabulary; checks the files."""
         if self.tokenizer is not None:
             self.tokenizer.load()
+            self.records.check_captions()
         if self._skips is None:
             counter = skips.SkipCounter(
                 self.max_skipped_fraction,

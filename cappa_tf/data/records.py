@@ -128,6 +128,21 @@ class Records:
             ValueError: Too much is missing, or the data are others.
         """
 
+    def check_captions(self):
+        """Refuses records that are known to have no caption at all.
+
+        Raises:
+            ValueError: They have none.
+        """
+        if self._max_captions == 0:
+            raise ValueError(
+                f"{self.name}: no record has a caption. {self._where_to_look()}"
+            )
+
+    def _where_to_look(self):
+        """Where captions would be, for the message that there are none."""
+        return ""
+
     def read_examples(self, limit=None):
         """The records as `tfrecord.Example`s, in order.
 

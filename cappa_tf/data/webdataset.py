@@ -68,7 +68,7 @@ class WebDataset:
         files = index.find_files(self._path, split, ".tar")
         settings = ["tar", split, *self._names, self._caption_per_line]
         shards = index.Index(files, settings, self._scan)
-        return _TarRecords(f"{self.name} {split}", shards)
+        return _TarRecords(f"{self.name} {split}", shards, self._names[1])
 
     def _scan(self, path, output):
         """Writes the rows of one shard; see `index.Index`."""
@@ -234,9 +234,10 @@ def _bytes_feature(values):
 class _TarRecords(Records):
     """The samples of indexed tar files."""
 
-    def __init__(self, name, shards):
+    def __init__(self, name, shards, captions):
         super().__init__(name, shards.shards)
         self._index = shards
+        self._captions = captions
         self._max_captions = max(s.max_captions for s in self.shards)
         with tf.device("CPU:0"):
             self._paths = tf.constant([s.path for s in self.shards])
@@ -250,6 +251,13 @@ class _TarRecords(Records):
     def check(self, counter):
         """As `Records.check`."""
         self._index.check(counter)
+
+    def _where_to_look(self):
+        first = next(_Shard(self.shards[0].path).samples(()))
+        return (
+            f"They are looked for in {', '.join(self._captions)}; the first "
+            f"sample, {first.key}, has {', '.join(sorted(first.files))}"
+        )
 
     def read(self, shard, skip, count):
         """As `Records.read`.

@@ -132,24 +132,25 @@ def test_stops_above_the_bound(data, cache):
         raise dataset.failure
 
 
+class Lengths:
+    """Stands for a tokenizer: a caption's length is its only token."""
+
+    max_length = 1
+    pad_id = 0
+
+    def load(self):
+        pass
+
+    def __call__(self, captions):
+        return tf.strings.length(captions)[..., tf.newaxis]
+
+
 def test_records_without_caption_are_bad_where_captions_are_wanted(tmp_path):
     examples = [_record(i) for i in (0, 1, 2, 3)]
     examples[1].captions = []
     examples[2].captions = ["", "  "]
     examples[3].captions = ["", "real"]
     tfrecord.write_dataset({"train": examples}, tmp_path, "d", 1)
-
-    class Lengths:
-        """Stands for a tokenizer: a caption's length is its only token."""
-
-        max_length = 1
-        pad_id = 0
-
-        def load(self):
-            pass
-
-        def __call__(self, captions):
-            return tf.strings.length(captions)[..., tf.newaxis]
 
     dataset = pipeline.CaptionDataset(
         tmp_path, "train", Lengths(), 4, max_skipped_fraction=0.5
@@ -158,6 +159,18 @@ def test_records_without_caption_are_bad_where_captions_are_wanted(tmp_path):
     assert batch["_mask"].tolist() == [1, 0, 0, 1]
     assert batch["labels"][:, 0].tolist() == [9, 0, 0, 4]
     assert dataset.skipped == {"no caption": 2}
+
+
+def test_data_without_any_caption_are_refused_at_once(tmp_path):
+    examples = [_record(i) for i in (0, 1)]
+    for example in examples:
+        example.captions = []
+    tfrecord.write_dataset({"train": examples}, tmp_path, "d", 1)
+    dataset = pipeline.CaptionDataset(
+        tmp_path, "train", Lengths(), 4, max_skipped_fraction=1.0
+    )
+    with pytest.raises(ValueError, match="train: no record has a caption"):
+        dataset.train(2)
 
 
 def _shards(path):

@@ -234,3 +234,14 @@ def test_no_records_at_all(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match="must hold records.*damaged shard"):
         webdataset.WebDataset(tmp_path).split("train")
+
+
+def test_captions_under_another_name(shards):
+    source = webdataset.WebDataset(shards, captions=("caption", "json:text"))
+    assert len(list(source.split("train").read_examples())) == 80
+    message = (
+        "no record has a caption. They are looked for in caption, json:text; "
+        "the first sample, train-0.tar/some.folder/0000, has jpg, seg.png, txt"
+    )
+    with pytest.raises(ValueError, match=message):
+        source.split("train").check_captions()
