@@ -82,11 +82,7 @@ def define_flags(flag_values=flags.FLAGS):
         **where,
     )
     flags.DEFINE_integer(
-        "batch_size",
-        32,
-        "Pictures at once.",
-        lower_bound=1,
-        **where,
+        "batch_size", 32, "Pictures at once.", lower_bound=1, **where
     )
     flags.DEFINE_string(
         "output",
