@@ -215,12 +215,16 @@ def cut_padding(labels):
 
     What is only known when a graph runs keeps its length.
     """
-    labels = tf.convert_to_tensor(labels, tf.int32)
-    known = tf.get_static_value(labels)
+    # A graph captures a tensor of more than 128 elements as one whose values
+    # it does not know: they are looked at before, and kept as a constant.
+    known = labels
+    if tf.is_tensor(labels):
+        known = tf.get_static_value(labels)
     if known is None:
-        return labels
+        return tf.cast(labels, tf.int32)
+    known = np.asarray(known, np.int32)
     used = np.flatnonzero((known != 0).reshape(-1, known.shape[-1]).any(0))
-    return labels[..., : int(np.max(used, initial=0)) + 1]
+    return tf.constant(known[..., : int(np.max(used, initial=0)) + 1])
 
 
 def _batch_size(memory):

@@ -101,6 +101,24 @@ def test_score_in_a_graph(captioner, images, known):
     np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_many_labels_share_prefixes_in_a_graph(captioner, images, monkeypatch):
+    """However many: TensorFlow keeps the values of 128 elements by itself."""
+    labels = texts(40)
+    assert labels.size > 128
+    used, real = [], scoring.score_groups
+
+    def score_groups(decoder, memory, groups, chunk_size):
+        used.append(groups)
+        return real(decoder, memory, groups, chunk_size)
+
+    monkeypatch.setattr(scoring, "score_groups", score_groups)
+    for given in (labels, tf.constant(labels)):
+        score = tf.function(lambda x, given=given: captioner.score(x, given))
+        wanted = one_by_one(captioner, images, labels)
+        np.testing.assert_allclose(score(images), wanted, rtol=1e-4, atol=1e-4)
+    assert len(used) == 2
+
+
 def test_a_shared_prefix_is_one_node():
     """ "7 8 2 eos" and "7 8 3 eos": prefixes "", 7, 7 8, 7 8 2 and 7 8 3."""
     groups = scoring.group_by_prefix(np.array([[7, 8, 2, 1], [7, 8, 3, 1]]))
