@@ -258,11 +258,11 @@ class Inference:
 
     def _label_ids(self, labels):
         """int32 [T, L] of token ids or of strings."""
-        if not tf.is_tensor(labels):
+        known = tf.get_static_value(labels) if tf.is_tensor(labels) else labels
+        if known is not None:
             # Known now, also where a graph is traced.
             with tf.init_scope():
-                labels = tf.convert_to_tensor(labels)
-                return self._ids_of_tensor(labels)
+                return self._ids_of_tensor(tf.convert_to_tensor(known))
         return self._ids_of_tensor(labels)
 
     def _ids_of_tensor(self, labels):

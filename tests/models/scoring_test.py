@@ -112,8 +112,12 @@ def test_many_labels_share_prefixes_in_a_graph(captioner, images, monkeypatch):
         return real(decoder, memory, groups, chunk_size)
 
     monkeypatch.setattr(scoring, "score_groups", score_groups)
-    for given in (labels, tf.constant(labels)):
-        score = tf.function(lambda x, given=given: captioner.score(x, given))
+    # By closure: a default argument would be an input of the graph.
+    known, tensor = labels, tf.constant(labels)
+    for score in (
+        tf.function(lambda x: captioner.score(x, known)),
+        tf.function(lambda x: captioner.score(x, tensor)),
+    ):
         wanted = one_by_one(captioner, images, labels)
         np.testing.assert_allclose(score(images), wanted, rtol=1e-4, atol=1e-4)
     assert len(used) == 2
