@@ -8,11 +8,13 @@ import sys
 import pytest
 from conftest import ROOT
 
+from cappa_tf.data import memory
+
 # Takes, fills and frees the memory of 500 records as TensorFlow does, by the
 # C library's malloc, and prints the page faults of the second and fourth time.
-_TAKE_AND_FREE = """
+_TAKE_AND_FREE = f"""
 import ctypes, json, resource
-from cappa_tf.data import memory
+import {memory.__name__} as memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
