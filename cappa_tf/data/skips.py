@@ -37,6 +37,7 @@ class SkipCounter:
         self._name = name
         self._counts = collections.Counter()
         self._positions = set()
+        self._seen = 0
         self.failure = None
         self._lock = threading.Lock()
 
@@ -66,16 +67,20 @@ class SkipCounter:
             self._counts[reason] += 1
             count = self._counts[reason]
             total = sum(self._counts.values())
+            # Batches are decoded side by side and may report out of order;
+            # what came of the later one stays read.
+            self._seen = max(self._seen, seen)
+            allowed = self.allowed(self._seen)
         if count <= self.MOST_NAMES:
             last = " (no more names)" if count == self.MOST_NAMES else ""
             logging.warning(
                 "%s: skipped %s: %s%s", self._name, name, reason, last
             )
-        if total > self.allowed(seen):
+        if total > allowed:
             self.failure = ValueError(
                 f"{self._name}: {total} records were skipped, more than "
                 f"max_skipped_fraction={self.max_fraction} allows "
-                f"({self.allowed(seen)}): {self.counts}. The last one: {name}"
+                f"({allowed}): {self.counts}. The last one: {name}"
             )
             raise self.failure
 

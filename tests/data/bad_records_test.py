@@ -79,7 +79,7 @@ def counts(records):
 
 @pytest.mark.parametrize("cache", ["stream", "records", "images"])
 def test_training_goes_on_around_bad_records(data, cache):
-    dataset = make(data, cache=cache)
+    dataset = make(data, cache=cache, max_skipped_fraction=1.0)
     batches = list(dataset.train().take(5).as_numpy_iterator())
     index = np.concatenate([batch["index"] for batch in batches])
     np.testing.assert_array_equal(index, np.arange(COUNT))
@@ -222,6 +222,10 @@ def test_bound_is_of_an_epoch_first_and_then_of_what_was_seen():
     assert counter.allowed(seen=500) == 10
     assert counter.allowed(seen=5000) == 50
     assert skips.SkipCounter(0.001, 100, "data").allowed() == 1
+    # Batches that report out of order are not held against each other.
+    late = skips.SkipCounter(0.1, 10, "data")
+    late.add("reason", "later", seen=100)
+    late.add("reason", "sooner", seen=5)
     strict = skips.SkipCounter(0, 100, "data")
     with pytest.raises(ValueError, match="the-name"):
         strict.add("reason", "the-name")
@@ -248,7 +252,17 @@ def test_a_flipped_bit_costs_one_record(data, cache):
     for number in (2, 11):
         _damage(_shards(data)[0].path, number)
     lost = {4, 22}
-    dataset = make(data, cache=cache, num_readers=2)
+    # How far a stream is read ahead depends on the machine, so what is counted
+    # to the record is an evaluation, which reads each record once.
+    evaluated = make(data)
+    list(evaluated.evaluate())
+    assert evaluated.skipped["lost record"] == len(lost)
+    options = {
+        "cache": cache,
+        "num_readers": 2,
+        "max_skipped_fraction": 1.0,
+    }
+    dataset = make(data, **options)
     whole = [
         (index, number)
         for batch in dataset.train().take(5).as_numpy_iterator()
@@ -257,9 +271,9 @@ def test_a_flipped_bit_costs_one_record(data, cache):
     assert {number for _, number in whole} == set(range(COUNT)) - set(
         BAD
     ) - lost
-    assert dataset.skipped["lost record"] == len(lost)
+    assert dataset.skipped["lost record"] >= len(lost)
     # Going on behind the damage, the same records come.
-    later = make(data, cache=cache, num_readers=2)
+    later = make(data, **options)
     for batch in later.train(start_index=32).take(1).as_numpy_iterator():
         assert list(zip(batch["index"], numbers(batch))) == whole[32:]
 
@@ -291,4 +305,4 @@ def test_a_shard_that_vanishes_during_the_run(data, bound):
     with pytest.raises(tf.errors.OpError, match="max_skipped_fraction=0.3"):
         for _ in range(12):
             next(stream)
-    assert os.path.basename(path) in str(dataset.failure)
+    assert "'lost record': " in str(dataset.failure)

@@ -120,7 +120,8 @@ def test_every_image_once_though_the_last_batch_is_padded(result, dataset):
 def test_the_batch_size_changes_nothing(captioner, tokenizer, dataset, result):
     other = captioning.evaluate_captions(captioner, dataset, tokenizer, 5)
     captions = [row.caption for row in result.rows]
-    assert len(set(captions)) == 5
+    # Some untrained captions are equal, which ones the CPU's rounding decides.
+    assert len(set(captions)) > 1
     assert [row.caption for row in other.rows] == captions
     for name, value in result.metrics.items():
         assert other.metrics[name] == pytest.approx(value, rel=1e-5), name
