@@ -205,7 +205,7 @@ def _texts(options):
             f"at least one. Received: --signature={options.signature}, "
             f"{len(texts)} texts"
         )
-    return texts
+    return list(dict.fromkeys(texts))  # The answer has each text once.
 
 
 def _print(row, table):

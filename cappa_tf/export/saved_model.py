@@ -286,10 +286,11 @@ def export_saved_model(output, service, *, name="captioner", version=None):
             service.resources(), unfinished, signatures=service.signatures()
         )
         serving_files.write_warmup(unfinished, service, name)
+        # Last, so that a version never stands without its configuration.
+        serving_files.write_configuration(output, service, name)
         os.rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    serving_files.write_configuration(output, service, name)
     return path
 
 

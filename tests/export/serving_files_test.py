@@ -90,14 +90,17 @@ def _only_make_the_folder(module, path, signatures):
     os.mkdir(path)
 
 
-def test_a_version_is_there_whole_or_not_at_all(served, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["write_warmup", "write_configuration"])
+def test_a_version_is_there_whole_or_not_at_all(
+    served, tmp_path, monkeypatch, step
+):
     def full_disk(path, *_):
         assert os.path.isdir(path)
         raise OSError("No space left on device")
 
     service = serving.service(served.run)
     monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
-    monkeypatch.setattr(serving_files, "write_warmup", full_disk)
+    monkeypatch.setattr(serving_files, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         saved_model.export_saved_model(tmp_path, service)
     assert os.listdir(tmp_path) == []
