@@ -229,7 +229,7 @@ class CaptionDataset:
         diagnose = self._decoder(self.image_size, None).diagnose
 
         def finish(batch):
-            self._skips.report(batch, diagnose, "train", start_index)
+            self._skips.report(batch, diagnose, "train", start_index, num_hosts)
             batch = decoding.replace_bad(batch)
             image = augmentation.augment(
                 batch["image"],

@@ -58,7 +58,7 @@ class SkipCounter:
         Args:
             reason: What is wrong with it, to count by.
             name: Its key or file.
-            seen: Examples read so far, good or bad.
+            seen: Examples this process has read so far, good or bad.
 
         Raises:
             ValueError: More were skipped than is allowed.
@@ -84,7 +84,7 @@ class SkipCounter:
             )
             raise self.failure
 
-    def report(self, batch, diagnose, stream, start_index=0):
+    def report(self, batch, diagnose, stream, start_index=0, num_hosts=1):
         """Counts the bad records of a batch, in a tf.data graph.
 
         Python is called only for a batch that has some. A position of a
@@ -96,6 +96,7 @@ class SkipCounter:
             diagnose: Function of a serialized record to (reason, name).
             stream: Name of the stream.
             start_index: Position the stream started at.
+            num_hosts: How many share the stream; each counts its own part.
         """
         raw = batch["raw"]
         bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
@@ -107,7 +108,8 @@ class SkipCounter:
                     continue
                 self._positions.add((stream, position))
                 reason, name = diagnose(serialized)
-                self.add(reason, name, int(position) - start_index + 1)
+                read = int(position) - start_index + 1
+                self.add(reason, name, -(-read // num_hosts))
             return 0
 
         tf.cond(

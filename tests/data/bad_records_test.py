@@ -231,6 +231,34 @@ def test_bound_is_of_an_epoch_first_and_then_of_what_was_seen():
         strict.add("reason", "the-name")
 
 
+@pytest.mark.parametrize(("num_hosts", "stops"), [(1, False), (4, True)])
+def test_each_host_is_judged_by_what_it_read_itself(num_hosts, stops):
+    positions = [68, 72, 76]
+    batch = {
+        "ok": tf.constant([False] * 3),
+        "raw": tf.constant(["bad"] * 3),
+        "index": tf.constant(positions, tf.int64),
+    }
+    counter = skips.SkipCounter(0.1, 10, "data")
+
+    def report():
+        counter.report(
+            batch,
+            lambda record: ("reason", "name"),
+            "train",
+            num_hosts=num_hosts,
+        )
+
+    if stops:  # 3 of the 20 that one of four hosts has read.
+        with pytest.raises(
+            tf.errors.OpError, match=r"3 records .*allows \(2\)"
+        ):
+            report()
+    else:  # 3 of 77.
+        report()
+        assert counter.counts == {"reason": 3}
+
+
 def _damage(path, number):
     """Flips a bit in the middle of record `number` of a TFRecord file."""
     with open(path, "rb") as file:
