@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
+from cappa_tf import console
 from cappa_tf.checks import parse_height_width
 
 
@@ -200,6 +201,7 @@ def main(argv):
     """Exports; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    console.hide_tensorflow_info()
     try:
         print(export(flags.FLAGS))
     except (ValueError, OSError) as error:

@@ -22,13 +22,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from cappa_tf import config
+from cappa_tf import config, console
 
 
 def main(argv):
     """Parses and checks the configuration, then runs it."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    console.hide_tensorflow_info()
     # TensorFlow takes seconds to load: --help need not wait for it.
     from cappa_tf.data import memory
     from cappa_tf.training.hosts import WorkerLostError
