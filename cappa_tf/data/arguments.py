@@ -40,7 +40,7 @@ def caption_dataset(data):
     for name in ("seed", "shuffle_buffer", "shift"):
         checks.check_integer(name, getattr(data, name), 0)
     checks.check_integer("num_readers", data.num_readers, 1)
-    for name in ("batch_size", "max_pixels", "num_parallel_calls"):
+    for name in ("batch_size", "max_pixels", "max_words", "num_parallel_calls"):
         if getattr(data, name) is not None:
             checks.check_integer(name, getattr(data, name), 1)
     if data.captions_per_image != "all":

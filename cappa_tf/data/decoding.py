@@ -37,6 +37,8 @@ class RecordDecoder:
         seed: Seed of the choice of captions, or None for the first K.
         reduced: Whether a JPEG is decoded at the smallest scale that still
             covers what it is resized to (`images.decode`).
+        max_words: Captions of more words are not chosen, but where a record
+            has none else its shortest ones are; None for no such limit.
         records: The `records.Records` to be decoded, which know how to parse
             one; by default those of `tfrecord.py`.
     """
@@ -51,6 +53,7 @@ class RecordDecoder:
         num_captions,
         seed,
         reduced,
+        max_words=None,
         records=tfrecord,
     ):
         self.size = size
@@ -60,6 +63,7 @@ class RecordDecoder:
         self.max_pixels = max_pixels
         self.num_captions = num_captions
         self.seed = seed
+        self.max_words = max_words
         self.at_least = None
         if reduced:
             squash = resize == "squash"
@@ -95,7 +99,7 @@ class RecordDecoder:
 
         Returns:
             A dict: "image" uint8 [C, H, W, 3], "captions" string [C, K],
-            "count" int32 [C] (captions the record has), "label" and "index"
+            "count" int32 [C] (captions to choose from), "label" and "index"
             int64 [C], "ok" bool [C], "raw" string [C]: the record where it is
             bad (the other entries then mean nothing), "" elsewhere.
         """
@@ -130,7 +134,7 @@ class RecordDecoder:
         }
 
     def _choose(self, captions, index):
-        """Chooses among the captions that are not blank.
+        """Chooses among the captions that are neither blank nor too long.
 
         For a whole chunk at once: many small operations, which would cost a
         tenth of the decoding if each record went through them.
@@ -140,15 +144,18 @@ class RecordDecoder:
             index: int64 [C].
 
         Returns:
-            string [C, K], and int32 [C], how many each record has.
+            string [C, K], and int32 [C], how many each record has to choose
+            from: 0 only where all are blank.
         """
         captions = tf.strings.strip(captions)
-        real = tf.strings.length(captions) > 0
-        counts = tf.reduce_sum(tf.cast(real, tf.int32), axis=1)
+        usable = tf.strings.length(captions) > 0
+        if self.max_words is not None:
+            usable &= _are_short(captions, usable, self.max_words)
+        counts = tf.reduce_sum(tf.cast(usable, tf.int32), axis=1)
         slots = choose_slots(
             self.seed, index, tf.maximum(counts, 1), self.num_captions
         )
-        first = tf.argsort(tf.cast(~real, tf.int32), axis=1, stable=True)
+        first = tf.argsort(tf.cast(~usable, tf.int32), axis=1, stable=True)
         numbers = tf.gather(first, slots, batch_dims=1)
         return tf.gather(captions, numbers, batch_dims=1), counts
 
@@ -226,6 +233,25 @@ class RecordDecoder:
         except tf.errors.OpError:
             return False
         return self.max_pixels is not None and pixels > self.max_pixels
+
+
+def _are_short(captions, real, max_words):
+    """Which captions have few words, or the fewest where none of a row has.
+
+    Args:
+        captions: string [C, M].
+        real: bool [C, M], False for those that do not count.
+        max_words: Most words of a short caption.
+
+    Returns:
+        bool [C, M].
+    """
+    words = tf.strings.split(tf.reshape(captions, [-1])).row_lengths()
+    words = tf.reshape(words, tf.shape(captions))
+    fewest = tf.reduce_min(
+        tf.where(real, words, words.dtype.max), axis=1, keepdims=True
+    )
+    return words <= tf.maximum(fewest, max_words)
 
 
 def choose_slots(seed, index, counts, num_captions):

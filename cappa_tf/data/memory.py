@@ -72,7 +72,7 @@ class DecodedImages:
     Args:
         shards: List of `description.Shard`.
         decoder: A `decoding.RecordDecoder` that gives all captions of a record
-            in order.
+            that it may choose from, in order.
         tokenizer: A `Tokenizer`, or None for no tokens.
         name: What to call the data in messages.
 
@@ -147,7 +147,7 @@ def _chunks(shards, decoder):
 
 
 def _captions(chunk):
-    """The captions a chunk's records have, one after the other."""
+    """The captions to choose from of a chunk, one record after the other."""
     captions = chunk["captions"]  # [C, K], filled up by repetition
     slots = tf.range(tf.shape(captions)[1])[tf.newaxis]
     return tf.boolean_mask(captions, slots < chunk["count"][:, tf.newaxis])

@@ -67,6 +67,10 @@ class CaptionDataset:
         captions_per_image: K, or "all" for the most any record has. `train`
             draws them (without repetition while a record has enough, then all
             over again); `evaluate` takes the first ones.
+        max_words: Words, as spaces part them, of the longest caption `train`
+            draws; of an image that has only longer ones, its shortest. None
+            for no such limit. A model learns the length of its captions, and
+            those of a small one are better short.
         flip: Whether `train` mirrors half of the pictures.
         crop_scale: (least, most) fraction of the area `train` cuts out, or
             None for the whole picture.
@@ -109,6 +113,7 @@ class CaptionDataset:
         shuffle_buffer=4096,
         num_readers=8,
         captions_per_image: int | str = 1,
+        max_words=None,
         flip=False,
         crop_scale=None,
         crop_aspect=(0.75, 4 / 3),
@@ -135,6 +140,7 @@ class CaptionDataset:
         self.shuffle_buffer = shuffle_buffer
         self.num_readers = num_readers
         self.captions_per_image = captions_per_image
+        self.max_words = max_words
         self.flip = flip
         self.crop_scale = crop_scale
         self.crop_aspect = crop_aspect
@@ -311,10 +317,12 @@ class CaptionDataset:
                 num_parallel_calls=2,
             )
         stream = self.records.stream(reading, start_index)
-        decoder = self._decoder(self.decode_size, reading.seed)
+        decoder = self._decoder(
+            self.decode_size, reading.seed, max_words=self.max_words
+        )
         return decoder.batches(stream, batch_size, self.num_parallel_calls)
 
-    def _decoder(self, size, seed, num_captions=None):
+    def _decoder(self, size, seed, num_captions=None, max_words=None):
         return decoding.RecordDecoder(
             size=size,
             resize=self.resize,
@@ -328,6 +336,7 @@ class CaptionDataset:
             ),
             seed=seed,
             reduced=self.reduced_decode,
+            max_words=max_words,
             records=self.records,
         )
 
@@ -355,7 +364,7 @@ class CaptionDataset:
             most = self.max_captions if wanted else 0
             self._pixels = memory.DecodedImages(
                 self.records,
-                self._decoder(self.decode_size, None, most),
+                self._decoder(self.decode_size, None, most, self.max_words),
                 self.tokenizer,
                 name=self.records.name,
             )

@@ -178,6 +178,40 @@ def test_several_captions_are_drawn_without_repetition(data):
     assert len(drawn[3]) > 12
 
 
+@pytest.mark.parametrize("cache", ["stream", "records", "images"])
+def test_long_captions_are_drawn_only_where_there_are_no_others(
+    tmp_path, cache
+):
+    captions = [
+        ["a b c d e", "a b", " a  c ", "a b c"],  # Spaces are no words.
+        ["a b c d", "d e d e", "a b c d e", " "],
+        ["a b c d e"],
+    ]
+    examples = [
+        tfrecord.Example(key=f"k{i}", image=_image(10 * i), captions=some)
+        for i, some in enumerate(captions)
+    ]
+    tfrecord.write_dataset({"train": examples}, tmp_path, "d", 1)
+    everything = [c.strip() for some in captions for c in some]
+    tokenizer.train_tokenizer(everything * 9, tmp_path / "tokenizer.model", 20)
+    dataset = make(
+        tmp_path, cache=cache, captions_per_image=2, max_words=2, batch_size=3
+    )
+    drawn = [set(), set(), set()]
+    for batch in take(dataset.train(), 20):
+        texts = dataset.tokenizer.detokenize(batch["labels"].reshape(-1, 12))
+        for i, n in enumerate(numbers(batch)):
+            drawn[n].add(tuple(texts[2 * i : 2 * i + 2]))
+    assert drawn[0] == {("a b", "a c"), ("a c", "a b")}
+    assert drawn[1] == {("a b c d", "d e d e"), ("d e d e", "a b c d")}
+    assert drawn[2] == {("a b c d e", "a b c d e")}
+    assert dataset.skipped == {}
+    # What is evaluated is the whole of it.
+    labels = take(dataset.evaluate(), 1)[0]["labels"]
+    texts = dataset.tokenizer.detokenize(labels.reshape(-1, 12))
+    assert texts[:2] == ["a b c d e", "a b"]
+
+
 def test_all_captions(data):
     dataset = make(data, captions_per_image="all", cache="stream")
     assert dataset.num_captions == 4
@@ -255,6 +289,7 @@ def test_the_constructor_opens_nothing(tmp_path):
         ({"image_size": "8"}, "image_size='8'"),
         ({"batch_size": 2.0}, "batch_size=2.0"),
         ({"captions_per_image": 0}, "captions_per_image=0"),
+        ({"max_words": 0}, "max_words=0"),
         ({"cache": "disk"}, "cache='disk'"),
         ({"resize": "stretch"}, "resize='stretch'"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
