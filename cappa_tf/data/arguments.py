@@ -77,6 +77,20 @@ def buckets(length_buckets, tokenizer):
     return sorted({*length_buckets, longest})
 
 
+def decode_size(size, image_size, crop_scale):
+    """The (H, W) pictures are held at before cropping; None means by default.
+
+    Args:
+        size: As the user gave it.
+        image_size: (H, W) the model takes.
+        crop_scale: As of `CaptionDataset`.
+    """
+    if size is not None:
+        return checks.height_width("decode_size", size)
+    scale = 1.0 if crop_scale is None else 1.15
+    return tuple(round(side * scale) for side in image_size)
+
+
 def hosts(host, num_hosts):
     """Demands a host's number and their count."""
     checks.check_integer("num_hosts", num_hosts, 1)

@@ -69,8 +69,7 @@ class CaptionDataset:
             over again); `evaluate` takes the first ones.
         max_words: Words, as spaces part them, of the longest caption `train`
             draws; of an image that has only longer ones, its shortest. None
-            for no such limit. A model learns the length of its captions, and
-            those of a small one are better short.
+            for no such limit. `evaluate` has all.
         flip: Whether `train` mirrors half of the pictures.
         crop_scale: (least, most) fraction of the area `train` cuts out, or
             None for the whole picture.
@@ -154,7 +153,9 @@ class CaptionDataset:
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
         arguments.caption_dataset(self)
-        self.decode_size = self._decode_size(decode_size)
+        self.decode_size = arguments.decode_size(
+            decode_size, self.image_size, crop_scale
+        )
         self.resize_small = resize_small or round(
             max(self.image_size) * 256 / 224
         )
@@ -387,13 +388,6 @@ class CaptionDataset:
     def _batch_size(self, batch_size):
         checks.check_integer("batch_size", batch_size or self.batch_size, 1)
         return batch_size or self.batch_size
-
-    def _decode_size(self, decode_size):
-        """The size pictures are held at before cropping."""
-        if decode_size is not None:
-            return checks.height_width("decode_size", decode_size)
-        scale = 1.0 if self.crop_scale is None else 1.15
-        return tuple(round(side * scale) for side in self.image_size)
 
 
 def _cut(labels, buckets, pad_id):
