@@ -30,7 +30,10 @@ def batches_of(captioner, image, text):
         fall that way.
     """
     captioner.masked_pred_prob = 0.5
-    many = {"labels": tf.tile(text[:1], [64, 1]), "index": tf.range(64)}
+    many = {
+        "labels": tf.tile(text[:1, None], [64, 1, 1]),
+        "index": tf.range(64),
+    }
     many["image"] = tf.tile(image[:1], [64, 1, 1, 1])
     drawn = captioner.compute_losses(many, training=True)["parallel"]
     batches = {}
@@ -39,7 +42,7 @@ def batches_of(captioner, image, text):
         assert len(wanted) >= len(text)
         batches[mode] = {
             "image": tf.constant(image),
-            "labels": tf.constant(text, tf.int32),
+            "labels": tf.constant(text[:, None], tf.int32),
             "index": tf.constant(wanted[: len(text)], tf.int64),
         }
     return batches

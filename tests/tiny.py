@@ -67,7 +67,7 @@ class Data:
         image = tf.gather(self._images, index % len(self._images))
         if self._poison is not None:
             image = tf.where(index == self._poison, np.nan, image)
-        labels = tf.gather(self._labels, index % len(self._labels))
+        labels = tf.gather(self._labels, index % len(self._labels))[None]
         return {"image": image, "labels": labels, "index": index}
 
     def train(self, batch_size, start_index=0, seed=0, host=0, num_hosts=1):

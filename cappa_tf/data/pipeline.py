@@ -33,7 +33,7 @@ class CaptionDataset:
     dicts of tensors with a static batch size:
 
         train     "image" float32 [B, H, W, 3] in [-1, 1], "labels" int32
-                  [B, L] ([B, K, L] for several captions an image) and "index"
+                  [B, K, L], K captions an image, and "index"
                   int64 [B], the position in the endless stream.
         evaluate  the same, with the index counting the split's records in
                   order, and "_mask" float32 [B]: 0 for padding (and for bad
@@ -354,8 +354,6 @@ class CaptionDataset:
             labels = self.tokenizer(batch["captions"])  # [B, K, L]
         if self.length_buckets is not None:
             labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
-        if self.captions_per_image == 1:
-            labels = labels[:, 0]
         return {**result, "labels": labels}
 
     def _pixels_in_memory(self):

@@ -272,18 +272,20 @@ class CaptionDecoder:
         most = most or max(len(captions) for captions in references)
         flat = [caption for captions in references for caption in captions]
         tokens = np.asarray(self.tokenizer(tf.constant(flat)))
-        labels = np.zeros(
-            (self.batch_size, most, tokens.shape[-1]), tokens.dtype
+        labels = np.full(
+            (self.batch_size, most, tokens.shape[-1]),
+            self.tokenizer.pad_id,
+            tokens.dtype,
         )
         counts = np.array([len(captions) for captions in references])
         filled = np.arange(most) < counts[:, None]  # [images, K]
         labels[: len(references)][filled] = tokens
-        return tf.constant(_cut(labels))
+        return tf.constant(_cut(labels, self.tokenizer.pad_id))
 
 
-def _cut(labels, multiple=8):
+def _cut(labels, pad, multiple=8):
     """Drops positions at the end that are padding in all captions."""
-    longest = int((labels != 0).sum(-1).max())
+    longest = int((labels != pad).sum(-1).max())
     return labels[..., : max(multiple * -(-longest // multiple), multiple)]
 
 

@@ -165,7 +165,8 @@ class Scorer:
         """int32 [B, K, L] of ragged lists; what is missing is padding."""
         ids = self.tokens([text for some in texts for text in some])
         most = max(map(len, texts))
-        labels = np.zeros((self.batch_size, most, ids.shape[1]), np.int32)
+        shape = (self.batch_size, most, ids.shape[1])
+        labels = np.full(shape, self.tokenizer.pad_id, np.int32)
         counts = np.array([len(some) for some in texts])
         labels[: len(texts)][np.arange(most) < counts[:, None]] = ids
         return labels

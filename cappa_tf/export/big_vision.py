@@ -21,6 +21,7 @@ from cappa_tf.export.big_vision_arrays import read_arrays
 from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.positions import resample_positions, square_grid
+from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 
@@ -90,7 +91,7 @@ def load_captioner(
     names.check_arrays(expected, arrays, source)
     encoder = _vision_encoder(structure, vision_sizes, vision, image_size)
     decoder = _text_decoder(text, text_sizes, max_length)
-    if not decoder.use_mask_token:
+    if decoder.special_tokens.mask is None:
         options.setdefault("masked_pred_prob", 0.0)
     captioner = Captioner(encoder, decoder, **options)
     captioner.build()
@@ -263,7 +264,9 @@ def _text_decoder(arrays, sizes, max_length):
         mlp_dim=sizes["M"],
         encoder_dim=sizes["E"],
         use_bias=structure["use_bias"],
-        use_mask_token=sizes["T"] > sizes["V"],
+        special_tokens=SpecialTokens(
+            mask=sizes["V"] if sizes["T"] > sizes["V"] else None
+        ),
         position_embedding="learned" if structure["learned"] else "sincos2d",
         name="text_decoder",
     )

@@ -22,7 +22,6 @@ from cappa_tf.data import images
 from cappa_tf.data.decoding import RecordDecoder
 from cappa_tf.export import request_images, serving_files
 from cappa_tf.models import losses
-from cappa_tf.models.text_decoder import shift_right
 
 # Decoder passes of `score` hold this many texts of each image at once.
 TEXTS_PER_PASS = 64
@@ -320,11 +319,11 @@ def _nll(captioner, memory, labels):
     decoder = captioner.text_decoder
     shape = tf.shape(labels)
     flat = tf.reshape(labels, [-1, shape[2]])  # -> [B * K, L]
-    hidden = decoder(shift_right(flat), memory)
+    hidden = decoder(decoder.shift_right(flat), memory)
     _, nll = losses.token_cross_entropy(
         tf.reshape(hidden, [-1, decoder.hidden_dim]),
         tf.reshape(flat, [-1]),
-        tf.reshape(flat, [-1]) != 0,
+        tf.reshape(flat, [-1]) != decoder.special_tokens.pad,
         *decoder.head_weights,
         chunk_size=captioner.chunk_size,
     )

@@ -7,16 +7,18 @@ Abbreviations for dimensions:
     D: width.                  V: vocabulary.
 """
 
+import dataclasses
+
 import keras
 import tensorflow as tf
 
-from cappa_tf.checks import check_counts, check_fraction
+from cappa_tf.checks import check_counts, check_fraction, height_width
 from cappa_tf.models import losses, random
 
 # A saved captioner names its encoder's class; importing registers it.
 from cappa_tf.models import vision_encoder as _  # noqa: F401
 from cappa_tf.models.inference import Inference
-from cappa_tf.models.text_decoder import shift_right
+from cappa_tf.models.task import ExampleLosses, Task
 
 _PARALLEL_SALT = random.salt_of("captioner/parallel")
 _MASKING_SALT = random.salt_of("captioner/masking")
@@ -24,7 +26,7 @@ _CAPTION_SALT = random.salt_of("captioner/caption")
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
-class Captioner(Inference, keras.Model):
+class Captioner(Inference, Task):
     """Encoder and decoder trained by captioning, "CapPa" by default.
 
     Each training example is drawn to be predicted left to right
@@ -39,12 +41,21 @@ class Captioner(Inference, keras.Model):
             parallel example; the others show their own token.
         label_smoothing: See `losses.token_cross_entropy`.
         seed: Of all draws, together with each example's `index`.
-        eos_id: Token that ends a caption.
         chunk_size: Positions whose logits are held at once in the loss.
 
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
     """
+
+    selection_metric = "nll_per_token"
+    # Cap is autoregressive, Pa parallel prediction.
+    short_names = {
+        "autoregressive/loss": "cap",
+        "autoregressive/nll_per_token": "cap/token",
+        "parallel/loss": "pa",
+        "parallel/nll_per_token": "pa/token",
+        "nll_per_token": None,
+    }
 
     def __init__(
         self,
@@ -55,7 +66,6 @@ class Captioner(Inference, keras.Model):
         masking_ratio=1.0,
         label_smoothing=0.0,
         seed=0,
-        eos_id=1,
         chunk_size=losses.DEFAULT_CHUNK_SIZE,
         **kwargs,
     ):
@@ -68,12 +78,8 @@ class Captioner(Inference, keras.Model):
         check_counts(chunk_size=chunk_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"`seed` must be an int. Received: seed={seed!r}")
-        if masked_pred_prob > 0.0 and not text_decoder.use_mask_token:
-            raise ValueError(
-                "Parallel prediction needs a decoder with a MASK token. "
-                f"Received: masked_pred_prob={masked_pred_prob} with "
-                "text_decoder.use_mask_token=False"
-            )
+        if masked_pred_prob > 0.0:
+            text_decoder.special_tokens.require_mask()
         if text_decoder.encoder_dim != vision_encoder.hidden_dim:
             raise ValueError(
                 "The decoder's `encoder_dim` must be the encoder's "
@@ -87,10 +93,7 @@ class Captioner(Inference, keras.Model):
         self.masking_ratio = masking_ratio
         self.label_smoothing = label_smoothing
         self.seed = seed
-        self.eos_id = eos_id
         self.chunk_size = chunk_size
-        self._loss_metric = keras.metrics.Mean("loss")
-        self._nll_metric = keras.metrics.Mean("nll_per_token")
 
     def build(self, input_shape=None):
         """Creates all weights; the sizes are known from the constructors."""
@@ -106,9 +109,12 @@ class Captioner(Inference, keras.Model):
         self.build()
 
     @property
-    def metrics(self):
-        """What `fit` and `evaluate` report."""
-        return [self._loss_metric, self._nll_metric]
+    def parts(self):
+        """See `Task.parts`."""
+        return {
+            "vision_encoder": self.vision_encoder,
+            "text_decoder": self.text_decoder,
+        }
 
     # Predictions.
 
@@ -126,22 +132,29 @@ class Captioner(Inference, keras.Model):
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
-            labels: int32 [B, L], the caption (not shifted), padded with 0.
+            labels: int32 [B, L] or [B, K, L], the captions (not shifted),
+                padded.
             parallel: False: position t sees the labels before t; True: every
                 position sees only MASK tokens and the image.
 
         Returns:
-            float32 [B, L, V].
+            float32 [B, L, V] or [B, K, L, V].
         """
         labels = tf.convert_to_tensor(labels, tf.int32)
-        memory = self.text_decoder.project_memory(self.encode(images))
+        flat = tf.reshape(labels, [-1, labels.shape[-1]])  # -> [N, L]
+        decoder = self.text_decoder
+        memory = decoder.project_memory(self.encode(images))
         if parallel:
-            tokens = tf.fill(tf.shape(labels), self._mask_id())
-            everywhere = tf.fill(tf.shape(labels)[:1], True)
-            hidden = self.text_decoder(tokens, memory, parallel=everywhere)
+            tokens = tf.fill(
+                tf.shape(flat), decoder.special_tokens.require_mask()
+            )
+            everywhere = tf.fill(tf.shape(flat)[:1], True)
+            hidden = decoder(tokens, memory, parallel=everywhere)
         else:
-            hidden = self.text_decoder(shift_right(labels), memory)
-        return self.text_decoder.logits(hidden)
+            hidden = decoder(decoder.shift_right(flat), memory)
+        logits = decoder.logits(hidden)
+        shape = tf.concat([tf.shape(labels), logits.shape[-1:]], axis=0)
+        return tf.reshape(logits, shape)
 
     # Training.
 
@@ -152,8 +165,8 @@ class Captioner(Inference, keras.Model):
         evaluation all are autoregressive.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, L] or
-                [B, K, L], padded with 0; in training `index` int64 [B], the
+            batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
+                padded; in training `index` int64 [B], the
                 position of the example in the training stream. Where L is
                 cut to the batch's longest caption (`length_buckets`),
                 parallel prediction sees fewer MASK positions than the
@@ -168,8 +181,11 @@ class Captioner(Inference, keras.Model):
             example was predicted in parallel.
         """
         labels = batch["labels"]
-        if labels.shape.rank == 2:
-            labels = labels[:, None]  # -> [B, 1, L]
+        if labels.shape.rank != 3:
+            raise ValueError(
+                "`labels` must be [B, K, L], K captions of each image. "
+                f"Received: labels of shape {labels.shape}"
+            )
         count, captions = tf.shape(labels)[0], labels.shape[1]
         seeds = caption_seeds = None
         if training:
@@ -187,8 +203,11 @@ class Captioner(Inference, keras.Model):
             training=training,
         )
         loss, nll = self._token_losses(hidden, flat)
-        per_caption = losses.caption_mean(loss, flat != 0)
-        tokens = tf.reduce_sum(tf.cast(labels != 0, tf.float32), axis=[1, 2])
+        real = labels != self.text_decoder.special_tokens.pad
+        per_caption = losses.caption_mean(
+            loss, tf.reshape(real, tf.shape(flat))
+        )
+        tokens = tf.reduce_sum(tf.cast(real, tf.float32), axis=[1, 2])
         by_image = tf.reshape(tf.reduce_sum(nll, -1), [count, captions])
         return {
             "loss": tf.reduce_mean(
@@ -198,6 +217,87 @@ class Captioner(Inference, keras.Model):
             "tokens": tokens,
             "parallel": tf.cast(parallel, tf.float32),
         }
+
+    def example_losses(self, batch, training):
+        """See `Task.example_losses`; the batch, `compute_losses`.
+
+        In training the figures of the two objectives are given apart.
+        """
+        parts = self.compute_losses(batch, training)
+        nll, tokens = parts["nll"], parts["tokens"]
+        metrics = {"nll_per_token": (nll, tokens)}
+        if training:
+            parallel = parts["parallel"]
+            for name, drawn in (
+                ("autoregressive", 1.0 - parallel),
+                ("parallel", parallel),
+            ):
+                metrics[f"{name}/loss"] = (drawn * parts["loss"], drawn)
+                metrics[f"{name}/nll_per_token"] = (drawn * nll, drawn * tokens)
+        return ExampleLosses(parts["loss"], metrics, {"tokens": tokens})
+
+    def batch_spec(self, size, captions=1):
+        """See `Task.batch_spec`."""
+        height, width = self.vision_encoder.image_size
+        labels = [size, captions, self.text_decoder.max_length]
+        return {
+            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            "labels": tf.TensorSpec(labels, tf.int32),
+            "index": tf.TensorSpec([size], tf.int64),
+        }
+
+    def shapes(self, size, captions=1):
+        """See `Task.shapes`."""
+        encoder, decoder = self.vision_encoder, self.text_decoder
+        patches = encoder.grid[0] * encoder.grid[1]
+        hidden = (size * captions, decoder.max_length, decoder.hidden_dim)
+        return {
+            "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
+            "decoded": hidden,  # [N, L, D]
+            "logits": (*hidden[:2], decoder.vocabulary_size),
+        }
+
+    def check_data(self, data, name):
+        """Refuses data whose vocabulary or sizes are not the model's.
+
+        Args:
+            data: A data set with `tokenizer` and `image_size`.
+            name: The argument it came as, for the message.
+
+        Raises:
+            ValueError: Naming the file and the bindings that disagree.
+        """
+        tokenizer, decoder = data.tokenizer, self.text_decoder
+        pieces, rows = tokenizer.vocabulary_size, decoder.vocabulary_size
+        if pieces != rows:
+            many = "more" if pieces > rows else "fewer"
+            raise ValueError(
+                f"The vocabulary {tokenizer.path} has {many} pieces than the "
+                "model: set VOCABULARY_SIZE (TextDecoder.vocabulary_size) to "
+                "the number of pieces, or TOKENIZER (Tokenizer.path) to the "
+                f"file that the model is for. Received: {pieces} pieces, "
+                f"vocabulary_size={rows}"
+            )
+        special = decoder.special_tokens
+        if (tokenizer.pad_id, tokenizer.eos_id) != (special.pad, special.eos):
+            raise ValueError(
+                f"The vocabulary {tokenizer.path} must have the special ids "
+                "of the model (TextDecoder.special_tokens). Received: "
+                f"pad={tokenizer.pad_id}, eos={tokenizer.eos_id} and {special}"
+            )
+        if tokenizer.max_length > decoder.max_length:
+            raise ValueError(
+                "`Tokenizer.max_length` must be at most "
+                "`TextDecoder.max_length`. Received: "
+                f"{tokenizer.max_length} and {decoder.max_length}"
+            )
+        size = height_width("image_size", data.image_size)
+        if size != tuple(self.vision_encoder.image_size):
+            raise ValueError(
+                f"`image_size` of `{name}` must be that of the model. "
+                f"Received: {size} and VisionEncoder.image_size="
+                f"{tuple(self.vision_encoder.image_size)}"
+            )
 
     def _index(self, batch):
         """Positions of the examples in the stream; steps x B without them."""
@@ -225,10 +325,11 @@ class Captioner(Inference, keras.Model):
 
     def _decoder_inputs(self, labels, parallel, seeds):
         """Shifted labels; for parallel captions masked ones. int32 [N, L]."""
-        shifted = shift_right(labels)
+        shifted = self.text_decoder.shift_right(labels)
         if seeds is None or self.masked_pred_prob == 0.0:
             return shifted
-        masked = tf.fill(tf.shape(labels), self._mask_id())
+        mask = self.text_decoder.special_tokens.require_mask()
+        masked = tf.fill(tf.shape(labels), mask)
         if self.masking_ratio < 1.0:
             length = tf.shape(labels)[1]
             count = tf.cast(length, tf.float32) * self.masking_ratio
@@ -238,14 +339,6 @@ class Captioner(Inference, keras.Model):
             masked = tf.where(chosen, masked, labels)
         return tf.where(parallel[:, None], masked, shifted)
 
-    def _mask_id(self):
-        if self.text_decoder.mask_id is None:
-            raise ValueError(
-                "Parallel prediction needs a decoder with a MASK token. "
-                "Received: text_decoder.use_mask_token=False"
-            )
-        return self.text_decoder.mask_id
-
     def _token_losses(self, hidden, labels):
         """Loss and nll, each float32 [N, L], 0 at padding."""
         shape = tf.shape(labels)
@@ -253,48 +346,19 @@ class Captioner(Inference, keras.Model):
         loss, nll = losses.token_cross_entropy(
             tf.reshape(hidden, [-1, width]),
             tf.reshape(labels, [-1]),
-            tf.reshape(labels, [-1]) != 0,
+            tf.reshape(labels, [-1]) != self.text_decoder.special_tokens.pad,
             *self.text_decoder.head_weights,
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
         )
         return tf.reshape(loss, shape), tf.reshape(nll, shape)
 
-    def train_step(self, batch):
-        """One step of `fit` on a batch as `compute_losses` takes it."""
-        with tf.GradientTape() as tape:
-            parts = self.compute_losses(batch, training=True)
-            # Gradients are summed over replicas: divide by all of them.
-            replicas = tf.distribute.get_strategy().num_replicas_in_sync
-            loss = tf.reduce_mean(parts["loss"]) / replicas
-            scaled = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        gradients = tape.gradient(scaled, variables)
-        # Sums over replicas, which `apply` of this project leaves to others.
-        self.optimizer.apply_gradients(zip(gradients, variables))
-        return self._update_metrics(parts)
-
-    def test_step(self, batch):
-        """One step of `evaluate`; `_mask` [B] (0 = padding) is respected."""
-        return self._update_metrics(
-            self.compute_losses(batch, training=False), batch.get("_mask")
-        )
-
-    def _update_metrics(self, parts, mask=None):
-        mask = tf.ones_like(parts["loss"]) if mask is None else mask
-        self._loss_metric.update_state(parts["loss"], mask)
-        tokens = parts["tokens"] * mask
-        mean = tf.math.divide_no_nan(parts["nll"], parts["tokens"])
-        self._nll_metric.update_state(mean, tokens)
-        return {metric.name: metric.result() for metric in self.metrics}
-
     # Serialization.
 
     def get_config(self):
         """Returns the constructor's arguments."""
         names = (
-            "masked_pred_prob masking_ratio label_smoothing seed eos_id "
-            "chunk_size"
+            "masked_pred_prob masking_ratio label_smoothing seed chunk_size"
         ).split()
         serialize = keras.saving.serialize_keras_object
         return {
@@ -313,5 +377,11 @@ class Captioner(Inference, keras.Model):
         for part in ("vision_encoder", "text_decoder"):
             config[part] = keras.saving.deserialize_keras_object(
                 config[part], custom_objects=custom_objects
+            )
+        eos = config.pop("eos_id", None)  # Files of version 0.1.0.
+        if eos is not None:
+            decoder = config["text_decoder"]
+            decoder.special_tokens = dataclasses.replace(
+                decoder.special_tokens, eos=eos
             )
         return cls(**config)

@@ -35,9 +35,7 @@ class _State(NamedTuple):
     cache: list
 
 
-def decode(
-    decoder, memory, search, rules, *, size, prefix, uniform, start_id=0
-):
+def decode(decoder, memory, search, rules, *, size, prefix, uniform):
     """Captions, token by token.
 
     The loop has static shapes (it compiles), uses the image's keys and values
@@ -51,15 +49,15 @@ def decode(
         size: (B, S, L); B may be a tensor.
         prefix: int32 [B or 1, fewer than L], what each caption begins with.
         uniform: float32 [B, L, S] in [0, 1), to draw with, or None.
-        start_id: Input at the first position (pad, as in training).
 
     Returns:
-        tokens: int32 [B, S, L], the best sequence first; eos is kept, 0
+        tokens: int32 [B, S, L], the best sequence first; eos is kept, pad
             after it.
         log_probs: float32 [B, S, L], of each token by the model (rules and
             temperature do not show), 0 after eos.
     """
     batch, sequences, length = size
+    special = decoder.special_tokens
     forced = tf.pad(prefix, [[0, 0], [0, length - prefix.shape[1]]])
 
     def unfinished(state):
@@ -67,8 +65,8 @@ def decode(
 
     def step(state):
         i, flat = state.i, tf.reshape(state.tokens, [-1, length])
-        last = tf.where(i > 0, tf.gather(flat, tf.maximum(i - 1, 0), axis=1), 0)
-        last = tf.where(i > 0, last, start_id)
+        last = tf.gather(flat, tf.maximum(i - 1, 0), axis=1)
+        last = tf.where(i > 0, last, special.start)
         hidden, cache = decoder.call_with_cache(
             last[:, None], memory, state.cache, i
         )
@@ -79,7 +77,8 @@ def decode(
             scores = tf.where(i < prefix.shape[1], only, scores)
         # Ended captions go on with pad, for nothing.
         vocabulary = scores.shape[-1]
-        after = tf.where(tf.range(vocabulary) == 0, 0.0, BANNED)
+        is_pad = tf.range(vocabulary) == special.pad
+        after = tf.where(is_pad, 0.0, BANNED)
         scores = tf.where(tf.reshape(state.ended, [-1, 1]), after, scores)
         scores = tf.reshape(scores, [-1, sequences, vocabulary])
         log_probs = tf.reshape(log_probs, [-1, sequences * vocabulary])
@@ -99,13 +98,13 @@ def decode(
         scores = tf.reshape(scores, [-1, sequences * vocabulary])
         gained = tf.gather(log_probs, places, batch_dims=1)
         gained = tf.where(state.ended, 0.0, gained)
-        column = tf.one_hot(i, length)
+        here = tf.range(length) == i
         return state._replace(
             i=i + 1,
-            tokens=state.tokens + chosen[..., None] * tf.cast(column, tf.int32),
-            log_probs=state.log_probs + gained[..., None] * column,
+            tokens=tf.where(here, chosen[..., None], state.tokens),
+            log_probs=tf.where(here, gained[..., None], state.log_probs),
             totals=state.totals + tf.gather(scores, places, batch_dims=1),
-            ended=state.ended | (chosen == rules.eos_id),
+            ended=state.ended | (chosen == special.eos),
         )
 
     # Beams start as one: copies of the empty caption would stay copies.
@@ -118,7 +117,7 @@ def decode(
         (
             _State(
                 i=tf.constant(0),
-                tokens=tf.zeros((batch, sequences, length), tf.int32),
+                tokens=tf.fill((batch, sequences, length), special.pad),
                 log_probs=tf.zeros((batch, sequences, length)),
                 totals=tf.zeros((batch, sequences)) + first,
                 lengths=tf.zeros((batch, sequences), tf.int32),
@@ -152,10 +151,13 @@ def draft(decoder, memory, length):
         what follows the first eos means nothing.
     """
     count = tf.shape(memory[0][0])[0]
-    masks = tf.fill([count, decoder.max_length], decoder.mask_id)
+    special = decoder.special_tokens
+    masks = tf.fill([count, decoder.max_length], special.require_mask())
     hidden = decoder(masks, memory, parallel=tf.fill([count], True))
-    logits = decoder.logits(hidden[:, :length])[..., 1:]
-    return 1 + tf.argmax(logits, axis=-1, output_type=tf.int32)
+    logits = decoder.logits(hidden[:, :length])
+    is_pad = tf.range(logits.shape[-1]) == special.pad
+    logits = tf.where(is_pad, BANNED, logits)
+    return tf.argmax(logits, axis=-1, output_type=tf.int32)
 
 
 def _only(scores, tokens):

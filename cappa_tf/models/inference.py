@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from cappa_tf.checks import check_counts
 from cappa_tf.models import generation, random, sampling, scoring
-from cappa_tf.models.text_decoder import shift_right
 
 _SAMPLING_SALT = random.salt_of("captioner/sampling")
 
@@ -43,6 +42,10 @@ class Inference:
     # Set by whoever has it: lets `score` and `generate` take strings. Maps
     # strings [T] to int32 [T, L].
     tokenizer = None
+
+    @property
+    def _special_tokens(self):
+        return self.text_decoder.special_tokens
 
     def generate(
         self,
@@ -78,7 +81,7 @@ class Inference:
                 captioned; 0, 1, ... by default.
 
         Returns:
-            Dict with `tokens` int32 [B, L] (eos kept, 0 after it),
+            Dict with `tokens` int32 [B, L] (eos kept, pad after it),
             `log_probs` float32 [B, L], of each token by the model, 0 after
             eos, and `log_likelihood` float32 [B], their sum. With S > 1
             [B, S, L] and [B, S], best first.
@@ -142,7 +145,9 @@ class Inference:
         length = self._caption_length(max_length, prefix.shape[1], min_length)
         return GenerationPlan(
             search=search,
-            rules=sampling.Rules(min_length, no_repeat_ngram, self.eos_id),
+            rules=sampling.Rules(
+                min_length, no_repeat_ngram, self._special_tokens
+            ),
             prefix=prefix,
             length=length,
             sequences=self._num_sequences(search, num_captions),
@@ -154,7 +159,8 @@ class Inference:
             return tf.zeros([1, 0], tf.int32)
         if isinstance(prefix, str):
             ids = np.asarray(self._label_ids([prefix]))[0]
-            prefix = ids[(ids != 0) & (ids != self.eos_id)]
+            special = self._special_tokens
+            prefix = ids[(ids != special.pad) & (ids != special.eos)]
         prefix = tf.convert_to_tensor(prefix, tf.int32)
         return prefix[None] if prefix.shape.rank == 1 else prefix
 
@@ -196,7 +202,7 @@ class Inference:
         Args:
             images: float [B, H, W, 3] in [-1, 1]; None leaves the image out
                 (the blind decoder), B = 1.
-            labels: int32 [T, L] token ids padded with 0, or T strings (needs
+            labels: int32 [T, L] token ids, padded, or T strings (needs
                 `captioner.tokenizer`). Prefixes are shared where the ids are
                 known when a graph is traced.
             parallel: False: left to right; True: all tokens at once, from
@@ -205,11 +211,13 @@ class Inference:
         Returns:
             float32 [B, T].
         """
-        labels = scoring.cut_padding(self._label_ids(labels))
+        labels = scoring.cut_padding(
+            self._label_ids(labels), self._special_tokens.pad
+        )
         memory = self._memory(images)
         known = tf.get_static_value(labels)
         if not parallel and known is not None:
-            groups = scoring.group_by_prefix(known)
+            groups = scoring.group_by_prefix(known, self._special_tokens)
             return scoring.score_groups(
                 self.text_decoder, memory, groups, self.chunk_size
             )
@@ -223,13 +231,13 @@ class Inference:
         Args:
             images: float [B, H, W, 3] in [-1, 1]; None leaves the images out
                 (the blind decoder).
-            labels: int32 [B, K, L] token ids padded with 0.
+            labels: int32 [B, K, L] token ids, padded.
             parallel: As in `score`.
 
         Returns:
             float32 [B, K]; 0 for a caption that is all padding.
         """
-        labels = scoring.cut_padding(labels)
+        labels = scoring.cut_padding(labels, self._special_tokens.pad)
         shape = tf.shape(labels)
         if images is None:
             labels = tf.reshape(labels, [1, -1, shape[2]])
@@ -239,7 +247,6 @@ class Inference:
     def _score_each(self, memory, labels, parallel):
         """Scores [B, K] of labels [B, K, L] for the images of `memory`."""
         if parallel:
-            self._mask_id()  # Refuses a decoder without MASK.
             return scoring.score_parallel(self.text_decoder, memory, labels)
         shape = tf.shape(labels)
         nll = self._captions_nll(tf.reshape(labels, [-1, shape[2]]), memory)
@@ -253,7 +260,8 @@ class Inference:
 
     def _captions_nll(self, labels, memory):
         """Summed negative log-likelihood [N] of labels [N, L]."""
-        hidden = self.text_decoder(shift_right(labels), memory)
+        inputs = self.text_decoder.shift_right(labels)
+        hidden = self.text_decoder(inputs, memory)
         return tf.reduce_sum(self._token_losses(hidden, labels)[1], axis=-1)
 
     def _label_ids(self, labels):

@@ -16,6 +16,7 @@ import dataclasses
 import tensorflow as tf
 
 from cappa_tf.checks import check_counts, check_integer, check_number
+from cappa_tf.models.special_tokens import SpecialTokens
 
 # Log-probability of what may not be chosen. Finite, so that sums of it still
 # have an order.
@@ -191,12 +192,12 @@ class Rules:
         min_length: Fewest tokens before eos.
         no_repeat_ngram: Size of the n-grams that may occur only once; 0 for
             none. Where this leaves no token at all, the caption ends.
-        eos_id: Token that ends a caption. Pad (0) is never chosen before it.
+        special_tokens: Eos ends a caption; pad is never chosen before it.
     """
 
     min_length: int = 0
     no_repeat_ngram: int = 0
-    eos_id: int = 1
+    special_tokens: SpecialTokens = SpecialTokens()
 
     def __post_init__(self):
         check_integer("min_length", self.min_length)
@@ -214,17 +215,18 @@ class Rules:
             float32 [N, V], `BANNED` where a token may not follow.
         """
         vocabulary = tf.range(scores.shape[-1])
-        banned = vocabulary == 0
-        banned |= (vocabulary == self.eos_id) & (i < self.min_length)
+        is_eos = vocabulary == self.special_tokens.eos
+        banned = vocabulary == self.special_tokens.pad
+        banned |= is_eos & (i < self.min_length)
         free, scores = scores, tf.where(banned, BANNED, scores)
         if not 0 < self.no_repeat_ngram <= tokens.shape[1]:
             return scores
         scores = _ban(scores, self._repeating(tokens, i))
         nothing = tf.reduce_max(scores, -1, keepdims=True) <= BANNED
-        return tf.where(nothing & (vocabulary == self.eos_id), free, scores)
+        return tf.where(nothing & is_eos, free, scores)
 
     def _repeating(self, tokens, i):
-        """Tokens [N, windows] that would repeat an n-gram; 0 for none."""
+        """Tokens [N, windows] that would repeat an n-gram; pad for none."""
         n = self.no_repeat_ngram
         windows = tokens.shape[1] - n + 1
         same = tf.ones([tf.shape(tokens)[0], windows], tf.bool)
@@ -233,11 +235,11 @@ class Rules:
             same &= tokens[:, offset : offset + windows] == last[:, None]
         # An n-gram that is complete, and n - 1 tokens to compare with it.
         same &= (tf.range(windows) + n <= i)[None]
-        return tf.where(same, tokens[:, n - 1 :], 0)
+        return tf.where(same, tokens[:, n - 1 :], self.special_tokens.pad)
 
 
 def _ban(scores, tokens):
-    """Bans tokens [N, any] (0, which is banned anyway, for none)."""
+    """Bans tokens [N, any] (pad, which is banned anyway, for none)."""
     rows = tf.range(tf.shape(tokens)[0])[:, None]
     places = tf.stack([tf.broadcast_to(rows, tf.shape(tokens)), tokens], -1)
     return tf.tensor_scatter_nd_update(

@@ -36,7 +36,7 @@ class PrefixGroups:
         depths: int32 [G, N], its position.
         ancestors: bool [G, N, N], True where a node may look.
         nodes: int32 [G, C, L], the node that predicts each token of a text.
-        targets: int32 [G, C, L], those tokens, 0 for none.
+        targets: int32 [G, C, L], those tokens, pad for none.
         order: int32 [T], where in the G * C texts each given one is.
     """
 
@@ -51,9 +51,9 @@ class PrefixGroups:
 class _Tree:
     """Grows by one text at a time."""
 
-    def __init__(self, start_id=0):
+    def __init__(self, start):
         self.children = {}  # (node, token) -> node
-        self.parents, self.tokens, self.depths = [-1], [start_id], [0]
+        self.parents, self.tokens, self.depths = [-1], [start], [0]
         self.paths = []
 
     def add(self, text):
@@ -78,11 +78,12 @@ class _Tree:
         return mask
 
 
-def group_by_prefix(labels, nodes_per_group=NODES_PER_GROUP):
+def group_by_prefix(labels, special_tokens, nodes_per_group=NODES_PER_GROUP):
     """Puts texts into prefix trees of about equal size.
 
     Args:
-        labels: int [T, L] token ids padded with 0.
+        labels: int [T, L] token ids, padded.
+        special_tokens: The decoder's `SpecialTokens`.
         nodes_per_group: About how many nodes a tree may have.
 
     Returns:
@@ -90,24 +91,27 @@ def group_by_prefix(labels, nodes_per_group=NODES_PER_GROUP):
     """
     # Sorted, texts with a common beginning are neighbours.
     labels, inverse = np.unique(labels, axis=0, return_inverse=True)
-    lengths = [int(np.max(np.flatnonzero(t), initial=-1)) + 1 for t in labels]
+    pad, start = special_tokens.pad, special_tokens.start
+    lengths = [
+        int(np.max(np.flatnonzero(t != pad), initial=-1)) + 1 for t in labels
+    ]
     texts = [t[:n].tolist() for t, n in zip(labels, lengths)]
-    whole = _Tree()
+    whole = _Tree(start)
     for text in texts:
         whole.add(text)
     count = -(-len(whole.tokens) // nodes_per_group)
     target = -(-len(whole.tokens) // count)
-    trees, places = [_Tree()], []
+    trees, places = [_Tree(start)], []
     for text in texts:
         if len(trees[-1].tokens) >= target:
-            trees.append(_Tree())
+            trees.append(_Tree(start))
         places.append((len(trees) - 1, len(trees[-1].paths)))
         trees[-1].add(text)
     most = max(len(tree.paths) for tree in trees)
     order = np.array([g * most + c for g, c in places], np.int32)
     size = max(len(tree.tokens) for tree in trees)
     nodes = np.zeros((len(trees), most, max(lengths)), np.int32)
-    targets = np.zeros_like(nodes)
+    targets = np.full_like(nodes, pad)
     for (g, c), text in zip(places, texts):
         nodes[g, c, : len(text)] = trees[g].paths[c]
         targets[g, c, : len(text)] = text
@@ -140,7 +144,7 @@ def score_groups(decoder, memory, groups, chunk_size):
     Returns:
         float32 [B, T].
     """
-    count = _batch_size(memory)
+    count, pad = _batch_size(memory), decoder.special_tokens.pad
     kernel, bias = (tf.cast(w, tf.float32) for w in decoder.head_weights)
 
     def one_group(parts):
@@ -164,7 +168,7 @@ def score_groups(decoder, memory, groups, chunk_size):
             bias, flat
         )
         log_probs = logits - tf.gather(sums, tf.reshape(nodes, [-1]), axis=1)
-        log_probs = tf.where(flat != 0, log_probs, 0.0)
+        log_probs = tf.where(flat != pad, log_probs, 0.0)
         shape = tf.concat([[count], tf.shape(targets)], 0)
         return tf.reduce_sum(tf.reshape(log_probs, shape), -1)  # -> [B, C]
 
@@ -193,13 +197,14 @@ def score_parallel(decoder, memory, labels):
     Args:
         decoder: `TextDecoder` with a MASK token.
         memory: From `decoder.project_memory`, or None (no image, B = 1).
-        labels: int32 [B, K, L] token ids padded with 0.
+        labels: int32 [B, K, L] token ids, padded.
 
     Returns:
         float32 [B, K].
     """
     count, length = _batch_size(memory), tf.shape(labels)[-1]
-    masks = tf.fill([count, decoder.max_length], decoder.mask_id)
+    special = decoder.special_tokens
+    masks = tf.fill([count, decoder.max_length], special.require_mask())
     hidden = decoder(masks, memory, parallel=tf.fill([count], True))
     log_probs = tf.nn.log_softmax(decoder.logits(hidden[:, :length]))
     vocabulary = log_probs.shape[-1]
@@ -207,10 +212,11 @@ def score_parallel(decoder, memory, labels):
     log_probs = tf.gather(
         tf.reshape(log_probs, [count, -1]), places, batch_dims=1
     )
-    return tf.reduce_sum(tf.where(labels != 0, log_probs, 0.0), axis=-1)
+    real = labels != special.pad
+    return tf.reduce_sum(tf.where(real, log_probs, 0.0), axis=-1)
 
 
-def cut_padding(labels):
+def cut_padding(labels, pad):
     """Labels [..., L] without the positions that are padding in all texts.
 
     What is only known when a graph runs keeps its length.
@@ -223,7 +229,8 @@ def cut_padding(labels):
     if known is None:
         return tf.cast(labels, tf.int32)
     known = np.asarray(known, np.int32)
-    used = np.flatnonzero((known != 0).reshape(-1, known.shape[-1]).any(0))
+    real = (known != pad).reshape(-1, known.shape[-1])
+    used = np.flatnonzero(real.any(0))
     return tf.constant(known[..., : int(np.max(used, initial=0)) + 1])
 
 

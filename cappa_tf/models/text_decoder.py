@@ -18,20 +18,7 @@ from cappa_tf.checks import (
 )
 from cappa_tf.models.blocks import DecoderBlock
 from cappa_tf.models.layers import PositionEmbedding, layer_norm
-
-
-def shift_right(labels, start_id=0):
-    """Inputs that predict `labels` left to right.
-
-    Args:
-        labels: int [N, L].
-        start_id: Token put in front; the last token falls out.
-
-    Returns:
-        int [N, L]: for example [[5, 7, 1]] -> [[0, 5, 7]].
-    """
-    start = ops.full_like(labels[:, :1], start_id)
-    return ops.concatenate([start, labels[:, :-1]], axis=1)
+from cappa_tf.models.special_tokens import SpecialTokens
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -50,8 +37,8 @@ class TextDecoder(keras.Model):
             final LayerNorm and the output head always have one, attention
             never.
         dropout: Dropout rate of the blocks.
-        use_mask_token: Whether the embedding has a row V for MASK, needed
-            for parallel prediction.
+        special_tokens: `SpecialTokens`; by default CapPa's, with MASK as an
+            input one past the vocabulary. Parallel prediction needs MASK.
         position_embedding: "learned" or "sincos2d" (of a 1 x M grid).
         embedding_stddev: Spread of the token embeddings at the start. The
             reference's 1.0 drowns what attention adds to the residual stream
@@ -76,7 +63,7 @@ class TextDecoder(keras.Model):
         encoder_dim=None,
         use_bias=False,
         dropout=0.0,
-        use_mask_token=True,
+        special_tokens: SpecialTokens | None = None,
         position_embedding="learned",
         embedding_stddev=1.0,
         remat=False,
@@ -90,9 +77,15 @@ class TextDecoder(keras.Model):
             mlp_dim=mlp_dim,
         )
         check_fraction(dropout=dropout)
-        check_bool(
-            use_bias=use_bias, use_mask_token=use_mask_token, remat=remat
-        )
+        check_bool(use_bias=use_bias, remat=remat)
+        if special_tokens is None:
+            special_tokens = SpecialTokens(mask=vocabulary_size)
+        if not isinstance(special_tokens, SpecialTokens):
+            raise ValueError(
+                "`special_tokens` must be None or `SpecialTokens`. Received: "
+                f"special_tokens={special_tokens!r}"
+            )
+        special_tokens.check_vocabulary(vocabulary_size)
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.hidden_dim = hidden_dim
@@ -103,7 +96,7 @@ class TextDecoder(keras.Model):
         check_counts(encoder_dim=self.encoder_dim)
         self.use_bias = use_bias
         self.dropout = dropout
-        self.use_mask_token = use_mask_token
+        self.special_tokens = special_tokens
         self.position_embedding = position_embedding
         self.embedding_stddev = check_number(
             "embedding_stddev", embedding_stddev, exclusive=True
@@ -111,15 +104,11 @@ class TextDecoder(keras.Model):
         self.remat = remat
         self._make_layers()
 
-    @property
-    def mask_id(self):
-        """Token id of MASK: one past the vocabulary; None without one."""
-        return self.vocabulary_size if self.use_mask_token else None
-
     def _make_layers(self):
         dtype = self.dtype_policy
         self._embedding = keras.layers.Embedding(
-            self.vocabulary_size + int(self.use_mask_token),
+            # MASK may be one past what can be predicted.
+            max(self.vocabulary_size, (self.special_tokens.mask or 0) + 1),
             self.hidden_dim,
             embeddings_initializer=keras.initializers.RandomNormal(
                 stddev=self.embedding_stddev
@@ -174,6 +163,19 @@ class TextDecoder(keras.Model):
     def head_weights(self):
         """Kernel [D, V] and bias [V] of the output head."""
         return self._head.kernel, self._head.bias
+
+    def shift_right(self, labels):
+        """Inputs that predict `labels` left to right.
+
+        Args:
+            labels: int [N, L].
+
+        Returns:
+            int [N, L], the start token in front and the last token left out:
+            [[5, 7, 1]] -> [[0, 5, 7]].
+        """
+        start = ops.full_like(labels[:, :1], self.special_tokens.start)
+        return ops.concatenate([start, labels[:, :-1]], axis=1)
 
     def project_memory(self, encoded):
         """Cross-attention keys and values of encoded images, for each block.
@@ -308,10 +310,29 @@ class TextDecoder(keras.Model):
         """Returns the constructor's arguments."""
         names = (
             "vocabulary_size max_length hidden_dim num_layers num_heads "
-            "mlp_dim encoder_dim use_bias dropout use_mask_token "
-            "position_embedding embedding_stddev remat"
+            "mlp_dim encoder_dim use_bias dropout position_embedding "
+            "embedding_stddev remat"
         ).split()
         config = {name: getattr(self, name) for name in names}
         base = {"name": self.name, "trainable": self.trainable}
-        dtype = keras.saving.serialize_keras_object(self.dtype_policy)
-        return {**base, "dtype": dtype, **config}
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **base,
+            "dtype": serialize(self.dtype_policy),
+            "special_tokens": serialize(self.special_tokens),
+            **config,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Builds a decoder from `get_config`'s result."""
+        config = dict(config)
+        if "use_mask_token" in config:  # Files of version 0.1.0.
+            has_mask = config.pop("use_mask_token")
+            mask = config["vocabulary_size"] if has_mask else None
+            config["special_tokens"] = SpecialTokens(mask=mask)
+        elif isinstance(config.get("special_tokens"), dict):
+            config["special_tokens"] = keras.saving.deserialize_keras_object(
+                config["special_tokens"], custom_objects=custom_objects
+            )
+        return cls(**config)

@@ -1,12 +1,10 @@
-"""Model and optimizer of a run, and whether they fit the data."""
+"""Model and optimizer of a run."""
 
 import contextlib
 import random
 
 import keras
 import tensorflow as tf
-
-from cappa_tf.training.optimizers import ScheduledOptimizer
 
 
 def build_model(model, optimizer, strategy, seed=0, precision=None):
@@ -16,7 +14,7 @@ def build_model(model, optimizer, strategy, seed=0, precision=None):
     `MirroredStrategy`, so nothing is left to be built later.
 
     Args:
-        model: A captioner, or a constructor of one.
+        model: A `Task`, or a constructor of one.
         optimizer: A Keras optimizer, or a constructor of one.
         strategy: The run's strategy.
         seed: Decides the initial weights (of a constructed model).
@@ -30,7 +28,7 @@ def build_model(model, optimizer, strategy, seed=0, precision=None):
         ValueError: If one was built for other devices or another precision.
     """
     with _seeded(seed), _dtype_policy(precision), strategy.scope():
-        model = constructed(model, "model", "compute_losses", "weights")
+        model = constructed(model, "model", "example_losses", "weights")
         if not model.built:
             model.build()
         several = strategy.num_replicas_in_sync > 1
@@ -41,12 +39,6 @@ def build_model(model, optimizer, strategy, seed=0, precision=None):
                 f"they are known. Received: optimizer={optimizer!r}"
             )
         optimizer = constructed(optimizer, "optimizer", "apply", "build")
-        if several and not isinstance(optimizer, ScheduledOptimizer):
-            raise ValueError(
-                "With several devices `optimizer` must be one of "
-                "cappa_tf.training: the `apply` of Keras' own would sum the "
-                f"gradients a second time. Received: optimizer={optimizer!r}"
-            )
         optimizer.build(model.trainable_variables)
     _check_built(model, strategy, precision)
     return model, optimizer
@@ -96,53 +88,11 @@ def _dtype_policy(precision):
         keras.config.set_dtype_policy(previous)
 
 
-def check_fit(model, data, name):
-    """Refuses a data set whose vocabulary or sizes are not the model's.
-
-    Args:
-        model: A captioner.
-        data: A caption data set with `tokenizer` and `image_size`.
-        name: The argument the data set came as, for the message.
-
-    Raises:
-        ValueError: Naming the file and the bindings that disagree.
-    """
-    tokenizer, decoder = data.tokenizer, model.text_decoder
-    pieces, rows = tokenizer.vocabulary_size, decoder.vocabulary_size
-    if pieces != rows:
-        many = "more" if pieces > rows else "fewer"
-        raise ValueError(
-            f"The vocabulary {tokenizer.path} has {many} pieces than the "
-            "model: set VOCABULARY_SIZE (TextDecoder.vocabulary_size) to the "
-            "number of pieces, or TOKENIZER (Tokenizer.path) to the file that "
-            f"the model is for. Received: {pieces} pieces, "
-            f"vocabulary_size={rows}"
-        )
-    if tokenizer.max_length > decoder.max_length:
-        raise ValueError(
-            "`Tokenizer.max_length` must be at most `TextDecoder.max_length`. "
-            f"Received: {tokenizer.max_length} and {decoder.max_length}"
-        )
-    size = data.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if size != tuple(model.vision_encoder.image_size):
-        raise ValueError(
-            f"`image_size` of `{name}` must be that of the model. Received: "
-            f"{size} and VisionEncoder.image_size="
-            f"{tuple(model.vision_encoder.image_size)}"
-        )
-
-
 def parameter_counts(model):
-    """Number of parameters in all and of each part, as a dict."""
-    parts = {
-        "total": model,
-        "vision_encoder": model.vision_encoder,
-        "text_decoder": model.text_decoder,
-    }
+    """Number of parameters of each part of a `Task` and `total`, as a dict."""
     return {
         name: sum(v.value.shape.num_elements() for v in part.trainable_weights)
-        for name, part in parts.items()
+        for name, part in {"total": model, **model.parts}.items()
     }
 
 

@@ -35,7 +35,7 @@ def estimate(
     """Estimates the memory of one device.
 
     Args:
-        model: Built captioner.
+        model: Built `Task`.
         optimizer: Built optimizer.
         strategy: The run's strategy.
         batch_size: Of all devices and microbatches.
@@ -51,7 +51,7 @@ def estimate(
     copies = 1 if accumulation_steps == 1 else 2
     per_replica = batch_size // strategy.num_replicas_in_sync
     size = per_replica // accumulation_steps
-    batch = example_batch(model, size, captions)
+    batch = model.batch_spec(size, captions)
     parts = {
         "weights": _bytes(weights),
         "gradients": copies * _bytes(trained),
@@ -60,32 +60,8 @@ def estimate(
         "activations": _activations(model, strategy, batch, batch_size),
     }
     shapes = {name: tuple(spec.shape) for name, spec in batch.items()}
-    shapes |= _shapes_inside(model, size, captions)
+    shapes |= model.shapes(size, captions)
     return {**parts, "total": sum(parts.values()), "shapes": shapes}
-
-
-def _shapes_inside(model, size, captions):
-    encoder, decoder = model.vision_encoder, model.text_decoder
-    patches = encoder.grid[0] * encoder.grid[1]
-    hidden = (size * captions, decoder.max_length, decoder.hidden_dim)
-    return {
-        "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
-        "decoded": hidden,  # [B * K, L, D]
-        "logits": (*hidden[:2], decoder.vocabulary_size),
-    }
-
-
-def example_batch(model, size, captions=1):
-    """Shapes and types of a training batch of `size` examples."""
-    height, width = model.vision_encoder.image_size
-    labels = [size, model.text_decoder.max_length]
-    if captions > 1:
-        labels.insert(1, captions)
-    return {
-        "image": tf.TensorSpec([size, height, width, 3], tf.float32),
-        "labels": tf.TensorSpec(labels, tf.int32),
-        "index": tf.TensorSpec([size], tf.int64),
-    }
 
 
 def table(parts):
@@ -104,10 +80,18 @@ def _activations(model, strategy, batch, batch_size):
     loop = TrainLoop(strategy, model, None, batch_size)
     function = tf.function(loop.microbatch_gradients, autograph=False)
     graph = function.get_concrete_function(batch).graph
-    tokens = batch["labels"].shape.num_elements()
     gradients = _bytes([v.value for v in model.trainable_variables])
     # At the peak the gradients made so far are alive too: counted above.
-    return max(0, peak_bytes(graph, unknown=tokens) - gradients)
+    return max(0, peak_bytes(graph, unknown=_most_integers(batch)) - gradients)
+
+
+def _most_integers(batch):
+    """Tokens of a batch: what a dimension left open may at most become."""
+    return max(
+        spec.shape.num_elements()
+        for spec in batch.values()
+        if spec.dtype.is_integer
+    )
 
 
 def peak_bytes(graph, unknown=1):

@@ -1,9 +1,69 @@
 """Turns the sums of training loops into the figures people read."""
 
+import dataclasses
 import math
 import time
 
-OBJECTIVES = ("autoregressive", "parallel")
+import tensorflow as tf
+
+
+@dataclasses.dataclass
+class Sums:
+    """Sums over examples and steps of what a task reports.
+
+    Attributes:
+        figures: Name -> (total, weight); their ratio is the figure.
+        counts: Name -> total.
+    """
+
+    figures: dict = dataclasses.field(default_factory=dict)
+    counts: dict = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def packed(losses):
+        """Sums over one batch, as a list for a compiled loop.
+
+        Args:
+            losses: `task.ExampleLosses`.
+
+        Returns:
+            (names, scalars): what `unpacked` wants of it, and the tensors.
+        """
+        loss = (losses.loss, tf.ones_like(losses.loss))
+        figures = {"loss": loss, **losses.metrics}
+        pairs = [value for pair in figures.values() for value in pair]
+        values = [*pairs, *losses.counts.values()]
+        names = (list(figures), list(losses.counts))
+        return names, [tf.reduce_sum(value) for value in values]
+
+    @classmethod
+    def unpacked(cls, names, values):
+        """The sums of many batches, added up place by place.
+
+        Args:
+            names: As `packed` gave them.
+            values: Floats; the last two are total and weight of the norm of
+                the gradient.
+        """
+        figures, counts = names
+        pairs = zip(values[0::2], values[1::2])
+        found = cls(dict(zip(figures, pairs)))
+        found.counts = dict(zip(counts, values[2 * len(figures) :]))
+        found.figures["gradient_norm"] = tuple(values[-2:])
+        return found
+
+    def add(self, other):
+        """Adds the sums of further steps."""
+        for name, (total, weight) in other.figures.items():
+            own = self.figures.get(name, (0.0, 0.0))
+            self.figures[name] = (own[0] + total, own[1] + weight)
+        for name, total in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0.0) + total
+
+    def all_finite(self):
+        """Whether no sum is NaN or infinite."""
+        pairs = (value for pair in self.figures.values() for value in pair)
+        return all(map(math.isfinite, (*pairs, *self.counts.values())))
 
 
 class Interval:
@@ -18,56 +78,46 @@ class Interval:
         self._start()
 
     def _start(self):
-        self._sums = {}
-        self._steps = self._timed_steps = 0
-        self._seconds = self._waited = self._timed_tokens = 0.0
+        self._sums, self._timed = Sums(), Sums()
+        self._timed_steps = 0
+        self._seconds = self._waited = 0.0
 
     def add(self, sums, steps, seconds, waited, timed=True):
         """Adds one loop.
 
         Args:
-            sums: Sums by metric name, of all examples of the loop.
+            sums: `Sums` of all examples of the loop.
             steps: Steps of the loop.
             seconds: Wall time of the loop.
             waited: Seconds of it spent waiting for data, or None.
             timed: False where the time includes compilation.
         """
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += steps
+        self._sums.add(sums)
         if timed:
+            self._timed.add(sums)
             self._timed_steps += steps
             self._seconds += seconds
             self._waited = None if waited is None else self._waited + waited
-            self._timed_tokens += _tokens(sums)
 
     def result(self):
         """The figures of the interval, which then starts anew.
 
         Returns:
-            Dict: "loss"; per objective "<objective>/loss" (mean over
-            examples) and "<objective>/nll_per_token" (over real tokens), left
-            out where an objective drew no example; "gradient_norm" (mean over
-            steps); "images_per_second", "tokens_per_second" and
-            "data_wait_share" once a loop was timed.
+            Dict: each figure the task reports, left out where its weight is
+            zero, "loss" first; "gradient_norm" (mean over steps);
+            "images_per_second", a rate of each count ("tokens_per_second")
+            and "data_wait_share" once a loop was timed.
         """
-        sums, steps = self._sums, max(self._steps, 1)
-        loss = sum(sums.get(f"{name}/loss", 0.0) for name in OBJECTIVES)
-        figures = {"loss": loss / (steps * self._batch_size)}
-        for name in OBJECTIVES:
-            if sums.get(f"{name}/examples"):
-                figures[f"{name}/loss"] = (
-                    sums[f"{name}/loss"] / sums[f"{name}/examples"]
-                )
-            if sums.get(f"{name}/tokens"):
-                figures[f"{name}/nll_per_token"] = (
-                    sums[f"{name}/nll"] / sums[f"{name}/tokens"]
-                )
-        figures["gradient_norm"] = sums.get("gradient_norm", 0.0) / steps
+        figures = {
+            name: total / weight
+            for name, (total, weight) in self._sums.figures.items()
+            if weight
+        }
         if self._seconds > 0:
             images = self._timed_steps * self._batch_size
             figures["images_per_second"] = images / self._seconds
-            figures["tokens_per_second"] = self._timed_tokens / self._seconds
+            for name, total in self._timed.counts.items():
+                figures[f"{name}_per_second"] = total / self._seconds
             if self._waited is not None:
                 figures["data_wait_share"] = self._waited / self._seconds
         self._start()
@@ -83,12 +133,3 @@ class Stopwatch:
 
     def __exit__(self, *exception):
         self.seconds = time.perf_counter() - self._began
-
-
-def all_finite(sums, *more):
-    """Whether no sum is NaN or infinite."""
-    return all(math.isfinite(value) for value in (*sums.values(), *more))
-
-
-def _tokens(sums):
-    return sum(sums.get(f"{name}/tokens", 0.0) for name in OBJECTIVES)

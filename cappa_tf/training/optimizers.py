@@ -11,6 +11,8 @@ So the decay does not depend on the base learning rate, unlike the `AdamW` of
 Keras, and one schedule scales both.
 """
 
+import contextlib
+
 import keras
 import tensorflow as tf
 from keras import ops
@@ -91,18 +93,43 @@ def _round_to_bfloat16(x):
     return tf.bitcast(bits, tf.float32)
 
 
+def apply_summed(optimizer, gradients, variables):
+    """Makes one step with gradients that are summed over the replicas.
+
+    `Optimizer.apply` of Keras sums the gradients of all replicas itself: those
+    of a loop that has done so (for their norm, or over microbatches) would
+    become as many times too large as there are replicas.
+
+    Args:
+        optimizer: Any built Keras optimizer.
+        gradients: List of tensors, the same on every replica.
+        variables: The variables they belong to.
+    """
+    with _summed(optimizer):
+        optimizer.apply(gradients, variables)
+
+
+@contextlib.contextmanager
+def _summed(optimizer):
+    """Inside the block the optimizer takes gradients for summed ones."""
+    # An attribute of the object hides the method. The replicas' threads enter
+    # and leave the block in step with each other.
+    optimizer._all_reduce_sum_gradients = list
+    try:
+        yield
+    finally:
+        optimizer.__dict__.pop("_all_reduce_sum_gradients", None)
+
+
 class ScheduledOptimizer(keras.optimizers.Optimizer):
     """Clipping, decoupled decay and schedule around a `direction`.
 
     A subclass makes its state in `build` and gives `direction`. The state of
     a variable is kept in lists ordered like the variables of `build`.
 
-    Two ways to apply gradients, which matter only with several replicas:
-    `apply(gradients, variables)` wants gradients that are already summed over
-    the replicas; `apply_gradients(pairs)`, which `Model.fit` calls, sums them
-    itself. (`apply` of Keras always sums, which after an own all-reduce makes
-    gradients as many times too big as there are replicas, and it clips before
-    summing.)
+    `apply` and `apply_gradients` sum the gradients over the replicas as those
+    of Keras do, but before they are clipped. Who has summed them already
+    calls `apply_summed`.
 
     Args:
         learning_rate: Base learning rate.
@@ -187,16 +214,8 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def apply_gradients(self, grads_and_vars):
-        """Sums gradients over the replicas, then applies them."""
-        gradients, variables = zip(*grads_and_vars, strict=True)
-        pairs = list(zip(dense_gradients(gradients), variables, strict=True))
-        pairs = super()._all_reduce_sum_gradients(pairs)
-        self.apply(*zip(*pairs, strict=True))
-        return self.iterations
-
     def apply(self, grads, trainable_variables=None):
-        """Makes one step with gradients summed over the replicas."""
+        """Makes one step with each replica's own gradients."""
         super().apply(dense_gradients(grads), trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
@@ -223,15 +242,14 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
     def _backend_apply_gradients(self, grads, trainable_variables):
         # Replaces clip, coupled decay, accumulation and averages of Keras,
         # none of which follow the order of this module.
+        pairs = self._all_reduce_sum_gradients(zip(grads, trainable_variables))
+        grads, trainable_variables = zip(*pairs)
         if self.global_clip_norm is not None:
             grads = clip_by_global_norm(grads, self.global_clip_norm)
-        self._backend_update_step(
-            grads, trainable_variables, self.learning_rate
-        )
-
-    def _all_reduce_sum_gradients(self, grads_and_vars):
-        # Summed before the clip: by `apply_gradients` or by the caller.
-        return grads_and_vars
+        with _summed(self):
+            self._backend_update_step(
+                grads, trainable_variables, self.learning_rate
+            )
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""

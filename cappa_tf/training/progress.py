@@ -6,13 +6,8 @@ import time
 
 import tqdm
 
-# Names in the lines, which should fit a terminal. Cap is autoregressive, Pa
-# parallel prediction: mean loss of a caption, and mean nll of a token.
+# Names in the lines, which should fit a terminal; tasks have more of them.
 _SHORT = {
-    "autoregressive/loss": "cap",
-    "autoregressive/nll_per_token": "cap/token",
-    "parallel/loss": "pa",
-    "parallel/nll_per_token": "pa/token",
     "gradient_norm": "grad",
     "weight_norm": "weights",
     "learning_rate": "lr",
@@ -33,11 +28,15 @@ class Progress:
         total_steps: Length of the run.
         initial_step: Where it goes on.
         shown: False keeps the terminal quiet (all but the chief).
+        short_names: See `Task.short_names`.
     """
 
-    def __init__(self, folder, total_steps, initial_step=0, shown=True):
+    def __init__(
+        self, folder, total_steps, initial_step=0, shown=True, short_names=None
+    ):
         self._path = folder and os.path.join(folder, "train.log")
         self._shown = shown
+        self._short_names = {**_SHORT, **(short_names or {})}
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=initial_step,
@@ -64,9 +63,11 @@ class Progress:
 
     def figures(self, step, figures):
         """One line of figures, such as `step 50  loss 3.21  ...`."""
+        names = {name: self._short_names.get(name, name) for name in figures}
         parts = [
-            f"{_SHORT.get(name, name)} {_short(value)}"
+            f"{names[name]} {_short(value)}"
             for name, value in figures.items()
+            if names[name] is not None
         ]
         self.line("  ".join([f"step {step}", *parts]))
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import os
 
 import tensorflow as tf
@@ -13,7 +14,7 @@ from cappa_tf.training.checkpoints import Checkpoints
 from cappa_tf.training.distribution import has_accelerator, training_iterator
 from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.interruption import Interruption
-from cappa_tf.training.metrics import Interval, Stopwatch, all_finite
+from cappa_tf.training.metrics import Interval, Stopwatch
 from cappa_tf.training.progress import Progress
 from cappa_tf.training.samples import Samples
 from cappa_tf.training.step import TrainLoop
@@ -82,7 +83,8 @@ class Run:
         state = self._checkpoints.state.values
         # Counted in examples: the batch size may change between two starts.
         self._examples = state.get("examples", 0)
-        self._best_nll = state.get("best_nll")
+        # "best_nll" in checkpoints of version 0.1.0.
+        self._best = state.get("best", state.get("best_nll"))
         if hosts.is_chief:
             describe_run(settings.workdir, model, train_data)
         self._evaluators = Evaluators(
@@ -118,7 +120,11 @@ class Run:
         chief = self._hosts.is_chief
         folder = self._settings.workdir if chief else None
         self._progress = Progress(
-            folder, self._settings.total_steps, self.step, shown=chief
+            folder,
+            self._settings.total_steps,
+            self.step,
+            shown=chief,
+            short_names=self._model.short_names,
         )
         self._summaries = Summaries(folder)
         try:
@@ -143,10 +149,13 @@ class Run:
 
     def _announce(self):
         counts = parameter_counts(self._model)
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {count:,}"
+            for name, count in counts.items()
+            if name != "total"
+        )
         self._progress.line(
-            f"{counts['total']:,} parameters (vision encoder "
-            f"{counts['vision_encoder']:,}, text decoder "
-            f"{counts['text_decoder']:,}) on "
+            f"{counts['total']:,} parameters ({parts}) on "
             f"{self._strategy.num_replicas_in_sync} device(s) of "
             f"{self._hosts.count} host(s)"
         )
@@ -231,7 +240,7 @@ class Run:
             sums, done, waited, self._weight_norm, stopped = loop(
                 iterator, steps
             )
-        if not all_finite(sums, self._weight_norm):
+        if not (sums.all_finite() and math.isfinite(self._weight_norm)):
             raise FloatingPointError(
                 f"Loss, gradients or weights are not finite between steps "
                 f"{before} and {before + done}. The last good checkpoint is "
@@ -260,7 +269,7 @@ class Run:
 
     def _save(self):
         self._checkpoints.save(
-            self.step, examples=self._examples, best_nll=self._best_nll
+            self.step, examples=self._examples, best=self._best
         )
 
     # Figures.
@@ -283,10 +292,10 @@ class Run:
         with averaged_weights(self._model, self._optimizer):
             figures = self._validation()
             self._samples.write(self.step, self._summaries)
-            nll = figures["nll_per_token"]
-            if self._best_nll is None or nll < self._best_nll:
-                self._best_nll = nll
-                self._checkpoints.save_best(self.step, best_nll=nll)
+            value = figures[self._model.selection_metric]
+            if self._model.better(value, self._best):
+                self._best = value
+                self._checkpoints.save_best(self.step, best=value)
         self._summaries.scalars(self.step, figures, "validation/")
         named = {f"validation/{name}": v for name, v in figures.items()}
         self._progress.figures(self.step, named)

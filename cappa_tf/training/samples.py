@@ -36,9 +36,8 @@ class Samples:
     def _take(self, batch):
         real = batch["_mask"].numpy() > 0
         real &= batch["index"].numpy() < self._count
-        labels = batch["labels"].numpy()[real]
-        if labels.ndim == 3:  # [B, K, L]: one reference is enough here
-            labels = labels[:, 0]
+        # One reference is enough here.
+        labels = batch["labels"].numpy()[real][:, 0]
         texts = self._tokenizer.detokenize(labels)
         self._references = [[text] for text in texts]
         self._images = batch["image"].numpy()[real]  # [B, H, W, 3]

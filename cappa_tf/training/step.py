@@ -1,25 +1,19 @@
 """The training step, and the compiled loop that runs many of them.
 
 B: examples of one replica's batch.  A: accumulation steps (microbatches).
-S: steps of one loop.  M: number of metrics.
+S: steps of one loop.  M: sums that are kept of a step.
 """
 
 import functools
 
 import tensorflow as tf
 
-# Sums over examples, captions' tokens and steps; `metrics.py` divides them.
-METRICS = (
-    "autoregressive/loss",
-    "autoregressive/examples",
-    "autoregressive/nll",
-    "autoregressive/tokens",
-    "parallel/loss",
-    "parallel/examples",
-    "parallel/nll",
-    "parallel/tokens",
-    "gradient_norm",
-)
+from cappa_tf.training.metrics import Sums
+from cappa_tf.training.optimizers import apply_summed
+
+# Room for the sums of a step: which there are is known only once it has been
+# traced, and the loop around it needs a static shape before that.
+_MOST_SUMS = 64
 
 
 class TrainLoop:
@@ -32,8 +26,7 @@ class TrainLoop:
 
     Args:
         strategy: The strategy under whose scope model and optimizer were built.
-        model: Has `compute_losses(batch, training)`, a dict of per-example
-            float32 [B] "loss", "nll", "tokens", "parallel".
+        model: A `Task`.
         optimizer: A built Keras optimizer.
         batch_size: Global batch size (all replicas, all microbatches).
         accumulation_steps: Microbatches a step, one after the other.
@@ -74,6 +67,7 @@ class TrainLoop:
         elif jit_compile:
             self._gradients_fn = _function(self._gradients, jit_compile=True)
         self._loop = _function(self._run_steps)
+        self._names = None  # of the sums, once a step has been traced
 
     def __call__(self, iterator, steps):
         """Runs up to `steps` steps.
@@ -83,15 +77,15 @@ class TrainLoop:
             steps: Python integer.
 
         Returns:
-            (sums, steps, waited, weight_norm, stopped): dict of float sums by
-            the names in `METRICS`, steps really run, seconds spent waiting
-            for the next batch (None where not measured), global norm of the
-            weights afterwards, whether some host asked to stop.
+            (sums, steps, waited, weight_norm, stopped): `metrics.Sums` of the
+            steps, their number, seconds spent waiting for the next batch
+            (None where not measured), global norm of the weights afterwards,
+            whether some host asked to stop.
         """
         sums, done, waited, norm, stopped = self._loop(
             iterator, tf.constant(steps)
         )
-        sums = dict(zip(METRICS, sums.numpy().tolist()))
+        sums = Sums.unpacked(self._names, sums.numpy().tolist())
         waited = float(waited) if self._measure_wait else None
         return sums, int(done), waited, float(norm), bool(stopped)
 
@@ -110,7 +104,7 @@ class TrainLoop:
             )
 
         # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
-        totals = tf.zeros([len(METRICS)], tf.float64)
+        totals = tf.zeros([_MOST_SUMS], tf.float64)
         done, stopping, totals, waited = tf.while_loop(
             unfinished,
             step,
@@ -183,9 +177,11 @@ class TrainLoop:
                 tf.distribute.ReduceOp.SUM, gradients
             )
         norm = tf.linalg.global_norm(gradients)
-        self._optimizer.apply(gradients, self._model.trainable_variables)
+        variables = self._model.trainable_variables
+        apply_summed(self._optimizer, gradients, variables)
         # Every replica has the same norm, and all replicas' sums are added.
-        return tf.concat([sums, [norm / self._replicas]], axis=0)
+        share = 1.0 / self._replicas
+        return tf.concat([sums[:-2], [norm * share, share]], axis=0)
 
     def _gradients(self, batch):
         """Sums gradients and metrics over the microbatches of a batch."""
@@ -202,7 +198,7 @@ class TrainLoop:
 
         variables = self._model.trainable_variables
         zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
-        sums = tf.zeros([len(METRICS) - 1])
+        sums = tf.zeros([_MOST_SUMS])
         _, gradients, sums = tf.while_loop(
             lambda i, *_: i < count,
             add_one,
@@ -212,17 +208,30 @@ class TrainLoop:
         return gradients, sums
 
     def microbatch_gradients(self, batch):
-        """Dense gradients of one microbatch, and its metric sums [M - 1]."""
+        """Dense gradients of one microbatch, and its sums [M]."""
         variables = [v.value for v in self._model.trainable_variables]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
-            losses = self._model.compute_losses(batch, training=True)
-            loss = tf.reduce_sum(losses["loss"]) / self._batch_size
+            losses = self._model.example_losses(batch, training=True)
+            loss = tf.reduce_sum(losses.loss) / self._batch_size
         gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
         # Embedding lookups give IndexedSlices; norms, sums over microbatches
         # and factored moments all need the dense gradient.
         dense = [tf.convert_to_tensor(g) for g in gradients]
-        return dense, _metric_sums(losses)
+        return dense, self._sums_of(losses)
+
+    def _sums_of(self, losses):
+        """Sums over the examples of one microbatch, float32 [M].
+
+        The last two places are those of the gradient's norm.
+        """
+        self._names, values = Sums.packed(losses)
+        room = _MOST_SUMS - len(values)
+        if room < 2:
+            raise ValueError(
+                f"A task may report {_MOST_SUMS} sums. Received: {self._names}"
+            )
+        return tf.pad(tf.stack(values), [[0, room]])
 
 
 # AutoGraph has nothing to convert in the model or here, and takes as long to
@@ -242,17 +251,3 @@ def _microbatches(value, count):
     parts = tf.reshape(value, shape)
     parts.set_shape([count, value.shape[0] // count, *value.shape[1:]])
     return parts
-
-
-def _metric_sums(losses):
-    """Sums over the examples of one microbatch, float32 [M - 1]."""
-    parallel = losses["parallel"]  # [B]
-    sums = []
-    for drawn in (1.0 - parallel, parallel):
-        sums += [
-            tf.reduce_sum(drawn * losses["loss"]),
-            tf.reduce_sum(drawn),
-            tf.reduce_sum(drawn * losses["nll"]),
-            tf.reduce_sum(drawn * losses["tokens"]),
-        ]
-    return tf.stack(sums)

@@ -20,7 +20,6 @@ from cappa_tf import checks
 from cappa_tf.training import memory
 from cappa_tf.training.build import (
     build_model,
-    check_fit,
     constructed,
     parameter_counts,
 )
@@ -201,7 +200,7 @@ def _open_data(model, train_data, eval_data, test_data):
     for name, data in opened.items():
         if data is not None:
             data = constructed(data, name, "tokenizer", "image_size")
-            check_fit(model, data, name)
+            model.check_data(data, name)
             opened[name] = data
     return list(opened.values())
 

@@ -73,7 +73,7 @@ def test_training_batches(data, cache):
     assert set(first) == {"image", "labels", "index"}
     assert first["image"].shape == (7, SIZE, SIZE, 3)
     assert first["image"].dtype == np.float32
-    assert first["labels"].shape == (7, 12)
+    assert first["labels"].shape == (7, 1, 12)
     assert first["labels"].dtype == np.int32
     index = np.concatenate([batch["index"] for batch in batches])
     np.testing.assert_array_equal(index, np.arange(2 * COUNT))
@@ -82,7 +82,7 @@ def test_training_batches(data, cache):
         assert sorted(seen) == list(range(COUNT))
     # Picture and caption stay together.
     for batch in batches:
-        texts = dataset.tokenizer.detokenize(batch["labels"])
+        texts = dataset.tokenizer.detokenize(batch["labels"][:, 0])
         said = [text.split(" ") for text in texts]
         assert [s[0] for s in said] == [f"{n}" for n in numbers(batch)]
         assert all(int(s[1]) <= n % 4 for s, n in zip(said, numbers(batch)))
@@ -233,7 +233,7 @@ def test_evaluation_counts_every_example_once(data, batch_size):
         real = batch["_mask"] == 1
         for i, n in zip(batch["index"][real], numbers(batch)[real]):
             assert examples[i].key == f"k{n}"
-        texts = dataset.tokenizer.detokenize(batch["labels"])
+        texts = dataset.tokenizer.detokenize(batch["labels"][:, 0])
         for i, text in zip(batch["index"][real], np.array(texts)[real]):
             assert text == examples[i].captions[0]
         # Padding has a caption, an empty one: a mean over its tokens exists.
@@ -248,12 +248,12 @@ def test_length_buckets_hold_the_longest_caption(data):
     plain = make(data, batch_size=3)
     lengths = set()
     for cut, whole in zip(take(dataset.train(), 7), take(plain.train(), 7)):
-        length = cut["labels"].shape[1]
+        length = cut["labels"].shape[2]
         lengths.add(length)
-        longest = (whole["labels"] != 0).sum(1).max()
+        longest = (whole["labels"] != 0).sum(2).max()
         assert length == min(b for b in (2, 6, 12) if b >= longest)
         np.testing.assert_array_equal(
-            cut["labels"], whole["labels"][:, :length]
+            cut["labels"], whole["labels"][..., :length]
         )
     assert lengths <= {2, 6, 12}
 
@@ -270,8 +270,8 @@ def test_without_tokenizer_labels_are_classes(data):
 def test_over_long_caption_is_cut_but_keeps_its_end(data):
     short = tokenizer.Tokenizer(data / "tokenizer.model", 3)
     batch = take(make(data, tokenizer=short).train(), 1)[0]
-    assert batch["labels"].shape == (7, 3)
-    np.testing.assert_array_equal(batch["labels"][:, -1], 1)
+    assert batch["labels"].shape == (7, 1, 3)
+    np.testing.assert_array_equal(batch["labels"][..., -1], 1)
 
 
 def test_the_constructor_opens_nothing(tmp_path):

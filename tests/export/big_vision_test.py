@@ -70,7 +70,7 @@ def test_sizes_are_read_from_the_arrays(captioner):
     assert [getattr(encoder, s) for s in sizes] == [12, 2, 3, 10]
     assert [getattr(decoder, s) for s in sizes] == [8, 3, 1, 14]
     assert (decoder.vocabulary_size, decoder.max_length) == (7, 6)
-    assert decoder.use_bias and decoder.use_mask_token
+    assert decoder.use_bias and decoder.special_tokens.mask is not None
     assert captioner.masked_pred_prob == 0.75
 
 
@@ -80,7 +80,7 @@ def test_what_differs_is_read_too():
         reference.random_captioner(sizes), (8, 12), max_length=9
     )
     decoder = captioner.text_decoder
-    assert not decoder.use_bias and not decoder.use_mask_token
+    assert not decoder.use_bias and decoder.special_tokens.mask is None
     assert decoder.position_embedding == "sincos2d"
     assert decoder.max_length == 9
     assert captioner.vision_encoder.grid == (2, 3)

@@ -8,6 +8,7 @@ from random_captioner import SIDE, SMALL, B, L, V, make_captioner
 
 from cappa_tf.models import random
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 
@@ -28,17 +29,18 @@ def batch():
         "image": tf.constant(
             draw.uniform(-1, 1, (B, SIDE, SIDE, 3)), tf.float32
         ),
-        "labels": tf.constant(labels, tf.int32),
+        "labels": tf.constant(labels[:, None], tf.int32),
         "index": tf.range(10, 10 + B, dtype=tf.int64),
     }
 
 
 def _nll(captioner, batch, parallel):
     """Per-token nll [B, L] from the public logits."""
-    logits = captioner.logits(batch["image"], batch["labels"], parallel)
+    labels = batch["labels"][:, 0]
+    logits = captioner.logits(batch["image"], labels, parallel)
     log_probs = tf.nn.log_softmax(logits)
-    nll = -tf.gather(log_probs, batch["labels"], batch_dims=2)
-    return nll.numpy() * (batch["labels"].numpy() != 0)
+    nll = -tf.gather(log_probs, labels, batch_dims=2)
+    return nll.numpy() * (labels.numpy() != 0)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
@@ -46,7 +48,7 @@ def test_loss_is_the_mean_over_a_captions_tokens(batch, probability):
     captioner = make_captioner(masked_pred_prob=probability)
     parts = captioner.compute_losses(batch)
     nll = _nll(captioner, batch, parallel=probability == 1.0)
-    lengths = np.sum(batch["labels"] != 0, -1)
+    lengths = np.sum(batch["labels"][:, 0] != 0, -1)
     np.testing.assert_allclose(parts["loss"], nll.sum(-1) / lengths, rtol=1e-5)
     np.testing.assert_allclose(parts["nll"], nll.sum(-1), rtol=1e-5)
     np.testing.assert_array_equal(parts["tokens"], lengths)
@@ -87,18 +89,18 @@ def test_masking_ratio_is_the_share_of_masks(batch, ratio):
     captioner = make_captioner(masked_pred_prob=1.0, masking_ratio=ratio)
     seeds = random.example_seeds(0, batch["index"])
     tokens = captioner._decoder_inputs(
-        batch["labels"], tf.fill([B], True), seeds
+        batch["labels"][:, 0], tf.fill([B], True), seeds
     ).numpy()
     masked = tokens == V
     assert np.all(masked.sum(-1) == int(ratio * L))
     np.testing.assert_array_equal(
-        tokens[~masked], batch["labels"].numpy()[~masked]
+        tokens[~masked], batch["labels"].numpy()[:, 0][~masked]
     )
 
 
 def test_several_captions_are_the_mean_of_each_alone(captioner, batch):
     other = tf.roll(batch["labels"], 1, axis=0)
-    both = {**batch, "labels": tf.stack([batch["labels"], other], 1)}
+    both = {**batch, "labels": tf.concat([batch["labels"], other], 1)}
     together = captioner.compute_losses(both)
     parts = [
         captioner.compute_losses({**batch, "labels": labels})
@@ -122,7 +124,7 @@ def test_draws_and_drops_do_not_depend_on_the_split(batch):
 
 
 def test_scores_are_minus_the_nll_of_every_pair(captioner, batch):
-    scores = captioner.score(batch["image"], batch["labels"])
+    scores = captioner.score(batch["image"], batch["labels"][:, 0])
     for label in range(B):
         tiled = tf.repeat(batch["labels"][label][None], B, 0)
         nll = _nll(captioner, {**batch, "labels": tiled}, False).sum(-1)
@@ -133,10 +135,10 @@ def test_scores_of_strings_go_through_the_tokenizer(batch):
     captioner = make_captioner()
     with pytest.raises(ValueError, match="captioner.tokenizer"):
         captioner.score(batch["image"], ["a", "b"])
-    captioner.tokenizer = lambda strings: batch["labels"][: len(strings)]
+    captioner.tokenizer = lambda strings: batch["labels"][: len(strings), 0]
     np.testing.assert_allclose(
         captioner.score(batch["image"], ["a", "b"]),
-        captioner.score(batch["image"], batch["labels"][:2]),
+        captioner.score(batch["image"], batch["labels"][:2, 0]),
     )
 
 
@@ -212,6 +214,7 @@ def test_refuses_parts_that_do_not_fit():
     narrow = {**SMALL, "hidden_dim": 8}
     with pytest.raises(ValueError, match="encoder_dim=8, hidden_dim=16"):
         Captioner(encoder, TextDecoder(V, L, num_layers=1, **narrow))
-    unmasked = TextDecoder(V, L, num_layers=1, use_mask_token=False, **SMALL)
-    with pytest.raises(ValueError, match="use_mask_token=False"):
+    special = SpecialTokens()
+    unmasked = TextDecoder(V, L, num_layers=1, special_tokens=special, **SMALL)
+    with pytest.raises(ValueError, match="mask=None"):
         Captioner(encoder, unmasked)

@@ -40,7 +40,6 @@ OPTIMIZERS = {
         "schedule": Cosine(total_steps=9, warmup_steps=3),
     },
 }
-BATCH = {"image": "image", "labels": "text"}
 JIT = pytest.mark.parametrize("jit_compile", [False, True])
 
 
@@ -96,7 +95,10 @@ def test_predictions(case, jit_compile):
 
 def test_nll_of_captions(case):
     _, arrays, captioner = case
-    batch = {key: tf.constant(arrays[name]) for key, name in BATCH.items()}
+    batch = {
+        "image": tf.constant(arrays["image"]),
+        "labels": tf.constant(arrays["text"][:, None]),
+    }
     parts = captioner.compute_losses(batch, training=False)
     expected = arrays["nll_per_caption"]
     np.testing.assert_allclose(parts["nll"], expected, rtol=1e-5)
@@ -246,7 +248,11 @@ def check_slopes(captioner, p, image, text, mode):
     """The gradient times random directions is what differences give."""
     captioner.masked_pred_prob = float(mode == "parallel")
     index = tf.range(len(text), dtype=tf.int64)
-    batch = {"image": image, "labels": tf.constant(text), "index": index}
+    batch = {
+        "image": image,
+        "labels": tf.constant(text)[:, None],
+        "index": index,
+    }
     loss, found = parity.loss_and_gradients(captioner, batch)
     found = parity.by_name(captioner, found)
 

@@ -6,6 +6,9 @@ import tensorflow as tf
 from random_captioner import B, L, V, make_captioner, make_images
 
 from cappa_tf.models import scoring
+from cappa_tf.models.special_tokens import SpecialTokens
+
+SPECIAL = SpecialTokens()
 
 
 @pytest.fixture(name="captioner", scope="module")
@@ -82,7 +85,7 @@ def test_scores_do_not_depend_on_the_groups(captioner, images, nodes):
     scores = scoring.score_groups(
         captioner.text_decoder,
         memory,
-        scoring.group_by_prefix(texts(), nodes),
+        scoring.group_by_prefix(texts(), SPECIAL, nodes),
         chunk_size=7,
     )
     wanted = captioner.score(images, texts())
@@ -125,7 +128,8 @@ def test_many_labels_share_prefixes_in_a_graph(captioner, images, monkeypatch):
 
 def test_a_shared_prefix_is_one_node():
     """ "7 8 2 eos" and "7 8 3 eos": prefixes "", 7, 7 8, 7 8 2 and 7 8 3."""
-    groups = scoring.group_by_prefix(np.array([[7, 8, 2, 1], [7, 8, 3, 1]]))
+    texts = np.array([[7, 8, 2, 1], [7, 8, 3, 1]])
+    groups = scoring.group_by_prefix(texts, SPECIAL)
     np.testing.assert_array_equal(groups.tokens, [[0, 7, 8, 2, 3]])
     np.testing.assert_array_equal(groups.depths, [[0, 1, 2, 3, 3]])
     np.testing.assert_array_equal(groups.nodes, [[[0, 1, 2, 3], [0, 1, 2, 4]]])
@@ -135,6 +139,6 @@ def test_a_shared_prefix_is_one_node():
 
 def test_equal_texts_are_computed_once_and_keep_their_places():
     labels = np.array([[5, 1, 0], [4, 1, 0], [5, 1, 0]])
-    groups = scoring.group_by_prefix(labels)
+    groups = scoring.group_by_prefix(labels, SPECIAL)
     np.testing.assert_array_equal(groups.targets, [[[4, 1], [5, 1]]])
     np.testing.assert_array_equal(groups.order, [1, 0, 1])

@@ -7,7 +7,8 @@ from harness import check_layer, randomize
 
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.random import StatelessDropout, example_seeds
-from cappa_tf.models.text_decoder import TextDecoder, shift_right
+from cappa_tf.models.special_tokens import SpecialTokens
+from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 
 SMALL = {
@@ -50,7 +51,7 @@ def changed_from(ids, position):
     [
         {},
         {"use_bias": True, "position_embedding": "sincos2d"},
-        {"use_mask_token": False, "encoder_dim": None},
+        {"special_tokens": SpecialTokens(1, 2, 3), "encoder_dim": None},
     ],
 )
 def test_contract(kwargs, tmp_path):
@@ -61,8 +62,11 @@ def test_contract(kwargs, tmp_path):
 
 def test_shift_right_by_example():
     """0, the pad, is also the start token; the last token falls out."""
-    shifted = shift_right(np.array([[5, 7, 1, 0], [2, 3, 4, 1]]))
+    labels = np.array([[5, 7, 1, 0], [2, 3, 4, 1]])
+    shifted = decoder().shift_right(labels)
     np.testing.assert_array_equal(shifted, [[0, 5, 7, 1], [0, 2, 3, 4]])
+    shifted = decoder(special_tokens=SpecialTokens(3, 9, 2)).shift_right(labels)
+    np.testing.assert_array_equal(shifted, [[9, 5, 7, 1], [9, 2, 3, 4]])
 
 
 @pytest.mark.parametrize("position", range(1, 7))
@@ -148,14 +152,18 @@ def test_logits_are_float32_under_mixed_precision():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "rows", "mask_id"),
-    [({}, 21, 20), ({"use_mask_token": False}, 20, None)],
+    ("kwargs", "rows", "mask"),
+    [
+        ({}, 21, 20),
+        ({"special_tokens": SpecialTokens()}, 20, None),
+        ({"special_tokens": SpecialTokens(3, 1, 2, mask=4)}, 20, 4),
+    ],
 )
-def test_mask_is_one_past_the_vocabulary(kwargs, rows, mask_id):
+def test_mask_is_one_past_the_vocabulary_by_default(kwargs, rows, mask):
     model = decoder(**kwargs)
     (embeddings,) = (w for w in model.weights if w.name == "embeddings")
     assert embeddings.shape == (rows, 16)
-    assert model.mask_id == mask_id
+    assert model.special_tokens.mask == mask
     assert model.head_weights[0].shape == (16, 20)
 
 

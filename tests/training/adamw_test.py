@@ -15,6 +15,7 @@ from harness import (
 from cappa_tf.training.adafactor import Adafactor
 from cappa_tf.training.optimizers import (
     AdamW,
+    apply_summed,
     clip_by_global_norm,
     dense_gradients,
     global_norm,
@@ -241,9 +242,9 @@ def replicated_steps(optimizer_cls, gradients, reduce_first):
         gradient *= tf.gather(SHARES, context.replica_id_in_sync_group)
         if reduce_first:
             gradient = context.all_reduce("SUM", gradient)
-            optimizer.apply([gradient], [variable])
+            apply_summed(optimizer, [gradient], [variable])
         else:
-            optimizer.apply_gradients([(gradient, variable)])
+            optimizer.apply([gradient], [variable])
 
     @tf.function
     def step(gradient):
@@ -269,7 +270,7 @@ def averaging_optimizer(optimizer_cls):
 @pytest.mark.parametrize("reduce_first", [False, True])
 @pytest.mark.parametrize("optimizer_cls", [AdamW, Adafactor])
 def test_two_replicas_make_the_step_of_one(optimizer_cls, reduce_first):
-    """Both ways to apply; the clip sees the sum of the replicas' gradients."""
+    """Whoever sums; the clip sees the sum of the replicas' gradients."""
     gradients = [random(40, 36, seed=step) for step in range(3)]
     optimizer, variable = averaging_optimizer(optimizer_cls)
     for gradient in gradients:

@@ -37,12 +37,12 @@ def test_restores_weights_optimizer_and_state(tmp_path, parts):
     model, optimizer = parts
     optimizer.iterations.assign(7)
     saving = checkpoints.Checkpoints(str(tmp_path), model, optimizer)
-    saving.save(7, examples=56, best_nll=1.5)
+    saving.save(7, examples=56, best=1.5)
     other_model, other_optimizer = _build(seed=1)
     other = checkpoints.Checkpoints(str(tmp_path), other_model, other_optimizer)
     assert other.restore()
     assert other.state.values["examples"] == 56
-    assert other.state.values["best_nll"] == 1.5
+    assert other.state.values["best"] == 1.5
     for a, b in zip(_weights(model), _weights(other_model), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(optimizer.variables, other_optimizer.variables):

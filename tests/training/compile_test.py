@@ -35,8 +35,8 @@ def compiled(tmp_path_factory):
 
 
 def _text_lengths(program):
-    """Lengths L of the labels [A, B / A, L] that a program is for."""
-    return set(re.findall(r"s32\[2,2,(\d+)\]", program))
+    """Lengths L of the labels [A, B / A, K, L] that a program is for."""
+    return set(re.findall(r"s32\[2,2,1,(\d+)\]", program))
 
 
 def test_compiles_once_for_each_text_length(compiled):

@@ -64,7 +64,7 @@ def _assert_same_run(one, other):
         for f in (one, other)
     ]
     for state in states:
-        state["best_nll"] = pytest.approx(state["best_nll"], rel=1e-5)
+        state["best"] = pytest.approx(state["best"], rel=1e-5)
     assert states[0] == states[1]
     if not os.path.exists(os.path.join(other, "sheet.png")):
         return

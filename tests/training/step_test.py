@@ -11,7 +11,7 @@ from cappa_tf.training.adafactor import Adafactor
 from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import build_model
 from cappa_tf.training.distribution import make_strategy, training_iterator
-from cappa_tf.training.metrics import Interval
+from cappa_tf.training.metrics import Interval, Sums
 from cappa_tf.training.step import TrainLoop
 
 
@@ -20,15 +20,23 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("vocabulary")
 
 
-def _train(folder, strategy=None, stop=None, **kwargs):
+def _adafactor():
+    # The gradient of a key's bias is zero but for rounding; divided by its own
+    # size it would be noise.
+    return Adafactor(0.01, epsilon=1e-3, momentum_dtype="float32")
+
+
+def _keras_adamw():
+    return keras.optimizers.AdamW(0.01, weight_decay=0.1, epsilon=1e-3)
+
+
+def _train(folder, strategy=None, stop=None, optimizer=_adafactor, **kwargs):
     """Weights, sums and weight norm after three steps of batch 8."""
     strategy = strategy or make_strategy("one")
     size = tiny.vocabulary(folder)[1]
     model, optimizer = build_model(
         lambda: tiny.make_model(size),
-        # The gradient of a key's bias is zero but for rounding; divided by
-        # its own size it would be noise.
-        lambda: Adafactor(0.01, epsilon=1e-3, momentum_dtype="float32"),
+        optimizer,
         strategy,
     )
     iterator = training_iterator(strategy, tiny.Data(folder).train, 8)
@@ -55,8 +63,11 @@ def plain(folder):
 def _assert_same(one, other, tolerance):
     for a, b in zip(one[0], other[0], strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance)
-    for name, value in one[1].items():
-        assert other[1][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    sums = {**one[1].figures, **one[1].counts}
+    found = {**other[1].figures, **other[1].counts}
+    assert found.keys() == sums.keys()
+    for name, value in sums.items():
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 def test_accumulated_microbatches_are_one_batch(folder, plain):
@@ -67,6 +78,14 @@ def test_two_devices_with_microbatches_are_one(folder, plain):
     strategy = two_devices()
     mirrored = _train(folder, strategy=strategy, accumulation_steps=2)
     _assert_same(plain, mirrored, 1e-6)
+
+
+def test_an_optimizer_of_keras_sums_no_second_time(folder):
+    one, two = (
+        _train(folder, strategy=strategy, optimizer=_keras_adamw)
+        for strategy in (make_strategy("one"), two_devices())
+    )
+    _assert_same(one, two, 1e-5)
 
 
 def test_compiled_step_is_the_step(folder, plain):
@@ -91,14 +110,14 @@ def test_only_the_wait_for_data_is_timed(folder, monkeypatch):
     model, optimizer = build_model(
         lambda: tiny.make_model(size), lambda: Adafactor(0.01), strategy
     )
-    read_clock, compute = tf.timestamp, model.compute_losses
+    read_clock, compute = tf.timestamp, model.example_losses
 
-    def compute_losses(batch, training):
+    def example_losses(batch, training):
         image = event("step", batch["image"], tf.float32)
         image = tf.ensure_shape(image, batch["image"].shape)
         return compute({**batch, "image": image}, training=training)
 
-    monkeypatch.setattr(model, "compute_losses", compute_losses)
+    monkeypatch.setattr(model, "example_losses", example_losses)
     monkeypatch.setattr(
         tf,
         "timestamp",
@@ -114,9 +133,10 @@ def test_sums_are_those_of_the_batches(folder, plain):
     tokens = sum(
         np.count_nonzero(batch["labels"]) for batch in data.train(8).take(3)
     )
-    counted = sums["autoregressive/tokens"] + sums["parallel/tokens"]
-    assert counted == tokens
-    assert sums["autoregressive/examples"] + sums["parallel/examples"] == 24
+    weights = {name: weight for name, (_, weight) in sums.figures.items()}
+    assert sums.counts["tokens"] == weights["nll_per_token"] == tokens
+    assert weights["loss"] == 24 and weights["gradient_norm"] == 3
+    assert weights["autoregressive/loss"] + weights["parallel/loss"] == 24
     squares = [np.square(w.astype("float64")).sum() for w in plain[0]]
     assert plain[2] == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
 
@@ -140,27 +160,18 @@ def test_inside_the_block_the_weights_are_their_average():
 
 def test_interval_divides_by_what_was_counted():
     interval = Interval(batch_size=4)
-    sums = {
-        "autoregressive/loss": 6.0,
-        "autoregressive/examples": 3.0,
-        "autoregressive/nll": 20.0,
-        "autoregressive/tokens": 10.0,
-        "parallel/loss": 2.0,
-        "parallel/examples": 1.0,
-        "parallel/nll": 8.0,
-        "parallel/tokens": 2.0,
-        "gradient_norm": 0.5,
-    }
+    names = (["loss", "parallel/loss", "never/loss"], ["tokens"])
+    values = [8.0, 4.0, 2.0, 1.0, 0.0, 0.0, 12.0, 0.5, 1.0]
+    sums = Sums.unpacked(names, values)
     interval.add(sums, steps=1, seconds=100.0, waited=99.0, timed=False)
     interval.add(sums, steps=1, seconds=2.0, waited=0.5)
     figures = interval.result()
     assert figures["loss"] == 16.0 / 8
-    assert figures["autoregressive/loss"] == 2.0
-    assert figures["autoregressive/nll_per_token"] == 2.0
-    assert figures["parallel/nll_per_token"] == 4.0
+    assert figures["parallel/loss"] == 2.0
+    assert "never/loss" not in figures
     assert figures["gradient_norm"] == 0.5
     # The first, untimed loop compiled: it says nothing about speed.
     assert figures["images_per_second"] == 2.0
     assert figures["tokens_per_second"] == 6.0
     assert figures["data_wait_share"] == 0.25
-    assert interval.result()["loss"] == 0.0
+    assert interval.result() == {}

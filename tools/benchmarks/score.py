@@ -81,7 +81,8 @@ def make_ways(captioner, labels, part):
 
     decoder = captioner.text_decoder
     few = labels[:part]
-    short = scoring.cut_padding(labels).numpy()[:part]
+    pad = decoder.special_tokens.pad
+    short = scoring.cut_padding(labels, pad).numpy()[:part]
 
     @tf.function(autograph=False)
     def one(encoded, label):

@@ -1,0 +1,141 @@
+"""A task: what a trainer needs to know of a method, and no more.
+
+The loop, its figures, TensorBoard, validation, the estimate of memory and the
+run folder are written against this class; `Captioner` is one task.
+
+Abbreviations for dimensions:
+    B: batch (of examples).
+"""
+
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+
+class ExampleLosses(NamedTuple):
+    """The loss of each example, and the figures that are reported of it.
+
+    Attributes:
+        loss: float32 [B]. What is trained is its mean over the global batch.
+        metrics: Name -> (totals, weights), each float32 [B]. The figure is
+            the sum of the totals over the sum of the weights, over all
+            examples of all steps reported together; it is left out where the
+            weights are all zero.
+        counts: Name -> float32 [B], what an example holds that is worth a
+            rate: "tokens" is reported as tokens_per_second.
+    """
+
+    loss: tf.Tensor
+    metrics: dict
+    counts: dict
+
+
+class Task(keras.Model):
+    """Base class of the methods that can be trained.
+
+    A subclass defines `example_losses`, `parts`, `batch_spec` and `shapes`,
+    and what else differs from the defaults here.
+
+    Attributes:
+        selection_metric: The name of the figure of validation that decides
+            which weights are the best.
+        selection_mode: "min" or "max": which value of it is best.
+        short_names: Name of a figure -> the name it has in a line of the
+            terminal; None leaves it out there.
+    """
+
+    selection_metric = "loss"
+    selection_mode = "min"
+    short_names = {}
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        names = dict.fromkeys(["loss", self.selection_metric])
+        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+
+    def example_losses(self, batch, training):
+        """Losses and figures of a batch, example by example.
+
+        Args:
+            batch: As `batch_spec` describes it; in evaluation also `_mask`
+                float32 [B], 0 for padding, which need not be heeded here.
+            training: Whether to draw and to drop as training does.
+
+        Returns:
+            `ExampleLosses`. In evaluation `selection_metric` must be "loss"
+            or one of its metrics.
+        """
+        raise NotImplementedError
+
+    @property
+    def parts(self):
+        """Name -> layer: what is counted, loaded and frozen by name."""
+        raise NotImplementedError
+
+    def batch_spec(self, size, captions=1):
+        """Shapes and types of a training batch.
+
+        Args:
+            size: B.
+            captions: Captions of an image.
+
+        Returns:
+            Name -> `tf.TensorSpec`.
+        """
+        raise NotImplementedError
+
+    def shapes(self, size, captions=1):
+        """Shapes worth knowing inside the model: name -> tuple."""
+        raise NotImplementedError
+
+    def check_data(self, data, name):
+        """Refuses a data set that does not fit the model.
+
+        Args:
+            data: A data set such as `CaptionDataset`.
+            name: The argument it came as, for the message.
+
+        Raises:
+            ValueError: Naming the file and the bindings that disagree.
+        """
+
+    def better(self, value, best):
+        """Whether a figure of `selection_metric` beats the best so far."""
+        if best is None:
+            return True
+        return value < best if self.selection_mode == "min" else value > best
+
+    # Keras' own loop.
+
+    @property
+    def metrics(self):
+        """What `fit` and `evaluate` report."""
+        return list(self._fit_metrics.values())
+
+    def train_step(self, batch):
+        """One step of `fit` on a batch as `example_losses` takes it."""
+        with tf.GradientTape() as tape:
+            losses = self.example_losses(batch, training=True)
+            # Gradients are summed over replicas: divide by all of them.
+            replicas = tf.distribute.get_strategy().num_replicas_in_sync
+            loss = tf.reduce_mean(losses.loss) / replicas
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        gradients = tape.gradient(scaled, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables))
+        return self._update_metrics(losses)
+
+    def test_step(self, batch):
+        """One step of `evaluate`; `_mask` [B] (0 = padding) is respected."""
+        losses = self.example_losses(batch, training=False)
+        return self._update_metrics(losses, batch.get("_mask"))
+
+    def _update_metrics(self, losses, mask=None):
+        mask = tf.ones_like(losses.loss) if mask is None else mask
+        figures = {"loss": (losses.loss, tf.ones_like(mask)), **losses.metrics}
+        for name, metric in self._fit_metrics.items():
+            total, weight = figures[name]
+            mean = tf.math.divide_no_nan(total, weight)
+            metric.update_state(mean, weight * mask)
+        return {metric.name: metric.result() for metric in self.metrics}
