@@ -66,7 +66,7 @@ class EncoderBlock(keras.layers.Layer):
 
         Call arguments:
             x: [B, P, D].
-            seeds: uint32 [B]; needed in training with dropout.
+            seeds: uint32 [B], see `StatelessDropout`.
             training: Whether to drop.
         """
         y = self._attention_norm(x)
@@ -184,7 +184,7 @@ class DecoderBlock(keras.layers.Layer):
             attention_mask: Bool, broadcastable to [N, H, L, keys].
             cache: None, or (keys, values, index): two [N, M, H, C] of all
                 M positions and the scalar position that x stands at.
-            seeds: uint32 [N]; needed in training with dropout.
+            seeds: uint32 [N], see `StatelessDropout`.
             training: Whether to drop.
 
         Returns:

@@ -125,9 +125,9 @@ class Captioner(Inference, Task):
 
     def call(self, inputs, training=False):
         """Autoregressive logits of {"image", "labels"}: see `logits`."""
-        return self.logits(inputs["image"], inputs["labels"])
+        return self.logits(inputs["image"], inputs["labels"], training=training)
 
-    def logits(self, images, labels, parallel=False):
+    def logits(self, images, labels, parallel=False, training=False):
         """Scores of every token at every position.
 
         Args:
@@ -136,6 +136,7 @@ class Captioner(Inference, Task):
                 padded.
             parallel: False: position t sees the labels before t; True: every
                 position sees only MASK tokens and the image.
+            training: Whether to drop.
 
         Returns:
             float32 [B, L, V] or [B, K, L, V].
@@ -143,15 +144,16 @@ class Captioner(Inference, Task):
         labels = tf.convert_to_tensor(labels, tf.int32)
         flat = tf.reshape(labels, [-1, labels.shape[-1]])  # -> [N, L]
         decoder = self.text_decoder
-        memory = decoder.project_memory(self.encode(images))
+        encoded = self.encode(images, training=training)
+        memory = decoder.project_memory(encoded)
         if parallel:
             tokens = tf.fill(
                 tf.shape(flat), decoder.special_tokens.require_mask()
             )
             everywhere = tf.fill(tf.shape(flat)[:1], True)
-            hidden = decoder(tokens, memory, parallel=everywhere)
         else:
-            hidden = decoder(decoder.shift_right(flat), memory)
+            tokens, everywhere = decoder.shift_right(flat), None
+        hidden = decoder(tokens, memory, parallel=everywhere, training=training)
         logits = decoder.logits(hidden)
         shape = tf.concat([tf.shape(labels), logits.shape[-1:]], axis=0)
         return tf.reshape(logits, shape)

@@ -220,7 +220,7 @@ class MLP(keras.layers.Layer):
 
         Call arguments:
             x: [B, T, D].
-            seeds: uint32 [B]; needed in training with dropout.
+            seeds: uint32 [B], see `StatelessDropout`.
             training: Whether to drop.
         """
         x = ops.gelu(self._expand(x), approximate=True)

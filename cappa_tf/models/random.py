@@ -4,7 +4,9 @@ Dropout masks, patch choices and objective draws must not depend on how a
 batch is split over replicas or microbatches, and must repeat when a run is
 resumed. So every draw is a pure function of (seed of the example, salt of the
 place that draws, position in the tensor). No seed variable is involved: one
-of another device cannot be read inside a compiled replica.
+of another device cannot be read inside a compiled replica. Only a loop that
+gives no seeds, such as `fit` of an exported encoder, gets them from a
+`SeedGenerator`, as Keras' own layers do.
 
 Abbreviations: B batch.
 """
@@ -67,6 +69,31 @@ def example_seeds(seed, index):
     return _mix(mixed + high * _u32(_GOLDEN) + _u32(_GOLDEN))
 
 
+def seed_generator(name):
+    """A Keras seed generator that starts at a number made of a name.
+
+    Not at a random one: that would be drawn from what decides the initial
+    weights, which then depended on whether a layer drops.
+    """
+    return keras.random.SeedGenerator(salt_of(name))
+
+
+def next_seeds(generator, batch_size):
+    """Seeds of the examples of a batch for which none were given.
+
+    Args:
+        generator: From `seed_generator`; it moves on.
+        batch_size: B.
+
+    Returns:
+        uint32 [B], others at every call.
+    """
+    state = ops.cast(generator.next(), "uint32")
+    stream = _mix(_mix(state[0]) + state[1] * _u32(_GOLDEN))
+    index = ops.cast(ops.arange(batch_size, dtype="int32"), "uint32")
+    return _mix(stream + index * _u32(_GOLDEN))
+
+
 def uniform(seeds, shape, salt):
     """Uniform numbers in [0, 1), independent for each example.
 
@@ -118,13 +145,14 @@ class StatelessDropout(keras.layers.Layer):
         self.rate = rate
         self.salt = salt
         self._salt = salt_of(salt)
+        self.seed_generator = seed_generator(salt) if rate > 0.0 else None
 
     def call(self, x, seeds=None, training=False):
         """Applies dropout.
 
         Call arguments:
             x: [B, ...].
-            seeds: uint32 [B]; needed in training when `rate` > 0.
+            seeds: uint32 [B]; by default those of `seed_generator`.
             training: Whether to drop.
 
         Returns:
@@ -133,11 +161,7 @@ class StatelessDropout(keras.layers.Layer):
         if not training or self.rate == 0.0:
             return x
         if seeds is None:
-            raise ValueError(
-                "Training with dropout needs the seeds of the examples "
-                f"(`seeds=example_seeds(seed, index)`). Received: seeds=None "
-                f"in layer {self.name} with rate={self.rate}"
-            )
+            seeds = next_seeds(self.seed_generator, ops.shape(x)[0])
         return dropout(x, self.rate, seeds, self._salt)
 
     def get_config(self):

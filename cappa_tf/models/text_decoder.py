@@ -18,6 +18,7 @@ from cappa_tf.checks import (
 )
 from cappa_tf.models.blocks import DecoderBlock
 from cappa_tf.models.layers import PositionEmbedding, layer_norm
+from cappa_tf.models.random import next_seeds, seed_generator
 from cappa_tf.models.special_tokens import SpecialTokens
 
 
@@ -102,6 +103,9 @@ class TextDecoder(keras.Model):
             "embedding_stddev", embedding_stddev, exclusive=True
         )
         self.remat = remat
+        self.seed_generator = None
+        if dropout > 0.0:
+            self.seed_generator = seed_generator("decoder")
         self._make_layers()
 
     def _make_layers(self):
@@ -224,7 +228,8 @@ class TextDecoder(keras.Model):
             memory: From `project_memory`, of B images with N = B * K; None
                 leaves the image out (the blind baseline).
             parallel: None or bool [N], see `attention_mask`.
-            seeds: uint32 [N]; needed in training with dropout.
+            seeds: uint32 [N] of what is dropped in training; by default
+                those of a `keras.random.SeedGenerator`.
             training: Whether to drop.
             positions: Optional int [L], where in its text each token stands;
                 0, 1, ... by default.
@@ -234,6 +239,8 @@ class TextDecoder(keras.Model):
         Returns:
             [N, L, D] after the final LayerNorm.
         """
+        if training and seeds is None and self.seed_generator is not None:
+            seeds = next_seeds(self.seed_generator, ops.shape(tokens)[0])
         x = self._embedding(tokens)
         if positions is None:
             x = self._positions(x)

@@ -19,7 +19,13 @@ from cappa_tf.checks import (
 )
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.layers import PatchEmbedding, PositionEmbedding, layer_norm
-from cappa_tf.models.random import StatelessDropout, salt_of, uniform
+from cappa_tf.models.random import (
+    StatelessDropout,
+    next_seeds,
+    salt_of,
+    seed_generator,
+    uniform,
+)
 
 POOLINGS = ("gap", "map", "tok", "none")
 
@@ -51,8 +57,8 @@ class VisionEncoder(keras.Model):
 
     Call arguments:
         images: [B, H, W, 3] in [-1, 1].
-        seeds: uint32 [B] (`random.example_seeds`); needed in training with
-            dropout or patch dropout.
+        seeds: uint32 [B] (`random.example_seeds`) of what is dropped in
+            training; by default those of a `keras.random.SeedGenerator`.
         training: Whether to drop.
 
     Returns:
@@ -107,6 +113,9 @@ class VisionEncoder(keras.Model):
         self.num_classes = num_classes
         self.remat = remat
         self.grid = self._grid()
+        self.seed_generator = None
+        if dropout > 0.0 or patch_dropout > 0.0:
+            self.seed_generator = seed_generator("encoder")
         self._make_layers()
 
     def _grid(self):
@@ -192,6 +201,8 @@ class VisionEncoder(keras.Model):
         self._check_images(images)
         x = ops.cast(images, self.compute_dtype)
         x = self._positions(self._patches(x))  # -> [B, P, D]
+        if training and seeds is None and self.seed_generator is not None:
+            seeds = next_seeds(self.seed_generator, ops.shape(x)[0])
         if training and self.patch_dropout > 0.0:
             x = self._drop_patches(x, seeds)
         if self.pooling == "tok":
@@ -218,11 +229,6 @@ class VisionEncoder(keras.Model):
 
     def _drop_patches(self, x, seeds):
         """Keeps a random subset of the patches, in their order."""
-        if seeds is None:
-            raise ValueError(
-                "Training with patch dropout needs the seeds of the examples "
-                "(`seeds=example_seeds(seed, index)`). Received: seeds=None"
-            )
         order = uniform(seeds, (x.shape[1],), salt_of("encoder/patches"))
         kept = ops.argsort(order, axis=1)[:, : self.num_kept_patches()]
         kept = ops.sort(kept, axis=1)

@@ -55,7 +55,10 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert abs(np.mean(dropped == 0) - 0.25) < 0.01
 
 
-def test_dropout_without_seeds_is_refused():
+def test_dropout_without_seeds_takes_those_of_its_generator():
     layer = random.StatelessDropout(0.5, "here")
-    with pytest.raises(ValueError, match="seeds=None"):
-        layer(tf.ones((2, 3)), training=True)
+    dropped = [layer(tf.ones((8, 64)), training=True) for _ in range(3)]
+    masks = np.array(dropped) > 0
+    assert len({mask.tobytes() for mask in masks.reshape(-1, 64)}) == 3 * 8
+    assert abs(masks.mean() - 0.5) < 0.05
+    assert not layer.weights
