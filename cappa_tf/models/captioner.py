@@ -95,19 +95,6 @@ class Captioner(Inference, Task):
         self.seed = seed
         self.chunk_size = chunk_size
 
-    def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructors."""
-        del input_shape
-        for part in (self.vision_encoder, self.text_decoder):
-            if not part.built:
-                part.build()
-        self.built = True
-
-    def build_from_config(self, config):
-        """Builds a model that is being loaded."""
-        del config
-        self.build()
-
     @property
     def parts(self):
         """See `Task.parts`."""

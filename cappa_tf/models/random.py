@@ -126,6 +126,20 @@ def dropout(x, rate, seeds, salt):
     return ops.where(keep, x * scale, ops.zeros_like(x))
 
 
+def set_salt_prefix(part, prefix):
+    """Gives the draws of one part of a model salts of their own.
+
+    Two towers whose blocks have the same names would drop the same elements.
+
+    Args:
+        part: A layer or model; whatever inside has `set_salt_prefix` is told.
+        prefix: The part's name in the model.
+    """
+    for layer in part._flatten_layers():
+        if hasattr(layer, "set_salt_prefix"):
+            layer.set_salt_prefix(prefix)
+
+
 @keras.saving.register_keras_serializable("cappa_tf")
 class StatelessDropout(keras.layers.Layer):
     """Dropout whose mask is a function of the example's seed.
@@ -133,7 +147,7 @@ class StatelessDropout(keras.layers.Layer):
     Args:
         rate: Share of elements set to zero in training, in [0, 1).
         salt: Name that tells this layer's draws from others (unique within
-            a model).
+            its part of the model: see `set_salt_prefix`).
     """
 
     def __init__(self, rate, salt, **kwargs):
@@ -146,6 +160,10 @@ class StatelessDropout(keras.layers.Layer):
         self.salt = salt
         self._salt = salt_of(salt)
         self.seed_generator = seed_generator(salt) if rate > 0.0 else None
+
+    def set_salt_prefix(self, prefix):
+        """See the function of that name."""
+        self._salt = salt_of(f"{prefix}/{self.salt}")
 
     def call(self, x, seeds=None, training=False):
         """Applies dropout.

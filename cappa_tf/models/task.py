@@ -12,6 +12,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from cappa_tf.models import random
+
 
 class ExampleLosses(NamedTuple):
     """The loss of each example, and the figures that are reported of it.
@@ -53,6 +55,20 @@ class Task(keras.Model):
         super().__init__(**kwargs)
         names = dict.fromkeys(["loss", self.selection_metric])
         self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+
+    def build(self, input_shape=None):
+        """Creates all weights; the sizes are known from the constructors."""
+        del input_shape
+        for name, part in self.parts.items():
+            if not part.built:
+                part.build()
+            random.set_salt_prefix(part, name)
+        self.built = True
+
+    def build_from_config(self, config):
+        """Builds a model that is being loaded."""
+        del config
+        self.build()
 
     def example_losses(self, batch, training):
         """Losses and figures of a batch, example by example.

@@ -113,6 +113,7 @@ class VisionEncoder(keras.Model):
         self.num_classes = num_classes
         self.remat = remat
         self.grid = self._grid()
+        self.set_salt_prefix("encoder")
         self.seed_generator = None
         if dropout > 0.0 or patch_dropout > 0.0:
             self.seed_generator = seed_generator("encoder")
@@ -137,7 +138,7 @@ class VisionEncoder(keras.Model):
             self.grid, self.position_embedding, name="positions", dtype=dtype
         )
         self._embedding_dropout = StatelessDropout(
-            self.dropout, "encoder/embedding", name="dropout", dtype=dtype
+            self.dropout, "embedding", name="dropout", dtype=dtype
         )
         self.blocks = [
             EncoderBlock(
@@ -222,6 +223,10 @@ class VisionEncoder(keras.Model):
                 f"{self.image_size[1]}, 3]. Received: shape={images.shape}"
             )
 
+    def set_salt_prefix(self, prefix):
+        """See `random.set_salt_prefix`."""
+        self._patch_salt = salt_of(f"{prefix}/patches")
+
     def num_kept_patches(self):
         """How many patches of an image are encoded in training (at least 1)."""
         patches = self.grid[0] * self.grid[1]
@@ -229,7 +234,7 @@ class VisionEncoder(keras.Model):
 
     def _drop_patches(self, x, seeds):
         """Keeps a random subset of the patches, in their order."""
-        order = uniform(seeds, (x.shape[1],), salt_of("encoder/patches"))
+        order = uniform(seeds, (x.shape[1],), self._patch_salt)
         kept = ops.argsort(order, axis=1)[:, : self.num_kept_patches()]
         kept = ops.sort(kept, axis=1)
         return ops.take_along_axis(x, ops.expand_dims(kept, -1), axis=1)

@@ -123,6 +123,24 @@ def test_draws_and_drops_do_not_depend_on_the_split(batch):
         np.testing.assert_allclose(value, joined, rtol=1e-5)
 
 
+def test_no_two_parts_drop_the_same():
+    captioner = make_captioner({"dropout": 0.1})
+    layers = [
+        layer
+        for layer in captioner._flatten_layers()
+        if isinstance(layer, random.StatelessDropout)
+    ]
+    for layer in layers:
+        layer.salt = "same"
+    captioner.build()
+    parts = {
+        name: {x._salt for x in layers if x in part._flatten_layers()}
+        for name, part in captioner.parts.items()
+    }
+    assert [*map(len, parts.values())] == [1, 1]
+    assert parts["vision_encoder"] != parts["text_decoder"]
+
+
 def test_scores_are_minus_the_nll_of_every_pair(captioner, batch):
     scores = captioner.score(batch["image"], batch["labels"][:, 0])
     for label in range(B):
