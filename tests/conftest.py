@@ -70,9 +70,7 @@ def _clean_gin():
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
     """A small captioner behind a server (tests/serving.py)."""
-    pytest.importorskip(
-        "tensorflow_serving", reason="needs tensorflow-serving-api"
-    )
+    pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
     import serving
 
     from cappa_tf.export import saved_model

@@ -1,5 +1,6 @@
 """The package: cheap to import, bounded dependencies, gin files as data."""
 
+import ast
 import pathlib
 import re
 import shutil
@@ -66,6 +67,32 @@ def test_tensorflow_and_its_text_ops_are_of_one_minor_version():
         for one in PROJECT["project"]["dependencies"]
     }
     assert bounds["tensorflow"] == bounds["tensorflow-text"]
+
+
+def test_a_skipped_test_says_what_to_install():
+    """With one of the extras of pyproject.toml, as `.ci/run` installs them."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    known = [f"pip install '.[{extra}]'" for extra in extras]
+    for path in sorted(ROOT.glob("tests/**/*_test.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_skip = isinstance(node, ast.Call) and isinstance(
+                node.func, ast.Attribute
+            )
+            if is_skip and node.func.attr == "importorskip":
+                reasons = [ast.unparse(x.value) for x in node.keywords]
+                where = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert any(x in y for x in known for y in reasons), where
+
+
+def test_what_the_readme_names_is_there():
+    readme = (ROOT / "README.md").read_text()
+    files = re.findall(r"(?:cappa_tf|gin|tests|tools)/[\w./]+\.\w+", readme)
+    assert len(files) > 40
+    assert not [name for name in files if not (ROOT / name).exists()]
+    extras = re.findall(r"pip install (?:-e )?'\.\[([\w,]+)\]'", readme)
+    named = {name for group in extras for name in group.split(",")}
+    assert "test" in named
+    assert named <= PROJECT["project"]["optional-dependencies"].keys()
 
 
 def test_versions_agree():

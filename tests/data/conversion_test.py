@@ -189,7 +189,7 @@ def test_errors_come_before_any_picture_is_read(tmp_path):
 @pytest.fixture
 def beam_conversion():
     """The module, where Beam is installed."""
-    pytest.importorskip("apache_beam", reason="needs the extra 'beam'")
+    pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
     from cappa_tf.data import beam_conversion
 
     return beam_conversion

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 import serving
 from google.protobuf import text_format
@@ -66,7 +66,7 @@ def test_files_beside_the_versions_fit_it(served):
 
 
 def test_manifests_start_the_server_on_these_files(served):
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="pip install '.[interop]'")
     compose = yaml.safe_load((served.model / "docker-compose.yaml").read_text())
     deployment, service = yaml.safe_load_all(
         (served.model / "kubernetes.yaml").read_text()

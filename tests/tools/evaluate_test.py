@@ -207,7 +207,7 @@ def test_zero_shot_of_a_run(run_folder, colours, capsys):
 
 
 def test_captions_leave_their_rows_and_sheets(run_folder, colours, monkeypatch):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     # METEOR takes many seconds to start.
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     report = run(

@@ -66,7 +66,7 @@ def test_another_size_at_export_or_on_load(run_folder, tmp_path):
 @pytest.mark.parametrize("what", ["siglip", "timm"])
 def test_folders_for_pytorch(what, run_folder, tmp_path):
     safetensors = pytest.importorskip(
-        "safetensors.numpy", reason="needs pip install '.[interop]'"
+        "safetensors.numpy", reason="pip install '.[interop]'"
     )
     folder = tmp_path / what
     encoder = tmp_path / "encoder.keras"

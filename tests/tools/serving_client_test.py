@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 import serving
 
