@@ -1,17 +1,16 @@
-"""The package: cheap to import, bounded dependencies, gin files as data."""
+"""The package: cheap to import, bounded dependencies, all of it listed."""
 
 import ast
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 
 import pytest
 
 import cappa_tf
+from cappa_tf import commands
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -109,28 +108,19 @@ def test_gin_holds_no_python_and_every_folder_is_listed():
     assert listed == names | {"cappa_tf.gin"}
 
 
-def test_a_wheel_holds_the_gin_files_where_config_finds_them(tmp_path):
-    source, wheels = tmp_path / "source", tmp_path / "wheels"
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("cappa_tf", "gin"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
-    for name in ("pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    (source / "README.md").write_text("CapPa")
-    options = ["--no-deps", "--no-build-isolation", "--quiet"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, "-w", wheels, source],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = wheels.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "site")
-    shipped = {path.relative_to(ROOT) for path in ROOT.glob("gin/**/*.gin")}
-    packed = {name for name in names if name.endswith(".gin")}
-    assert packed == {f"cappa_tf/{path.as_posix()}" for path in shipped}
-    assert not [name for name in names if name.startswith("gin/")]
-    code = "from cappa_tf import config; print(config.gin_root())"
-    found = python(code, tmp_path, tmp_path / "site")
-    assert pathlib.Path(found) == (tmp_path / "site" / "cappa_tf").resolve()
+def test_every_command_is_a_tool_that_travels_with_it():
+    scripts = PROJECT["project"]["scripts"]
+    shipped = PROJECT["tool"]["setuptools"]["py-modules"]
+    assert len(scripts) == len(shipped) == 8
+    for name, target in scripts.items():
+        tool = name.removeprefix("cappa-").replace("-", "_")
+        assert target == f"cappa_tf.commands:{tool}"
+        assert callable(getattr(commands, tool))
+        assert f"cappa_tf.commands.tools.{tool}" in shipped
+        assert (ROOT / "tools" / f"{tool}.py").is_file()
+
+
+def test_help_names_commands_where_there_are_no_files():
+    text = "python tools/train_tokenizer.py --output=x, `tools/export.py`"
+    found = commands.with_commands(text)
+    assert found == "cappa-train-tokenizer --output=x, `cappa-export`"

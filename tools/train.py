@@ -50,6 +50,7 @@ def main(argv):
 
 if __name__ == "__main__":
     config.define_flags()
+    flags.adopt_module_key_flags(config)  # So that --help shows them.
     flags.DEFINE_string(
         "strategy",
         None,

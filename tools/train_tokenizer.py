@@ -39,6 +39,7 @@ def define_flags():
     flags.DEFINE_string("split", "train", "Split of --data to read.")
     flags.DEFINE_string("text", None, "Text file, one caption a line.")
     config.define_flags(runs=False)
+    flags.adopt_module_key_flags(config)  # So that --help shows them.
     flags.DEFINE_string(
         "output",
         None,

@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
 }
 
 # They look at the source tree, of which a Bazel sandbox holds a part.
-TREE_TESTS = ("build_files_test", "package_test")
+TREE_TESTS = ("build_files_test", "package_test", "wheel_test")
 
 HEADER = "# Written by tools/update_build.py.\n"
 
