@@ -14,6 +14,7 @@ B: global batch.  R: replicas, over all hosts.  H: hosts.
 
 import json
 import os
+import re
 
 import tensorflow as tf
 from absl import logging
@@ -181,9 +182,39 @@ def _mirrored(devices):
     return tf.distribute.MirroredStrategy(devices)
 
 
-def has_accelerator():
-    """Whether a GPU or TPU is visible to TensorFlow."""
-    return bool(_names("GPU") or _names("TPU"))
+def suits_xla():
+    """Whether a step gains by XLA here: on TPUs, and GPUs it compiles for.
+
+    A GPU newer than all that TensorFlow was built for ends the process ("PTX
+    version 8.5 does not support target 'sm_120'": tensorflow#111958, with the
+    wheels of 2.20 and 2.21 and Blackwell). A line of the log says so.
+    """
+    if _names("TPU"):
+        return True
+    gpus = tf.config.get_visible_devices("GPU")
+    newest = _newest_compute_capability()
+    for gpu in gpus:
+        details = tf.config.experimental.get_device_details(gpu)
+        capability = details.get("compute_capability")
+        if newest and capability and capability[0] > newest[0]:
+            logging.warning(
+                "jit_compile='auto' leaves XLA off: %s has compute capability "
+                "%d.%d, this TensorFlow is built for %d.%d at most and would "
+                "end the process (jit_compile=True tries it)",
+                details.get("device_name", gpu.name),
+                *capability,
+                *newest,
+            )
+            return False
+    return bool(gpus)
+
+
+def _newest_compute_capability():
+    """(major, minor) of the newest GPUs TensorFlow was built for, or None."""
+    built = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
+    # Such as sm_89 or compute_120; some end in a letter (sm_90a).
+    numbers = [int(re.search(r"\d+", name)[0]) for name in built]
+    return divmod(max(numbers), 10) if numbers else None
 
 
 def check_batch_size(name, batch_size, replicas, accumulation_steps=1):

@@ -10,7 +10,7 @@ from cappa_tf.training import results
 from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import parameter_counts
 from cappa_tf.training.checkpoints import Checkpoints
-from cappa_tf.training.distribution import has_accelerator, training_iterator
+from cappa_tf.training.distribution import suits_xla, training_iterator
 from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.metrics import Interval, Stopwatch, all_finite
@@ -196,7 +196,7 @@ class Run:
 
     def _jit_compile(self):
         given = self._settings.jit_compile
-        return has_accelerator() if given == "auto" else given
+        return suits_xla() if given == "auto" else given
 
     def _open_iterator(self):
         seed, start = self._settings.seed, self._examples

@@ -98,7 +98,8 @@ def train(
             same weights, bit by bit, on the same kind of device.
         precision: Dtype policy: "float32", "mixed_bfloat16", "bfloat16";
             None keeps the policy that is set.
-        jit_compile: True, False, or "auto": XLA where there is an accelerator.
+        jit_compile: True, False, or "auto": XLA where there is an accelerator
+            that it compiles for.
         strategy: "auto", "one", "mirrored", "multi_worker" or "tpu", see
             `make_strategy`.
         devices: Device names for one or mirrored; None for all.
