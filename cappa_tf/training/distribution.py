@@ -182,31 +182,45 @@ def _mirrored(devices):
     return tf.distribute.MirroredStrategy(devices)
 
 
-def suits_xla():
-    """Whether a step gains by XLA here: on TPUs, and GPUs it compiles for.
+def use_xla(jit_compile):
+    """Whether to compile a step with XLA here.
 
     A GPU newer than all that TensorFlow was built for ends the process ("PTX
     version 8.5 does not support target 'sm_120'": tensorflow#111958, with the
-    wheels of 2.20 and 2.21 and Blackwell). A line of the log says so.
+    wheels of 2.20 and 2.21 and NVIDIA's Blackwell). A line of the log says so.
+
+    Args:
+        jit_compile: True or False, or "auto": on TPUs, and on GPUs that it
+            compiles for.
     """
-    if _names("TPU"):
-        return True
-    gpus = tf.config.get_visible_devices("GPU")
+    unknown = _unknown_gpu() if jit_compile else None
+    if jit_compile != "auto":
+        if unknown:
+            logging.warning(
+                "jit_compile=True may end the process, 'auto' leaves XLA off: "
+                "%s",
+                unknown,
+            )
+        return jit_compile
+    if unknown:
+        logging.warning("jit_compile='auto' leaves XLA off: %s", unknown)
+        return False
+    return bool(_names("GPU") or _names("TPU"))
+
+
+def _unknown_gpu():
+    """What is wrong with a GPU that XLA has no code for; None without one."""
     newest = _newest_compute_capability()
-    for gpu in gpus:
+    for gpu in tf.config.get_visible_devices("GPU"):
         details = tf.config.experimental.get_device_details(gpu)
         capability = details.get("compute_capability")
         if newest and capability and capability[0] > newest[0]:
-            logging.warning(
-                "jit_compile='auto' leaves XLA off: %s has compute capability "
-                "%d.%d, this TensorFlow is built for %d.%d at most and would "
-                "end the process (jit_compile=True tries it)",
-                details.get("device_name", gpu.name),
-                *capability,
-                *newest,
+            name = details.get("device_name", gpu.name)
+            return (
+                "{} has compute capability {}.{}, and this TensorFlow is built "
+                "for {}.{} at most".format(name, *capability, *newest)
             )
-            return False
-    return bool(gpus)
+    return None
 
 
 def _newest_compute_capability():

@@ -10,7 +10,7 @@ from cappa_tf.training import results
 from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import parameter_counts
 from cappa_tf.training.checkpoints import Checkpoints
-from cappa_tf.training.distribution import suits_xla, training_iterator
+from cappa_tf.training.distribution import training_iterator, use_xla
 from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.metrics import Interval, Stopwatch, all_finite
@@ -169,7 +169,7 @@ class Run:
             self._optimizer,
             settings.batch_size,
             settings.accumulation_steps,
-            self._jit_compile(),
+            use_xla(settings.jit_compile),
             interruption.stop,
             measure_wait=not settings.deterministic,
             num_hosts=self._hosts.count,
@@ -193,10 +193,6 @@ class Run:
         Several must agree, which they do in every step.
         """
         return self._hosts.count == 1 and interruption.signal is not None
-
-    def _jit_compile(self):
-        given = self._settings.jit_compile
-        return suits_xla() if given == "auto" else given
 
     def _open_iterator(self):
         seed, start = self._settings.seed, self._examples

@@ -154,13 +154,24 @@ def test_xla_is_left_off_where_it_would_end_the_process(
         "get_visible_devices",
         lambda kind: devices if kind == "GPU" else [],
     )
+    monkeypatch.setattr(
+        distribution,
+        "_names",
+        lambda kind: [d.name for d in devices] if kind == "GPU" else [],
+    )
     monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
     info = {} if built is None else {"cuda_compute_capabilities": built}
     monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: info)
     with caplog.at_level("WARNING", logger="absl"):
-        assert distribution.suits_xla() is compiled
-    assert re.search(said, caplog.text)
-    assert bool(caplog.text) is bool(said)
+        assert distribution.use_xla("auto") is compiled
+        assert distribution.use_xla(False) is False
+        assert re.search(said, caplog.text)
+        assert bool(caplog.text) is bool(said)
+        # Asked for, it is tried; but the reason stands above what may come.
+        caplog.clear()
+        assert distribution.use_xla(True) is True
+        assert re.search(said, caplog.text)
+        assert bool(caplog.text) is bool(said)
 
 
 def test_several_workers_come_before_anything_else_has_run(monkeypatch):
