@@ -246,7 +246,7 @@ def _read_model(path):
     except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
         raise ValueError(
             "The tokenizer's `path` must be a SentencePiece model file "
-            f"(tools/train_tokenizer.py writes one). Received: path={path!r}"
+            f"(cappa-train-tokenizer writes one). Received: path={path!r}"
         ) from None
     processor = sentencepiece.SentencePieceProcessor()
     try:
