@@ -15,17 +15,16 @@ jsonl), and the others go on. Exit code 0 if all were captioned, 1 if some
 could not be read, 2 if there was nothing to caption.
 """
 
-import json
 import math
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
+
+from cappa_tf import console
 
 FLAGS = flags.FLAGS
 
@@ -42,7 +41,11 @@ def define_flags():
     )
     flags.DEFINE_enum("format", "table", ["table", "jsonl"], "Of the output.")
     flags.DEFINE_integer(
-        "batch_size", 32, "Pictures captioned at once.", lower_bound=1
+        "batch_size",
+        None,
+        "Images captioned at once; 32 by default, fewer of few images, so that "
+        "results come bit by bit.",
+        lower_bound=1,
     )
     _define_generation_flags()
 
@@ -160,24 +163,33 @@ def main(argv):
         paths,
         picture_captions.PictureReader(**preprocessing),
         captioning.CaptionDecoder(
-            captioner, tokenizer, FLAGS.batch_size, **generation
+            captioner, tokenizer, _batch_size(len(paths)), **generation
         ),
     )
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
     unreadable = 0
-    for path, row, reason in tqdm.tqdm(rows, total=len(paths), unit="picture"):
-        unreadable += row is None
-        _print(path, row, reason)
+    with tqdm.tqdm(total=len(paths), unit="image", miniters=1) as bar:
+        for path, row, reason in rows:
+            unreadable += row is None
+            # Before the line, which draws the bar anew below itself.
+            bar.update()
+            _print(path, row, reason)
     if unreadable:
         print(f"{unreadable} of {len(paths)} unreadable", file=sys.stderr)
     return 1 if unreadable else 0
 
 
+def _batch_size(images):
+    if FLAGS.batch_size is not None:
+        return FLAGS.batch_size
+    return min(32, -(-images // 8))
+
+
 def _print(path, row, reason):
     if row is None:
         print(f"{path}: {reason}", file=sys.stderr)
-        lines = [json.dumps({"image": path, "error": reason})]
+        lines = [console.json_line({"image": path, "error": reason})]
         lines = lines if FLAGS.format == "jsonl" else []
     else:
         one = _json if FLAGS.format == "jsonl" else _line
@@ -207,9 +219,8 @@ def _json(path, rank, row):
         # Below what float32 can hold: null.
         "log_probs": [math.log(p) if p else None for p in row.probabilities],
     }
-    return json.dumps(values, ensure_ascii=False)
+    return console.json_line(values)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -11,15 +11,14 @@ An npz of a captioner becomes a captioner, one of a ViT or of a two-tower model
 (`img/...`) a vision encoder. --to=big_vision also takes the folder of a run.
 """
 
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
+from cappa_tf import console
 from cappa_tf.checks import parse_height_width
 
 
@@ -162,12 +161,9 @@ def main(argv):
     """Converts; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    try:
+    with console.errors_as_lines("convert"):
         print(convert(flags.FLAGS))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"convert: {error}") from None
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -38,10 +38,11 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
+
+from cappa_tf import console
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -388,12 +389,9 @@ def main(argv):
     """Evaluates; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    try:
+    with console.errors_as_lines("evaluate"):
         evaluate(flags.FLAGS)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"evaluate: {error}") from None
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -14,11 +14,9 @@ TensorFlow Serving, in a new VERSION below the folder, with the files beside it
 that a server is started with.
 """
 
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
@@ -201,13 +199,9 @@ def main(argv):
     """Exports; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    console.hide_tensorflow_info()
-    try:
+    with console.errors_as_lines("export"):
         print(export(flags.FLAGS))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"export: {error}") from None
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -25,11 +25,12 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
+
+from cappa_tf import console
 
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
@@ -101,19 +102,13 @@ def main(argv):
     """Prepares the data; what cannot be done is one line, not a traceback."""
     if len(argv) > 1 and FLAGS.runner is None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    # TensorFlow takes seconds to load: --help should not.
-    import tensorflow as tf
-
-    try:
+    with console.errors_as_lines("prepare_data"):
         prepare(argv[1:])
-    except (ValueError, OSError, tf.errors.OpError) as error:
-        raise SystemExit(f"prepare_data: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("prepare_data: interrupted; run it again") from None
 
 
 def prepare(beam_arguments):
     """Plans, converts and publishes, as the flags say."""
+    # TensorFlow takes seconds to load: --help should not.
     import tensorflow as tf
 
     from cappa_tf.data import conversion, publish, sources
@@ -216,5 +211,4 @@ def print_table(description, skipped):
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -21,13 +21,12 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
 
-from cappa_tf import config
+from cappa_tf import config, console
 
 FLAGS = flags.FLAGS
 SAMPLE = 2000
@@ -69,10 +68,8 @@ def main(argv):
     """Trains; what cannot be done is one line, not a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    try:
+    with console.errors_as_lines("train_tokenizer"):
         train()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_tokenizer: {error}") from None
 
 
 def train():
@@ -163,5 +160,4 @@ def print_coverage(path, captions, lowercase):
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)
