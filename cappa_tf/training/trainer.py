@@ -5,14 +5,17 @@ What `train` does, in this order, each in a module of its own:
     arguments checked           settings.py
     devices, hosts              distribution.py, hosts.py
     model and optimizer built   build.py
+    folder made and claimed     workdir.py, run_lock.py
     data prepared               the function `prepare`, if given
     data and model compared     build.py
-    folder opened, run resumed  workdir.py, checkpoints.py
+    run resumed                 checkpoints.py
     steps, figures, evaluation  run.py, step.py, metrics.py, validation.py
     results, sheet, model file  results.py
 
 It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
 """
+
+import contextlib
 
 import tensorflow as tf
 
@@ -28,8 +31,8 @@ from cappa_tf.training.distribution import check_batch_size, make_strategy
 from cappa_tf.training.evaluators import check_evaluators
 from cappa_tf.training.hosts import Hosts
 from cappa_tf.training.run import Run, plain_data_errors
+from cappa_tf.training.run_lock import RunLock, WorkdirInUseError
 from cappa_tf.training.settings import RunSettings
-from cappa_tf.training.workdir import open_workdir
 
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
 
@@ -124,7 +127,8 @@ def train(
         None), and, at the end of a run, what results.json holds.
 
     Raises:
-        ValueError: For what cannot be run, naming argument or file.
+        ValueError: For what cannot be run, naming argument or file; also
+            where another run has the folder.
         FloatingPointError: If loss or weights stop being finite.
         WorkerLostError: If another process of the run has ended.
     """
@@ -164,21 +168,49 @@ def train(
         )
         if dry_run:
             return _report(model, optimizer, strategy, settings, train_data)
-        if prepare is not None and hosts.is_chief:
-            prepare()
-        hosts.wait()
-        data = _open_data(model, train_data, eval_data, test_data)
+        with _claimed(workdir, hosts) as check_claim:
+            if prepare is not None and hosts.is_chief:
+                prepare()
+            hosts.wait()
+            data = _open_data(model, train_data, eval_data, test_data)
+            with plain_data_errors(*data):
+                run = Run(
+                    settings,
+                    strategy,
+                    hosts,
+                    model,
+                    optimizer,
+                    *data,
+                    evaluators,
+                    check_claim,
+                )
+                # Not before the folder turned out to hold this very run.
+                if on_start is not None and hosts.is_chief:
+                    on_start(workdir)
+                return run(on_first_step)
+
+
+@contextlib.contextmanager
+def _claimed(workdir, hosts):
+    """The folder as that of this run alone; the first host claims it for all.
+
+    Yields:
+        A function that raises an error once another run has taken it over.
+    """
+    with contextlib.ExitStack() as stack:
+        check, problem = None, None
         if hosts.is_chief:
-            open_workdir(workdir)
-        hosts.wait()
-        with plain_data_errors(*data):
-            run = Run(
-                settings, strategy, hosts, model, optimizer, *data, evaluators
-            )
-            # Not before the folder turned out to be this run's own.
-            if on_start is not None and hosts.is_chief:
-                on_start(workdir)
-            return run(on_first_step)
+            try:
+                check = stack.enter_context(RunLock(workdir)).check
+            except ValueError as error:
+                problem = error
+        # No host waits for one that has given up.
+        message = hosts.first(problem and str(problem))
+        if problem is not None:
+            raise problem
+        if message is not None:
+            raise WorkdirInUseError(message)
+        yield check or (lambda: None)
 
 
 def _open_devices(settings, strategy, devices):
