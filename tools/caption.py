@@ -143,12 +143,18 @@ def _sampler(
 
 def main(argv):
     """Loads the model and prints a line per picture."""
+    with console.errors_as_lines("caption"):
+        return _caption_all(argv[1:])
+
+
+def _caption_all(arguments):
+    """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import picture_files
     from cappa_tf.evaluation import captioning, picture_captions
     from cappa_tf.training import workdir
 
-    paths = picture_files.find_pictures(argv[1:])
+    paths = picture_files.find_pictures(arguments)
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2
@@ -159,6 +165,15 @@ def main(argv):
         raise SystemExit(f"--checkpoint: {error}") from None
     captioner.tokenizer = tokenizer
     generation = _generation(captioner)
+    if FLAGS.prefix is not None:
+        _, unknown = tokenizer.encode(FLAGS.prefix)
+        if unknown:
+            words = ", ".join(map(repr, dict.fromkeys(unknown)))
+            print(
+                f"--prefix={FLAGS.prefix}: the vocabulary of the model has no "
+                f"piece for {words}, which is unknown to it",
+                file=sys.stderr,
+            )
     rows = picture_captions.caption_pictures(
         paths,
         picture_captions.PictureReader(**preprocessing),

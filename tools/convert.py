@@ -20,6 +20,7 @@ from absl import app, flags
 
 from cappa_tf import console
 from cappa_tf.checks import parse_height_width
+from cappa_tf.export import files
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -81,9 +82,7 @@ def convert(options):
     if options.encoder_only:
         model = encoder
     if options.to == "keras":
-        from cappa_tf.export.files import replacing
-
-        with replacing(options.output) as unfinished:
+        with files.replacing(options.output) as unfinished:
             model.save(unfinished)
     else:
         _write_big_vision(model, options)
@@ -111,6 +110,7 @@ def _check(options):
                 f"Received: --{name}={options[name].value}"
             )
     parse_height_width("image_size", options.image_size)
+    files.check_output("output", options.output)
     suffix = ".keras" if to_keras else ".npz"
     if not options.output.endswith(suffix):
         raise ValueError(
@@ -124,7 +124,7 @@ def _read(options):
     from cappa_tf.training import workdir
 
     if options.to == "big_vision":
-        return workdir.load_captioner(options.input)
+        return workdir.load_model(options.input)
     try:
         return _read_big_vision(options)
     except ValueError as error:

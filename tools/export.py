@@ -23,6 +23,7 @@ from absl import app, flags
 
 from cappa_tf import console
 from cappa_tf.checks import parse_height_width
+from cappa_tf.export import files
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -104,6 +105,7 @@ def _backbone(options):
     # TensorFlow takes seconds to load: --help and wrong flags need not wait.
     from cappa_tf.export import keras_backbone
 
+    files.check_output("output", options.output)
     encoder = _encoder(options)
     keras_backbone.save_backbone(encoder, options.output)
     return _described(options, "vision encoder for Keras", encoder)
@@ -112,6 +114,8 @@ def _backbone(options):
 def _siglip(options):
     from cappa_tf.export import torch_vit
 
+    torch_vit.check_installed()
+    files.check_output("output", options.output, is_folder=True)
     encoder = _encoder(options)
     torch_vit.save_siglip(encoder, options.output)
     return _described(options, "SiglipVisionModel", encoder)
@@ -120,6 +124,8 @@ def _siglip(options):
 def _timm(options):
     from cappa_tf.export import torch_vit
 
+    torch_vit.check_installed()
+    files.check_output("output", options.output, is_folder=True)
     encoder = _encoder(options)
     torch_vit.save_timm(encoder, options.output)
     return _described(options, "timm VisionTransformer", encoder)
@@ -127,8 +133,11 @@ def _timm(options):
 
 def _saved_model(options):
     _refuse(options, ["image_size"])
-    from cappa_tf.export import saved_model
+    from cappa_tf.export import saved_model, serving_files
     from cappa_tf.training import workdir
+
+    serving_files.check_protos()
+    files.check_output("output", options.output, is_folder=True)
 
     def given(*names):
         values = {name: options[name].value for name in names}
@@ -179,7 +188,7 @@ def _encoder(options):
     from cappa_tf.export import keras_backbone
     from cappa_tf.training import workdir
 
-    model = workdir.load_captioner(options.checkpoint, options.weights)
+    model = workdir.load_model(options.checkpoint, options.weights)
     encoder = getattr(model, "vision_encoder", model)
     size = parse_height_width("image_size", options.image_size)
     if size is None:

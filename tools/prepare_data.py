@@ -31,6 +31,7 @@ import tqdm
 from absl import app, flags
 
 from cappa_tf import console
+from cappa_tf.checks import check_extra
 
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
@@ -113,6 +114,8 @@ def prepare(beam_arguments):
 
     from cappa_tf.data import conversion, publish, sources
 
+    if FLAGS.runner is not None:
+        check_extra("--runner", "beam", "apache_beam")
     output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
@@ -156,13 +159,8 @@ def convert(plans, beam_arguments):
             for plan in plans:
                 conversion.convert(plan.path, FLAGS.workers, progress.update)
         return
-    try:
-        from cappa_tf.data import beam_conversion
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--runner needs the extra 'beam': pip install 'cappa-tf[beam]' "
-            f"({error})"
-        ) from None
+    from cappa_tf.data import beam_conversion
+
     # Worker processes that Beam starts on this machine find the package, too.
     paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -16,7 +16,6 @@ To be given to both: TOKENIZER (here --output does), and VOCABULARY_SIZE there
 is --vocabulary_size here.
 """
 
-import itertools
 import os
 import pathlib
 import sys
@@ -76,11 +75,21 @@ def train():
     """Trains and prints, as the flags say."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import tokenizer
+    from cappa_tf.export import files
 
     captions, output = find_captions()
-    captions = list(itertools.islice(captions, FLAGS.max_captions))
+    files.check_output("output", output)
+    texts, left_out = tokenizer.usable_captions(
+        captions, FLAGS.lowercase, FLAGS.max_captions
+    )
+    if left_out:
+        kind = "caption" if FLAGS.text is None else "line"
+        words = tokenizer.describe_left_out(left_out, kind)
+        if not texts:
+            raise ValueError(f"No {kind} can be used. Left out: {words}")
+        print(f"left out: {words}")
     size = tokenizer.train_tokenizer(
-        captions,
+        texts,
         output,
         FLAGS.vocabulary_size,
         lowercase=FLAGS.lowercase,
@@ -90,8 +99,8 @@ def train():
     print(f"wrote {output}")
     if size < FLAGS.vocabulary_size:
         print(f"the captions give no more than {size} pieces")
-    step = max(1, len(captions) // SAMPLE)
-    print_coverage(output, captions[::step], FLAGS.lowercase)
+    step = max(1, len(texts) // SAMPLE)
+    print_coverage(output, texts[::step])
 
 
 def find_captions():
@@ -121,8 +130,8 @@ def find_captions():
 
 
 def read_lines(path):
-    """Lines of a text file."""
-    with open(path, encoding="utf-8") as lines:
+    """Lines of a text file; bytes that are not UTF-8 become surrogates."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         yield from lines
 
 
@@ -135,12 +144,11 @@ def read_captions(records):
         yield from example.captions
 
 
-def print_coverage(path, captions, lowercase):
+def print_coverage(path, texts):
     """Prints what the vocabulary makes of a sample of the captions."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    texts = [c.strip().lower() if lowercase else c.strip() for c in captions]
     ids = processor.encode(texts)
     lengths = sorted(len(i) + 1 for i in ids)
     total = sum(lengths)

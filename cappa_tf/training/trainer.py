@@ -20,6 +20,7 @@ import contextlib
 import tensorflow as tf
 
 from cappa_tf import checks
+from cappa_tf.evaluation.caption_metrics import check_installed
 from cappa_tf.training import memory
 from cappa_tf.training.build import (
     build_model,
@@ -154,6 +155,8 @@ def train(
         sheet_images=sheet_images,
     )
     checks.check_bool(dry_run=dry_run)
+    if settings.caption_metrics:  # Not only at the end of the run.
+        check_installed()
     check_evaluators(evaluators)
     checks.check_choice((None, *PRECISIONS), precision=precision)
     checks.check_callable(
