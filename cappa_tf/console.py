@@ -82,6 +82,15 @@ def errors_as_lines(tool, *kinds):
         raise SystemExit(f"{tool}: {message(error)}") from error
 
 
+@contextlib.contextmanager
+def naming(flag, value):
+    """Puts the flag at fault before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{flag}={value}: {message(error)}") from error
+
+
 def message(error):
     """An error's text, without where gin was when it was raised."""
     text = getattr(error, "message", None) or str(error)

@@ -158,11 +158,9 @@ def _caption_all(arguments):
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2
-    try:
+    with console.naming("checkpoint", FLAGS.checkpoint):
         tokenizer, preprocessing = workdir.load_preprocessing(FLAGS.checkpoint)
         captioner = workdir.load_captioner(FLAGS.checkpoint, FLAGS.weights)
-    except ValueError as error:
-        raise SystemExit(f"--checkpoint: {error}") from None
     captioner.tokenizer = tokenizer
     generation = _generation(captioner)
     if FLAGS.prefix is not None:

@@ -123,12 +123,10 @@ def _read(options):
     # TensorFlow takes seconds to load: --help and wrong flags need not wait.
     from cappa_tf.training import workdir
 
-    if options.to == "big_vision":
-        return workdir.load_model(options.input)
-    try:
+    with console.naming("input", options.input):
+        if options.to == "big_vision":
+            return workdir.load_model(options.input)
         return _read_big_vision(options)
-    except ValueError as error:
-        raise ValueError(f"--input={options.input}: {error}") from error
 
 
 def _read_big_vision(options):

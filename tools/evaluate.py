@@ -331,13 +331,17 @@ def evaluate(options):
     evaluator = TASKS[options.task](options)
     # Before the model is loaded: what is missing is known at once.
     evaluator.open()
+    with console.naming("checkpoint", options.checkpoint):
+        if options.task in _OF_ENCODERS:
+            model = load_encoder(options.checkpoint, options.weights)
+        else:
+            model = load_scorer(
+                options.checkpoint, options.weights, options.batch_size
+            )
     if options.task in _OF_ENCODERS:
-        encoder = load_encoder(options.checkpoint, options.weights)
-        report = evaluator.measure(encoder)
+        report = evaluator.measure(model)
     else:
-        report = evaluator.evaluate(
-            load_scorer(options.checkpoint, options.weights, options.batch_size)
-        )
+        report = evaluator.evaluate(model)
     print("\n".join(report.lines))
     write_report(report, options, output)
     return output

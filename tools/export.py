@@ -143,9 +143,11 @@ def _saved_model(options):
         values = {name: options[name].value for name in names}
         return {k: v for k, v in values.items() if v is not None}
 
-    tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
+    with console.naming("checkpoint", options.checkpoint):
+        tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
+        captioner = workdir.load_captioner(options.checkpoint, options.weights)
     service = saved_model.CaptionService(
-        workdir.load_captioner(options.checkpoint, options.weights),
+        captioner,
         tokenizer,
         picture,
         **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
@@ -188,7 +190,8 @@ def _encoder(options):
     from cappa_tf.export import keras_backbone
     from cappa_tf.training import workdir
 
-    model = workdir.load_model(options.checkpoint, options.weights)
+    with console.naming("checkpoint", options.checkpoint):
+        model = workdir.load_model(options.checkpoint, options.weights)
     encoder = getattr(model, "vision_encoder", model)
     size = parse_height_width("image_size", options.image_size)
     if size is None:

@@ -230,14 +230,19 @@ def _print(row, table):
 
 def main(argv):
     """Sends the pictures and prints the answers."""
-    options = flags.FLAGS
+    with console.errors_as_lines("serving_client"):
+        return _send_and_print(flags.FLAGS, argv[1:])
+
+
+def _send_and_print(options, arguments):
+    """Sends what the arguments name; returns the exit code."""
     texts = _texts(options)
     table = options.format == "table"
     if table and options.signature == "embed":
         raise SystemExit("--signature=embed needs --format=jsonl")
     from cappa_tf.data import picture_files
 
-    paths = picture_files.find_pictures(argv[1:])
+    paths = picture_files.find_pictures(arguments)
     if not paths:
         print("Nothing to send: give pictures or folders.", file=sys.stderr)
         return 2

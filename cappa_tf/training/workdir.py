@@ -10,6 +10,7 @@ captioner.keras      the model at the end of the run
 import json
 import os
 import tempfile
+import zipfile
 
 import keras
 import tensorflow as tf
@@ -149,6 +150,11 @@ def load_model(path, weights="auto"):
 
 def _read_keras(path):
     known = (captioner.Captioner, vision_encoder.VisionEncoder)
+    if not zipfile.is_zipfile(path):  # Keras says that there is no file.
+        raise ValueError(
+            "A model file must be one that Keras has saved whole. Received: "
+            f"{str(path)!r}, which is not a .keras archive or is cut"
+        )
     try:
         model = keras.saving.load_model(path, compile=False)
     # Keras raises what zipfile, json, h5py and the constructors do.
