@@ -179,9 +179,12 @@ def test_names_that_a_locale_cannot_write_are_escaped(tmp_path):
     ],
 )
 def test_what_a_person_can_mend_is_a_line(error, text):
-    with pytest.raises(SystemExit, match=f"^{text}$"):
-        with console.errors_as_lines("tool"):
-            raise error
+    match = f"^{text}$"
+    with (
+        pytest.raises(SystemExit, match=match),
+        console.errors_as_lines("tool"),
+    ):
+        raise error
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("a bug")])
