@@ -84,10 +84,10 @@ def errors_as_lines(tool, *kinds):
 
 @contextlib.contextmanager
 def naming(flag, value):
-    """Puts the flag at fault before the message of a ValueError."""
+    """Puts the flag at fault before the message of an error."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"--{flag}={value}: {message(error)}") from error
 
 

@@ -131,7 +131,10 @@ def find_captions():
 
 def read_lines(path):
     """Lines of a text file; bytes that are not UTF-8 become surrogates."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with (
+        console.naming("text", path),
+        open(path, encoding="utf-8-sig", errors="surrogateescape") as lines,
+    ):
         yield from lines
 
 

@@ -129,7 +129,7 @@ class RunLock:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
                 raise ValueError(
-                    f"The file that claims `workdir` must be writable. "
+                    "The file that claims `workdir` must be writable. "
                     f"Received: {error}"
                 ) from error
             _open_files.add(self._file)
@@ -227,7 +227,8 @@ class RunLock:
 def _machine():
     """What no other machine, and no other start of this one, is called."""
     try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+        path = pathlib.Path("/proc/sys/kernel/random/boot_id")
+        return path.read_text().strip()
     except OSError:
         return socket.gethostname()
 
