@@ -25,11 +25,13 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
+
+from cappa_tf import console
+from cappa_tf.checks import check_extra
 
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
@@ -101,23 +103,19 @@ def main(argv):
     """Prepares the data; what cannot be done is one line, not a traceback."""
     if len(argv) > 1 and FLAGS.runner is None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    # TensorFlow takes seconds to load: --help should not.
-    import tensorflow as tf
-
-    try:
+    with console.errors_as_lines("prepare_data"):
         prepare(argv[1:])
-    except (ValueError, OSError, tf.errors.OpError) as error:
-        raise SystemExit(f"prepare_data: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("prepare_data: interrupted; run it again") from None
 
 
 def prepare(beam_arguments):
     """Plans, converts and publishes, as the flags say."""
+    # TensorFlow takes seconds to load: --help should not.
     import tensorflow as tf
 
     from cappa_tf.data import conversion, publish, sources
 
+    if FLAGS.runner is not None:
+        check_extra("--runner", "beam", "apache_beam")
     output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
@@ -161,13 +159,8 @@ def convert(plans, beam_arguments):
             for plan in plans:
                 conversion.convert(plan.path, FLAGS.workers, progress.update)
         return
-    try:
-        from cappa_tf.data import beam_conversion
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--runner needs the extra 'beam': pip install 'cappa-tf[beam]' "
-            f"({error})"
-        ) from None
+    from cappa_tf.data import beam_conversion
+
     # Worker processes that Beam starts on this machine find the package, too.
     paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -216,5 +209,4 @@ def print_table(description, skipped):
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -72,12 +72,16 @@ def read(path, resize=None, min_side=1, max_pixels=None):
     Raises:
         UnusableError: The picture is to be left out.
     """
+    path = os.fspath(path)
     try:
-        with tf.io.gfile.GFile(os.fspath(path), "rb") as file:
+        # TensorFlow refuses names that are not UTF-8; as many are not where
+        # the locale is ASCII.
+        opened = tf.io.gfile.GFile if "://" in path else open
+        with opened(path, "rb") as file:
             content = file.read()
-    except tf.errors.NotFoundError:
+    except (FileNotFoundError, tf.errors.NotFoundError):
         raise UnusableError("image missing") from None
-    except tf.errors.OpError:
+    except (OSError, tf.errors.OpError):
         raise UnusableError("image unreadable") from None
     try:
         with Image.open(io.BytesIO(content)) as image:

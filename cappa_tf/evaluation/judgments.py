@@ -25,7 +25,7 @@ import pathlib
 
 import numpy as np
 
-from cappa_tf.checks import check_choice, check_counts
+from cappa_tf.checks import check_choice, check_counts, check_extra
 from cappa_tf.data import picture_files, sources
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
@@ -110,12 +110,8 @@ def correlations(values, ratings):
     Returns:
         Dict of `tau_b` and `tau_c`.
     """
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            "Kendall's tau needs the package scipy: pip install scipy"
-        ) from error
+    from scipy import stats
+
     repeated = np.repeat(values, [*map(len, ratings)])
     flat = np.concatenate([np.asarray(some, float) for some in ratings])
     return {
@@ -153,6 +149,7 @@ class Judgments(Evaluator):
 
     def open(self):
         """See `Evaluator`."""
+        check_extra("Kendall's tau", "eval", "scipy")
         self._read()
 
     def _read(self):

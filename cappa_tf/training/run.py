@@ -52,6 +52,8 @@ class Run:
         eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation, or None.
         evaluators: List of evaluators, see `trainer.train`.
+        check_claim: Called between loops; raises an error once the folder is
+            another run's.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Run:
         eval_data,
         test_data,
         evaluators=(),
+        check_claim=lambda: None,
     ):
+        self._check_claim = check_claim
         self._settings, self._hosts = settings, hosts
         self._strategy, self._model = strategy, model
         self._optimizer = optimizer
@@ -240,6 +244,7 @@ class Run:
         return stopped
 
     def _between_loops(self, interval):
+        self._check_claim()
         settings, step = self._settings, self.step
         last = step == settings.total_steps
         if step % settings.log_steps == 0 or last:
