@@ -235,7 +235,7 @@ def _post(served, body):
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as file:
-            return json.load(file)
+            return json.load(file, parse_constant=pytest.fail)
     except urllib.error.HTTPError as error:
         return json.load(error)
 
