@@ -94,12 +94,15 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
     wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
     wanted = tf.cast(wanted, tf.int32)
     functions = _decoders(others)
-    image = tf.cond(
-        jpeg.is_plain(encoded),
-        lambda: _decode_plain_jpeg(
-            encoded, max_pixels, limit, wanted, functions
-        ),
-        lambda: functions["any"](encoded, limit, wanted),
+    image = tf.switch_case(
+        jpeg.sort(encoded),
+        [
+            lambda: _decode_plain_jpeg(
+                encoded, max_pixels, limit, wanted, functions
+            ),
+            lambda: functions["jpeg"](encoded, limit, wanted),
+            lambda: functions["any"](encoded, limit),
+        ],
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -171,7 +174,7 @@ def _decode_plain_jpeg(encoded, max_pixels, limit, at_least, functions):
         encoded,
         found[:2],
         at_least,
-        (found[2] == 4, lambda: functions["jpeg"](encoded, at_least)),
+        (found[2] == 4, lambda: functions["jpeg"](encoded, limit, at_least)),
     )
 
 
@@ -204,12 +207,14 @@ _LIMIT = tf.TensorSpec([], tf.int64)
 _SIZE = tf.TensorSpec([2], tf.int32)
 
 
-def _by_kind(encoded, function, default):
+def _by_kind(encoded, modules, function, default):
     """Calls the function of the module of a file's kind."""
     return tf.switch_case(
         image_formats.kind(encoded),
         {
             number: functools.partial(function, module)
+            if module in modules
+            else default
             for number, module in enumerate(_MODULES)
         },
         default=default,
@@ -231,6 +236,7 @@ def _header_functions():
         return _apart(_ENCODED)(
             lambda encoded: _by_kind(
                 encoded,
+                _MODULES,
                 lambda module: functions[module](encoded),
                 lambda: default(encoded),
             )
@@ -257,13 +263,17 @@ def _header_functions():
 @functools.cache
 def _decoders(others):
     """The decoders of all but plain JPEGs, see `decode`."""
-    functions = {"jpeg": _apart(_ENCODED, _SIZE)(jpeg.decode)}
+    def decode_jpeg(encoded, limit, at_least):
+        encoded = _check(encoded, tf.reduce_prod(jpeg.size(encoded)), limit)
+        return jpeg.decode(encoded, at_least)
+
+    functions = {"jpeg": _apart(_ENCODED, _LIMIT, _SIZE)(decode_jpeg)}
     for module in _MODULES[1:]:
         functions[module] = _apart(_ENCODED)(module.decode)
     instead = _unknown if others is None else others
     functions["others"] = _apart(_ENCODED, _LIMIT)(instead)
 
-    def decode_any(encoded, limit, at_least):
+    def decode_any(encoded, limit):
         is_known = image_formats.kind(encoded) != image_formats.OTHER
         encoded = tf.cond(
             is_known & (limit != _ANY),
@@ -272,15 +282,12 @@ def _decoders(others):
         )
         return _by_kind(
             encoded,
-            lambda module: (
-                functions["jpeg"](encoded, at_least)
-                if module is jpeg
-                else functions[module](encoded)
-            ),
+            _MODULES[1:],
+            lambda module: functions[module](encoded),
             lambda: functions["others"](encoded, limit),
         )
 
-    functions["any"] = _apart(_ENCODED, _LIMIT, _SIZE)(decode_any)
+    functions["any"] = _apart(_ENCODED, _LIMIT)(decode_any)
     return functions
 
 

@@ -12,6 +12,7 @@ from cappa_tf.data import image_bytes, orientation
 
 # Where there is no comment, colour profile or EXIF data, the tables follow the
 # JFIF segment at once.
+_MAGIC = b"\xff\xd8\xff"
 _JFIF = b"\xff\xd8\xff\xe0\0\x10"
 _TABLES_AT, _TABLES = 20, b"\xff\xdb"
 _RATIOS = (1, 2, 4, 8)
@@ -21,23 +22,28 @@ FULL_SIZE = 2**31 - 1
 _ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 
 
-def is_plain(encoded):
-    """Whether a file is a JPEG without any segment to look at.
+PLAIN, WITH_SEGMENTS, OTHER = range(3)
 
-    Most of the files that programs write: the price of all checks for these
-    is this comparison.
+
+def sort(encoded):
+    """Whether a file is a JPEG, and one without any segment to look at.
+
+    Most of the files that programs write are: the price of all checks for
+    these is this comparison.
 
     Args:
         encoded: Scalar string.
 
     Returns:
-        Scalar bool.
+        Scalar int32: PLAIN, WITH_SEGMENTS or OTHER, which is no JPEG.
     """
     end = _TABLES_AT + len(_TABLES)
     head = tf.strings.substr(encoded, 0, end) + b"\0" * end
-    return (tf.strings.substr(head, 0, len(_JFIF)) == _JFIF) & (
+    is_plain = (tf.strings.substr(head, 0, len(_JFIF)) == _JFIF) & (
         tf.strings.substr(head, _TABLES_AT, len(_TABLES)) == _TABLES
     )
+    is_jpeg = tf.strings.substr(head, 0, len(_MAGIC)) == _MAGIC
+    return tf.where(is_plain, PLAIN, tf.where(is_jpeg, WITH_SEGMENTS, OTHER))
 
 
 def shape(encoded):
