@@ -26,12 +26,9 @@ import os
 
 import tensorflow as tf
 
-from cappa_tf.data import picture_files
+from cappa_tf.data import image_formats, picture_files
 from cappa_tf.data.tfrecord import Example
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
-)
 DEFAULT_SPLITS = {"train": 0.9, "validation": 0.1}
 
 
@@ -382,7 +379,7 @@ def _rows_beside_images(root):
         names = set(files)
         for file in sorted(files):
             stem, suffix = os.path.splitext(file)
-            if suffix.lower() not in IMAGE_SUFFIXES:
+            if suffix.lower() not in image_formats.EXTENSIONS:
                 continue
             captions = []
             if f"{stem}.txt" in names:

@@ -21,11 +21,13 @@ import uuid
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.data import index, order
+from cappa_tf.data import image_formats, index, order
 from cappa_tf.data.records import Records, read_tfrecords
 
 # Samples read at once.
 _BLOCK = 32
+# Names of image files, without the dot.
+_IMAGES = tuple(suffix[1:] for suffix in image_formats.EXTENSIONS)
 _ROW = struct.Struct("<qq")  # offset and size of the image
 
 
@@ -46,7 +48,7 @@ class WebDataset:
     def __init__(
         self,
         path: str | os.PathLike | dict,
-        image: tuple | list = ("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+        image: tuple | list = _IMAGES,
         captions: tuple | list = ("txt", "caption", "json:caption"),
         label: tuple | list = ("cls", "json:label"),
         caption_per_line: bool = False,
