@@ -154,12 +154,14 @@ _NATIVE = re.compile(
     rb"\S+\.(?:cc|cpp|cu|h|hpp|mm):\d+\] "
 )
 # Of a higher level, and known to mean nothing: TensorFlow's libraries register
-# the same plug-ins twice, and ask for a GPU's driver where there is no GPU
-# (303: the driver's library is not there; NO_DEVICE: it sees none).
+# the same plug-ins twice, ask for a GPU's driver where there is no GPU (303:
+# the driver's library is not there; NO_DEVICE: it sees none), and mark the
+# operations of tf.data with an attribute that these do not have.
 _HARMLESS = re.compile(
     rb"Unable to register cu\w+ factory"
     rb"|computation placer already registered"
     rb"|failed call to cuInit: .*(\(303\)|CUDA_ERROR_NO_DEVICE)"
+    rb"|NodeDef mentions attribute use_unbounded_threadpool"
     rb"|Cannot dlopen some GPU libraries"
     rb"|Could not find TensorRT"
     rb"|TF-TRT Warning"

@@ -78,6 +78,8 @@ NEWS = (
     "W0000 00:00:1731.4 99 computation_placer.cc:177] computation placer "
     "already registered. Please check linkage and avoid linking the same "
     "target more than once.",
+    "E0000 00:00:1731.4 99 node_def_util.cc:682] NodeDef mentions attribute "
+    "use_unbounded_threadpool which is not in the op definition: Op<name=M>",
     "I0000 00:00:1731.4 99 gpu_device.cc:2020] Created device /job:localhost",
 )
 WORDS = (

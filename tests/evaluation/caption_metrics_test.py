@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+import sys
 
 import pytest
 from conftest import shared_data
 
 from cappa_tf.evaluation import caption_metrics
+from cappa_tf.evaluation.caption_report import Captions
 
 # What Stanford's PTBTokenizer -lowerCase gives, less the punctuation.
 WORKED_EXAMPLES = {
@@ -111,3 +113,14 @@ def test_people_against_people_on_flickr8k():
 def test_bad_arguments_are_named(captions, references, message):
     with pytest.raises(ValueError, match=message):
         caption_metrics.score_captions(captions, references)
+
+
+def test_what_is_missing_is_found_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    evaluator = Captions("nowhere")
+    with pytest.raises(ImportError, match=r"pip install 'cappa-tf\[eval\]'"):
+        evaluator.open()
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", json)
+    monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
+    with pytest.raises(ValueError, match="METEOR needs Java"):
+        Captions("nowhere", meteor=True).open()

@@ -105,7 +105,7 @@ def test_what_is_not_defined_is_null(tmp_path):
     path = tmp_path / "found.json"
     needed = ["--task=caption", "--checkpoint=none", "--data=none"]
     flag_values(["evaluate", *needed, f"--output={path}"])
-    evaluate.write_report(report, flag_values, path)
+    evaluate.write_report(report, flag_values, str(path))
 
     def strict(text):
         return json.loads(text, parse_constant=pytest.fail)
