@@ -150,7 +150,7 @@ def test_the_commands_together_from_an_empty_folder(command, tmp_path):
     printed = run("cappa-caption", model, "--format=jsonl", "photos")
     rows = [line for line in printed.splitlines() if line.startswith("{")]
     assert len(rows) == len(list(photos.glob("*.jpg")))
-    split = "--split=train"
+    split = "--test_split=train"
     run("cappa-evaluate", "--task=perplexity", model, "--data=data", split)
     output = "--output=encoder.keras"
     run("cappa-export", "--what=backbone", model, output)
