@@ -49,9 +49,11 @@ def command(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder)
     python = folder / "bin" / "python"
+    # An egg-info of the checkout does not count as installed.
+    options = ["--no-deps", "--no-index", "--ignore-installed", "--quiet"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-        + ["--no-deps", "--no-index", wheel],
+        [sys.executable, "-m", "pip", "--python", python, "install"]
+        + [*options, wheel],
         check=True,
         capture_output=True,
     )
