@@ -43,18 +43,14 @@ def decode(encoded):
         uint8 [h, w, 3].
     """
     header = _Header(encoded)
-    check = tf.debugging.Assert(
-        header.is_known, ["a BMP of an unknown kind"]
-    )
+    check = tf.debugging.Assert(header.is_known, ["a BMP of an unknown kind"])
     with tf.control_dependencies([check] if check is not None else []):
         stride = (header.width * header.bits + 31) // 32 * 4
     # The last row may lack the bytes that fill it up.
     data = image_bytes.part(
         encoded + b"\0\0\0", header.first_pixel, header.height * stride
     )
-    rows = tf.reshape(
-        tf.io.decode_raw(data, tf.uint8), [header.height, stride]
-    )
+    rows = tf.reshape(tf.io.decode_raw(data, tf.uint8), [header.height, stride])
     rows = tf.cond(header.is_top_down, lambda: rows, lambda: rows[::-1])
     image = tf.case(
         [
@@ -95,11 +91,7 @@ class _Header:
             & (size >= _OLD_HEADER)
             & (
                 (compression == 0)
-                | (
-                    self.has_masks
-                    & (self.bits >= 16)
-                    & (size != _OS2_HEADER)
-                )
+                | (self.has_masks & (self.bits >= 16) & (size != _OS2_HEADER))
             )
         )
         behind = tf.where(size == 40, tf.where(compression == 6, 16, 12), 0)
@@ -183,11 +175,15 @@ def _from_masks(header, rows):
 
     def field(mask):
         count = tf.raw_ops.PopulationCount
-        lowest = tf.cast(count(x=tf.bitwise.bitwise_and(mask, -mask) - 1), tf.int32)
+        lowest = tf.cast(
+            count(x=tf.bitwise.bitwise_and(mask, -mask) - 1), tf.int32
+        )
         # Of more than 8 bits the highest ones are taken.
         more = tf.maximum(tf.cast(count(x=mask), tf.int32) - 8, 0)
         shift = tf.where(mask == 0, 0, lowest + more)
-        most = tf.cast(tf.bitwise.right_shift(mask, tf.cast(shift, mask.dtype)), tf.int32)
+        most = tf.cast(
+            tf.bitwise.right_shift(mask, tf.cast(shift, mask.dtype)), tf.int32
+        )
         value = tf.bitwise.right_shift(
             tf.bitwise.bitwise_and(values, tf.cast(mask, tf.uint32)),
             tf.cast(shift, tf.uint32),

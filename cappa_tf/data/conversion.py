@@ -34,7 +34,7 @@ from cappa_tf.data import description, publish, sources, tfrecord
 
 FOLDER = ".conversion"
 # Part of each plan: shards made by other code are made again.
-_MAKER = {"version": 1, "pillow": PIL.__version__}
+_MAKER = {"version": 2, "pillow": PIL.__version__}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -263,6 +263,7 @@ def _header_functions():
 @functools.cache
 def _decoders(others):
     """The decoders of all but plain JPEGs, see `decode`."""
+
     def decode_jpeg(encoded, limit, at_least):
         encoded = _check(encoded, tf.reduce_prod(jpeg.size(encoded)), limit)
         return jpeg.decode(encoded, at_least)
@@ -298,9 +299,10 @@ def _unknown(encoded, limit):
 
 def _unknown_format(encoded, value):
     """Fails, with a tensor of the type the other branches give."""
-    first = tf.strings.substr(encoded, 0, 32)
+    # Not its bytes: Python could not decode the message.
+    name = image_formats.other_name(encoded)
     check = tf.debugging.Assert(
-        False, ["neither JPEG, PNG, GIF, BMP nor WebP:", first]
+        False, ["neither JPEG, PNG, GIF, BMP nor WebP", name]
     )
     with tf.control_dependencies([check] if check is not None else []):
         return tf.identity(value)

@@ -33,9 +33,7 @@ def read(exif):
     data = tf.cast(tf.io.decode_raw(data, tf.uint8), tf.int32)  # [N]
     order = tf.strings.substr(padded, tf.where(has_prefix, len(PREFIX), 0), 2)
     is_tiff = (order == b"MM") | (order == b"II")
-    return tf.cond(
-        is_tiff, lambda: _in_directory(data), lambda: tf.constant(1)
-    )
+    return tf.cond(is_tiff, lambda: _in_directory(data), lambda: tf.constant(1))
 
 
 def _in_directory(data):

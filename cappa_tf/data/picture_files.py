@@ -5,6 +5,7 @@ reads is judged by it, except for ordinary JPEGs, which Pillow checks as well
 and shrinks faster; the rest is Pillow's, here and in training.
 """
 
+import importlib
 import io
 import os
 
@@ -311,12 +312,12 @@ def _decode_other(content, name, resize, min_side, max_pixels):
 def _register_heif():
     """Lets Pillow read HEIC."""
     try:
-        import pillow_heif
+        plugin = importlib.import_module("pillow_heif")
     except ModuleNotFoundError:
         raise UnusableError(
             "HEIC image, which needs the package pillow-heif"
         ) from None
-    pillow_heif.register_heif_opener()
+    plugin.register_heif_opener()
 
 
 def _to_rgb(image, tags):

@@ -38,7 +38,7 @@ class WebDataset:
         path: A pattern with {split}, a dict from split to pattern, or a
             folder with train-*.tar or train/*.tar: see `index.find_files`.
         image: Names of the image's file, after the first dot; the first that
-            a sample has is taken.
+            a sample has is taken. None for every suffix of image files.
         captions: The same of the captions; "json:caption" is the field
             "caption" of the file json, a string or a list of them.
         label: The same of a class number; "cls" and "json:label" are usual.
@@ -48,11 +48,12 @@ class WebDataset:
     def __init__(
         self,
         path: str | os.PathLike | dict,
-        image: tuple | list = _IMAGES,
+        image: tuple | list | None = None,
         captions: tuple | list = ("txt", "caption", "json:caption"),
         label: tuple | list = ("cls", "json:label"),
         caption_per_line: bool = False,
     ):
+        image = _IMAGES if image is None else image
         names = {"image": image, "captions": captions, "label": label}
         for name, value in names.items():
             if not isinstance(value, tuple | list):

@@ -19,7 +19,7 @@ _ALPHA = 0x10
 
 
 def size(encoded):
-    """int64 [2]: h, w of the three kinds of WebP (lossy, lossless, extended)."""
+    """int64 [2]: h, w of a lossy, lossless or extended WebP."""
     kind = tf.strings.substr(_padded(encoded), _FIRST_CHUNK, 4)
     data = image_bytes.raw(encoded, 0, 30)
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from cappa_tf.data import image_formats, images, picture_files
 from cappa_tf.data.decoding import RecordDecoder
+from cappa_tf.export import request_images
 
 H, W = 9, 13
 RANDOM = np.random.RandomState(0)
@@ -154,8 +155,11 @@ BMPS = {
 
 def chunk(name, content):
     checksum = zlib.crc32(name + content)
-    return struct.pack(">I", len(content)) + name + content + struct.pack(
-        ">I", checksum
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", checksum)
     )
 
 
@@ -223,17 +227,33 @@ PNGS = {
         keyed(grey(NUMBERS * 17), NUMBERS == 7),
     ),
     "colour, tRNS": (
-        png(RGB, 8, 2, chunk(b"tRNS", bytes([0, RGB[2, 3, 0], 0, RGB[2, 3, 1], 0, RGB[2, 3, 2]]))),
-        keyed(RGB, (RGB == RGB[2, 3]).all(-1)),
+        png(
+            RGB,
+            8,
+            2,
+            chunk(
+                b"tRNS",
+                bytes([0, RGB[2, 3, 0], 0, RGB[2, 3, 1], 0, RGB[2, 3, 2]]),
+            ),
+        ),
+        keyed(RGB, (RGB[2, 3] == RGB).all(-1)),
     ),
     "16 bits, tRNS": (
-        png(big_endian(GREY16), 16, 0, chunk(b"tRNS", big_endian(GREY16[1, :1]).tobytes())),
-        keyed(grey(GREY16 >> 8), GREY16 == GREY16[1, 0]),
+        png(
+            big_endian(GREY16),
+            16,
+            0,
+            chunk(b"tRNS", big_endian(GREY16[1, :1]).tobytes()),
+        ),
+        keyed(grey(GREY16 >> 8), GREY16[1, 0] == GREY16),
     ),
     "no end mark": (BIG[:-12], RGB),
     "half an end mark": (BIG[:-7], RGB),
     "bytes behind the end": (BIG + b"more", RGB),
-    "turned": (png(RGB, 8, 2, chunk(b"eXIf", exif(6).tobytes()[6:])), np.rot90(RGB, 3)),
+    "turned": (
+        png(RGB, 8, 2, chunk(b"eXIf", exif(6).tobytes()[6:])),
+        np.rot90(RGB, 3),
+    ),
     "turned, behind the pixels": (
         png(RGB, 8, 2, behind=chunk(b"eXIf", exif(8, ">").tobytes()[6:])),
         np.rot90(RGB),
@@ -273,7 +293,7 @@ GIFS = {
     "a part": (frame(PART, 4, 3), placed(PALETTE[PART], 4, 3)),
     "a transparent part": (
         frame(PART, 4, 3, transparent=int(PART[0, 0])),
-        placed(keyed(PALETTE[PART], PART == PART[0, 0]), 4, 3),
+        placed(keyed(PALETTE[PART], PART[0, 0] == PART), 4, 3),
     ),
     "no mark at the end": (frame(NUMBERS)[:-1], COLOURS),
 }
@@ -491,6 +511,34 @@ def test_what_is_refused_is_refused_everywhere(decode, name):
         picture_files.check(encoded, resize=6)
     with pytest.raises(tf.errors.InvalidArgumentError):
         decode(encoded)
+
+
+def test_a_server_decodes_the_same_and_names_what_it_does_not():
+    """In one request, so that the graph is made once."""
+    decoder = RecordDecoder(
+        (H, W), "squash", None, False, 10_000, 0, None, False
+    )
+    decode = tf.function(
+        lambda contents: request_images.decode_request(contents, decoder),
+        input_signature=[tf.TensorSpec([None], tf.string)],
+        autograph=False,
+    )
+    cases = [*IN_GRAPH.items(), *OTHERS.items(), *REFUSED.items()]
+    pixels, errors = decode([content for _, (content, _) in cases])
+    for number, (name, (content, _)) in enumerate(cases):
+        error = errors[number].numpy().decode()
+        if name in IN_GRAPH:
+            assert not error
+            expected = decoder.fit(images.decode(content))
+            np.testing.assert_array_equal(pixels[number], expected)
+        elif name in OTHERS:
+            kind = "compressed BMP" if "run" in name else name.split(",")[0]
+            assert error.startswith(f"image_bytes: {kind} is not decoded here")
+        else:
+            assert error.startswith("image_bytes: ")
+    names = [name for name, _ in cases]
+    assert b"HEIC is not" in errors[names.index("no heic")].numpy()
+    assert b"not a JPEG" in errors[names.index("nothing")].numpy()
 
 
 def test_nothing_is_decoded_above_the_limit():
