@@ -79,6 +79,11 @@ def read(path, resize=None, min_side=1, max_pixels=None):
         raise UnusableError("image missing") from None
     except tf.errors.OpError:
         raise UnusableError("image unreadable") from None
+    return check(content, resize, min_side, max_pixels)
+
+
+def check(content, resize=None, min_side=1, max_pixels=None):
+    """As `read`, of the bytes of a file."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return _checked(image, content, resize, min_side, max_pixels)
