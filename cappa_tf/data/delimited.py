@@ -49,10 +49,12 @@ class DelimitedTable:
         for delimiter in DELIMITERS:
             try:
                 cells = _parse([line], delimiter)
-            except csv.Error:
-                continue
+            except csv.Error:  # Told when the row is read.
+                cells = [x.strip(' "') for x in line[:1000].split(delimiter)]
             columns = [source_rows.column(cell) for cell in cells]
-            found.append((delimiter, columns, cells[0].strip(), len(cells)))
+            # A text file with a name a line is a list, not a table.
+            if len(cells) > 1 or not self._name.lower().endswith(".txt"):
+                found.append((delimiter, columns, cells[0].strip(), len(cells)))
         for delimiter, columns, _, _ in found:
             names = set(columns) & set(source_rows.IMAGE_COLUMNS)
             # A caption may be the word "image".

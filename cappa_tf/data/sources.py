@@ -143,16 +143,16 @@ def _find_tables(path, captions, skipped):
     nested = [] if good else _nested_tables(path)
     if not nested and (good or bad) and _has_text_beside(path):
         for name in [*good, *bad]:
-            reason = bad.get(name, "--captions would read it")
-            skipped.add("table beside text files", f"{name}: {reason}")
+            reason = bad.get(name, f"{name} (--captions={name} reads it)")
+            skipped.add("table beside text files", reason)
         return []
     if not good and not nested and bad:
         raise ValueError(
             f"{path} holds no table that is understood: "
             + "; ".join(list(bad.values())[:5])
         )
-    for name, reason in bad.items():
-        skipped.add("table not understood", f"{name}: {reason}")
+    for reason in bad.values():
+        skipped.add("table not understood", reason)
     if len(good) > 1 and not all(n.endswith(".parquet") for n in good):
         raise ValueError(
             f"{path} holds several captions files ({', '.join(good)}): say "
