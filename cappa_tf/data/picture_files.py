@@ -6,6 +6,8 @@ import os
 import tensorflow as tf
 from PIL import Image, ImageOps
 
+from cappa_tf.data import folder_listing
+
 # What `images.decode` reads; anything else is stored as JPEG.
 STORED_FORMATS = frozenset(("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP"))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
@@ -41,7 +43,7 @@ def find_pictures(paths):
             found.append(path)
             continue
         below = []
-        for folder, _, names in os.walk(path):
+        for folder, names in folder_listing.walk(path):
             below += [
                 os.path.join(folder, name)
                 for name in names
@@ -75,6 +77,8 @@ def read(path, resize=None, min_side=1, max_pixels=None):
     try:
         with tf.io.gfile.GFile(os.fspath(path), "rb") as file:
             content = file.read()
+    except UnicodeEncodeError:  # TensorFlow cannot ask for such a file.
+        raise UnusableError("name is not valid Unicode") from None
     except tf.errors.NotFoundError:
         raise UnusableError("image missing") from None
     except tf.errors.OpError:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from cappa_tf.data import sources, text
+from cappa_tf.data import picture_files, sources, text
 
 NAMES = [f"{i}.jpg" for i in range(4)]
 
@@ -368,6 +368,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     (root / "b").symlink_to(real)
     (root / "gone").symlink_to(tmp_path / "nowhere")
     assert list(captions(root)[0]) == ["a/0.jpg"]
+    assert picture_files.find_pictures([str(root)]) == [f"{root}/a/0.jpg"]
 
 
 def test_names_that_are_not_utf8_are_named(folder):
@@ -384,6 +385,11 @@ def test_names_that_are_not_utf8_are_named(folder):
         "name is not valid Unicode\tcaf\\udce9.jpg",
         "name is not valid Unicode\tcaf\\udce9/1.jpg",
     ]
+    pictures = picture_files.find_pictures([str(folder)])
+    assert len(pictures) == 4
+    (bad,) = [p for p in pictures if "caf" in p and "/1.jpg" not in p]
+    with pytest.raises(picture_files.UnusableError, match="not valid Unicode"):
+        picture_files.read(bad)
     with pytest.raises(ValueError, match="name of the input must be UTF-8"):
         read(os.fsdecode(name))
 
