@@ -14,6 +14,7 @@ from cappa_tf.data import folder_listing, source_rows, text
 DELIMITERS = ",\t;|"
 # Of one field, over all its lines.
 _MOST_CHARACTERS = csv.field_size_limit()
+_WANTED = frozenset((*source_rows.IMAGE_COLUMNS, *source_rows.CAPTION_COLUMNS))
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.I)
 
@@ -150,15 +151,14 @@ class DelimitedTable:
                 f"{len(cells)} fields where there are {len(columns)} columns "
                 "(quote captions)"
             )
-        wanted = (*source_rows.IMAGE_COLUMNS, *source_rows.CAPTION_COLUMNS)
-        missing = [c for c in columns[len(cells) :] if c in wanted]
+        missing = [c for c in columns[len(cells) :] if c in _WANTED]
         if missing:
             raise ValueError(
                 f"{len(cells)} fields where there are {len(columns)} columns: "
                 f"no {missing[0]!r}"
             )
         record = {
-            name: cell if name in wanted else cell.strip() or None
+            name: cell if name in _WANTED else cell.strip() or None
             for name, cell in zip(columns, cells)
         }
         if not self._has_header:

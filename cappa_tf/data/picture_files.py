@@ -6,7 +6,7 @@ import os
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from cappa_tf.data import folder_listing
+from cappa_tf.data import folder_listing, text
 
 # What `images.decode` reads; anything else is stored as JPEG.
 STORED_FORMATS = frozenset(("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP"))
@@ -74,11 +74,12 @@ def read(path, resize=None, min_side=1, max_pixels=None):
     Raises:
         UnusableError: The picture is to be left out.
     """
+    if not text.is_text(os.fspath(path)):
+        # TensorFlow cannot open such a file.
+        raise UnusableError("name is not valid Unicode")
     try:
         with tf.io.gfile.GFile(os.fspath(path), "rb") as file:
             content = file.read()
-    except UnicodeEncodeError:  # TensorFlow cannot ask for such a file.
-        raise UnusableError("name is not valid Unicode") from None
     except tf.errors.NotFoundError:
         raise UnusableError("image missing") from None
     except tf.errors.OpError:

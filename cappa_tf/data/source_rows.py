@@ -11,6 +11,7 @@ Rows of one key (by default the path of the image) are put together.
 
 import collections
 import dataclasses
+import functools
 import os
 import re
 
@@ -187,6 +188,7 @@ class RowCollector:
             self._places.setdefault(row.key, place)
 
 
+@functools.lru_cache(maxsize=1024)
 def column(name):
     """The name of a column as it is looked for: "File name" is file_name."""
     return re.sub(r"[\s-]+", "_", str(name).strip().lower())
@@ -216,7 +218,7 @@ def make_row(record, root, place, below=""):
         raise ValueError(f"the image is {_what(image)}, not a path")
     if not image:
         raise ValueError("no 'image' (or 'file_name', 'filepath', ...)")
-    if "://" not in image:
+    if below and "://" not in image:
         image = os.path.join(below, image)
     key = record.get("key")
     if type(key) not in (int, str, type(None)):
@@ -226,9 +228,9 @@ def make_row(record, root, place, below=""):
     split, class_name = (
         _word(record, name) for name in ("split", "class_name")
     )
-    for value in (image, key, label, split, class_name):
-        if not text.is_text(str(value)):
-            raise ValueError(f"not UTF-8: {text.printable(str(value))!r}")
+    names = f"{image} {key} {label} {split} {class_name}"
+    if not text.is_text(names):
+        raise ValueError(f"not UTF-8: {text.printable(names)!r}")
     captions, refused = _captions(_first(record, CAPTION_COLUMNS), place)
     return Row(
         key=key,
@@ -249,7 +251,11 @@ def _path(record, root, image):
 
 
 def _first(record, names):
-    return next((record[n] for n in names if record.get(n) is not None), None)
+    for name in names:
+        value = record.get(name)
+        if value is not None:
+            return value
+    return None
 
 
 def _what(value):
