@@ -2,12 +2,23 @@
 
     python tools/prepare_data.py --input=photos --output=photos_prepared
 
---input is a folder (or the captions file in it) in one of three forms:
+--input is a folder, or a table in it. What is understood:
 
-    captions.jsonl   {"image": "a/1.jpg", "captions": ["...", "..."]} a line;
-                     optional "split", "label" and "key"
-    captions.csv     image,caption a row; optional columns as above
-    a/1.jpg a/1.txt  a text file beside each image, one caption a line
+    captions.jsonl        {"image": "a/1.jpg", "captions": ["...", "..."]} a
+                          line, or "caption"; optional "split", "label", "key"
+    captions.csv .tsv     a row for each caption; comma, tab, semicolon or
+    .txt                  bar; with a header, or image and caption
+    metadata.jsonl .csv   Hugging Face's imagefolder (file_name, text), also
+    .parquet              in train/, validation/ and test/
+    .json                 a list of such rows, COCO's captions_*.json, or
+                          Karpathy's dataset_*.json with its splits
+    .parquet              paths or images, Hugging Face's or img2dataset's
+                          (the extra 'parquet')
+    a/1.jpg a/1.txt       a text file beside each image, one caption a line
+
+The image's column may be called image, file_name, filename, filepath, path,
+...; the caption's caption, captions, text, title, .... Rows of one image are
+put together. Text is UTF-8, or UTF-16 with a byte order mark.
 
 Splits keep the names the captions file gives them ("train", "dev", "test",
 ...); without any, --split_fractions draws them. Unusable pictures and captions
@@ -35,6 +46,8 @@ from cappa_tf.checks import check_extra
 
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
+# So many names of each reason are printed; the log has all.
+MOST_NAMES = 5
 
 
 def define_flags():
@@ -43,7 +56,10 @@ def define_flags():
         "input", None, "Folder or captions file.", required=True
     )
     flags.DEFINE_string(
-        "captions", None, "Captions file (.jsonl, .csv), if not to be guessed."
+        "captions",
+        None,
+        "Table of the captions, if not to be guessed; images are then looked "
+        "for below --input.",
     )
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_string(
@@ -116,6 +132,9 @@ def prepare(beam_arguments):
 
     if FLAGS.runner is not None:
         check_extra("--runner", "beam", "apache_beam")
+    for flag in ("input", "output", "captions"):
+        if FLAGS[flag].value == "":
+            raise ValueError(f"--{flag} must not be empty. Received: --{flag}=")
     output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
@@ -202,10 +221,15 @@ def print_table(description, skipped):
         )
     if not skipped.counts:
         print("nothing skipped")
+    names = skipped.names(MOST_NAMES)
     for reason, count in skipped.counts.most_common():
         print(f"skipped: {reason:<45}{count:>7}")
+        for name in names[reason]:
+            print(f"    {name}")
+        if count > MOST_NAMES:
+            print(f"    and {count - MOST_NAMES} more")
     if skipped.counts:
-        print(f"names: {os.path.join(description.directory, LOG_NAME)}")
+        print(f"all names: {os.path.join(description.directory, LOG_NAME)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cappa_tf.data import image_formats, images
+from cappa_tf.data import folder_listing, image_formats, images
 
 JPEG_QUALITY = 95
 # Pictures that are shrunk have no limit but this one, of Pillow as well: they
@@ -63,11 +63,11 @@ def find_pictures(paths):
             found.append(path)
             continue
         below = []
-        for folder, _, names in os.walk(path):
+        for folder, names in folder_listing.walk(path):
             below += [
                 os.path.join(folder, name)
                 for name in names
-                if name.lower().endswith(image_formats.EXTENSIONS)
+                if folder_listing.is_image(name)
             ]
         found += sorted(below)
     return found

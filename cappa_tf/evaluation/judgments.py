@@ -26,7 +26,7 @@ import pathlib
 import numpy as np
 
 from cappa_tf.checks import check_choice, check_counts, check_extra
-from cappa_tf.data import picture_files, sources
+from cappa_tf.data import picture_files
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -34,6 +34,7 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
+from cappa_tf.evaluation.rows import list_rows
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
 
 FILES = {
@@ -150,13 +151,13 @@ class Judgments(Evaluator):
     def open(self):
         """See `Evaluator`."""
         check_extra("Kendall's tau", "eval", "scipy")
-        self._read()
+        self._read(log=True)
 
-    def _read(self):
+    def _read(self, log=False):
         """(judgments by image, caption name -> text, image -> path)."""
         rows = {
             os.path.basename(row.path): row
-            for row in sources.read_rows(self._path)
+            for row in list_rows(self._path, log)[0]
         }
         captions = {
             f"{name}#{i}": text
