@@ -132,11 +132,11 @@ def find_captions():
 
 def read_lines(path):
     """Lines of a text file; bytes that are not UTF-8 become surrogates."""
-    with (
-        console.naming("text", path),
-        open(path, encoding="utf-8-sig", errors="surrogateescape") as lines,
-    ):
-        yield from lines
+    from cappa_tf.data import text
+
+    with console.naming("text", path):
+        content = pathlib.Path(path).read_bytes()
+        return text.lines(text.decode(content, "surrogateescape"))
 
 
 def read_captions(records):
