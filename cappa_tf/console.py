@@ -1,23 +1,253 @@
-"""What programs print beside their own output."""
+"""What a program prints: its own lines, whole, and one line for an error.
 
+A tool is started with `run(main, define_flags)`, before TensorFlow is
+imported. What TensorFlow's C++ tells its own developers then stays away;
+everything else (warnings, errors, what a crash leaves) is passed on.
+"""
+
+import atexit
+import codecs
+import contextlib
+import json
 import logging as levels
 import os
+import re
+import signal
+import sys
+import time
 
-from absl import logging
+from absl import app, logging
 
+# Python modules whose messages below WARNING are for their own developers.
+# gin's reader calls a path an error that is found in the next place.
 _TENSORFLOW = f"{os.sep}tensorflow{os.sep}python{os.sep}"
+_GIN_READER = os.path.join("gin", "resource_reader.py")
+
+# What a shell sees of a program whose reader has gone: 128 + SIGPIPE.
+_PIPE_CLOSED = 141
+
+
+def run(main, define_flags):
+    """Runs a tool; the program ends with it.
+
+    Args:
+        main: Function of the command line's arguments that are no flags (the
+            program's name first); what it returns is the exit code.
+        define_flags: Function that defines the tool's flags.
+    """
+    keep_what_cannot_be_encoded()
+    hide_native_info()
+    hide_tensorflow_info()
+    define_flags()
+    try:
+        try:
+            app.run(main)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(_PIPE_CLOSED)
+
+
+@contextlib.contextmanager
+def errors_as_lines(tool, *kinds):
+    """Ends the program with a message in place of a traceback.
+
+    What a person can mend (a flag, a file, what is in it) is raised as one of
+    a few kinds; any other error is a fault of this program and stays whole.
+
+    Args:
+        tool: Name that the message begins with.
+        *kinds: Further exception classes.
+
+    Raises:
+        SystemExit: In place of the error.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # `run` ends quietly.
+    except KeyboardInterrupt:
+        raise SystemExit(f"{tool}: interrupted; run it again") from None
+    except Exception as error:
+        known = (ValueError, OSError, ImportError, *kinds)
+        # Not imported, it cannot have raised one of its errors.
+        tensorflow = sys.modules.get("tensorflow")
+        if tensorflow is not None:
+            known = (*known, tensorflow.errors.OpError)
+        if not isinstance(error, known):
+            raise
+        raise SystemExit(f"{tool}: {message(error)}") from error
+
+
+@contextlib.contextmanager
+def naming(flag, value):
+    """Puts the flag at fault before the message of an error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--{flag}={value}: {message(error)}") from error
+
+
+def message(error):
+    """An error's text, without where gin was when it was raised."""
+    text = getattr(error, "message", None) or str(error)
+    text = str(text).partition("\n  In call to configurable")[0]
+    return text or type(error).__name__
+
+
+# -- Text ----------------------------------------------------------------------
+
+
+def keep_what_cannot_be_encoded():
+    """Makes stdout escape what the terminal's encoding lacks.
+
+    As stderr does: one file name in Japanese would otherwise end a program
+    whose locale is ASCII, and one that is not UTF-8 any program.
+    """
+    if sys.stdout is not None:  # Started without one.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def json_line(values):
+    """A JSON object on a line, in characters that stdout can encode."""
+    line = json.dumps(values, ensure_ascii=False)
+    try:
+        codecs.encode(line, sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(values)
+    return line
+
+
+# -- TensorFlow's own messages -------------------------------------------------
 
 
 def hide_tensorflow_info():
-    """Keeps TensorFlow's messages of level INFO out of the log.
+    """Keeps messages that are for TensorFlow's developers out of the log.
 
-    They are for its developers (how long sharding took, how inputs were
-    renamed), come with every checkpoint and tear the progress bar. Its
-    warnings and this project's messages stay.
+    Those of level INFO: how long sharding took, how inputs were renamed. They
+    come with every checkpoint and tear the progress bar. Its warnings and
+    this project's messages stay. Where gin looked for a file goes, too:
+    that it was not found anywhere is an error of its own.
     """
+    handler = logging.get_absl_handler().python_handler
+    # absl keeps the stream that was there when it was imported.
+    if getattr(handler, "stream", None) is sys.__stderr__:
+        handler.stream = sys.stderr
     # Of the handler: TensorFlow logs under two names, one of them absl's own.
-    logging.get_absl_handler().python_handler.addFilter(_is_wanted)
+    handler.addFilter(_is_wanted)
 
 
 def _is_wanted(record):
+    if record.pathname.endswith(_GIN_READER):
+        return False
     return record.levelno > levels.INFO or _TENSORFLOW not in record.pathname
+
+
+# "I0000 00:00:1795665247.305868    7471 cudart_stub.cc:31] ..." and
+# "2026-11-26 03:54:07.305868: I tensorflow/core/util/port.cc:153] ..."
+_NATIVE = re.compile(
+    rb"(?:\x1b\[\w*m)?"
+    rb"(?:([IWEF])\d{4} \d\d:\d\d:[\d.]+ +\d+|[\d-]{10} [\d:.]+: ([IWEF])) "
+    rb"\S+\.(?:cc|cpp|cu|h|hpp|mm):\d+\] "
+)
+# Of a higher level, and known to mean nothing: TensorFlow's libraries register
+# the same plug-ins twice, ask for a GPU's driver where there is no GPU (303:
+# the driver's library is not there; NO_DEVICE: it sees none), and mark the
+# operations of tf.data with an attribute that these do not have.
+_HARMLESS = re.compile(
+    rb"Unable to register cu\w+ factory"
+    rb"|computation placer already registered"
+    rb"|failed call to cuInit: .*(\(303\)|CUDA_ERROR_NO_DEVICE)"
+    rb"|NodeDef mentions attribute use_unbounded_threadpool"
+    rb"|Cannot dlopen some GPU libraries"
+    rb"|Could not find TensorRT"
+    rb"|TF-TRT Warning"
+)
+# Lines without a level of their own.
+_NOTES = (
+    b"WARNING: All log messages before absl::InitializeLog() is called",
+    b"To enable the following instructions:",
+    b"Skipping registering GPU devices...",
+)
+
+
+def hide_native_info():
+    """Takes the messages of level INFO out of what C++ writes to stderr.
+
+    TensorFlow's libraries write to file descriptor 2 from the moment they are
+    loaded, some before TF_CPP_MIN_LOG_LEVEL is looked at. The descriptor
+    becomes a pipe to a small process that passes on all other lines; it lives
+    as long as anything may write to it, so that the last words of a crash are
+    not lost. Python's own `sys.stderr` does not go through it.
+
+    Whoever has set TF_CPP_MIN_LOG_LEVEL to 0, or a TF_CPP_*VLOG variable,
+    wants to see everything: then nothing is changed.
+    """
+    asked = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
+    if asked or {"TF_CPP_MAX_VLOG_LEVEL", "TF_CPP_VMODULE"} & {*os.environ}:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        terminal = os.dup(2)
+    except OSError:  # Started without a stderr.
+        return
+    reader, writer = os.pipe()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        os.close(writer)
+        _pass_on(reader, terminal)
+    os.close(reader)
+    os.dup2(writer, 2)
+    os.close(writer)
+    sys.stderr = sys.__stderr__ = open(  # noqa: SIM115 (as long as the program)
+        terminal,
+        "w",
+        buffering=1,
+        encoding=sys.stderr.encoding,
+        errors=sys.stderr.errors,
+    )
+    atexit.register(_end_passing_on, process, terminal)
+
+
+def _end_passing_on(process, terminal):
+    """Waits for the last lines, so that none comes after the prompt."""
+    os.dup2(terminal, 2)
+    for _ in range(100):
+        if os.waitpid(process, os.WNOHANG) != (0, 0):
+            return
+        time.sleep(0.005)  # Another process still holds the pipe.
+
+
+def _pass_on(reader, terminal):
+    """The small process: lines from one descriptor to the other."""
+    # It ends when the last writer has, whatever the terminal sends to all.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for other in range(3):
+        os.close(other)
+    with contextlib.suppress(OSError), open(terminal, "wb") as output:
+        for line in open(reader, "rb"):  # noqa: SIM115 (the process ends)
+            if is_for_people(line):
+                output.write(line)
+                output.flush()
+    os._exit(0)
+
+
+def is_for_people(line):
+    """Whether a line that C++ wrote is more than TensorFlow's own news.
+
+    Args:
+        line: Bytes.
+    """
+    if line.startswith(_NOTES):
+        return False
+    match = _NATIVE.match(line)
+    if match is None:
+        return True
+    level = match[1] or match[2]
+    return level != b"I" and not _HARMLESS.search(line)

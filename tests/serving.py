@@ -34,6 +34,7 @@ class Served:
     grpc: str
     rest: str
     warmed_up: int
+    tensorflow: str
     process: subprocess.Popen
 
     def is_alive(self):
@@ -98,13 +99,19 @@ def service(run, **options):
 
 
 @contextlib.contextmanager
-def serve(run, model):
-    """Starts the stand-in, where this project is not to be found."""
+def serve(run, model, python=sys.executable):
+    """Starts the stand-in, where this project is not to be found.
+
+    Args:
+        run: Folder of the run.
+        model: Folder of its export.
+        python: The interpreter, with TensorFlow and TensorFlow Text.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
     script = ROOT / "tests" / "serving_stand_in.py"
     with subprocess.Popen(
-        [sys.executable, str(script), str(model), NAME],
+        [python, str(script), str(model)],
         cwd=model,
         env=environment,
         stdin=subprocess.PIPE,

@@ -1,396 +1,331 @@
 """Does what tensorflow_model_server does with a SavedModel, for tests.
 
-    python tests/serving_stand_in.py MODEL NAME
+    python tests/serving_stand_in.py MODEL
 
-loads the newest version below MODEL as the server does (session loader, tag
-`serve`, tensors by the names in the signatures), runs its warm-up requests,
-prints a line of JSON with the addresses of gRPC and REST, and serves until its
-standard input ends. NAME puts requests together as batching_parameters.txt
-says, NAME-unbatched does not. Nothing of this project can be imported in it.
+serves what MODEL/models.config names with the server's defaults:
 
-Followed are, of tensorflow/serving: predict_util.cc (inputs and outputs),
-batching_session.cc and batching_util.cc (merging, padding, splitting),
-json_tensor.cc (REST). Values go to the session unchecked, as in C++.
+- XLA is turned off: a graph with one of its ops does not run.
+- The highest version is loaded (session loader, tag `serve`, tensors by the
+  names in the signatures) and its warm-up requests are run, at most 1000. If
+  that fails at the start there is no server (the real one tries five times
+  more, a minute apart); later on, the version before is served on.
+- Every second it looks for versions that came or went.
+- Messages may have 2 GiB. A REST request may take 30 s, a gRPC request as long
+  as its deadline says.
+
+It prints a line of JSON with the addresses of gRPC and REST, and serves until
+its standard input ends. Under the model's name requests are put together as
+batching_parameters.txt says, under NAME-unbatched they are not. Nothing of this
+project can be imported in it, nor Keras.
+
+Followed are, of tensorflow/serving: main.cc, server.h (defaults),
+file_system_storage_path_source.cc (versions), saved_model_warmup_util.cc,
+predict_util.cc (inputs and outputs); see also serving_batching.py and
+serving_rest.py. Values go to the session unchecked, as in C++.
 """
 
-import base64
-import collections
 import concurrent.futures
-import http.server
+import ctypes
 import json
 import pathlib
-import queue
 import re
 import sys
 import threading
 
 import grpc
-import numpy as np
+import serving_batching
+import serving_rest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  The server links its ops.
+from google.protobuf import text_format
+from serving_batching import INVALID_ARGUMENT, RequestError
 from tensorflow.core.protobuf import config_pb2
+from tensorflow.python.client import pywrap_tf_session
 from tensorflow_serving.apis import (
     predict_pb2,
     prediction_log_pb2,
     prediction_service_pb2_grpc,
 )
+from tensorflow_serving.config import model_server_config_pb2
 
-Task = collections.namedtuple("Task", "inputs size future")
+NOT_FOUND, FAILED_PRECONDITION, UNIMPLEMENTED = 5, 9, 12
+MAX_MESSAGE_BYTES = 2**31 - 1
+MAX_WARMUP_RECORDS = 1000
+POLL_SECONDS = 1.0
 
 
-class RequestError(Exception):
-    """An answer with a gRPC status other than OK."""
+def turn_xla_off():
+    """What the server does unless started with --xla_cpu_compilation_enabled.
 
-    def __init__(self, code, message):
-        super().__init__(message)
-        self.code = code
+    For the whole process, and for good.
+    """
+    (library,) = pathlib.Path(tf.sysconfig.get_lib()).glob(
+        "libtensorflow_cc.so.?"
+    )
+    ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
 
 
 class Servable:
-    """One loaded version."""
+    """One loaded version.
 
-    def __init__(self, folder, name):
-        versions = [p for p in folder.iterdir() if p.name.isdigit()]
-        self.path = max(versions, key=lambda path: int(path.name))
+    Attributes:
+        version: Its number.
+        functions: A dict: signature -> function of inputs (a dict of arrays)
+            and a timeout in seconds or None to a dict of outputs.
+        queues: The same, but requests are put together.
+        warmed_up: How many requests the version was warmed up with.
+    """
+
+    def __init__(self, path, parameters):
+        self.version = int(path.name)
         self.session = tf.compat.v1.Session(graph=tf.Graph())
         with self.session.graph.as_default():
             meta = tf.compat.v1.saved_model.loader.load(
-                self.session, ["serve"], str(self.path)
+                self.session, ["serve"], str(path)
             )
         self.signatures = meta.signature_def
-        self._callables = {
-            name: self._callable(signature)
+        self.functions = {
+            name: self._function(signature)
             for name, signature in self.signatures.items()
             if not name.startswith("__")
         }
-        parameters = (folder / "batching_parameters.txt").read_text()
-        found = re.findall(r"(\w+) \{ value: (\d+) \}", parameters)
-        values = {key: int(value) for key, value in found}
-        self._batchers = {
-            name: Batcher(function, values)
-            for name, function in self._callables.items()
+        scheduler = serving_batching.Scheduler(parameters)
+        self.queues = {
+            name: scheduler.queue(function)
+            for name, function in self.functions.items()
         }
-        self.names = {
-            name: self._batchers,
-            f"{name}-unbatched": self._callables,
-        }
-        self.warmed_up = self._warm_up()
+        self.warmed_up = self._warm_up(
+            path / "assets.extra" / "tf_serving_warmup_requests"
+        )
 
-    def _callable(self, signature):
+    def _function(self, signature):
         """Runs the graph on a dict, by the names of the signature.
 
         `Session.run` would check shapes in Python, which the server does not.
         """
-        names, aliases = list(signature.inputs), list(signature.outputs)
-        run = self.session._make_callable_from_options(
-            config_pb2.CallableOptions(
-                feed=[signature.inputs[name].name for name in names],
-                fetch=[signature.outputs[alias].name for alias in aliases],
-            )
-        )
 
-        def function(inputs):
+        def output_of(info):
+            tensor = self.session.graph.get_tensor_by_name(info.name)
+            return tensor._as_tf_output()
+
+        feeds = {k: output_of(v) for k, v in signature.inputs.items()}
+        fetches = {k: output_of(v) for k, v in signature.outputs.items()}
+
+        def function(inputs, timeout=None):
+            options = config_pb2.RunOptions()
+            options.timeout_in_ms = int(1e3 * (timeout or 0))
+            buffer = pywrap_tf_session.TF_NewBufferFromString(
+                options.SerializeToString()
+            )
             try:
-                outputs = run(*[inputs[name] for name in names])
+                outputs = self.session._call_tf_sessionrun(
+                    buffer,
+                    {feeds[key]: value for key, value in inputs.items()},
+                    [*fetches.values()],
+                    [],
+                    None,
+                )
             except tf.errors.OpError as error:
                 raise RequestError(error.error_code, error.message) from None
-            return dict(zip(aliases, outputs))
+            finally:
+                pywrap_tf_session.TF_DeleteBuffer(buffer)
+            return dict(zip(fetches, outputs))
 
+        self.session._extend_graph()
         return function
 
-    def _warm_up(self):
-        """Runs the recorded requests; a failing one stops the server."""
-        file = self.path / "assets.extra" / "tf_serving_warmup_requests"
+    def _warm_up(self, file):
+        """Runs the recorded requests, through the queues as all others."""
         count = 0
+        if not file.exists():
+            return count
         for record in tf.compat.v1.io.tf_record_iterator(str(file)):
             log = prediction_log_pb2.PredictionLog.FromString(record)
-            assert log.WhichOneof("log_type") == "predict_log"
-            self.predict(log.predict_log.request)
+            if log.WhichOneof("log_type") != "predict_log":
+                raise RequestError(UNIMPLEMENTED, "only predict_log is done")
+            self.predict(log.predict_log.request, self.queues)
             count += 1
+            if count > MAX_WARMUP_RECORDS:
+                raise RequestError(
+                    INVALID_ARGUMENT,
+                    "Number of warmup records exceeds the maximum "
+                    f"({MAX_WARMUP_RECORDS}) at {file}",
+                )
         return count
 
-    def predict(self, request):
+    def predict(self, request, functions, timeout=None):
         """PredictRequest to PredictResponse."""
-        spec = request.model_spec
-        if spec.name not in self.names:
+        name = request.model_spec.signature_name or "serving_default"
+        if name not in functions:
             raise RequestError(
-                5, f"Servable not found for request: Latest({spec.name})"
+                FAILED_PRECONDITION,
+                f'Serving signature key "{name}" not found.',
             )
-        name = spec.signature_name or "serving_default"
-        if name not in self.signatures:
-            raise RequestError(9, f'Serving signature key "{name}" not found.')
-        signature = self.signatures[name]
+        _check_names(self.signatures[name], request)
         inputs = {
             key: tf.make_ndarray(value) for key, value in request.inputs.items()
         }
-        if inputs.keys() != signature.inputs.keys():
-            extra = inputs.keys() - signature.inputs.keys()
-            missing = signature.inputs.keys() - inputs.keys()
-            raise RequestError(
-                3,
-                "input size does not match signature: Sent extra: {"
-                + ",".join(extra)
-                + "}. Missing but required: {"
-                + ",".join(missing)
-                + "}.",
-            )
-        outputs = self.names[spec.name][name](inputs)
+        outputs = functions[name](inputs, timeout)
         response = predict_pb2.PredictResponse()
-        response.model_spec.CopyFrom(spec)
-        response.model_spec.version.value = int(self.path.name)
-        for alias, value in outputs.items():
-            if not request.output_filter or alias in request.output_filter:
-                response.outputs[alias].CopyFrom(tf.make_tensor_proto(value))
+        response.model_spec.name = request.model_spec.name
+        response.model_spec.signature_name = name
+        response.model_spec.version.value = self.version
+        for alias in request.output_filter or outputs:
+            value = tf.make_tensor_proto(outputs[alias])
+            response.outputs[alias].CopyFrom(value)
         return response
 
 
-class Batcher:
-    """Merges requests that arrive close together, as BatchingSession does."""
+def _check_names(signature, request):
+    """Raises RequestError unless inputs and outputs are the signature's."""
+    wanted, sent = set(signature.inputs), set(request.inputs)
+    if len(wanted) != len(sent):
+        raise RequestError(
+            INVALID_ARGUMENT,
+            "input size does not match signature: Sent extra: {"
+            + ",".join(sent - wanted)
+            + "}. Missing but required: {"
+            + ",".join(wanted - sent)
+            + "}.",
+        )
+    for alias in wanted - sent:
+        raise RequestError(
+            INVALID_ARGUMENT,
+            f"Signature input alias: {alias} not found in request and no "
+            "default value provided.",
+        )
+    for alias in set(request.output_filter) - set(signature.outputs):
+        raise RequestError(
+            INVALID_ARGUMENT,
+            f"output tensor alias not found in signature: {alias}",
+        )
 
-    def __init__(self, function, parameters):
-        self._function = function
-        self._max_batch_size = parameters["max_batch_size"]
-        self._timeout = parameters["batch_timeout_micros"] / 1e6
-        self._queue = queue.Queue()
-        threading.Thread(target=self._work, daemon=True).start()
 
-    def __call__(self, inputs):
-        sizes = {value.shape[:1] for value in inputs.values()}
-        if sizes == {()} or len(sizes) > 1:
-            raise RequestError(
-                3,
-                "Batching session Run() input tensors must have equal "
-                "0th-dimension size",
-            )
-        ((size,),) = sizes
-        if size > self._max_batch_size:
-            raise RequestError(
-                3,
-                f"Task size {size} is larger than maximum input batch size "
-                f"{self._max_batch_size}",
-            )
-        task = Task(inputs, size, concurrent.futures.Future())
-        self._queue.put(task)
-        return task.future.result()
+class Model:
+    """What the server has of the one model in models.config.
 
-    def _work(self):
-        held = None
-        while True:
-            tasks = [held or self._queue.get()]
-            held = None
-            while True:
-                try:
-                    task = self._queue.get(timeout=self._timeout)
-                except queue.Empty:
-                    break
-                total = sum(t.size for t in tasks) + task.size
-                if total > self._max_batch_size:
-                    held = task
-                    break
-                tasks.append(task)
-            self._run(tasks)
+    Args:
+        folder: The model's folder.
 
-    def _run(self, tasks):
+    Raises:
+        RequestError: The newest version cannot be loaded or warmed up.
+    """
+
+    def __init__(self, folder):
+        self._folder = pathlib.Path(folder)
+        (config,) = text_format.Parse(
+            (self._folder / "models.config").read_text(),
+            model_server_config_pb2.ModelServerConfig(),
+        ).model_config_list.config
+        self.name = config.name
+        self._parameters = serving_batching.read_parameters(
+            (self._folder / "batching_parameters.txt").read_text()
+        )
+        self._seen = self._newest()
+        self.servable = self._load(self._seen)
+        self.failed = {}  # version -> RequestError
+
+    def _newest(self):
+        """The folder with the highest number; other names are left alone."""
+        folders = [
+            path
+            for path in self._folder.iterdir()
+            if re.fullmatch(r"-?\d+", path.name)
+        ]
+        return max(folders, key=lambda path: int(path.name), default=None)
+
+    def _load(self, path):
+        if path is None:
+            raise RequestError(NOT_FOUND, f"{self._folder}: no version")
         try:
-            merged = {
-                name: merge([task.inputs[name] for task in tasks])
-                for name in tasks[0].inputs
-            }
-            outputs = self._function(merged)
-        except Exception as error:
-            for task in tasks:
-                task.future.set_exception(error)
+            return Servable(path, self._parameters)
+        except (OSError, tf.errors.OpError) as error:
+            code = getattr(error, "error_code", NOT_FOUND)
+            raise RequestError(code, str(error)) from None
+
+    def poll(self):
+        """Loads the newest version, if it is another one, then swaps them."""
+        newest = self._newest()
+        if newest in (None, self._seen):
             return
-        start = 0
-        for task in tasks:
-            part = slice(start, start + task.size)
-            start += task.size
-            task.future.set_result({k: v[part] for k, v in outputs.items()})
+        self._seen = newest
+        if int(newest.name) == self.servable.version:
+            return
+        try:
+            self.servable = self._load(newest)
+        except RequestError as error:
+            self.failed[int(newest.name)] = error
 
+    def find(self, name, version=None):
+        """The servable and its functions under a name the server knows."""
+        servable = self.servable
+        known = {self.name: servable.queues}
+        known[f"{self.name}-unbatched"] = servable.functions
+        if name not in known or version not in (None, servable.version):
+            which = f"Specific({name}, {version})" if version else None
+            raise RequestError(
+                NOT_FOUND,
+                f"Servable not found for request: {which or f'Latest({name})'}",
+            )
+        return servable, known[name]
 
-def merge(values):
-    """Concatenates along dimension 0, the others filled up to the largest."""
-    shape = np.max([value.shape[1:] for value in values], axis=0)
-    padded = []
-    for value in values:
-        # Filled up with the first element of the tensor.
-        full = np.full((len(value), *map(int, shape)), value.flat[0], object)
-        full[tuple(map(slice, value.shape))] = value
-        padded.append(full)
-    return np.concatenate(padded)
+    def predict(self, request, timeout=None):
+        """PredictRequest to PredictResponse."""
+        spec = request.model_spec
+        version = spec.version.value if spec.HasField("version") else None
+        servable, functions = self.find(spec.name, version)
+        return servable.predict(request, functions, timeout)
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     """The Predict method of the official service."""
 
-    def __init__(self, servable):
-        self._servable = servable
+    def __init__(self, model):
+        self._model = model
 
     def Predict(self, request, context):
         try:
-            return self._servable.predict(request)
+            return self._model.predict(request, context.time_remaining())
         except RequestError as error:
             codes = {code.value[0]: code for code in grpc.StatusCode}
             context.abort(codes[error.code], str(error))
 
 
-class RestHandler(http.server.BaseHTTPRequestHandler):
-    """POST /v1/models/NAME:predict and GET /v1/models/NAME."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_GET(self):
-        servable = self.server.servable
-        if self.path.removeprefix("/v1/models/") not in servable.names:
-            self._send(404, {"error": f"Could not find model at {self.path}"})
-            return
-        status = {"error_code": "OK", "error_message": ""}
-        version = {"version": servable.path.name, "state": "AVAILABLE"}
-        self._send(
-            200, {"model_version_status": [version | {"status": status}]}
-        )
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        try:
-            self._send(200, self._predict(body))
-        except RequestError as error:
-            self._send({5: 404}.get(error.code, 400), {"error": str(error)})
-
-    def _predict(self, body):
-        match = re.fullmatch(
-            r"/v1/models/([^/:]+)(?:/versions/\d+)?:predict", self.path
-        )
-        if match is None:
-            raise RequestError(3, f"Malformed request: POST {self.path}")
-        try:
-            document = json.loads(body)
-        except ValueError as error:
-            raise RequestError(3, f"JSON Parse error: {error}") from None
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = match[1]
-        name = document.get("signature_name", "serving_default")
-        request.model_spec.signature_name = name
-        if name not in self.server.servable.signatures:
-            raise RequestError(9, f'Serving signature key "{name}" not found.')
-        inputs = self.server.servable.signatures[name].inputs
-        rows = "instances" in document
-        read = read_rows if rows else read_columns
-        for key, value in read(document, inputs).items():
-            request.inputs[key].CopyFrom(tf.make_tensor_proto(value, tf.string))
-        response = self.server.servable.predict(request)
-        values = {
-            key: write_json(key, tf.make_ndarray(value))
-            for key, value in response.outputs.items()
-        }
-        if not rows:
-            return {"outputs": values}
-        keys = list(values)
-        return {
-            "predictions": [
-                dict(zip(keys, row)) for row in zip(*values.values())
-            ]
-        }
-
-    def _send(self, code, document):
-        body = json.dumps(document, allow_nan=False).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-def read_rows(document, inputs):
-    """{"instances": [...]}: each a value, or an object of named values."""
-    instances = document["instances"]
-    if not isinstance(instances, list):
-        raise RequestError(3, "Expecting 'instances' to be an list/array")
-    if not instances:
-        raise RequestError(3, "No values in 'instances' array")
-    columns = {name: [] for name in inputs}
-    for number, row in enumerate(instances):
-        if not isinstance(row, dict) or row.keys() == {"b64"}:
-            if len(inputs) > 1:
-                raise RequestError(3, "instances is a plain list")
-            row = {next(iter(inputs)): row}
-        if row.keys() != columns.keys():
-            raise RequestError(
-                3,
-                f"Failed to process element: {number} of 'instances' list. "
-                f"keys must be equal to: {','.join(columns)}",
-            )
-        for name, value in row.items():
-            columns[name].append(read_json(value))
-    return columns
-
-
-def read_columns(document, inputs):
-    """{"inputs": ...}: a value, or an object of named values."""
-    if "inputs" not in document:
-        raise RequestError(3, "Missing 'inputs' or 'instances' key")
-    values = document["inputs"]
-    if not isinstance(values, dict) or values.keys() == {"b64"}:
-        if len(inputs) > 1:
-            raise RequestError(3, "inputs is a plain value/list")
-        values = {next(iter(inputs)): values}
-    for name in inputs:
-        if name not in values:
-            raise RequestError(
-                3, f"Missing named input: {name} in 'inputs' object."
-            )
-    return {name: read_json(values[name]) for name in inputs}
-
-
-def read_json(value):
-    """Strings and {"b64": ...} to bytes, in lists of any depth."""
-    if isinstance(value, list):
-        return [read_json(item) for item in value]
-    if isinstance(value, dict) and value.keys() == {"b64"}:
-        return base64.b64decode(value["b64"], validate=True)
-    if isinstance(value, str):
-        return value.encode()
-    raise RequestError(
-        3, f"JSON Value: {value} is not of expected type: string"
-    )
-
-
-def write_json(name, array):
-    """Values of an output; bytes as base64 where the name says so."""
-    if array.dtype != object:
-        return array.tolist()
-    if name.endswith("_bytes"):
-        return [{"b64": base64.b64encode(x).decode()} for x in array]
-    return [x.decode() for x in array]
-
-
-def main(folder, name):
+def main(folder):
     # As on a machine that has never heard of this project.
-    sys.modules["cappa_tf"] = None
-    servable = Servable(pathlib.Path(folder), name)
+    sys.modules["cappa_tf"] = sys.modules["keras"] = None
+    turn_xla_off()
+    try:
+        model = Model(folder)
+    except RequestError as error:
+        sys.exit(f"Failed to start server. Error: {error}")
     server = grpc.server(
         concurrent.futures.ThreadPoolExecutor(64),
-        options=[("grpc.max_receive_message_length", -1)],
+        options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
     )
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(servable), server
+        PredictionService(model), server
     )
     port = server.add_insecure_port("localhost:0")
     server.start()
-    rest = http.server.ThreadingHTTPServer(("localhost", 0), RestHandler)
-    rest.servable = servable
-    threading.Thread(target=rest.serve_forever, daemon=True).start()
+    rest = serving_rest.start(model)
     ready = {
         "grpc": f"localhost:{port}",
         "rest": f"localhost:{rest.server_port}",
-        "warmed_up": servable.warmed_up,
+        "warmed_up": model.servable.warmed_up,
+        "tensorflow": tf.__version__,
     }
     print(json.dumps(ready), flush=True)
+    ended = threading.Event()
+    threading.Thread(target=_poll, args=(model, ended), daemon=True).start()
     sys.stdin.read()
+    ended.set()
     server.stop(None)
+
+
+def _poll(model, ended):
+    while not ended.wait(POLL_SECONDS):
+        model.poll()
 
 
 if __name__ == "__main__":

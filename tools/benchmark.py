@@ -8,15 +8,12 @@ and run().
 """
 
 import importlib
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app
-
+from cappa_tf import console
 from tools import benchmarks
 
 BENCHMARKS = {
@@ -48,15 +45,17 @@ def load(arguments):
     return importlib.import_module(f"{benchmarks.__name__}.{name}")
 
 
-def main():
+def define_flags():
+    """Defines the flags of the benchmark that the command line names."""
+    with console.errors_as_lines("benchmark"):
+        load(sys.argv[1:]).define_flags()
+
+
+def main(argv):
     """Runs the benchmark named by the first argument."""
-    try:
-        module = load(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(str(error))
-    module.define_flags()
-    app.run(lambda _: module.run())
+    with console.errors_as_lines("benchmark"):
+        load(argv[1:]).run()
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main, define_flags)

@@ -15,17 +15,16 @@ jsonl), and the others go on. Exit code 0 if all were captioned, 1 if some
 could not be read, 2 if there was nothing to caption.
 """
 
-import json
 import math
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
+
+from cappa_tf import console
 
 FLAGS = flags.FLAGS
 
@@ -42,7 +41,11 @@ def define_flags():
     )
     flags.DEFINE_enum("format", "table", ["table", "jsonl"], "Of the output.")
     flags.DEFINE_integer(
-        "batch_size", 32, "Pictures captioned at once.", lower_bound=1
+        "batch_size",
+        None,
+        "Images captioned at once; 32 by default, fewer of few images, so that "
+        "results come bit by bit.",
+        lower_bound=1,
     )
     _define_generation_flags()
 
@@ -140,44 +143,66 @@ def _sampler(
 
 def main(argv):
     """Loads the model and prints a line per picture."""
+    with console.errors_as_lines("caption"):
+        return _caption_all(argv[1:])
+
+
+def _caption_all(arguments):
+    """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import picture_files
     from cappa_tf.evaluation import captioning, picture_captions
     from cappa_tf.training import workdir
 
-    paths = picture_files.find_pictures(argv[1:])
+    paths = picture_files.find_pictures(arguments)
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2
-    try:
+    with console.naming("checkpoint", FLAGS.checkpoint):
         tokenizer, preprocessing = workdir.load_preprocessing(FLAGS.checkpoint)
         captioner = workdir.load_captioner(FLAGS.checkpoint, FLAGS.weights)
-    except ValueError as error:
-        raise SystemExit(f"--checkpoint: {error}") from None
     captioner.tokenizer = tokenizer
     generation = _generation(captioner)
+    if FLAGS.prefix is not None:
+        _, unknown = tokenizer.encode(FLAGS.prefix)
+        if unknown:
+            words = ", ".join(map(repr, dict.fromkeys(unknown)))
+            print(
+                f"--prefix={FLAGS.prefix}: the vocabulary of the model has no "
+                f"piece for {words}, which is unknown to it",
+                file=sys.stderr,
+            )
     rows = picture_captions.caption_pictures(
         paths,
         picture_captions.PictureReader(**preprocessing),
         captioning.CaptionDecoder(
-            captioner, tokenizer, FLAGS.batch_size, **generation
+            captioner, tokenizer, _batch_size(len(paths)), **generation
         ),
     )
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
     unreadable = 0
-    for path, row, reason in tqdm.tqdm(rows, total=len(paths), unit="picture"):
-        unreadable += row is None
-        _print(path, row, reason)
+    with tqdm.tqdm(total=len(paths), unit="image", miniters=1) as bar:
+        for path, row, reason in rows:
+            unreadable += row is None
+            # Before the line, which draws the bar anew below itself.
+            bar.update()
+            _print(path, row, reason)
     if unreadable:
         print(f"{unreadable} of {len(paths)} unreadable", file=sys.stderr)
     return 1 if unreadable else 0
 
 
+def _batch_size(images):
+    if FLAGS.batch_size is not None:
+        return FLAGS.batch_size
+    return min(32, -(-images // 8))
+
+
 def _print(path, row, reason):
     if row is None:
         print(f"{path}: {reason}", file=sys.stderr)
-        lines = [json.dumps({"image": path, "error": reason})]
+        lines = [console.json_line({"image": path, "error": reason})]
         lines = lines if FLAGS.format == "jsonl" else []
     else:
         one = _json if FLAGS.format == "jsonl" else _line
@@ -207,9 +232,8 @@ def _json(path, rank, row):
         # Below what float32 can hold: null.
         "log_probs": [math.log(p) if p else None for p in row.probabilities],
     }
-    return json.dumps(values, ensure_ascii=False)
+    return console.json_line(values)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -11,16 +11,16 @@ An npz of a captioner becomes a captioner, one of a ViT or of a two-tower model
 (`img/...`) a vision encoder. --to=big_vision also takes the folder of a run.
 """
 
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
+from cappa_tf import console
 from cappa_tf.checks import parse_height_width
+from cappa_tf.export import files
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -82,9 +82,7 @@ def convert(options):
     if options.encoder_only:
         model = encoder
     if options.to == "keras":
-        from cappa_tf.export.files import replacing
-
-        with replacing(options.output) as unfinished:
+        with files.replacing(options.output) as unfinished:
             model.save(unfinished)
     else:
         _write_big_vision(model, options)
@@ -112,6 +110,7 @@ def _check(options):
                 f"Received: --{name}={options[name].value}"
             )
     parse_height_width("image_size", options.image_size)
+    files.check_output("output", options.output)
     suffix = ".keras" if to_keras else ".npz"
     if not options.output.endswith(suffix):
         raise ValueError(
@@ -124,12 +123,10 @@ def _read(options):
     # TensorFlow takes seconds to load: --help and wrong flags need not wait.
     from cappa_tf.training import workdir
 
-    if options.to == "big_vision":
-        return workdir.load_captioner(options.input)
-    try:
+    with console.naming("input", options.input):
+        if options.to == "big_vision":
+            return workdir.load_model(options.input)
         return _read_big_vision(options)
-    except ValueError as error:
-        raise ValueError(f"--input={options.input}: {error}") from error
 
 
 def _read_big_vision(options):
@@ -162,12 +159,9 @@ def main(argv):
     """Converts; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    try:
+    with console.errors_as_lines("convert"):
         print(convert(flags.FLAGS))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"convert: {error}") from None
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

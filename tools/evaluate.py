@@ -38,10 +38,12 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
+
+from cappa_tf import console
+from cappa_tf.export import files
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -293,7 +295,7 @@ def load_encoder(path, weights="auto"):
 
     if path.endswith(".npz"):
         return big_vision.load_vision_encoder(path)
-    model = workdir.load_captioner(path, weights)
+    model = workdir.load_model(path, weights)
     return getattr(model, "vision_encoder", model)
 
 
@@ -323,26 +325,33 @@ def evaluate(options):
     Returns:
         Path of the JSON file.
     """
+    output = options.output or default_output(options.checkpoint, options.task)
+    if os.path.exists(options.checkpoint):
+        files.check_output("output", output)
     evaluator = TASKS[options.task](options)
     # Before the model is loaded: what is missing is known at once.
     evaluator.open()
+    with console.naming("checkpoint", options.checkpoint):
+        if options.task in _OF_ENCODERS:
+            model = load_encoder(options.checkpoint, options.weights)
+        else:
+            model = load_scorer(
+                options.checkpoint, options.weights, options.batch_size
+            )
     if options.task in _OF_ENCODERS:
-        encoder = load_encoder(options.checkpoint, options.weights)
-        report = evaluator.measure(encoder)
+        report = evaluator.measure(model)
     else:
-        report = evaluator.evaluate(
-            load_scorer(options.checkpoint, options.weights, options.batch_size)
-        )
+        report = evaluator.evaluate(model)
     print("\n".join(report.lines))
-    return write_report(report, options)
+    write_report(report, options, output)
+    return output
 
 
-def write_report(report, options):
-    """Writes a `Report` beside the checkpoint; returns the JSON's path."""
+def write_report(report, options, path):
+    """Writes a `Report`: its JSON to `path`, all else beside it."""
     from cappa_tf.evaluation.evaluator import json_value
     from cappa_tf.evaluation.sheet import write_sheet
 
-    path = options.output or default_output(options.checkpoint, options.task)
     stem = os.path.splitext(path)[0]
     written = [path]
     content = {
@@ -353,28 +362,29 @@ def write_report(report, options):
         "metrics": report.metrics,
         **report.details,
     }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(
-            json_value(content),
-            file,
-            indent=2,
-            ensure_ascii=False,
-            allow_nan=False,
+    with files.replacing(path) as unfinished:
+        text = json.dumps(
+            json_value(content), indent=2, ensure_ascii=False, allow_nan=False
         )
-        file.write("\n")
+        _write_lines(unfinished, [text])
     if report.rows:
         written.append(f"{stem}.jsonl")
-        with open(written[-1], "w", encoding="utf-8") as file:
-            for row in report.rows:
-                line = json.dumps(
-                    json_value(row), ensure_ascii=False, allow_nan=False
-                )
-                file.write(f"{line}\n")
+        lines = (
+            json.dumps(json_value(row), ensure_ascii=False, allow_nan=False)
+            for row in report.rows
+        )
+        with files.replacing(written[-1]) as unfinished:
+            _write_lines(unfinished, lines)
     for name, (title, rows) in report.sheets.items():
         written.append(f"{stem}_{name}.png")
         write_sheet(written[-1], rows, title=title, marks=False)
     print(f"written to {', '.join(written)}")
-    return path
+
+
+def _write_lines(path, lines):
+    # A name that is not UTF-8 becomes an escape, which JSON knows, too.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def default_output(checkpoint, task):
@@ -388,12 +398,9 @@ def main(argv):
     """Evaluates; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    try:
+    with console.errors_as_lines("evaluate"):
         evaluate(flags.FLAGS)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"evaluate: {error}") from None
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -14,17 +14,16 @@ TensorFlow Serving, in a new VERSION below the folder, with the files beside it
 that a server is started with.
 """
 
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
 from cappa_tf import console
 from cappa_tf.checks import parse_height_width
+from cappa_tf.export import files
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -106,6 +105,7 @@ def _backbone(options):
     # TensorFlow takes seconds to load: --help and wrong flags need not wait.
     from cappa_tf.export import keras_backbone
 
+    files.check_output("output", options.output)
     encoder = _encoder(options)
     keras_backbone.save_backbone(encoder, options.output)
     return _described(options, "vision encoder for Keras", encoder)
@@ -114,6 +114,8 @@ def _backbone(options):
 def _siglip(options):
     from cappa_tf.export import torch_vit
 
+    torch_vit.check_installed()
+    files.check_output("output", options.output, is_folder=True)
     encoder = _encoder(options)
     torch_vit.save_siglip(encoder, options.output)
     return _described(options, "SiglipVisionModel", encoder)
@@ -122,6 +124,8 @@ def _siglip(options):
 def _timm(options):
     from cappa_tf.export import torch_vit
 
+    torch_vit.check_installed()
+    files.check_output("output", options.output, is_folder=True)
     encoder = _encoder(options)
     torch_vit.save_timm(encoder, options.output)
     return _described(options, "timm VisionTransformer", encoder)
@@ -129,16 +133,21 @@ def _timm(options):
 
 def _saved_model(options):
     _refuse(options, ["image_size"])
-    from cappa_tf.export import saved_model
+    from cappa_tf.export import saved_model, serving_files
     from cappa_tf.training import workdir
+
+    serving_files.check_protos()
+    files.check_output("output", options.output, is_folder=True)
 
     def given(*names):
         values = {name: options[name].value for name in names}
         return {k: v for k, v in values.items() if v is not None}
 
-    tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
+    with console.naming("checkpoint", options.checkpoint):
+        tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
+        captioner = workdir.load_captioner(options.checkpoint, options.weights)
     service = saved_model.CaptionService(
-        workdir.load_captioner(options.checkpoint, options.weights),
+        captioner,
         tokenizer,
         picture,
         **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
@@ -181,7 +190,8 @@ def _encoder(options):
     from cappa_tf.export import keras_backbone
     from cappa_tf.training import workdir
 
-    model = workdir.load_captioner(options.checkpoint, options.weights)
+    with console.naming("checkpoint", options.checkpoint):
+        model = workdir.load_model(options.checkpoint, options.weights)
     encoder = getattr(model, "vision_encoder", model)
     size = parse_height_width("image_size", options.image_size)
     if size is None:
@@ -201,13 +211,9 @@ def main(argv):
     """Exports; errors of the input are one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    console.hide_tensorflow_info()
-    try:
+    with console.errors_as_lines("export"):
         print(export(flags.FLAGS))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"export: {error}") from None
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

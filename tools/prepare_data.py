@@ -2,12 +2,23 @@
 
     python tools/prepare_data.py --input=photos --output=photos_prepared
 
---input is a folder (or the captions file in it) in one of three forms:
+--input is a folder, or a table in it. What is understood:
 
-    captions.jsonl   {"image": "a/1.jpg", "captions": ["...", "..."]} a line;
-                     optional "split", "label" and "key"
-    captions.csv     image,caption a row; optional columns as above
-    a/1.jpg a/1.txt  a text file beside each image, one caption a line
+    captions.jsonl        {"image": "a/1.jpg", "captions": ["...", "..."]} a
+                          line, or "caption"; optional "split", "label", "key"
+    captions.csv .tsv     a row for each caption; comma, tab, semicolon or
+    .txt                  bar; with a header, or image and caption
+    metadata.jsonl .csv   Hugging Face's imagefolder (file_name, text), also
+    .parquet              in train/, validation/ and test/
+    .json                 a list of such rows, COCO's captions_*.json, or
+                          Karpathy's dataset_*.json with its splits
+    .parquet              paths or images, Hugging Face's or img2dataset's
+                          (the extra 'parquet')
+    a/1.jpg a/1.txt       a text file beside each image, one caption a line
+
+The image's column may be called image, file_name, filename, filepath, path,
+...; the caption's caption, captions, text, title, .... Rows of one image are
+put together. Text is UTF-8, or UTF-16 with a byte order mark.
 
 Splits keep the names the captions file gives them ("train", "dev", "test",
 ...); without any, --split_fractions draws them. Unusable pictures and captions
@@ -25,14 +36,18 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
 
+from cappa_tf import console
+from cappa_tf.checks import check_extra
+
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
+# So many names of each reason are printed; the log has all.
+MOST_NAMES = 5
 
 
 def define_flags():
@@ -41,7 +56,10 @@ def define_flags():
         "input", None, "Folder or captions file.", required=True
     )
     flags.DEFINE_string(
-        "captions", None, "Captions file (.jsonl, .csv), if not to be guessed."
+        "captions",
+        None,
+        "Table of the captions, if not to be guessed; images are then looked "
+        "for below --input.",
     )
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_string(
@@ -101,23 +119,22 @@ def main(argv):
     """Prepares the data; what cannot be done is one line, not a traceback."""
     if len(argv) > 1 and FLAGS.runner is None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    # TensorFlow takes seconds to load: --help should not.
-    import tensorflow as tf
-
-    try:
+    with console.errors_as_lines("prepare_data"):
         prepare(argv[1:])
-    except (ValueError, OSError, tf.errors.OpError) as error:
-        raise SystemExit(f"prepare_data: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("prepare_data: interrupted; run it again") from None
 
 
 def prepare(beam_arguments):
     """Plans, converts and publishes, as the flags say."""
+    # TensorFlow takes seconds to load: --help should not.
     import tensorflow as tf
 
     from cappa_tf.data import conversion, publish, sources
 
+    if FLAGS.runner is not None:
+        check_extra("--runner", "beam", "apache_beam")
+    for flag in ("input", "output", "captions"):
+        if FLAGS[flag].value == "":
+            raise ValueError(f"--{flag} must not be empty. Received: --{flag}=")
     output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
@@ -161,13 +178,8 @@ def convert(plans, beam_arguments):
             for plan in plans:
                 conversion.convert(plan.path, FLAGS.workers, progress.update)
         return
-    try:
-        from cappa_tf.data import beam_conversion
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--runner needs the extra 'beam': pip install 'cappa-tf[beam]' "
-            f"({error})"
-        ) from None
+    from cappa_tf.data import beam_conversion
+
     # Worker processes that Beam starts on this machine find the package, too.
     paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -209,12 +221,16 @@ def print_table(description, skipped):
         )
     if not skipped.counts:
         print("nothing skipped")
+    names = skipped.names(MOST_NAMES)
     for reason, count in skipped.counts.most_common():
         print(f"skipped: {reason:<45}{count:>7}")
+        for name in names[reason]:
+            print(f"    {name}")
+        if count > MOST_NAMES:
+            print(f"    and {count - MOST_NAMES} more")
     if skipped.counts:
-        print(f"names: {os.path.join(description.directory, LOG_NAME)}")
+        print(f"all names: {os.path.join(description.directory, LOG_NAME)}")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -16,17 +16,15 @@ pictures were answered, 1 if some were not, 2 if there was nothing to send.
 """
 
 import concurrent.futures
-import json
 import pathlib
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from absl import app, flags
+from absl import flags
 
-from cappa_tf.data import picture_files
+from cappa_tf import console
 from cappa_tf.export import serving_clients
 
 PORTS = {"grpc": 8500, "rest": 8501}
@@ -103,6 +101,9 @@ def ask(client, signature, paths, texts):
             text to log-likelihood; or `embedding`).
         seconds: What the request took; None if no file could be read.
     """
+    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    from cappa_tf.data import picture_files
+
     rows, contents = {}, {}  # by position in `paths`
     for i, path in enumerate(paths):
         try:
@@ -169,15 +170,21 @@ def send_all(client, options, paths, texts):
     """
     size = options.batch_size
     batches = [paths[i : i + size] for i in range(0, len(paths), size)]
-    with concurrent.futures.ThreadPoolExecutor(options.concurrency) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
+    try:
         yield from pool.map(
             lambda batch: ask(client, options.signature, batch, texts),
             batches * options.repeat,
         )
+    finally:
+        # Nobody may want the rest: `| head` has what it asked for.
+        pool.shutdown(cancel_futures=True)
 
 
 def summary(latencies, pictures, failed, seconds):
     """The last line: throughput and latency."""
+    import numpy as np
+
     milliseconds = 1e3 * np.percentile(latencies, [50, 90, 99, 100])
     names = ("p50", "p90", "p99", "max")
     percentiles = "  ".join(
@@ -212,7 +219,7 @@ def _print(row, table):
     if "error" in row:
         print(f"{row['image']}: {row['error']}", file=sys.stderr)
     if not table:
-        print(json.dumps(row, ensure_ascii=False))
+        print(console.json_line(row))
     elif "caption" in row:
         print(f"{row['log_likelihood']:9.3f}  {row['image']}  {row['caption']}")
     elif "scores" in row:
@@ -223,12 +230,19 @@ def _print(row, table):
 
 def main(argv):
     """Sends the pictures and prints the answers."""
-    options = flags.FLAGS
+    with console.errors_as_lines("serving_client"):
+        return _send_and_print(flags.FLAGS, argv[1:])
+
+
+def _send_and_print(options, arguments):
+    """Sends what the arguments name; returns the exit code."""
     texts = _texts(options)
     table = options.format == "table"
     if table and options.signature == "embed":
         raise SystemExit("--signature=embed needs --format=jsonl")
-    paths = picture_files.find_pictures(argv[1:])
+    from cappa_tf.data import picture_files
+
+    paths = picture_files.find_pictures(arguments)
     if not paths:
         print("Nothing to send: give pictures or folders.", file=sys.stderr)
         return 2
@@ -256,5 +270,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -14,7 +14,6 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Keeps the memory of a step for the next one. By default large blocks go back
 # to the system after every use: of 70 s of CPU time, 10 s were page faults.
 os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
@@ -29,31 +28,31 @@ def main(argv):
     """Parses and checks the configuration, then runs it."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    console.hide_tensorflow_info()
     # TensorFlow takes seconds to load: --help need not wait for it.
     from cappa_tf.data import memory
     from cappa_tf.training.hosts import WorkerLostError
 
     memory.keep_freed_memory()
     config.parse_flags(STRATEGY=flags.FLAGS.strategy)
-    try:
+    with console.errors_as_lines("train", FloatingPointError, WorkerLostError):
         config.run(
             dry_run=flags.FLAGS.dry_run,
             on_start=config.save_config,
             on_first_step=config.save_operative_config,
         )
-    except (ValueError, FloatingPointError, WorkerLostError) as error:
-        # gin appends where it was called, which says nothing here.
-        message = str(error).partition("\n  In call to configurable")[0]
-        raise SystemExit(f"{type(error).__name__}: {message}") from error
 
 
-if __name__ == "__main__":
+def define_flags():
+    """Defines the flags of this tool."""
     config.define_flags()
+    flags.adopt_module_key_flags(config)  # So that --help shows them.
     flags.DEFINE_string(
         "strategy",
         None,
         "Devices of the run (STRATEGY): auto, one, mirrored, multi_worker or "
         "tpu.",
     )
-    app.run(main)
+
+
+if __name__ == "__main__":
+    console.run(main, define_flags)

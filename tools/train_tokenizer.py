@@ -16,18 +16,16 @@ To be given to both: TOKENIZER (here --output does), and VOCABULARY_SIZE there
 is --vocabulary_size here.
 """
 
-import itertools
 import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 from absl import app, flags
 
-from cappa_tf import config
+from cappa_tf import config, console
 
 FLAGS = flags.FLAGS
 SAMPLE = 2000
@@ -39,6 +37,7 @@ def define_flags():
     flags.DEFINE_string("split", "train", "Split of --data to read.")
     flags.DEFINE_string("text", None, "Text file, one caption a line.")
     config.define_flags(runs=False)
+    flags.adopt_module_key_flags(config)  # So that --help shows them.
     flags.DEFINE_string(
         "output",
         None,
@@ -69,21 +68,29 @@ def main(argv):
     """Trains; what cannot be done is one line, not a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    try:
+    with console.errors_as_lines("train_tokenizer"):
         train()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_tokenizer: {error}") from None
 
 
 def train():
     """Trains and prints, as the flags say."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import tokenizer
+    from cappa_tf.export import files
 
     captions, output = find_captions()
-    captions = list(itertools.islice(captions, FLAGS.max_captions))
+    files.check_output("output", output)
+    texts, left_out = tokenizer.usable_captions(
+        captions, FLAGS.lowercase, FLAGS.max_captions
+    )
+    if left_out:
+        kind = "caption" if FLAGS.text is None else "line"
+        words = tokenizer.describe_left_out(left_out, kind)
+        if not texts:
+            raise ValueError(f"No {kind} can be used. Left out: {words}")
+        print(f"left out: {words}")
     size = tokenizer.train_tokenizer(
-        captions,
+        texts,
         output,
         FLAGS.vocabulary_size,
         lowercase=FLAGS.lowercase,
@@ -93,8 +100,8 @@ def train():
     print(f"wrote {output}")
     if size < FLAGS.vocabulary_size:
         print(f"the captions give no more than {size} pieces")
-    step = max(1, len(captions) // SAMPLE)
-    print_coverage(output, captions[::step], FLAGS.lowercase)
+    step = max(1, len(texts) // SAMPLE)
+    print_coverage(output, texts[::step])
 
 
 def find_captions():
@@ -124,9 +131,12 @@ def find_captions():
 
 
 def read_lines(path):
-    """Lines of a text file."""
-    with open(path, encoding="utf-8") as lines:
-        yield from lines
+    """Lines of a text file; bytes that are not UTF-8 become surrogates."""
+    from cappa_tf.data import text
+
+    with console.naming("text", path):
+        content = pathlib.Path(path).read_bytes()
+        return text.lines(text.decode(content, "surrogateescape"))
 
 
 def read_captions(records):
@@ -138,12 +148,11 @@ def read_captions(records):
         yield from example.captions
 
 
-def print_coverage(path, captions, lowercase):
+def print_coverage(path, texts):
     """Prints what the vocabulary makes of a sample of the captions."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    texts = [c.strip().lower() if lowercase else c.strip() for c in captions]
     ids = processor.encode(texts)
     lengths = sorted(len(i) + 1 for i in ids)
     total = sum(lengths)
@@ -163,5 +172,4 @@ def print_coverage(path, captions, lowercase):
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    console.run(main, define_flags)

@@ -6,7 +6,7 @@ Run it after adding, removing or renaming a Python file, or after importing a
 new package: one py_library for each folder of modules, one py_binary for each
 tool, one py_test for each test file. tests/build_files_test.py fails until
 then. tools/requirements_lock.txt, which Bazel installs from, is made anew by
-`pip install -e '.[test,beam,serving,interop]' && pip freeze
+`pip install -e '.[test,beam,serving,interop,parquet]' && pip freeze
 --exclude-editable`, without PyTorch's "+cpu".
 """
 
@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
 }
 
 # They look at the source tree, of which a Bazel sandbox holds a part.
-TREE_TESTS = ("build_files_test", "package_test")
+TREE_TESTS = ("build_files_test", "package_test", "wheel_test")
 
 HEADER = "# Written by tools/update_build.py.\n"
 

@@ -5,6 +5,7 @@ a float. A constructor that computes with them unchecked fails hours later or
 not at all, so it asks here first.
 """
 
+import importlib.util
 import numbers
 
 
@@ -102,6 +103,25 @@ def check_callable(**values):
                 f"`{name}` must be a function or None. "
                 f"Received: {name}={value!r}"
             )
+
+
+def check_extra(purpose, extra, *modules):
+    """Refuses what needs packages that are not installed.
+
+    Args:
+        purpose: What needs them, for the message.
+        extra: The project's extra that installs them.
+        *modules: Names they are imported by; they are not imported.
+
+    Raises:
+        ImportError: With the command that installs them.
+    """
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ImportError(
+            f"{purpose} needs {', '.join(missing)}: "
+            f"pip install 'cappa-tf[{extra}]'"
+        )
 
 
 def height_width(name, value):

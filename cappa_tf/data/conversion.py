@@ -31,10 +31,11 @@ import PIL
 import tensorflow as tf
 
 from cappa_tf.data import description, publish, sources, tfrecord
+from cappa_tf.data.text import is_text
 
 FOLDER = ".conversion"
 # Part of each plan: shards made by other code are made again.
-_MAKER = {"version": 1, "pillow": PIL.__version__}
+_MAKER = {"version": 2, "pillow": PIL.__version__}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def plan(rows, output_dir, num_shards, options, skipped):
     split_rows = {}
     seen = set()
     for number, row in enumerate(rows):
-        if not sources.is_text(row.key):
+        if not is_text(row.key):
             skipped.add("name is not valid Unicode", row.key)
         elif row.key in seen:
             skipped.add("repeated key", row.key)
@@ -189,7 +190,7 @@ def finish(plans, output_dir, name, metadata, skipped):
     folder = os.path.join(output_dir, FOLDER)
     if not any(result.shard.num_examples for result in results):
         tf.io.gfile.rmtree(folder)
-        raise ValueError(f"No usable example was left: {dict(skipped.counts)}")
+        raise ValueError(f"No usable example was left: {skipped}")
     splits = {}
     for plan_, result in zip(plans, results):
         splits.setdefault(plan_.split, []).append(result.shard)

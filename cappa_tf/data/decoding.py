@@ -17,7 +17,7 @@ Dimensions:
 
 import tensorflow as tf
 
-from cappa_tf.data import draws, images, order, tfrecord
+from cappa_tf.data import draws, images, order, picture_files, tfrecord
 
 # Most records decoded one after the other; chunks are decoded in parallel.
 CHUNK = 16
@@ -82,7 +82,10 @@ class RecordDecoder:
         """
         record = self.records.parse(serialized)
         image = images.decode(
-            record["image/encoded"], self.max_pixels, self.at_least
+            record["image/encoded"],
+            self.max_pixels,
+            self.at_least,
+            picture_files.decode_other,
         )
         return {
             "image": self.fit(image),
@@ -224,6 +227,10 @@ class RecordDecoder:
             return "no caption", name
         if self._is_too_large(example.image):
             return f"more than {self.max_pixels} pixels", name
+        try:
+            picture_files.check(example.image, max_pixels=self.max_pixels)
+        except picture_files.UnusableError as error:
+            return error.reason, name
         return "image cannot be decoded", name
 
     def _is_too_large(self, encoded):

@@ -78,7 +78,7 @@ class DatasetDescription:
         except tf.errors.NotFoundError:
             raise ValueError(
                 f"A data set is a folder with a {FILE_NAME} "
-                "(tools/prepare_data.py writes one; an interrupted "
+                "(cappa-prepare-data writes one; an interrupted "
                 f"preparation leaves none). Received: {directory}"
             ) from None
         except ValueError as error:
@@ -192,7 +192,7 @@ def disagreement_message(directory, wrong, most=5):
     more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
     return (
         f"{FILE_NAME} and the shards of {directory} disagree: {listed}{more}. "
-        "Write the data set again (tools/prepare_data.py) or restore the files."
+        "Write the data set again (cappa-prepare-data) or restore the files."
     )
 
 

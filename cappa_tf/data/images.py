@@ -1,7 +1,9 @@
 """Image files to pixels of the size and range that a model takes.
 
+What becomes of each kind of file, `image_formats.py` says.
+
 Dimensions:
-    h, w: height and width of a picture as it is.
+    h, w: height and width of a picture as it is stored.
     H, W: height and width the model takes.
 """
 
@@ -9,19 +11,19 @@ import functools
 
 import tensorflow as tf
 
-from cappa_tf.data import animation
+from cappa_tf.data import (
+    bmp,
+    gif,
+    image_formats,
+    jpeg,
+    orientation,
+    png,
+    webp,
+)
 
-
-def is_known_format(encoded):
-    """Whether files begin like one of the formats that `decode` reads.
-
-    Args:
-        encoded: String tensor of any shape.
-
-    Returns:
-        Bool, of the same shape.
-    """
-    return _format(encoded) != _OTHER
+# The modules of the formats, in the order of `image_formats.kind`.
+_MODULES = (jpeg, png, gif, bmp, webp)
+_ANY = -1
 
 
 def header_size(encoded):
@@ -31,17 +33,10 @@ def header_size(encoded):
         encoded: Scalar string tensor, a JPEG, PNG, GIF, BMP or WebP file.
 
     Returns:
-        int64 [2]: h, w. In a graph an unknown format raises
+        int64 [2]: h, w. An unknown format raises
         `tf.errors.InvalidArgumentError`.
     """
-    return tf.switch_case(
-        _format(encoded),
-        {
-            kind: functools.partial(size, encoded)
-            for kind, (size, _) in _formats().items()
-        },
-        default=lambda: _unknown_format(encoded, tf.int64),
-    )
+    return _header_functions()["size"](encoded)
 
 
 def pixels_to_decode(encoded):
@@ -54,20 +49,23 @@ def pixels_to_decode(encoded):
         Scalar int64: h * w, times the frames of a WebP, which TensorFlow
         decodes all.
     """
-    frames = tf.cond(
-        _format(encoded) == _WEBP,
-        lambda: animation.num_webp_frames(encoded),
-        lambda: tf.constant(1, tf.int64),
-    )
-    return tf.reduce_prod(header_size(encoded)) * frames
+    return _header_functions()["pixels"](encoded)
 
 
-def decode(encoded, max_pixels=None, at_least=None):
-    """Decodes a picture of any supported format to RGB.
+def read_orientation(encoded):
+    """Which way up a picture is stored, see `orientation.read`.
 
-    Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; transparent
-    pixels of PNG and WebP are laid on white; of an animation the first frame
-    is taken.
+    Args:
+        encoded: Scalar string tensor, see `header_size`.
+
+    Returns:
+        Scalar int32, 1 to 8: `decode` turns the picture by it.
+    """
+    return _header_functions()["orientation"](encoded)
+
+
+def decode(encoded, max_pixels=None, at_least=None, others=None):
+    """Decodes a picture to RGB, its top up.
 
     With `at_least` a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of
     its size that is not smaller. The decoder leaves out the high frequencies
@@ -76,23 +74,35 @@ def decode(encoded, max_pixels=None, at_least=None):
     looks at no more than four neighbours.
 
     Args:
-        encoded: Scalar string tensor, a JPEG, PNG, GIF, BMP or WebP file.
+        encoded: Scalar string tensor, a file as `image_formats.py` says.
         max_pixels: Most `pixels_to_decode`: a larger picture is refused
             before memory is taken for it. None for any.
-        at_least: Least (height, width) wanted of a larger JPEG, two integers
-            or a tensor of them; None for its full size.
+        at_least: Least (height, width) wanted of a larger JPEG as it is after
+            turning, two integers or a tensor of them; None for its full size.
+        others: Decodes what TensorFlow cannot: a function from the scalar
+            string and `max_pixels` (int64, -1 for any) to uint8 [h, w, 3].
+            None where there is no Python to do it.
 
     Returns:
-        uint8 [h, w, 3]; of a JPEG decoded at 1 / r, ceil(h / r) and
-        ceil(w / r). In a graph a picture that cannot be decoded raises
-        `tf.errors.InvalidArgumentError`.
+        uint8 [h, w, 3], or [w, h, 3] of a photo that lies on its side; of a
+        JPEG decoded at 1 / r, ceil(h / r) and ceil(w / r). A picture that
+        cannot be decoded raises `tf.errors.InvalidArgumentError`.
     """
     # JPEG first and apart: it is what data sets of photos hold, and every
     # operation before it is paid for each picture.
-    image = tf.cond(
-        tf.strings.substr(encoded, 0, 3) == _MAGIC[_JPEG][1],
-        lambda: _decode_jpeg(encoded, max_pixels, at_least),
-        lambda: _decode_other(encoded, max_pixels),
+    limit = tf.constant(_ANY if max_pixels is None else max_pixels, tf.int64)
+    wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
+    wanted = tf.cast(wanted, tf.int32)
+    functions = _decoders(others)
+    image = tf.switch_case(
+        jpeg.sort(encoded),
+        [
+            lambda: _decode_plain_jpeg(
+                encoded, max_pixels, limit, wanted, functions
+            ),
+            lambda: functions["jpeg"](encoded, limit, wanted),
+            lambda: functions["any"](encoded, limit),
+        ],
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -155,196 +165,144 @@ def to_model_range(image):
     return tf.cast(image, tf.float32) / 127.5 - 1.0
 
 
-def _decode_jpeg(encoded, max_pixels, at_least):
-    """JPEG at full size, or at the scale that `decode` describes."""
-    size = _jpeg_size(encoded)
-    encoded = _check(encoded, tf.reduce_prod(size), max_pixels)
-    if at_least is None:
-        return tf.io.decode_jpeg(encoded, channels=3)
-    # How often the picture holds what is wanted, in the direction it does so
-    # less often; the scale is an attribute of the operation, not an input.
-    times = tf.reduce_min(size // tf.cast(at_least, tf.int64))
-    smaller = tf.cast(times >= tf.constant(_RATIOS[1:], tf.int64), tf.int32)
-    return tf.switch_case(
-        tf.reduce_sum(smaller),
-        [
-            functools.partial(
-                tf.io.decode_jpeg, encoded, channels=3, ratio=ratio
-            )
-            for ratio in _RATIOS
-        ],
+def _decode_plain_jpeg(encoded, max_pixels, limit, at_least, functions):
+    """JPEG without segments to look at; they could only be those of CMYK."""
+    found = jpeg.shape(encoded)
+    if max_pixels is not None:
+        encoded = _check(encoded, found[0] * found[1], limit)
+    return jpeg.decode_scaled(
+        encoded,
+        found[:2],
+        at_least,
+        (found[2] == 4, lambda: functions["jpeg"](encoded, limit, at_least)),
     )
 
 
-def _decode_other(encoded, max_pixels):
-    """Any format but JPEG."""
-
-    def decode_any(encoded):
-        if max_pixels is not None:
-            pixels = pixels_to_decode(encoded)
-            encoded = _check(encoded, pixels, max_pixels)
-        return tf.switch_case(
-            _format(encoded),
-            {
-                kind: functools.partial(decode_format, encoded)
-                for kind, (_, decode_format) in _formats().items()
-            },
-            default=lambda: _unknown_format(encoded, tf.uint8),
-        )
-
-    # A branch of a graph is passed through, operation by operation, also when
-    # it is not taken: these would add half a JPEG's time to each one. A data
-    # set of one element keeps them in a function of their own.
-    one = tf.data.Dataset.from_tensors(encoded).map(decode_any)
-    return one.get_single_element()
-
-
-def _check(encoded, pixels, max_pixels):
+def _check(encoded, pixels, limit):
     """`encoded`, if it has not too many pixels."""
-    if max_pixels is None:
-        return encoded
     check = tf.debugging.Assert(
-        pixels <= max_pixels, [f"more than {max_pixels} pixels"]
+        (pixels <= limit) | (limit == _ANY), ["more than", limit, "pixels"]
     )
     with tf.control_dependencies([check] if check is not None else []):
         return tf.identity(encoded)
 
 
-_RATIOS = (1, 2, 4, 8)
-_JPEG, _PNG, _GIF, _BMP, _WEBP, _OTHER = range(6)
-_MAGIC = (
-    (0, b"\xff\xd8\xff"),
-    (0, b"\x89PNG\r\n\x1a\n"),
-    (0, b"GIF8"),
-    (0, b"BM"),
-    (8, b"WEBP"),
-)
+def _apart(*signature):
+    """A function of a graph that is called and not copied into its callers.
+
+    A branch of a graph is passed through, operation by operation, also when
+    it is not taken: what only some files need would add half a JPEG's time to
+    each one. It is also traced only once, which eager calls need.
+    """
+    return functools.partial(
+        tf.function,
+        input_signature=signature,
+        autograph=False,
+        experimental_attributes={"_noinline": True},
+    )
 
 
-def _formats():
-    """How to read size and pixels of each format."""
+_ENCODED = tf.TensorSpec([], tf.string)
+_LIMIT = tf.TensorSpec([], tf.int64)
+_SIZE = tf.TensorSpec([2], tf.int32)
+
+
+def _by_kind(encoded, modules, function, default):
+    """Calls the function of the module of a file's kind."""
+    return tf.switch_case(
+        image_formats.kind(encoded),
+        {
+            number: functools.partial(function, module)
+            if module in modules
+            else default
+            for number, module in enumerate(_MODULES)
+        },
+        default=default,
+    )
+
+
+@functools.cache
+def _header_functions():
+    """How to read size, pixels to decode and orientation."""
+
+    def fail(dtype, shape=()):
+        return lambda encoded: _unknown_format(encoded, tf.zeros(shape, dtype))
+
+    def apart(read, default):
+        functions = {
+            module: _apart(_ENCODED)(functools.partial(read, module))
+            for module in _MODULES
+        }
+        return _apart(_ENCODED)(
+            lambda encoded: _by_kind(
+                encoded,
+                _MODULES,
+                lambda module: functions[module](encoded),
+                lambda: default(encoded),
+            )
+        )
+
+    def pixels(module, encoded):
+        frames = webp.num_frames(encoded) if module is webp else 1
+        return tf.reduce_prod(module.size(encoded)) * frames
+
+    def turned(module, encoded):
+        if not hasattr(module, "exif"):
+            return tf.constant(1)
+        return orientation.read(module.exif(encoded))
+
     return {
-        _JPEG: (_jpeg_size, functools.partial(tf.io.decode_jpeg, channels=3)),
-        _PNG: (
-            lambda encoded: _fields(encoded, [20, 16], 4, little=False),
-            _decode_png,
+        "size": apart(
+            lambda module, encoded: module.size(encoded), fail(tf.int64, [2])
         ),
-        _GIF: (
-            lambda encoded: animation.first_gif_frame(encoded)[0],
-            _decode_gif,
-        ),
-        # A BMP stored top row first has a negative height.
-        _BMP: (
-            lambda encoded: _signed_32(_fields(encoded, [22, 18], 4)),
-            _decode_bmp,
-        ),
-        _WEBP: (_webp_size, _decode_webp),
+        "pixels": apart(pixels, fail(tf.int64)),
+        "orientation": apart(turned, fail(tf.int32)),
     }
 
 
-def _format(encoded):
-    """int32: which of the formats the first bytes announce."""
-    head = _first_bytes(encoded)
-    result = tf.constant(_OTHER)
-    for number, (start, magic) in enumerate(_MAGIC):
-        found = tf.strings.substr(head, start, len(magic)) == magic
-        result = tf.where(found, number, result)
-    return result
+@functools.cache
+def _decoders(others):
+    """The decoders of all but plain JPEGs, see `decode`."""
+
+    def decode_jpeg(encoded, limit, at_least):
+        encoded = _check(encoded, tf.reduce_prod(jpeg.size(encoded)), limit)
+        return jpeg.decode(encoded, at_least)
+
+    functions = {"jpeg": _apart(_ENCODED, _LIMIT, _SIZE)(decode_jpeg)}
+    for module in _MODULES[1:]:
+        functions[module] = _apart(_ENCODED)(module.decode)
+    instead = _unknown if others is None else others
+    functions["others"] = _apart(_ENCODED, _LIMIT)(instead)
+
+    def decode_any(encoded, limit):
+        is_known = image_formats.kind(encoded) != image_formats.OTHER
+        encoded = tf.cond(
+            is_known & (limit != _ANY),
+            lambda: _check(encoded, pixels_to_decode(encoded), limit),
+            lambda: encoded,
+        )
+        return _by_kind(
+            encoded,
+            _MODULES[1:],
+            lambda module: functions[module](encoded),
+            lambda: functions["others"](encoded, limit),
+        )
+
+    functions["any"] = _apart(_ENCODED, _LIMIT)(decode_any)
+    return functions
 
 
-def _first_bytes(encoded):
-    """The first 32 bytes, with zeros where a file is shorter."""
-    # A file cut before its header ends reads as zeros and then fails to decode.
-    head = tf.strings.substr(encoded, 0, 32)
-    return tf.strings.substr(head + b"\0" * 32, 0, 32)
+def _unknown(encoded, limit):
+    del limit
+    return _unknown_format(encoded, tf.zeros([1, 1, 3], tf.uint8))
 
 
-def _jpeg_size(encoded):
-    return tf.io.extract_jpeg_shape(encoded, tf.int64)[:2]
-
-
-def _unknown_format(encoded, dtype):
+def _unknown_format(encoded, value):
     """Fails, with a tensor of the type the other branches give."""
-    tf.debugging.Assert(
-        False, ["neither JPEG, PNG, GIF, BMP nor WebP:", _first_bytes(encoded)]
+    # Not its bytes: Python could not decode the message.
+    name = image_formats.other_name(encoded)
+    check = tf.debugging.Assert(
+        False, ["neither JPEG, PNG, GIF, BMP nor WebP", name]
     )
-    shape = [2] if dtype == tf.int64 else [1, 1, 3]
-    return tf.zeros(shape, dtype)
-
-
-def _fields(encoded, offsets, length, little=True):
-    """int64 [len(offsets)]: unsigned integers at byte offsets."""
-    raw = tf.cast(tf.io.decode_raw(_first_bytes(encoded), tf.uint8), tf.int64)
-    powers = [256**i for i in range(length)]
-    weights = tf.constant(powers if little else powers[::-1], tf.int64)
-    return tf.stack(
-        [
-            tf.reduce_sum(raw[start : start + length] * weights)
-            for start in offsets
-        ]
-    )
-
-
-def _signed_32(values):
-    """The magnitude of 32-bit integers read as unsigned ones."""
-    return tf.where(values >= 1 << 31, (1 << 32) - values, values)
-
-
-def _webp_size(encoded):
-    """h, w of the three kinds of WebP (lossy, lossless, extended)."""
-    kind = tf.strings.substr(_first_bytes(encoded), 12, 4)
-
-    def lossless():
-        packed = _fields(encoded, [21], 4)[0]
-        width = tf.bitwise.bitwise_and(packed, 0x3FFF) + 1
-        height = tf.bitwise.bitwise_and(packed // (1 << 14), 0x3FFF) + 1
-        return tf.stack([height, width])
-
-    return tf.case(
-        [
-            (kind == b"VP8X", lambda: _fields(encoded, [27, 24], 3) + 1),
-            (kind == b"VP8L", lossless),
-        ],
-        default=lambda: _fields(encoded, [28, 26], 2) % (1 << 14),
-    )
-
-
-def _decode_png(encoded):
-    """PNG; its header's colour type says whether there is transparency."""
-    colour_type = _fields(encoded, [25], 1)[0]
-    return tf.cond(
-        (colour_type == 4) | (colour_type == 6),
-        lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
-        lambda: tf.io.decode_png(encoded, channels=3),
-    )
-
-
-def _decode_gif(encoded):
-    """First frame of a GIF."""
-    return tf.io.decode_image(
-        animation.first_gif_frame(encoded)[1],
-        channels=3,
-        expand_animations=False,
-    )
-
-
-def _decode_bmp(encoded):
-    """BMP of 1, 3 or 4 channels; what the fourth means is not settled."""
-    image = tf.io.decode_bmp(encoded)
-    last = tf.shape(image)[-1] - 1
-    return tf.gather(image, tf.minimum([0, 1, 2], last), axis=-1)
-
-
-def _decode_webp(encoded):
-    """First frame of a WebP, which has 4 channels if it is transparent."""
-    image = tf.io.decode_webp(animation.with_alpha(encoded))[0]
-    return tf.cond(
-        tf.shape(image)[-1] == 4, lambda: _on_white(image), lambda: image
-    )
-
-
-def _on_white(image):
-    """uint8 [h, w, 4] to [h, w, 3]: transparent pixels laid on white."""
-    colour = tf.cast(image[..., :3], tf.float32)
-    alpha = tf.cast(image[..., 3:4], tf.float32) / 255.0
-    return tf.cast(tf.round(colour * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.identity(value)

@@ -9,8 +9,9 @@ import os
 import struct
 
 import tensorflow as tf
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from cappa_tf.data import index, tfrecord
+from cappa_tf.data import index, text, tfrecord
 from cappa_tf.data.records import TFRecordFiles
 
 
@@ -25,7 +26,8 @@ class TFRecords:
             a record has is taken.
         captions: The same of the captions, bytes, one or many.
         label: Name of an integer feature, or None.
-        key: Name of the feature that tells records apart in messages.
+        key: Name of the feature that tells records apart in messages: bytes or
+            numbers.
     """
 
     def __init__(
@@ -78,14 +80,16 @@ class _NamedRecords(TFRecordFiles):
         names = self._features
         many = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
         features = dict.fromkeys(names["image"] + names["captions"], many)
-        features[names["key"]] = tf.io.FixedLenFeature([], tf.string, "")
         if names["label"] is not None:
             features[names["label"]] = tf.io.FixedLenFeature([], tf.int64, -1)
         found = tf.io.parse_single_example(serialized, features)
         return {
             "image/encoded": _first_present(found, names["image"])[0],
-            "captions": _first_present(found, names["captions"]),
-            "key": found[names["key"]],
+            "captions": text.decode_in_graph(
+                _first_present(found, names["captions"])
+            ),
+            # It may be of any type, and is for messages alone.
+            "key": tf.constant(""),
             "label": found.get(names["label"], tf.constant(-1, tf.int64)),
         }
 
@@ -98,30 +102,66 @@ class _NamedRecords(TFRecordFiles):
 
         def values(names):
             for name in names:
-                if name in feature and feature[name].bytes_list.value:
-                    return feature[name].bytes_list.value
+                if name in feature and feature[name].WhichOneof("kind"):
+                    values = _values(feature, name, "bytes_list")
+                    if values:
+                        return values
             return []
 
         names = self._features
-        image = values(names["image"])
-        if not image:
-            raise ValueError(
-                f"the record has none of the features {names['image']}, but "
-                f"{sorted(feature)}"
-            )
-        key = values([names["key"]])
-        label = None
-        if names["label"] is not None and names["label"] in feature:
-            label = next(iter(feature[names["label"]].int64_list.value), None)
+        key = _key(feature, names["key"])
+        try:
+            image = values(names["image"])
+            if not image:
+                raise ValueError(
+                    f"the record has none of the features {names['image']}, "
+                    f"but {sorted(feature)}"
+                )
+            captions = [text.decode(c) for c in values(names["captions"])]
+            label = _values(feature, names["label"], "int64_list")
+            if len(label) > 1:
+                raise ValueError(
+                    f"the feature {names['label']!r} holds {len(label)} numbers"
+                )
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}" if key else error) from None
         return tfrecord.Example(
-            key=key[0].decode(errors="replace") if key else "",
+            key=key,
             image=image[0],
-            captions=[
-                caption.decode(errors="replace")
-                for caption in values(names["captions"])
-            ],
-            label=label,
+            captions=captions,
+            label=next(iter(label), None),
         )
+
+
+def _values(feature, name, kind):
+    """The values of a feature, which must be of a kind.
+
+    Raises:
+        ValueError: It is of another one.
+    """
+    if name is None or name not in feature:
+        return []
+    found = feature[name].WhichOneof("kind")
+    if found not in (kind, None):
+        raise ValueError(
+            f"the feature {name!r} must be a {kind}. Received: a {found}"
+        )
+    return getattr(feature[name], kind).value
+
+
+def _key(feature, name):
+    """The key of a record: text, or what numbers there are, with commas."""
+    kind = feature[name].WhichOneof("kind") if name in feature else None
+    if kind is None:
+        return ""
+    return ",".join(
+        value.decode(errors="replace")
+        if isinstance(value, bytes)
+        else f"{value:.7g}"
+        if kind == "float_list"
+        else str(value)
+        for value in getattr(feature[name], kind).value
+    )
 
 
 def _first_present(found, names):
@@ -151,13 +191,22 @@ def count_records(path, companion=None):
     count = position = 0
     # A record: length (8 bytes), its checksum (4), content, checksum (4).
     with index.open_binary(path) as file:
-        while position + 16 <= size:
+        while position < size:
             file.seek(position)
-            (length,) = struct.unpack("<Q", file.read(8))
+            head = file.read(12)
+            if len(head) < 12:
+                break
+            length, checksum = struct.unpack("<QI", head)
             if position + length + 16 > size:
+                if masked_crc32c(head[:8]) != checksum:
+                    # No length: what is behind is there, but not to be found.
+                    lost = index.estimate(count, position, size)
+                    problem = (lost, f"not a record at byte {position}")
+                    return count, None, {index.DAMAGED: problem}
                 break
             position += length + 16
             count += 1
     if position == size:
         return count, None, {}
-    return count, None, {"damaged shard": (1, f"from byte {position}")}
+    problem = (0, f"ends inside record {count}, at byte {position}")
+    return count, None, {index.DAMAGED: problem}

@@ -17,6 +17,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -25,10 +26,14 @@ import uuid
 import tensorflow as tf
 from absl import logging
 
-from cappa_tf.data import description, skips
+from cappa_tf.data import description, folder_listing, skips
 
+# The reason of what a shard lost that could not be gone through to its end.
+DAMAGED = "damaged shard"
+# Of a tar that ends behind a whole file, without the zeros that end a tar.
+NO_MARK = "ends without a mark"
 _FOLDER = ".cappa_index"
-_VERSION = 1
+_VERSION = 2
 _THREADS = 8
 _SECONDS_BETWEEN_SAVES = 30
 
@@ -57,7 +62,9 @@ class IndexedShard:
         num_examples: Records in it.
         num_bytes: Size of the file.
         max_captions: Most captions of a record, or None if not looked at.
-        problems: Dict reason -> (count, name of the first).
+        problems: Dict reason -> (count, name of the first). The count of
+            `DAMAGED` is 0 for a shard that is cut off: how much it held,
+            only other shards can tell.
     """
 
     path: str
@@ -136,10 +143,39 @@ class Index:
             sum(shard.num_examples for shard in self.shards),
             counter.max_fraction,
         )
+        # What wrote all of them so did not cut them off.
+        unmarked = len(self.shards) > 1 and all(
+            shard.problems.get(DAMAGED, (0, ""))[1] == NO_MARK
+            for shard in self.shards
+        )
         for shard in self.shards:
             for reason, (count, name) in shard.problems.items():
-                for _ in range(count):
-                    counter.add(reason, f"{shard.path} {name}".strip())
+                if name == NO_MARK and unmarked:
+                    continue
+                name = f"{shard.path}: {name}"
+                if reason == DAMAGED and not count:
+                    count, why = self._lost(shard)
+                    name = f"{name}; {count} records are taken for lost, {why}"
+                counter.add(reason, name, count=count)
+
+    def _lost(self, shard):
+        """How many records a shard lost that is cut off, and why so many."""
+        whole = [
+            other.num_examples
+            for other in self.shards
+            if DAMAGED not in other.problems
+        ]
+        usual = max(whole, default=0)
+        if usual >= shard.num_examples:
+            return (
+                max(1, usual - shard.num_examples),
+                f"as another shard holds {usual}",
+            )
+        # Nothing tells. What stops a run is better than what hides a loss.
+        return (
+            max(1, shard.num_examples),
+            "as many as it still holds, since no whole shard tells more",
+        )
 
     def _sizes(self):
         paths = [shard.path for shard in self.shards]
@@ -225,6 +261,20 @@ class Index:
         return path.removeprefix(self._root).lstrip("/")
 
 
+def estimate(count, end, size):
+    """How many records the rest of a shard may hold.
+
+    Args:
+        count: Records before the damage.
+        end: Bytes these take.
+        size: Bytes of the shard.
+
+    Returns:
+        A number of records of the usual size, at least 1.
+    """
+    return max(1, math.ceil((size - end) * count / max(end, 1)))
+
+
 def open_binary(path):
     """Opens a file for reading, wherever it is.
 
@@ -295,8 +345,17 @@ def find_files(path, split, suffix):
         if tf.io.gfile.isdir(pattern):
             pattern = os.path.join(pattern, f"*{suffix}")
         for name in _expand_braces(pattern):
-            matches = sorted(tf.io.gfile.glob(name))
-            found += matches
+            folder, rest = _literal_folder(name)
+            try:
+                matches = tf.io.gfile.glob(
+                    folder_listing.escape_glob(folder) + rest
+                )
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"The names of shards must be UTF-8. Received: {name}, "
+                    "which stands for others as well"
+                ) from None
+            found += sorted(matches)
             if not matches:
                 absent.append(name)
     if not found:
@@ -308,13 +367,27 @@ def find_files(path, split, suffix):
             "%d shards of %s are not there: %s", len(absent), path, absent[:5]
         )
     # The folder in front of anything that may stand for several names.
-    fixed = re.split(r"[*?\[{]", patterns[0])[0]
+    folder, rest = _literal_folder(patterns[0])
     root = (
         patterns[0]
         if tf.io.gfile.isdir(patterns[0])
-        else os.path.dirname(fixed)
+        else os.path.dirname(folder + re.split(r"[*?\[{]", rest)[0])
     )
     return Files(root, patterns[0].removeprefix(root), found)
+
+
+def _literal_folder(pattern):
+    """Cuts a pattern behind the folders that are there under these names.
+
+    A folder may be called a[1], which as a pattern stands for a1.
+    """
+    end = pattern.find("/") + 1
+    while end:
+        further = pattern.find("/", end) + 1
+        if not further or not tf.io.gfile.isdir(pattern[:further]):
+            break
+        end = further
+    return pattern[:end], pattern[end:]
 
 
 def _expand_braces(pattern):

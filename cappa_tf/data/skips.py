@@ -36,6 +36,7 @@ class SkipCounter:
         self._num_examples = num_examples
         self._name = name
         self._counts = collections.Counter()
+        self._calls = collections.Counter()
         self._positions = set()
         self._seen = 0
         self.failure = None
@@ -52,29 +53,33 @@ class SkipCounter:
         """Number of all skipped records."""
         return sum(self.counts.values())
 
-    def add(self, reason, name, seen=0):
-        """Counts one record.
+    def add(self, reason, name, seen=0, count=1):
+        """Counts one record, or several that are lost together.
 
         Args:
             reason: What is wrong with it, to count by.
             name: Its key or file.
             seen: Examples this process has read so far, good or bad.
+            count: How many; `name` is then that of the first.
 
         Raises:
             ValueError: More were skipped than is allowed.
         """
         with self._lock:
-            self._counts[reason] += 1
-            count = self._counts[reason]
+            self._counts[reason] += count
+            # Calls, not records: each gives a name.
+            self._calls[reason] += 1
+            calls = self._calls[reason]
             total = sum(self._counts.values())
             # Batches are decoded side by side and may report out of order;
             # what came of the later one stays read.
             self._seen = max(self._seen, seen)
             allowed = self.allowed(self._seen)
-        if count <= self.MOST_NAMES:
-            last = " (no more names)" if count == self.MOST_NAMES else ""
+        if calls <= self.MOST_NAMES:
+            last = " (no more names)" if calls == self.MOST_NAMES else ""
+            times = f"{count} x " if count > 1 else ""
             logging.warning(
-                "%s: skipped %s: %s%s", self._name, name, reason, last
+                "%s: skipped %s: %s%s%s", self._name, name, times, reason, last
             )
         if total > allowed:
             self.failure = ValueError(

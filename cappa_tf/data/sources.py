@@ -1,131 +1,74 @@
-"""What users have, pictures with captions in a folder, to `Example`s.
-
-Three forms are understood:
+"""What users have, images with captions in a folder, to `Example`s.
 
     captions.jsonl   one object a line: {"image": "a/1.jpg", "captions":
                      ["...", "..."]} or "caption": "..."; optional "split",
                      "label" (integer or class name), "class_name" (of an
                      integer label) and "key"
     captions.csv     a row for each caption: image,caption with a header (the
-                     same optional columns) or without; rows of one image are
-                     put together
+                     same optional columns) or without
+    other tables     see `tables.py`; Hugging Face's metadata.* may lie in
+                     train/, validation/, ... each
     a/1.jpg a/1.txt  a text file beside each image, one caption a line
 
-Image paths are relative to the captions file. All files are opened through
-`tf.io.gfile`, so that they may lie in a bucket (gs://...) as well. What is no
-good is skipped, counted by reason and listed by name, never passed on.
+Rows of one image are put together. Image paths are relative to the table's
+folder. All files are opened through `tf.io.gfile`, so that they may lie in a
+bucket (gs://...) as well. What is no good is skipped, counted by reason and
+listed by name, never passed on.
 """
 
-import collections
-import csv
 import dataclasses
 import hashlib
-import io
-import json
 import os
 
 import tensorflow as tf
 
-from cappa_tf.data import picture_files
+from cappa_tf.data import (
+    folder_listing,
+    parquet_tables,
+    picture_files,
+    source_rows,
+    tables,
+    text,
+)
+from cappa_tf.data.source_rows import Row, Skipped
 from cappa_tf.data.tfrecord import Example
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
-)
+__all__ = [
+    "Options",
+    "Row",
+    "Skipped",
+    "choose_split",
+    "class_names",
+    "named_classes",
+    "read_example",
+    "read_rows",
+]
+
 DEFAULT_SPLITS = {"train": 0.9, "validation": 0.1}
 
 
-@dataclasses.dataclass
-class Row:
-    """One picture as the source lists it, nothing checked yet.
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A table of the source.
 
     Attributes:
-        key: Unique name: the path as the source gives it, unless it has a key.
-        path: The image file.
-        captions: As given.
-        split: As given, or None.
-        label: Integer, class name, or None.
-        class_name: What an integer label stands for, or None.
+        file: Its path.
+        below: The folder below the source's that its paths are relative to.
+        split: Of rows that say none, or None.
     """
 
-    key: str
-    path: str
-    captions: list[str]
+    file: str
+    below: str = ""
     split: str | None = None
-    label: int | str | None = None
-    class_name: str | None = None
-
-
-class Skipped:
-    """What was left out: counts by reason, and a line for each.
-
-    Attributes:
-        counts: A `collections.Counter` by reason.
-        lines: "reason<tab>name" in the order of the source.
-    """
-
-    def __init__(self):
-        self.counts = collections.Counter()
-        self.lines = []
-
-    def add(self, reason, name):
-        """Notes one thing that was left out."""
-        self.counts[reason] += 1
-        self.lines.append(f"{reason}\t{name}")
-
-
-def find_captions(path, captions=None):
-    """Finds the captions file of a source.
-
-    Args:
-        path: A captions file, or a folder with one or with text files beside
-            its images.
-        captions: The captions file, where it is not to be guessed.
-
-    Returns:
-        Path of the captions file, or None for text files beside images.
-
-    Raises:
-        ValueError: There is no such file, or several might be meant.
-    """
-    path = os.fspath(path)
-    if captions is not None:
-        captions = os.fspath(captions)
-        if not _is_file(captions):
-            raise ValueError(
-                f"The captions must be a file. Received: captions={captions}"
-            )
-        return captions
-    if _is_file(path):
-        return path
-    if not tf.io.gfile.isdir(path):
-        raise ValueError(
-            "The input must be a folder or a captions file. "
-            f"Received: input={path}, which does not exist"
-        )
-    found = sorted(
-        file
-        for file in tf.io.gfile.listdir(path)
-        if file.endswith((".jsonl", ".csv"))
-    )
-    named = [f for f in found if os.path.splitext(f)[0] == "captions"]
-    if len(named) == 1 or (not named and len(found) == 1):
-        return os.path.join(path, (named or found)[0])
-    if found:
-        raise ValueError(
-            f"{path} holds several captions files ({', '.join(found)}): say "
-            "which one (--captions)"
-        )
-    return None
 
 
 def read_rows(path, captions=None, skipped=None):
-    """Lists the pictures of a source.
+    """Lists the images of a source.
 
     Args:
-        path: A captions file or a folder.
-        captions: The captions file, where it is not to be guessed; image
-            paths are then relative to `path` if that is a folder.
+        path: A table or a folder.
+        captions: The table, where it is not to be guessed; image paths are
+            then relative to `path` if that is a folder.
         skipped: A `Skipped` that takes malformed rows.
 
     Returns:
@@ -136,22 +79,147 @@ def read_rows(path, captions=None, skipped=None):
     """
     skipped = skipped if skipped is not None else Skipped()
     path = os.fspath(path)
-    file = find_captions(path, captions)
-    root = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
-    if file is None:
-        rows = list(_rows_beside_images(root))
-    elif file.endswith(".jsonl"):
-        rows = list(_rows_of_jsonl(file, root, skipped))
+    if not text.is_text(path):
+        raise ValueError(
+            "The name of the input must be UTF-8. Received: "
+            f"input={text.printable(path)}"
+        )
+    found = _find_tables(path, captions, skipped)
+    if not found:
+        rows = list(_rows_beside_images(path, skipped))
     else:
-        rows = list(_rows_of_csv(file, root, skipped))
+        is_folder = tf.io.gfile.isdir(path)
+        root = path if is_folder else os.path.dirname(path)
+        collector = source_rows.RowCollector(skipped)
+        for table in found:
+            tables.read(table.file, root, collector, table.below, table.split)
+        rows = collector.rows()
     if not rows:
-        name = os.path.basename(file) if file else None
+        names = [os.path.basename(table.file) for table in found]
         raise ValueError(
             f"No pictures found: {path} "
-            + (f"lists none in {name}" if file else "holds no images")
-            + (f" ({dict(skipped.counts)})" if skipped.counts else "")
+            + (
+                f"lists none in {', '.join(names)}"
+                if found
+                else "holds no images"
+            )
+            + (f": {skipped}" if skipped.counts else "")
         )
     return rows
+
+
+def _find_tables(path, captions, skipped):
+    """The `_Table`s of a source; none for text files beside images.
+
+    A table of a folder is taken if it is called captions.* or metadata.*, or
+    is the only one. Beside images with text files another table is not read,
+    but named.
+
+    Raises:
+        ValueError: There is no such file, or several might be meant.
+    """
+    if captions is not None:
+        captions = os.fspath(captions)
+        if not captions or not folder_listing.is_file(captions):
+            raise ValueError(
+                f"The captions must be a file. Received: captions={captions}"
+            )
+        return [_Table(captions)]
+    if folder_listing.is_file(path):
+        return [_Table(path)]
+    if not tf.io.gfile.isdir(path):
+        raise ValueError(
+            "The input must be a folder or a captions file. "
+            f"Received: input={path}, which does not exist"
+        )
+    candidates = _candidates(path)
+    named = [n for n in candidates if _stem(n) == "captions"]
+    if len(named) != 1:
+        good, bad = _judge(path, candidates, skipped=named)
+        if not named:
+            named = [n for n in good if _stem(n) == "metadata"]
+    if len(named) == 1:
+        return [_Table(os.path.join(path, named[0]))]
+    nested = [] if good else _nested_tables(path)
+    if not nested and (good or bad) and _has_text_beside(path):
+        for name in [*good, *bad]:
+            reason = bad.get(name, f"{name} (--captions={name} reads it)")
+            skipped.add("table beside text files", reason)
+        return []
+    if not good and not nested and bad:
+        raise ValueError(
+            f"{path} holds no table that is understood: "
+            + "; ".join(list(bad.values())[:5])
+        )
+    for reason in bad.values():
+        skipped.add("table not understood", reason)
+    if len(good) > 1 and not all(n.endswith(".parquet") for n in good):
+        raise ValueError(
+            f"{path} holds several captions files ({', '.join(good)}): say "
+            "which one (--captions)"
+        )
+    return nested or [
+        _Table(os.path.join(path, name), split=_split_of(name, len(good)))
+        for name in good
+    ]
+
+
+def _stem(name):
+    return os.path.splitext(name)[0].lower()
+
+
+def _split_of(name, count):
+    """The split that one of several Parquet files is of, by its name."""
+    if count == 1:
+        return None
+    return tables.SPLITS.get(name.split("-")[0].split(".")[0].lower())
+
+
+def _candidates(path):
+    """Names of the files of a folder that may be tables."""
+    names = folder_listing.names(path)
+    images = {n for n in names if folder_listing.is_image(n)}
+    stems = {os.path.splitext(name)[0] for name in images} | images
+    return [
+        name
+        for name in names
+        if name.lower().endswith((*tables.SUFFIXES, ".txt"))
+        # What is beside an image is about this one.
+        and os.path.splitext(name)[0] not in stems
+        and text.is_text(name)
+        and folder_listing.is_file(os.path.join(path, name))
+    ]
+
+
+def _judge(path, candidates, skipped=()):
+    """Names of tables of images, and a dict from the others' to why not."""
+    good, bad = [], {}
+    for name in candidates:
+        try:
+            if name not in skipped:
+                tables.check(os.path.join(path, name), path)
+            good.append(name)
+        except tables.NotATableError as error:
+            # A text file is anything.
+            if not name.lower().endswith(".txt"):
+                bad[name] = str(error)
+    return good, bad
+
+
+def _nested_tables(path):
+    """Hugging Face's metadata files in folders below, by their folder."""
+    found = []
+    for folder, files in folder_listing.walk(path):
+        names = [
+            name
+            for name in files
+            if _stem(name) == "metadata" and name.endswith(tables.SUFFIXES)
+        ]
+        below = folder.removeprefix(path).strip("/")
+        if names and below and text.is_text(below):
+            split = tables.SPLITS.get(below.split("/")[0].lower())
+            found.append(_Table(os.path.join(folder, names[0]), below, split))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,16 +306,14 @@ def read_example(row, options, classes):
         The `Example`, or None for one that is left out; and a list of
         (reason, name) of what was left out, captions included.
     """
-    reasons = []
+    reasons = [tuple(refused) for refused in row.refused]
     captions = _clean(row, options.max_caption_characters, reasons)
     if not captions and options.require_captions:
         if not reasons:
             reasons.append(("no caption", row.key))
         return None, reasons
     try:
-        image = picture_files.read(
-            row.path, options.resize, options.min_side, options.max_pixels
-        )
+        image = _read_image(row, options)
     except picture_files.UnusableError as error:
         return None, [*reasons, (error.reason, row.key)]
     label = row.label
@@ -256,13 +322,18 @@ def read_example(row, options, classes):
     return Example(row.key, image, captions, label), reasons
 
 
-def is_text(value):
-    """Whether a string can be written as UTF-8: no half of a pair in it."""
+def _read_image(row, options):
+    """The bytes to store of a row's image."""
+    limits = (options.resize, options.min_side, options.max_pixels)
+    if row.cell is None:
+        return picture_files.read(row.path, *limits)
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        content = parquet_tables.read_cell(row.path, row.cell)
+    except (tf.errors.OpError, OSError):
+        content = None
+    if not content:
+        raise picture_files.UnusableError("image missing")
+    return picture_files.check(content, *limits)
 
 
 def _clean(row, max_characters, reasons):
@@ -271,7 +342,7 @@ def _clean(row, max_characters, reasons):
     for caption in row.captions:
         if not isinstance(caption, str) or not caption.strip():
             reasons.append(("empty caption", row.key))
-        elif not is_text(caption):
+        elif not text.is_text(caption):
             reasons.append(("caption is not valid Unicode", row.key))
         elif len(caption) > max_characters:
             reasons.append(
@@ -282,118 +353,57 @@ def _clean(row, max_characters, reasons):
     return captions
 
 
-def _is_file(path):
-    return tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
-
-
-def _open_text(file):
-    """The lines of a captions file, whatever wrote it."""
-    with tf.io.gfile.GFile(file, "rb") as stream:
-        content = io.BytesIO(stream.read())
-    # What is no UTF-8 becomes text that `is_text` gives away.
-    return io.TextIOWrapper(
-        content, "utf-8-sig", errors="surrogateescape", newline=""
-    )
-
-
-def _rows_of_jsonl(file, root, skipped):
-    name = os.path.basename(file)
-    with _open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+def _rows_beside_images(root, skipped):
+    """Rows of all images below a folder."""
+    for folder, files in folder_listing.walk(root):
+        texts = {name.lower(): name for name in files}
+        for file in filter(folder_listing.is_image, files):
+            path = os.path.join(folder, file)
+            key = path.removeprefix(root).lstrip("/")
+            if not text.is_text(key):
+                skipped.add("name is not valid Unicode", text.printable(key))
                 continue
-            try:
-                row = _row(json.loads(line), root)
-            except (ValueError, TypeError, AttributeError) as error:
-                skipped.add("malformed row", f"{name}:{number}: {error}")
-                continue
+            row = Row(key=key, path=path, captions=[])
+            beside = _text_of(file, files, texts)
+            if beside is not None:
+                _read_text(row, os.path.join(folder, beside), beside)
             yield row
 
 
-def _row(value, root):
-    """A `Row` of a JSON object or CSV line."""
-    image = value.get("image")
-    if not isinstance(image, str) or not image:
-        raise ValueError("no 'image'")
-    captions = value.get("captions", value.get("caption"))
-    if captions is None:
-        captions = []
-    if isinstance(captions, str):
-        captions = [captions]
-    label = value.get("label")
-    if isinstance(label, str):
-        # A class name is one line of a list of names.
-        label = " ".join(label.split()) or None
-    elif label is not None and not isinstance(label, int):
-        raise ValueError(f"'label' is {label!r}")
-    key = str(value.get("key") or image)
-    if not is_text(f"{image}{key}{label}"):
-        raise ValueError("'image', 'key' or 'label' is not valid Unicode")
-    return Row(
-        key=key,
-        path=os.path.join(root, image),
-        captions=list(captions),
-        split=value.get("split") or None,
-        label=label,
-        class_name=value.get("class_name") or None,
-    )
+def _has_text_beside(root):
+    """Whether an image below a folder has a text file."""
+    for _, files in folder_listing.walk(root):
+        texts = {name.lower(): name for name in files}
+        images = filter(folder_listing.is_image, files)
+        if any(_text_of(file, files, texts) for file in images):
+            return True
+    return False
 
 
-def _rows_of_csv(file, root, skipped):
-    rows = {}
-    name = os.path.basename(file)
-    with _open_text(file) as lines:
-        first = lines.readline()
-        lines.seek(0)
-        header = next(csv.reader([first]), [])
-        names = None if "image" in header else ["image", "caption"]
-        reader = csv.DictReader(lines, fieldnames=names)
-        for value in reader:
-            try:
-                row = _row(_csv_values(value), root)
-            except (ValueError, TypeError) as error:
-                skipped.add(
-                    "malformed row",
-                    f"{name}:{reader.line_num}: {error}",
-                )
-                continue
-            rows.setdefault(row.key, dataclasses.replace(row, captions=[]))
-            rows[row.key].captions.extend(row.captions)
-    yield from rows.values()
+def _text_of(file, files, texts):
+    """The text file beside an image: 1.txt, 1.caption or 1.jpg.txt."""
+    stem = os.path.splitext(file)[0]
+    for name in (f"{stem}.txt", f"{stem}.caption", f"{file}.txt"):
+        found = texts.get(name.lower())
+        # 1.TXT belongs to 1.jpg, but a.txt not to A.jpg.
+        if found is not None and found.startswith(stem):
+            return found
+    return None
 
 
-def _csv_values(value):
-    """A line of a CSV file with the types a JSON line has."""
-    if None in value:
-        raise ValueError("more fields than the header has (quote captions)")
-    label = value.get("label")
-    if label:
-        value["label"] = int(label) if label.lstrip("-").isdigit() else label
-    else:
-        value["label"] = None
-    return value
-
-
-def _rows_beside_images(root):
-    # os.walk gives local names that are no Unicode, too; gfile.walk fails.
-    walk = os.walk if os.path.isdir(root) else tf.io.gfile.walk
-    for directory, folders, files in walk(root):
-        folders.sort()
-        names = set(files)
-        for file in sorted(files):
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            captions = []
-            if f"{stem}.txt" in names:
-                text = os.path.join(directory, f"{stem}.txt")
-                captions = _lines_of_text(text) if is_text(text) else []
-            path = os.path.join(directory, file)
-            key = path.removeprefix(root).lstrip("/")
-            yield Row(key=key, path=path, captions=captions)
-
-
-def _lines_of_text(path):
+def _read_text(row, path, name):
+    """Adds the captions of a text file to a row."""
     with tf.io.gfile.GFile(path, "rb") as file:
-        lines = file.read().decode(errors="replace").splitlines()
-    return [line for line in lines if line.strip()]
+        content = file.read()
+    try:
+        captions = text.lines(text.decode(content, "surrogateescape"))
+    except ValueError as error:
+        row.refused.append(("caption is not valid Unicode", f"{name}: {error}"))
+        return
+    folder = os.path.dirname(row.key)
+    for number, caption in enumerate(captions, 1):
+        if not text.is_text(caption):
+            place = os.path.join(folder, f"{name}:{number}")
+            row.refused.append(("caption is not valid Unicode", place))
+        elif caption.strip():
+            row.captions.append(caption)

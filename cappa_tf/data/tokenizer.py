@@ -19,6 +19,11 @@ PAD_ID = 0
 EOS_ID = 1
 UNKNOWN_ID = 2
 
+# What SentencePiece skips in training: longer texts, in bytes, and those with
+# the character that it marks unknown ones with.
+_MAX_BYTES = 4192
+_RESERVED = "\u2585"
+
 
 class Tokenizer(tf.Module):
     """SentencePiece ids of fixed length, computed in the TensorFlow graph.
@@ -127,6 +132,32 @@ class Tokenizer(tf.Module):
         ids = tf.reshape(ids, tf.concat([shape, [self.max_length]], 0))
         return tf.ensure_shape(ids, strings.shape + [self.max_length])
 
+    def encode(self, text):
+        """Tokenizes one text whole: not cut, without eos.
+
+        Args:
+            text: A string.
+
+        Returns:
+            The ids, a list, and those parts of the text, a list of strings,
+            that have no piece and became the unknown one.
+        """
+        if self.lowercase:
+            with tf.init_scope():  # Also where a graph is traced.
+                lowered = tf.strings.lower(text, encoding="utf-8")
+            text = lowered.numpy().decode()
+        processor = sentencepiece.SentencePieceProcessor(
+            model_proto=_read_model(self.path)
+        )
+        ids = processor.encode(text, out_type=int)
+        pieces = processor.encode(text, out_type=str)
+        unknown = [
+            piece.replace("\u2581", " ").strip()
+            for i, piece in zip(ids, pieces)
+            if i == UNKNOWN_ID
+        ]
+        return ids, unknown
+
     def detokenize(self, ids):
         """Turns ids back into text: up to the first eos, without padding.
 
@@ -188,14 +219,20 @@ def train_tokenizer(
         The number of pieces.
 
     Raises:
-        ValueError: No caption, or fewer pieces than the text's characters.
+        ValueError: No usable caption, or fewer pieces than the text's
+            characters.
     """
     if not isinstance(vocabulary_size, int) or vocabulary_size < 4:
         raise ValueError(
             "`vocabulary_size` must be an integer of at least 4. Received: "
             f"vocabulary_size={vocabulary_size!r}"
         )
-    texts = _corpus(captions, lowercase, max_sentences)
+    texts, left_out = usable_captions(captions, lowercase, max_sentences)
+    if not texts:
+        raise ValueError(
+            "A vocabulary needs at least one usable caption. "
+            f"Received: {describe_left_out(left_out)}"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -224,18 +261,75 @@ def train_tokenizer(
     ).get_piece_size()
 
 
-def _corpus(captions, lowercase, max_sentences):
-    """The non-empty captions on one line each, as a list."""
-    texts = []
-    for caption in captions:
+def usable_captions(captions, lowercase=True, max_captions=1_000_000):
+    """What of a corpus a vocabulary can be trained on.
+
+    Args:
+        captions: Iterable of strings.
+        lowercase: See `train_tokenizer`.
+        max_captions: The first ones of a larger corpus.
+
+    Returns:
+        texts: The usable captions, each on one line.
+        left_out: The others: a list of (number, counted from 1; reason;
+            beginning of the caption).
+    """
+    texts, left_out = [], []
+    for number, caption in enumerate(captions, 1):
         text = re.sub(r"\s+", " ", caption).strip()
-        if text:
-            texts.append(text.lower() if lowercase else text)
-        if len(texts) == max_sentences:
+        text = text.lower() if lowercase else text
+        reason = _reason_to_leave_out(text)
+        if reason is None:
+            texts.append(text)
+        else:
+            left_out.append((number, reason, text[:24]))
+        if len(texts) == max_captions:
             break
-    if not texts:
-        raise ValueError("A vocabulary needs at least one non-empty caption.")
-    return texts
+    return texts, left_out
+
+
+def _reason_to_leave_out(text):
+    if not text:
+        return "empty"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "not UTF-8"
+    if size > _MAX_BYTES:
+        return f"longer than {_MAX_BYTES} bytes"
+    if _RESERVED in text:
+        return f"with the reserved character {_RESERVED}"
+    return None
+
+
+def describe_left_out(left_out, kind="caption"):
+    """The captions of `usable_captions` that were left out, in words.
+
+    Args:
+        left_out: The list; may be empty.
+        kind: What the numbers count.
+
+    Returns:
+        A string such as "2 empty (line 3, 8); 1 not UTF-8 (line 5: 'caf')".
+    """
+    if not left_out:
+        return f"no {kind} at all"
+    by_reason = {}
+    for number, reason, text in left_out:
+        by_reason.setdefault(reason, []).append((number, text))
+    return "; ".join(
+        f"{len(some)} {reason} ({kind} {_numbers(some)})"
+        for reason, some in by_reason.items()
+    )
+
+
+def _numbers(some, most=5):
+    """The first of these captions: their numbers and how they begin."""
+    shown = [
+        f"{number}: {ascii(text)}" if text else f"{number}"
+        for number, text in some[:most]
+    ]
+    return ", ".join(shown + ["..."] * (len(some) > most))
 
 
 def _read_model(path):
@@ -246,7 +340,7 @@ def _read_model(path):
     except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
         raise ValueError(
             "The tokenizer's `path` must be a SentencePiece model file "
-            f"(tools/train_tokenizer.py writes one). Received: path={path!r}"
+            f"(cappa-train-tokenizer writes one). Received: path={path!r}"
         ) from None
     processor = sentencepiece.SentencePieceProcessor()
     try:

@@ -21,11 +21,13 @@ import uuid
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.data import index, order
+from cappa_tf.data import image_formats, index, order, text
 from cappa_tf.data.records import Records, read_tfrecords
 
 # Samples read at once.
 _BLOCK = 32
+# Names of image files, without the dot.
+_IMAGES = tuple(suffix[1:] for suffix in image_formats.EXTENSIONS)
 _ROW = struct.Struct("<qq")  # offset and size of the image
 
 
@@ -36,7 +38,7 @@ class WebDataset:
         path: A pattern with {split}, a dict from split to pattern, or a
             folder with train-*.tar or train/*.tar: see `index.find_files`.
         image: Names of the image's file, after the first dot; the first that
-            a sample has is taken.
+            a sample has is taken. None for every suffix of image files.
         captions: The same of the captions; "json:caption" is the field
             "caption" of the file json, a string or a list of them.
         label: The same of a class number; "cls" and "json:label" are usual.
@@ -46,11 +48,12 @@ class WebDataset:
     def __init__(
         self,
         path: str | os.PathLike | dict,
-        image: tuple | list = ("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+        image: tuple | list | None = None,
         captions: tuple | list = ("txt", "caption", "json:caption"),
         label: tuple | list = ("cls", "json:label"),
         caption_per_line: bool = False,
     ):
+        image = _IMAGES if image is None else image
         names = {"image": image, "captions": captions, "label": label}
         for name, value in names.items():
             if not isinstance(value, tuple | list):
@@ -77,7 +80,7 @@ class WebDataset:
         temporary = f"{output}.incomplete-{uuid.uuid4().hex}"
         with tf.io.TFRecordWriter(temporary) as writer:
             for sample in shard.samples(self._wanted()):
-                captions, label = self._said(sample, shard)
+                captions, label, is_lost = self._said(sample, shard)
                 image = next(
                     (
                         sample.files[n]
@@ -89,6 +92,8 @@ class WebDataset:
                 if image is None or not image[1]:
                     shard.problem("no image", sample.key)
                     continue
+                if is_lost:
+                    continue  # It is counted already.
                 head = _head(sample.key, captions, label, image[1])
                 writer.write(_ROW.pack(*image) + head)
                 count += 1
@@ -102,39 +107,82 @@ class WebDataset:
         return {name.split(":")[0] for name in names}
 
     def _said(self, sample, shard):
-        """Captions and label of a sample."""
-        captions = self._value(sample, self._names[1], shard)
-        if isinstance(captions, bytes):
-            text = captions.decode(errors="replace")
-            captions = text.splitlines() if self._caption_per_line else [text]
-        if isinstance(captions, str):
-            captions = [captions]
-        if not isinstance(captions, list):
-            captions = []
-        label = self._value(sample, self._names[2], shard)
+        """Captions and label of a sample.
+
+        Returns:
+            (captions, label or None, whether all that the sample says was
+            refused).
+        """
+        found, refused = self._value(sample, self._names[1], shard)
+        if isinstance(found, _Text):
+            found = [found]
+            if self._caption_per_line:
+                found = list(text.lines(found[0]))
+        elif not isinstance(found, list):
+            found = [found]
+        captions = []
+        for caption in found:
+            if isinstance(caption, str) and text.is_text(caption):
+                captions.append(caption.strip())
+            elif caption is not None:
+                refused = True
+                shard.problem("caption is not text", sample.key)
+        captions = list(filter(None, captions))
+        label, _ = self._value(sample, self._names[2], shard)
         try:
-            label = None if label is None else int(label)
-        except (TypeError, ValueError):
-            shard.problem("label is no integer", sample.key)
+            label = _label(label)
+        except ValueError:
+            shard.problem("label is not an integer", sample.key)
             label = None
-        return [str(c).strip() for c in captions if str(c).strip()], label
+        return captions, label, refused and not captions and label is None
 
     def _value(self, sample, names, shard):
-        """What the first of the names that a sample has stands for."""
+        """What the first of the names that a sample has stands for.
+
+        Returns:
+            (`_Text`, JSON value or None; whether a file was refused).
+        """
+        refused = False
         for name in names:
             file, _, field = name.partition(":")
             if file not in sample.texts:
                 continue
-            if not field:
-                return sample.texts[file]
             try:
-                value = json.loads(sample.texts[file]).get(field)
-            except (ValueError, AttributeError):
+                content = text.decode(sample.texts[file])
+            except ValueError:
+                shard.problem("text is not UTF-8", f"{sample.key}.{file}")
+                refused = True
+                continue
+            if not field:
+                return _Text(content), refused
+            try:
+                value = json.loads(content).get(field)
+            except (ValueError, AttributeError, RecursionError):
                 shard.problem("json cannot be read", sample.key)
+                refused = True
                 continue
             if value is not None:
-                return value
+                return value, refused
+        return None, refused
+
+
+class _Text(str):
+    """The contents of a text file, other than a string in JSON."""
+
+
+def _label(value):
+    """The class number that a text file or JSON holds, or None."""
+    if value is None or isinstance(value, bool | float):
+        if value is not None:
+            raise ValueError("not an integer")
         return None
+    try:
+        value = int(value)
+    except TypeError:
+        raise ValueError("not an integer") from None
+    if not -1 <= value < 1 << 63:
+        raise ValueError("not an int64 from 0 on")
+    return None if value == -1 else value
 
 
 class _Sample:
@@ -165,6 +213,8 @@ class _Shard:
     def samples(self, wanted):
         """Yields `_Sample`s, with the contents of the files `wanted`."""
         size = tf.io.gfile.stat(self._path).length
+        # Where the last whole sample ends, and how many there are.
+        self._end = self._count = 0
         with index.open_binary(self._path) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -172,18 +222,36 @@ class _Shard:
                     end = tar.offset
                 # A tar ends with zeros; anything else is no tar any more.
                 file.seek(min(end, size))
-                if file.read(512).strip(b"\0"):
-                    self.problem("damaged shard", f"at byte {end}")
-            except (tarfile.TarError, EOFError, tf.errors.OpError) as error:
-                self.problem("damaged shard", str(error))
+                mark = file.read(512)
+                if not mark:
+                    self.problems[index.DAMAGED] = (0, index.NO_MARK)
+                elif mark.strip(b"\0") and len(mark) < 512:
+                    self.problems[index.DAMAGED] = (0, "ends inside a header")
+                elif mark.strip(b"\0"):
+                    self._damaged(f"not a tar from byte {end} on", size)
+            except EOFError as error:
+                self.problems[index.DAMAGED] = (0, str(error))
+            except (tarfile.TarError, OSError, tf.errors.OpError) as error:
+                self._damaged(str(error), size)
+
+    def _damaged(self, reason, size):
+        """Notes damage and how many samples the rest may have held."""
+        lost = index.estimate(self._count, self._end, size)
+        self.problems[index.DAMAGED] = (lost, reason)
 
     def _samples(self, tar, wanted, size):
-        files = (member for member in tar if member.isfile())
+        # macOS adds ._NAME to each NAME; no sample's name begins with a dot.
+        files = (
+            member
+            for member in tar
+            if member.isfile()
+            and not os.path.basename(member.name).startswith(".")
+        )
         shard = os.path.basename(self._path)
         for key, members in itertools.groupby(
             files, lambda m: _split(m.name)[0]
         ):
-            sample = _Sample(f"{shard}/{key}")
+            sample = _Sample(text.printable(f"{shard}/{key}"))
             for member in members:
                 if member.offset_data + member.size > size:
                     raise EOFError(f"ends inside {member.name}")
@@ -192,6 +260,8 @@ class _Shard:
                 if name in wanted:
                     sample.texts[name] = tar.extractfile(member).read()
             tar.members = []  # It would keep them all.
+            self._count += 1
+            self._end = member.offset_data + member.size
             yield sample
 
 

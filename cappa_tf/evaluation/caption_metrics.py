@@ -13,6 +13,8 @@ import dataclasses
 import re
 import shutil
 
+from cappa_tf.checks import check_extra
+
 # What pycocoevalcap/tokenizer/ptbtokenizer.py drops. Its "-LRB-" and the like
 # never match, as the tokens are lower-cased first: "-lrb-" stays, here too,
 # or figures would differ from everybody else's.
@@ -106,15 +108,11 @@ def score_captions(captions, references, meteor=False):
         ValueError: The keys differ, or METEOR is asked for without Java.
     """
     _check_keys(captions, references)
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise ImportError(
-            "Caption metrics need the package pycocoevalcap: "
-            "pip install pycocoevalcap"
-        ) from error
+    check_installed(meteor)
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     found = {key: [tokenize(captions[key])] for key in captions}
     wanted = {key: [tokenize(c) for c in references[key]] for key in captions}
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
@@ -129,14 +127,27 @@ def score_captions(captions, references, meteor=False):
     return Scores(corpus, dict(zip(captions, map(float, each))))
 
 
+def check_installed(meteor=False):
+    """Refuses what cannot be computed here; to be asked before any work.
+
+    Args:
+        meteor: Whether METEOR is wanted.
+
+    Raises:
+        ImportError: Without pycocoevalcap; names the command.
+        ValueError: METEOR without Java.
+    """
+    check_extra("Caption metrics", "eval", "pycocoevalcap")
+    if meteor and not has_java():
+        raise ValueError("METEOR needs Java: no program `java` was found")
+
+
 def has_java():
     """Whether METEOR can be computed here."""
     return shutil.which("java") is not None
 
 
 def _meteor(wanted, found):
-    if not has_java():
-        raise ValueError("METEOR needs Java: no program `java` was found")
     from pycocoevalcap.meteor.meteor import Meteor
 
     return float(Meteor().compute_score(wanted, found)[0])

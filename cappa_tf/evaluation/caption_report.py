@@ -47,6 +47,7 @@ class Captions(Evaluator):
 
     def open(self):
         """See `Evaluator`."""
+        caption_metrics.check_installed(bool(self._meteor))
         self._data.open()
 
     def evaluate(self, scorer):

@@ -14,7 +14,7 @@ from cappa_tf.data import picture_files, sources
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.pipeline import CaptionDataset
 from cappa_tf.evaluation import captioning
-from cappa_tf.evaluation.rows import read_examples
+from cappa_tf.evaluation.rows import list_rows, read_examples
 
 
 class CaptionedImages:
@@ -55,8 +55,7 @@ class CaptionedImages:
         if self._is_records:
             splits = DatasetDescription.load(self.path).splits
         else:
-            self._malformed = sources.Skipped()
-            rows = sources.read_rows(self.path, skipped=self._malformed)
+            rows, self._malformed = list_rows(self.path, log=self._rows is None)
             splits = sorted({sources.choose_split(row) for row in rows})
             rows = [r for r in rows if sources.choose_split(r) == self.split]
             self._rows = rows[: self._limit]
@@ -109,7 +108,7 @@ class CaptionedImages:
         while some := list(itertools.islice(good, scorer.batch_size)):
             images, examples = zip(*some)
             yield np.stack(images), list(examples)
-        self.skipped.update(self._malformed.counts + noted.counts)
+        self.skipped.update(self._malformed + noted.counts)
 
     def _decoded(self, found, reader):
         for example in found:

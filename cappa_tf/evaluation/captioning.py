@@ -137,7 +137,7 @@ class CaptionDecoder:
 
     def _index(self, keys):
         """int64 [B]: which draws belong to which image."""
-        index = [zlib.crc32(key.encode()) for key in keys]
+        index = [zlib.crc32(key.encode(errors="surrogatepass")) for key in keys]
         return tf.constant(index + [0] * (self.batch_size - len(keys)), "int64")
 
     def _by_image(self, values):

@@ -25,8 +25,8 @@ import pathlib
 
 import numpy as np
 
-from cappa_tf.checks import check_choice, check_counts
-from cappa_tf.data import picture_files, sources
+from cappa_tf.checks import check_choice, check_counts, check_extra
+from cappa_tf.data import picture_files
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -34,6 +34,7 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
+from cappa_tf.evaluation.rows import list_rows
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
 
 FILES = {
@@ -110,12 +111,8 @@ def correlations(values, ratings):
     Returns:
         Dict of `tau_b` and `tau_c`.
     """
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            "Kendall's tau needs the package scipy: pip install scipy"
-        ) from error
+    from scipy import stats
+
     repeated = np.repeat(values, [*map(len, ratings)])
     flat = np.concatenate([np.asarray(some, float) for some in ratings])
     return {
@@ -153,13 +150,14 @@ class Judgments(Evaluator):
 
     def open(self):
         """See `Evaluator`."""
-        self._read()
+        check_extra("Kendall's tau", "eval", "scipy")
+        self._read(log=True)
 
-    def _read(self):
+    def _read(self, log=False):
         """(judgments by image, caption name -> text, image -> path)."""
         rows = {
             os.path.basename(row.path): row
-            for row in sources.read_rows(self._path)
+            for row in list_rows(self._path, log)[0]
         }
         captions = {
             f"{name}#{i}": text

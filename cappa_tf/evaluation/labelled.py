@@ -66,9 +66,7 @@ class LabelledImages:
             splits = described.splits
             self.class_names = list(described.metadata.get("classes", []))
         else:
-            malformed = sources.Skipped()
-            found = sources.read_rows(self._path, skipped=malformed)
-            self._malformed = malformed.counts
+            found, self._malformed = rows.list_rows(self._path)
             # Of all splits: numbers must not depend on the split.
             self._label_names = sources.class_names(found)
             self.class_names = self._label_names or sources.named_classes(found)

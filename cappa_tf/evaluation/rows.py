@@ -4,7 +4,37 @@ import concurrent.futures
 import itertools
 import os
 
+from absl import logging
+
 from cappa_tf.data import sources
+
+# So many names of each reason are logged.
+MOST_NAMES = 5
+
+
+def list_rows(path, log=True):
+    """Lists the images of a folder and logs what of it is not understood.
+
+    Args:
+        path: As `sources.read_rows`.
+        log: Whether to log, as at the first of several readings.
+
+    Returns:
+        (list of `sources.Row`s, counter of what was left out by reason).
+    """
+    skipped = sources.Skipped()
+    found = sources.read_rows(path, skipped=skipped)
+    named = skipped.names(MOST_NAMES) if log else {}
+    for reason, names in named.items():
+        logging.warning(
+            "%s: skipped %d x %s: %s%s",
+            path,
+            skipped.counts[reason],
+            reason,
+            "; ".join(names),
+            "; ..." if skipped.counts[reason] > MOST_NAMES else "",
+        )
+    return found, skipped.counts
 
 
 def read_examples(rows, skipped, options=None, classes=()):

@@ -59,8 +59,8 @@ def load_backbone(path, image_size=None, dtype=None):
     encoder = keras.saving.load_model(path, compile=False)
     if not isinstance(encoder, VisionEncoder):
         raise ValueError(
-            "`path` must be a file of a vision encoder, as `python "
-            "tools/export.py --what=backbone` writes it. Received: "
+            "`path` must be a file of a vision encoder, as `cappa-export "
+            "--what=backbone` writes it. Received: "
             f"{path}, which holds a {type(encoder).__name__}"
         )
     changes = {"image_size": image_size, "dtype": dtype}

@@ -12,21 +12,22 @@ Abbreviations for dimensions:
 
 import tensorflow as tf
 
-from cappa_tf.data import images, orientation
+from cappa_tf.data import image_formats, images
 
 # Images decoded side by side. Fixed, because tuning it would start a thread
 # for each request.
 PARALLEL_CALLS = 16
 
 NOT_AN_IMAGE = "not a JPEG, PNG, GIF, BMP or WebP image"
+NOT_DECODED = " is not decoded here; send JPEG, PNG, GIF, BMP or WebP"
 BROKEN = "image cannot be decoded"
 
 
 def decode_request(image_bytes, decoder):
     """Decodes the images of a request; the bad ones become black.
 
-    Photos are turned as their EXIF data say, which for data sets happens when
-    they are prepared.
+    They are decoded as those that a model is trained on, which also turns
+    photos as their EXIF data say.
     The size is read from the header first: an image of more pixels than
     `decoder.max_pixels` takes no memory.
 
@@ -46,7 +47,7 @@ def decode_request(image_bytes, decoder):
 
     def decode(encoded):
         return decoder.fit(
-            orientation.decode(encoded, decoder.max_pixels, decoder.at_least)
+            images.decode(encoded, decoder.max_pixels, decoder.at_least)
         )
 
     pixels, decoded = attempt(
@@ -54,14 +55,15 @@ def decode_request(image_bytes, decoder):
         image_bytes,
         tf.zeros([*decoder.size, 3], tf.uint8),
     )
+    other = image_formats.other_name(image_bytes)
     reason = tf.where(
-        images.is_known_format(image_bytes),
+        image_formats.kind(image_bytes) != image_formats.OTHER,
         tf.where(
             areas > decoder.max_pixels,
             f"more than {decoder.max_pixels} pixels",
             BROKEN,
         ),
-        NOT_AN_IMAGE,
+        tf.where(other == "", NOT_AN_IMAGE, other + NOT_DECODED),
     )
     return pixels, tf.where(decoded, "", "image_bytes: " + reason)
 

@@ -20,7 +20,7 @@ import tensorflow as tf
 from cappa_tf.checks import check_integer
 from cappa_tf.data import images
 from cappa_tf.data.decoding import RecordDecoder
-from cappa_tf.export import request_images, serving_files
+from cappa_tf.export import files, request_images, serving_files
 from cappa_tf.models import losses
 
 # Decoder passes of `score` hold this many texts of each image at once.
@@ -264,32 +264,32 @@ def export_saved_model(output, service, *, name="captioner", version=None):
         The path of the version.
 
     Raises:
-        ValueError: The version exists, the name cannot be part of a URL, or
-            tensorflow-serving-api is not installed.
+        ValueError: The version exists, or the name cannot be part of a URL.
+        ImportError: tensorflow-serving-api is not installed.
     """
     serving_files.check_name(name)
     serving_files.check_protos()
     output = os.fspath(output)
-    os.makedirs(output, exist_ok=True)
-    version = _next_version(output) if version is None else version
-    path = os.path.join(output, str(check_integer("version", version, 1)))
-    if os.path.exists(path):
-        raise ValueError(
-            "`version` must be one that is not there yet. Received: "
-            f"version={version}, but {path} exists"
-        )
-    unfinished = os.path.join(output, f"incomplete-{version}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        tf.saved_model.save(
-            service.resources(), unfinished, signatures=service.signatures()
-        )
-        serving_files.write_warmup(unfinished, service, name)
-        # Last, so that a version never stands without its configuration.
-        serving_files.write_configuration(output, service, name)
-        os.rename(unfinished, path)
-    finally:
+    with files.folder(output):
+        version = _next_version(output) if version is None else version
+        path = os.path.join(output, str(check_integer("version", version, 1)))
+        if os.path.exists(path):
+            raise ValueError(
+                "`version` must be one that is not there yet. Received: "
+                f"version={version}, but {path} exists"
+            )
+        unfinished = os.path.join(output, f"incomplete-{version}")
         shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            tf.saved_model.save(
+                service.resources(), unfinished, signatures=service.signatures()
+            )
+            serving_files.write_warmup(unfinished, service, name)
+            # Last, so that a version never stands without its configuration.
+            serving_files.write_configuration(output, service, name)
+            os.rename(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return path
 
 

@@ -9,6 +9,8 @@ import json
 import urllib.error
 import urllib.request
 
+from cappa_tf.checks import check_extra
+
 
 class RequestFailedError(Exception):
     """A request without an answer; the message says why."""
@@ -100,19 +102,20 @@ class GrpcClient:
     """Asks over gRPC; see `RestClient`."""
 
     def __init__(self, address, model, timeout):
-        try:
-            # TensorFlow, which they need, takes seconds to load.
-            import grpc
-            import tensorflow as tf
-            from tensorflow_serving.apis import (
-                predict_pb2,
-                prediction_service_pb2_grpc,
-            )
-        except ImportError as error:
-            raise NoServerError(
-                f"gRPC needs pip install 'cappa-tf[serving]' ({error}); "
-                "--protocol=rest does without"
-            ) from None
+        check_extra(
+            "gRPC (--protocol=rest does without)",
+            "serving",
+            "grpc",
+            "tensorflow_serving",
+        )
+        # TensorFlow, which they need, takes seconds to load.
+        import grpc
+        import tensorflow as tf
+        from tensorflow_serving.apis import (
+            predict_pb2,
+            prediction_service_pb2_grpc,
+        )
+
         self._grpc = grpc
         self._make_tensor = tf.make_tensor_proto
         self._make_array = tf.make_ndarray

@@ -20,6 +20,7 @@ import string
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.checks import check_extra
 from cappa_tf.export import files
 
 # The newest released server as of 2026; its TensorFlow runs what this
@@ -158,14 +159,8 @@ def check_name(name):
 
 
 def check_protos():
-    """Raises ValueError unless the protos of warm-up records are there."""
-    try:
-        import tensorflow_serving.apis.prediction_log_pb2  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "Warm-up requests need tensorflow-serving-api: "
-            "pip install 'cappa-tf[serving]'"
-        ) from error
+    """Raises ImportError unless the protos of warm-up records are there."""
+    check_extra("A model for a server", "serving", "tensorflow_serving")
 
 
 def write_warmup(path, service, name):

@@ -23,6 +23,8 @@ import os
 
 import numpy as np
 
+from cappa_tf.checks import check_extra
+from cappa_tf.export.files import folder as made_folder
 from cappa_tf.export.files import replacing
 from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.layers import sincos2d
@@ -88,10 +90,11 @@ def save_siglip(encoder, folder):
     tensors["embeddings.position_embedding.weight"] = table[0]  # -> [P, D]
     # transformers 4 has this module, 5 takes the name off.
     tensors = {f"vision_model.{n}": value for n, value in tensors.items()}
-    os.makedirs(folder, exist_ok=True)
-    _write_json(folder, "preprocessor_config.json", _siglip_processor(encoder))
-    _write_json(folder, "config.json", _siglip_config(encoder))
-    _write_tensors(folder, tensors)
+    processor = _siglip_processor(encoder)
+    with made_folder(folder):
+        _write_json(folder, "preprocessor_config.json", processor)
+        _write_json(folder, "config.json", _siglip_config(encoder))
+        _write_tensors(folder, tensors)
 
 
 def save_timm(encoder, folder):
@@ -111,12 +114,22 @@ def save_timm(encoder, folder):
     _check(encoder)
     tensors = _state_dict(encoder, _TIMM)
     tensors["pos_embed"] = _positions(encoder)
-    os.makedirs(folder, exist_ok=True)
-    _write_json(folder, "config.json", timm_config(encoder))
-    _write_tensors(folder, tensors)
+    with made_folder(folder):
+        _write_json(folder, "config.json", timm_config(encoder))
+        _write_tensors(folder, tensors)
+
+
+def check_installed():
+    """Refuses to go on without what writes the tensors' file.
+
+    Raises:
+        ImportError: With the command that installs it.
+    """
+    check_extra("A folder for PyTorch", "interop", "safetensors")
 
 
 def _check(encoder):
+    check_installed()
     if encoder.pooling not in ("gap", "none") or (
         encoder.rep_size or encoder.num_classes
     ):
@@ -253,7 +266,6 @@ def _write_json(folder, name, value):
 
 
 def _write_tensors(folder, tensors):
-    # Only this format needs it; an extra, `interop`.
     from safetensors.numpy import save
 
     path = os.path.join(folder, "model.safetensors")

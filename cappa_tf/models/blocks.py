@@ -179,24 +179,23 @@ class DecoderBlock(keras.layers.Layer):
 
         Call arguments:
             x: [N, L, D]; L = 1 with a cache.
-            memory: Keys and values of the image, two [B, P, H, C] as
+            memory: Keys and values of the image, two [B, H, P, C] as
                 `cross_attention.project` gives; None leaves the image out.
             attention_mask: Bool, broadcastable to [N, H, L, keys].
-            cache: None, or (keys, values, index): two [N, M, H, C] of all
+            cache: None, or (keys, values, index): two [N, H, M, C] of all
                 M positions and the scalar position that x stands at.
             seeds: uint32 [N], see `StatelessDropout`.
             training: Whether to drop.
 
         Returns:
             x [N, L, D], and the (keys, values) that were attended to: with a
-            cache, the two [N, M, H, C] with this position written in.
+            cache, the two [N, H, M, C] with this position written in.
         """
         y = self._norms[0](x)
         keys, values = self.self_attention.project(y)
         if cache is not None:
-            start = (0, cache[2], 0, 0)
-            keys = ops.slice_update(cache[0], start, keys)
-            values = ops.slice_update(cache[1], start, values)
+            keys = _write(cache[0], keys, cache[2])
+            values = _write(cache[1], values, cache[2])
         y = self.self_attention(y, keys, values, attention_mask)
         x = x + self._drops[0](y, seeds, training=training)
         if memory is not None:
@@ -224,6 +223,21 @@ class DecoderBlock(keras.layers.Layer):
             "use_bias": self.use_bias,
             "dropout": self.dropout,
         }
+
+
+def _write(cache, entry, index):
+    """The cache [N, H, M, C] with the entry [N, H, 1, C] at position `index`.
+
+    A scatter of rows writes into the cache itself where nothing else reads
+    it. `ops.slice_update` would be an op of XLA alone, which a server that
+    has XLA turned off, the default of TensorFlow Serving, refuses to run.
+    """
+    _, heads, positions, width = cache.shape
+    rows = ops.reshape(cache, (-1, width))  # -> [N * H * M, C]
+    entry = ops.reshape(entry, (-1, width))  # -> [N * H, C]
+    places = ops.arange(ops.shape(entry)[0]) * positions + index
+    rows = ops.scatter_update(rows, places[:, None], entry)
+    return ops.reshape(rows, (-1, heads, positions, width))
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

@@ -158,9 +158,7 @@ class Inference:
         if prefix is None:
             return tf.zeros([1, 0], tf.int32)
         if isinstance(prefix, str):
-            ids = np.asarray(self._label_ids([prefix]))[0]
-            special = self._special_tokens
-            prefix = ids[(ids != special.pad) & (ids != special.eos)]
+            prefix = self._whole_ids(prefix)
         prefix = tf.convert_to_tensor(prefix, tf.int32)
         return prefix[None] if prefix.shape.rank == 1 else prefix
 
@@ -282,6 +280,14 @@ class Inference:
                 )
             labels = self.tokenizer(labels)
         return tf.convert_to_tensor(tf.cast(labels, tf.int32))
+
+    def _whole_ids(self, text):
+        """Ids of a text, which a `Tokenizer` gives without cutting it."""
+        if hasattr(self.tokenizer, "encode"):
+            return self.tokenizer.encode(text)[0]
+        ids = np.asarray(self._label_ids([text]))[0]
+        special = self._special_tokens
+        return ids[(ids != special.pad) & (ids != special.eos)]
 
 
 def _captions(tokens, log_probs):

@@ -107,17 +107,19 @@ class MultiHeadAttention(keras.layers.Layer):
             memory: [B, S, E].
 
         Returns:
-            Two tensors [B, S, H, C].
+            Two tensors [B, H, S, C]: turned here, once, and not by each call
+            that attends to them.
         """
-        return self._key(memory), self._value(memory)
+        keys, values = self._key(memory), self._value(memory)
+        return tuple(ops.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
 
     def call(self, x, keys, values, attention_mask=None):
         """Attends from x to the given keys and values.
 
         Call arguments:
             x: [B, T, D].
-            keys: [B, S, H, C], from `project`.
-            values: [B, S, H, C], from `project`.
+            keys: [B, H, S, C], from `project`.
+            values: [B, H, S, C], from `project`.
             attention_mask: Optional bool, broadcastable to [B, H, T, S];
                 True where a query may look.
 
@@ -126,9 +128,8 @@ class MultiHeadAttention(keras.layers.Layer):
         """
         query = self._query(x) * ops.cast(self._scale, self.compute_dtype)
         query = ops.transpose(query, (0, 2, 1, 3))  # -> [B, H, T, C]
-        keys = ops.transpose(keys, (0, 2, 3, 1))  # -> [B, H, C, S]
-        values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
-        scores = ops.cast(ops.matmul(query, keys), "float32")
+        scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
+        scores = ops.cast(scores, "float32")
         if attention_mask is not None:
             scores = ops.where(attention_mask, scores, -1e30)
         weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)

@@ -188,7 +188,7 @@ class TextDecoder(keras.Model):
             encoded: [B, P, E].
 
         Returns:
-            List of (keys, values), each [B, P, H, C].
+            List of (keys, values), each [B, H, P, C].
         """
         encoded = ops.cast(encoded, self.compute_dtype)
         return [block.cross_attention.project(encoded) for block in self.blocks]
@@ -273,12 +273,12 @@ class TextDecoder(keras.Model):
             length: Positions to reserve, `max_length` by default.
 
         Returns:
-            For each block (keys, values), zeros [N, length, H, C] in the
+            For each block (keys, values), zeros [N, H, length, C] in the
             compute dtype.
         """
         head_dim = self.hidden_dim // self.num_heads
-        shape = (batch_size, length or self.max_length)
-        shape = (*shape, self.num_heads, head_dim)
+        positions = length or self.max_length
+        shape = (batch_size, self.num_heads, positions, head_dim)
         zeros = ops.zeros(shape, dtype=self.compute_dtype)
         return [(zeros, zeros) for _ in self.blocks]
 
@@ -299,7 +299,7 @@ class TextDecoder(keras.Model):
             self._positions.table(), (0, index, 0), (1, 1, self.hidden_dim)
         )
         x = self._embedding(tokens) + position
-        mask = (ops.arange(cache[0][0].shape[1]) <= index)[None, None, None]
+        mask = (ops.arange(cache[0][0].shape[2]) <= index)[None, None, None]
         filled = []
         for i, block in enumerate(self.blocks):
             keys_values = None if memory is None else memory[i]

@@ -14,6 +14,7 @@ B: global batch.  R: replicas, over all hosts.  H: hosts.
 
 import json
 import os
+import re
 
 import tensorflow as tf
 from absl import logging
@@ -181,9 +182,53 @@ def _mirrored(devices):
     return tf.distribute.MirroredStrategy(devices)
 
 
-def has_accelerator():
-    """Whether a GPU or TPU is visible to TensorFlow."""
+def use_xla(jit_compile):
+    """Whether to compile a step with XLA here.
+
+    A GPU newer than all that TensorFlow was built for ends the process ("PTX
+    version 8.5 does not support target 'sm_120'": tensorflow#111958, with the
+    wheels of 2.20 and 2.21 and NVIDIA's Blackwell). A line of the log says so.
+
+    Args:
+        jit_compile: True or False, or "auto": on TPUs, and on GPUs that it
+            compiles for.
+    """
+    unknown = _unknown_gpu() if jit_compile else None
+    if jit_compile != "auto":
+        if unknown:
+            logging.warning(
+                "jit_compile=True may end the process, 'auto' leaves XLA off: "
+                "%s",
+                unknown,
+            )
+        return jit_compile
+    if unknown:
+        logging.warning("jit_compile='auto' leaves XLA off: %s", unknown)
+        return False
     return bool(_names("GPU") or _names("TPU"))
+
+
+def _unknown_gpu():
+    """What is wrong with a GPU that XLA has no code for; None without one."""
+    newest = _newest_compute_capability()
+    for gpu in tf.config.get_visible_devices("GPU"):
+        details = tf.config.experimental.get_device_details(gpu)
+        capability = details.get("compute_capability")
+        if newest and capability and capability[0] > newest[0]:
+            name = details.get("device_name", gpu.name)
+            return (
+                "{} has compute capability {}.{}, and this TensorFlow is built "
+                "for {}.{} at most".format(name, *capability, *newest)
+            )
+    return None
+
+
+def _newest_compute_capability():
+    """(major, minor) of the newest GPUs TensorFlow was built for, or None."""
+    built = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
+    # Such as sm_89 or compute_120; some end in a letter (sm_90a).
+    numbers = [int(re.search(r"\d+", name)[0]) for name in built]
+    return divmod(max(numbers), 10) if numbers else None
 
 
 def check_batch_size(name, batch_size, replicas, accumulation_steps=1):

@@ -11,7 +11,7 @@ from cappa_tf.training import results
 from cappa_tf.training.averaging import averaged_weights
 from cappa_tf.training.build import parameter_counts
 from cappa_tf.training.checkpoints import Checkpoints
-from cappa_tf.training.distribution import has_accelerator, training_iterator
+from cappa_tf.training.distribution import training_iterator, use_xla
 from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.interruption import Interruption
 from cappa_tf.training.metrics import Interval, Stopwatch
@@ -53,6 +53,8 @@ class Run:
         eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation, or None.
         evaluators: List of evaluators, see `trainer.train`.
+        check_claim: Called between loops; raises an error once the folder is
+            another run's.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Run:
         eval_data,
         test_data,
         evaluators=(),
+        check_claim=lambda: None,
     ):
+        self._check_claim = check_claim
         self._settings, self._hosts = settings, hosts
         self._strategy, self._model = strategy, model
         self._optimizer = optimizer
@@ -178,7 +182,7 @@ class Run:
             self._optimizer,
             settings.batch_size,
             settings.accumulation_steps,
-            self._jit_compile(),
+            use_xla(settings.jit_compile),
             interruption.stop,
             measure_wait=not settings.deterministic,
             num_hosts=self._hosts.count,
@@ -202,10 +206,6 @@ class Run:
         Several must agree, which they do in every step.
         """
         return self._hosts.count == 1 and interruption.signal is not None
-
-    def _jit_compile(self):
-        given = self._settings.jit_compile
-        return has_accelerator() if given == "auto" else given
 
     def _open_iterator(self):
         seed, start = self._settings.seed, self._examples
@@ -253,6 +253,7 @@ class Run:
         return stopped
 
     def _between_loops(self, interval):
+        self._check_claim()
         settings, step = self._settings, self.step
         last = step == settings.total_steps
         if step % settings.log_steps == 0 or last:

@@ -5,18 +5,22 @@ What `train` does, in this order, each in a module of its own:
     arguments checked           settings.py
     devices, hosts              distribution.py, hosts.py
     model and optimizer built   build.py
+    folder made and claimed     workdir.py, run_lock.py
     data prepared               the function `prepare`, if given
     data and model compared     build.py
-    folder opened, run resumed  workdir.py, checkpoints.py
+    run resumed                 checkpoints.py
     steps, figures, evaluation  run.py, step.py, metrics.py, validation.py
     results, sheet, model file  results.py
 
 It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
 """
 
+import contextlib
+
 import tensorflow as tf
 
 from cappa_tf import checks
+from cappa_tf.evaluation.caption_metrics import check_installed
 from cappa_tf.training import memory
 from cappa_tf.training.build import (
     build_model,
@@ -27,8 +31,8 @@ from cappa_tf.training.distribution import check_batch_size, make_strategy
 from cappa_tf.training.evaluators import check_evaluators
 from cappa_tf.training.hosts import Hosts
 from cappa_tf.training.run import Run, plain_data_errors
+from cappa_tf.training.run_lock import RunLock, WorkdirInUseError
 from cappa_tf.training.settings import RunSettings
-from cappa_tf.training.workdir import open_workdir
 
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
 
@@ -97,7 +101,8 @@ def train(
             same weights, bit by bit, on the same kind of device.
         precision: Dtype policy: "float32", "mixed_bfloat16", "bfloat16";
             None keeps the policy that is set.
-        jit_compile: True, False, or "auto": XLA where there is an accelerator.
+        jit_compile: True, False, or "auto": XLA where there is an accelerator
+            that it compiles for.
         strategy: "auto", "one", "mirrored", "multi_worker" or "tpu", see
             `make_strategy`.
         devices: Device names for one or mirrored; None for all.
@@ -123,7 +128,8 @@ def train(
         None), and, at the end of a run, what results.json holds.
 
     Raises:
-        ValueError: For what cannot be run, naming argument or file.
+        ValueError: For what cannot be run, naming argument or file; also
+            where another run has the folder.
         FloatingPointError: If loss or weights stop being finite.
         WorkerLostError: If another process of the run has ended.
     """
@@ -149,6 +155,8 @@ def train(
         sheet_images=sheet_images,
     )
     checks.check_bool(dry_run=dry_run)
+    if settings.caption_metrics:  # Not only at the end of the run.
+        check_installed()
     check_evaluators(evaluators)
     checks.check_choice((None, *PRECISIONS), precision=precision)
     checks.check_callable(
@@ -163,21 +171,49 @@ def train(
         )
         if dry_run:
             return _report(model, optimizer, strategy, settings, train_data)
-        if prepare is not None and hosts.is_chief:
-            prepare()
-        hosts.wait()
-        data = _open_data(model, train_data, eval_data, test_data)
+        with _claimed(workdir, hosts) as check_claim:
+            if prepare is not None and hosts.is_chief:
+                prepare()
+            hosts.wait()
+            data = _open_data(model, train_data, eval_data, test_data)
+            with plain_data_errors(*data):
+                run = Run(
+                    settings,
+                    strategy,
+                    hosts,
+                    model,
+                    optimizer,
+                    *data,
+                    evaluators,
+                    check_claim,
+                )
+                # Not before the folder turned out to hold this very run.
+                if on_start is not None and hosts.is_chief:
+                    on_start(workdir)
+                return run(on_first_step)
+
+
+@contextlib.contextmanager
+def _claimed(workdir, hosts):
+    """The folder as that of this run alone; the first host claims it for all.
+
+    Yields:
+        A function that raises an error once another run has taken it over.
+    """
+    with contextlib.ExitStack() as stack:
+        check, problem = None, None
         if hosts.is_chief:
-            open_workdir(workdir)
-        hosts.wait()
-        with plain_data_errors(*data):
-            run = Run(
-                settings, strategy, hosts, model, optimizer, *data, evaluators
-            )
-            # Not before the folder turned out to be this run's own.
-            if on_start is not None and hosts.is_chief:
-                on_start(workdir)
-            return run(on_first_step)
+            try:
+                check = stack.enter_context(RunLock(workdir)).check
+            except ValueError as error:
+                problem = error
+        # No host waits for one that has given up.
+        message = hosts.first(problem and str(problem))
+        if problem is not None:
+            raise problem
+        if message is not None:
+            raise WorkdirInUseError(message)
+        yield check or (lambda: None)
 
 
 def _open_devices(settings, strategy, devices):

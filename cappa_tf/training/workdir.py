@@ -10,6 +10,7 @@ captioner.keras      the model at the end of the run
 import json
 import os
 import tempfile
+import zipfile
 
 import keras
 import tensorflow as tf
@@ -112,18 +113,29 @@ def load_captioner(path, weights="auto"):
         The captioner, built.
 
     Raises:
-        ValueError: If there is no such thing at `path`.
+        ValueError: If there is no such thing at `path`, or it cannot be read.
     """
+    model = load_model(path, weights)
+    if not isinstance(model, captioner.Captioner):
+        raise ValueError(
+            "`path` must hold a captioner, for which a vision encoder is not "
+            f"enough. Received: {str(path)!r}"
+        )
+    return model
+
+
+def load_model(path, weights="auto"):
+    """Loads a captioner as `load_captioner`, or a file of a vision encoder."""
     choices = ("auto", "final", "best", "latest")
     if weights not in choices:
         raise ValueError(
             f"`weights` must be one of {choices}. Received: {weights!r}"
         )
     if os.path.isfile(path):
-        return keras.saving.load_model(path, compile=False)
+        return _read_keras(path)
     final = os.path.join(path, "captioner.keras")
     if weights in ("auto", "final") and os.path.exists(final):
-        return keras.saving.load_model(final, compile=False)
+        return _read_keras(final)
     folders = {"auto": ("best", "checkpoints"), "best": ("best",)}
     for folder in folders.get(weights, ("checkpoints",)):
         latest = tf.train.latest_checkpoint(os.path.join(path, folder))
@@ -136,13 +148,53 @@ def load_captioner(path, weights="auto"):
     )
 
 
+def _read_keras(path):
+    known = (captioner.Captioner, vision_encoder.VisionEncoder)
+    if not zipfile.is_zipfile(path):  # Keras says that there is no file.
+        raise ValueError(
+            "A model file must be one that Keras has saved whole. Received: "
+            f"{str(path)!r}, which is not a .keras archive or is cut"
+        )
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    # Keras raises what zipfile, json, h5py and the constructors do.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            "A model file must be one that Keras has saved whole. Received: "
+            f"{str(path)!r} ({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(model, known):
+        raise ValueError(
+            "A model file must hold a captioner or a vision encoder. "
+            f"Received: {str(path)!r}, which holds a {type(model).__name__}"
+        )
+    return model
+
+
 def _restored(workdir, checkpoint):
-    with open(os.path.join(workdir, "captioner.json")) as file:
-        model = keras.saving.deserialize_keras_object(json.load(file))
+    path = os.path.join(workdir, "captioner.json")
+    model = keras.saving.deserialize_keras_object(_read_json(path))
     if not model.built:
         model.build()
-    restore_model(checkpoint, model)
+    try:
+        restore_model(checkpoint, model)
+    # The reader of a cut file raises IndexError.
+    except (tf.errors.OpError, IndexError) as error:
+        raise ValueError(
+            f"A checkpoint must be whole. Received: {checkpoint} ({error})"
+        ) from error
     return model
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(
+            f"A file of a run must be JSON. Received: {path} ({error})"
+        ) from error
 
 
 def load_preprocessing(workdir):
@@ -158,8 +210,7 @@ def load_preprocessing(workdir):
     """
     path = os.path.join(workdir, "preprocessing.json")
     try:
-        with open(path) as file:
-            saved = json.load(file)
+        saved = _read_json(path)
     except OSError as error:
         raise ValueError(
             "`workdir` must be the folder of a run, with preprocessing.json "

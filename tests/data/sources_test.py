@@ -153,14 +153,17 @@ def test_pictures_of_every_kind_are_stored_readable(tmp_path, mode):
     assert images.decode(small).shape == (6, 10, 3)
 
 
-def test_turned_and_foreign_pictures_become_jpeg(tmp_path):
+def test_turned_photos_become_jpeg_and_foreign_pictures_png(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     picture(tmp_path / "turned.jpg", exif=exif)
     picture(tmp_path / "x.tiff", mode="RGBA")
-    for name, size in (("turned.jpg", (12, 20)), ("x.tiff", (20, 12))):
+    for name, file_format, size in (
+        ("turned.jpg", "JPEG", (12, 20)),
+        ("x.tiff", "PNG", (20, 12)),
+    ):
         stored = Image.open(io.BytesIO(picture_files.read(tmp_path / name)))
-        assert (stored.format, stored.size) == ("JPEG", size)
+        assert (stored.format, stored.size) == (file_format, size)
 
 
 def test_resize_shrinks_only(tmp_path):

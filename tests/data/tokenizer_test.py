@@ -96,7 +96,7 @@ def test_small_corpus_gives_a_small_vocabulary(tmp_path):
 
 
 def test_errors_name_what_is_wrong(tmp_path, model_path):
-    with pytest.raises(ValueError, match="at least one non-empty caption"):
+    with pytest.raises(ValueError, match="one usable caption. .* 2 empty"):
         tokenizer_lib.train_tokenizer(["", " "], tmp_path / "m", 50)
     with pytest.raises(ValueError, match="vocabulary_size='50'"):
         tokenizer_lib.train_tokenizer(CORPUS, tmp_path / "m", "50")
@@ -134,3 +134,11 @@ def test_a_folder_stands_for_its_tokenizer_model(model_path):
     tokenizer = tokenizer_lib.Tokenizer(model_path.parent, max_length=3)
     assert tokenizer.path == str(model_path)
     assert tokenizer.vocabulary_size > 20
+
+
+def test_a_text_is_encoded_whole(model_path):
+    made = tokenizer_lib.Tokenizer(model_path, max_length=3)
+    ids, unknown = made.encode("A a \u72ac a a")
+    assert len(ids) > made.max_length and tokenizer_lib.EOS_ID not in ids
+    assert unknown == ["\u72ac"]
+    assert ids[0] == made(["a"]).numpy()[0, 0]

@@ -102,7 +102,7 @@ def test_captions_and_labels_of_json(tmp_path):
     assert shard.max_captions == 2
     assert shard.problems == {
         "json cannot be read": [1, "train-0.tar/c"],
-        "label is no integer": [1, "train-0.tar/e"],
+        "label is not an integer": [1, "train-0.tar/e"],
     }
 
 
@@ -195,7 +195,12 @@ def test_half_written_and_damaged_shards(shards):
     found = read(shards)
     assert 10 < len(found) < 80
     assert {e.image for e in found[:-1]} <= {picture(i) for i in range(80)}
-    assert check(shards, 0.5) == {"damaged shard": 2, "no image": 1}
+    # The second one's rest is there, but not to be read: 34 samples and the
+    # zeros of the end, by the size of those before.
+    first = webdataset._Shard(str(shards / "train-1.tar"))
+    assert len(list(first.samples(()))) == 6
+    assert 34 <= first.problems["damaged shard"][0] <= 42
+    assert set(check(shards, 10.0)) == {"damaged shard", "no image"}
     with pytest.raises(ValueError, match="records were skipped"):
         check(shards, 0.01)
 
@@ -245,3 +250,118 @@ def test_captions_under_another_name(shards):
     )
     with pytest.raises(ValueError, match=message):
         source.split("train").check_captions()
+
+
+def sample_begin(path, number):
+    """Where in a shard of `shards` a sample begins."""
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+        # Behind the last one, in whole blocks.
+        end = -(-(members[-1].offset_data + members[-1].size) // 512) * 512
+        return [*(m.offset for m in members), end][3 * number]
+
+
+def test_what_a_cut_shard_lost_is_counted_by_the_others(shards):
+    path = shards / "train-0.tar"
+    os.truncate(path, sample_begin(path, 25) + 1000)
+    assert len(read(shards)) == 65
+    assert check(shards, 0.5) == {"damaged shard": 15}
+    with pytest.raises(ValueError, match="15 records were skipped.*holds 40"):
+        check(shards, 0.1)
+
+
+@pytest.mark.parametrize("more", [1000, 100, 0])
+def test_a_cut_shard_alone_stops_the_run(shards, more):
+    (shards / "train-1.tar").unlink()
+    path = shards / "train-0.tar"
+    os.truncate(path, sample_begin(path, 25) + more)
+    assert len(read(shards)) == 25
+    with pytest.raises(ValueError, match="25 records are taken for lost"):
+        check(shards, 0.5)
+
+
+def test_tars_that_all_end_without_a_mark_are_whole(shards):
+    for path in shards.glob("*.tar"):
+        os.truncate(path, sample_begin(path, 40))
+    assert len(read(shards)) == 80
+    assert check(shards, 0) == {}
+
+
+def test_files_of_macos_are_no_samples(tmp_path):
+    write(
+        tmp_path / "train-0.tar",
+        {
+            "._a": {"jpg": b"resource"},
+            "a": {"jpg": b"1"},
+            "__MACOSX/._a": {"txt": b"\xff\xfe"},
+            "": {"DS_Store": b"x"},
+        },
+    )
+    (example,) = read(tmp_path)
+    assert (example.key, example.image) == ("train-0.tar/a", b"1")
+    assert check(tmp_path, 0) == {}
+
+
+def test_text_of_every_encoding_and_other_values_of_json(tmp_path):
+    utf16 = '{"caption": "é"}'.encode("utf-16")
+    write(
+        tmp_path / "train-0.tar",
+        {
+            "bom": {"jpg": b"1", "txt": b"\xef\xbb\xbfa dog"},
+            "utf16": {"jpg": b"1", "txt": "a cat".encode("utf-16")},
+            "json16": {"jpg": b"1", "json": utf16},
+            "latin": {"jpg": b"1", "txt": b"caf\xe9"},
+            "nulls": {"jpg": b"1", "json": b'{"caption": ["ok", null, ""]}'},
+            "null": {"jpg": b"1", "json": b'{"caption": null}'},
+            "mixed": {"jpg": b"1", "json": b'{"caption": ["ok", {"a": 1}]}'},
+            "object": {"jpg": b"1", "json": b'{"caption": {"en": "a"}}'},
+            "number": {"jpg": b"1", "json": b'{"caption": 5, "label": 3}'},
+            "half": {"jpg": b"1", "json": b'{"caption": "\\ud800"}'},
+            "float": {"jpg": b"1", "txt": b"f", "json": b'{"label": 1.5}'},
+            "bool": {"jpg": b"1", "txt": b"b", "json": b'{"label": true}'},
+            "large": {"jpg": b"1", "txt": b"l", "cls": b"9" * 20},
+            "caf\udce9": {"jpg": b"1", "txt": b"name"},
+        },
+    )
+    found = {
+        e.key.partition("/")[2]: (e.captions, e.label) for e in read(tmp_path)
+    }
+    assert found == {
+        "bom": (["a dog"], None),
+        "utf16": (["a cat"], None),
+        "json16": (["é"], None),
+        "nulls": (["ok"], None),
+        "null": ([], None),
+        "mixed": (["ok"], None),
+        "number": ([], 3),
+        "float": (["f"], None),
+        "bool": (["b"], None),
+        "large": (["l"], None),
+        "caf\\udce9": (["name"], None),
+    }
+    assert check(tmp_path, 1.0) == {
+        "text is not UTF-8": 1,
+        "caption is not text": 4,
+        "label is not an integer": 3,
+    }
+
+
+def test_brackets_in_the_name_of_a_folder(shards):
+    folder = shards / "br[1]*{split}"
+    folder.mkdir()
+    for path in shards.glob("*.tar"):
+        path.rename(folder / path.name)
+    for path in (
+        {"train": str(folder)},
+        {"train": f"{folder}/train-*.tar"},
+        {"train": f"{folder}/train-{{0..1}}.tar"},
+    ):
+        found = index.find_files(path, "train", ".tar")
+        assert found.paths == [f"{folder}/train-{i}.tar" for i in range(2)]
+        assert found.root == str(folder)
+        source = webdataset.WebDataset(path)
+        assert len(list(source.split("train").read_examples())) == 80
+    plain = shards / "br[1]"
+    folder.rename(plain)
+    for path in (plain, f"{plain}/{{split}}-*.tar"):
+        assert len(read(path)) == 80

@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+import sys
 
 import pytest
 from conftest import shared_data
 
 from cappa_tf.evaluation import caption_metrics
+from cappa_tf.evaluation.caption_report import Captions
 
 # What Stanford's PTBTokenizer -lowerCase gives, less the punctuation.
 WORKED_EXAMPLES = {
@@ -41,8 +43,10 @@ def _flickr8k():
 
 def test_same_tokens_as_the_java_tokenizer():
     if shutil.which("java") is None:
-        pytest.skip("no java on this machine")
-    ptb = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+        pytest.skip("no java: apt-get install default-jre-headless")
+    ptb = pytest.importorskip(
+        "pycocoevalcap.tokenizer.ptbtokenizer", reason="pip install '.[test]'"
+    )
     captions = [c for row in _flickr8k() for c in row["captions"]]
     captions = random.Random(0).sample(captions, 4000)
     captions += [example for example in WORKED_EXAMPLES if example]
@@ -59,7 +63,7 @@ def test_same_tokens_as_the_java_tokenizer():
 
 
 def test_a_perfect_caption_and_a_wrong_one():
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     references = {
         "a": ["a red ball on green grass", "The red ball."],
         "b": ["two dogs run along a beach", "dogs at the sea"],
@@ -76,7 +80,7 @@ def test_a_perfect_caption_and_a_wrong_one():
 
 def test_bleu_by_hand():
     """3 of 4 words occur; 2 of 3 pairs; no penalty, lengths are equal."""
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     scores = caption_metrics.score_captions(
         {0: "a red dog runs"}, {0: ["a red dog sits"]}
     ).corpus
@@ -86,7 +90,7 @@ def test_bleu_by_hand():
 
 def test_people_against_people_on_flickr8k():
     """One caption of five against the other four: the scores of that set."""
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     rows = [row for row in _flickr8k() if row["split"] == "test"]
     scores = caption_metrics.score_captions(
         {row["image"]: row["captions"][0] for row in rows},
@@ -109,3 +113,14 @@ def test_people_against_people_on_flickr8k():
 def test_bad_arguments_are_named(captions, references, message):
     with pytest.raises(ValueError, match=message):
         caption_metrics.score_captions(captions, references)
+
+
+def test_what_is_missing_is_found_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    evaluator = Captions("nowhere")
+    with pytest.raises(ImportError, match=r"pip install 'cappa-tf\[eval\]'"):
+        evaluator.open()
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", json)
+    monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
+    with pytest.raises(ValueError, match="METEOR needs Java"):
+        Captions("nowhere", meteor=True).open()

@@ -10,7 +10,7 @@ from cappa_tf.evaluation.caption_report import Captions
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     folder = tmp_path_factory.mktemp("colours")
     scoring.write_colours(folder)
     scorer = scoring.tiny_scorer(folder)
@@ -72,9 +72,9 @@ def test_worst_and_best(report):
 
 @pytest.mark.slow  # The Java program reads a large table first.
 def test_meteor_where_java_is():
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     if not caption_metrics.has_java():
-        pytest.skip("no java on this machine")
+        pytest.skip("no java: apt-get install default-jre-headless")
     scores = caption_metrics.score_captions(
         {0: "a red ball on grass"}, {0: ["a red ball on grass"]}, meteor=True
     )
@@ -82,7 +82,7 @@ def test_meteor_where_java_is():
 
 
 def test_meteor_without_java(monkeypatch):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     with pytest.raises(ValueError, match="needs Java"):
         caption_metrics.score_captions({0: "a"}, {0: ["a"]}, meteor=True)

@@ -231,7 +231,7 @@ def test_exact_match_and_counts():
 
 
 def test_corpus_scores_and_progress(decoder, dataset, result):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     done = []
     scored = decoder.evaluate(dataset, corpus_scores=True, progress=done.append)
     assert done == [2, 4, 5]

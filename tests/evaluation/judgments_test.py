@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 def test_tau_by_hand():
     """6 pairs: 4 agree, 1 does not, 1 is a tie of the ratings."""
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="pip install '.[test]'")
     found = judgments.correlations([1.0, 2.0, 3.0, 4.0], [[1], [3], [2], [3]])
     assert found["tau_b"] == pytest.approx((4 - 1) / (6 * 5) ** 0.5)
     # tau-c = 2 (P - Q) / (n^2 (m - 1) / m), with m = 3 different ratings.
@@ -52,14 +52,14 @@ def test_tau_by_hand():
 
 
 def test_each_rating_is_a_pair():
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="pip install '.[test]'")
     together = judgments.correlations([1.0, 2.0], [[1, 2], [2, 4]])
     apart = judgments.correlations([1.0, 1.0, 2.0, 2.0], [[1], [2], [2], [4]])
     assert together == apart
 
 
 def test_a_model_that_knows_agrees_with_people(folder, tmp_path):
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="pip install '.[test]'")
     evaluator = judgments.Judgments(folder)
     evaluator.open()
     report = evaluator.evaluate(scoring.knowing_scorer(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 from conftest import shared_data
 from PIL import Image
 
-pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 import grpc
 import serving

@@ -1,17 +1,19 @@
 """What an export writes: versions, and what a server starts with."""
 
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 import serving
 from google.protobuf import text_format
@@ -39,12 +41,19 @@ def test_the_server_ran_the_warm_up_requests(served):
     assert sizes == {1, 3}
 
 
-def test_nothing_is_compiled_by_xla(served):
-    """A GPU server does not load what is (tensorflow/serving#2214)."""
+def test_nothing_needs_xla(served):
+    """A server refuses it by default; one with a GPU always.
+
+    (tensorflow/serving/model_servers/main.cc; tensorflow/serving#2214)
+    """
     graph = (served.model / "1" / "saved_model.pb").read_bytes()
     (meta,) = saved_model_pb2.SavedModel.FromString(graph).meta_graphs
     functions = meta.graph_def.library.function
     nodes = [*meta.graph_def.node, *(n for f in functions for n in f.node_def)]
+    ops = {node.op for node in nodes}
+    # The cache is written in the loop's body, one of the functions.
+    assert {"TensorScatterUpdate", "MatMul"} <= ops
+    assert [op for op in ops if op.startswith("Xla")] == []
     assert not any(
         value.attr["_XlaMustCompile"].b
         for value in [*nodes, *functions]
@@ -66,7 +75,7 @@ def test_files_beside_the_versions_fit_it(served):
 
 
 def test_manifests_start_the_server_on_these_files(served):
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="pip install '.[interop]'")
     compose = yaml.safe_load((served.model / "docker-compose.yaml").read_text())
     deployment, service = yaml.safe_load_all(
         (served.model / "kubernetes.yaml").read_text()
@@ -80,6 +89,11 @@ def test_manifests_start_the_server_on_these_files(served):
     assert composed["volumes"] == [f".:{mount}:ro"]
     for path in re.findall(rf"={mount}/(\S+)", " ".join(composed["command"])):
         assert (served.model / path).is_file()
+    probe = container["readinessProbe"]["httpGet"]["path"]
+    url = f"http://{served.rest}{probe}"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        signatures = json.load(answer)["metadata"]["signature_def"]
+    assert "caption" in signatures["signature_def"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"] == labels
     ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
@@ -162,6 +176,56 @@ def test_saved_model_cli_runs_it(served, tmp_path):
         answer["log_likelihood"],
         atol=1e-3,
     )
+
+
+def _environment(folder, version):
+    """The interpreter of a new virtual environment, filled from PyPI."""
+    python = folder / "bin" / "python"
+    names = ("tensorflow", "tensorflow-text", "tensorflow-serving-api")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet"]
+        + [f"{name}=={version}.*" for name in names],
+        check=True,
+    )
+    return str(python)
+
+
+@pytest.mark.slow
+def test_the_servers_tensorflow_answers_alike(served, tmp_path):
+    """TensorFlow and TensorFlow Text of the newest server, and little else.
+
+    SERVING_PYTHON is an interpreter that has them and tensorflow-serving-api;
+    without it, a virtual environment is made.
+    """
+    version = serving_files.IMAGE.partition(":")[2].rpartition(".")[0]
+    python = os.environ.get("SERVING_PYTHON")
+    python = python or _environment(tmp_path / "venv", version)
+    draw = np.random.RandomState(0)
+    images = [b"not an image"]
+    for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP") * 2:
+        low = Image.fromarray(draw.randint(256, size=(2, 3, 3)).astype("uint8"))
+        picture = io.BytesIO()
+        low.resize((40, 30)).save(picture, name)
+        images.append(picture.getvalue())
+    with serving.serve(served.run, served.model, python) as server:
+        assert server.tensorflow.startswith(f"{version}.")
+        assert server.warmed_up == served.warmed_up
+        for signature in ("caption", "score", "embed"):
+            inputs = {"image_bytes": images}
+            if signature == "score":
+                inputs["texts"] = [["red circle", "green", ""]] * len(images)
+            wanted = served.predict(signature, **inputs)
+            answer = server.predict(signature, **inputs)
+            assert answer.keys() == wanted.keys()
+            assert answer["ok"].tolist() == [False] + [True] * 10
+            for key, value in answer.items():
+                if value.dtype == np.float32:
+                    np.testing.assert_allclose(value, wanted[key], atol=1e-3)
+                else:
+                    assert value.tolist() == wanted[key].tolist()
+            if signature == "caption":
+                assert len(set(answer["caption"].tolist())) > 3
 
 
 def test_limits_are_checked(served):

@@ -13,7 +13,7 @@ from harness import randomize
 from cappa_tf.models.variants import variant
 from cappa_tf.models.vision_encoder import VisionEncoder
 
-pytest.importorskip("safetensors", reason="needs pip install '.[interop]'")
+pytest.importorskip("safetensors", reason="pip install '.[interop]'")
 from cappa_tf.export import torch_vit
 
 SIZES = {
@@ -81,8 +81,10 @@ def channels_first(images):
 
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
 def test_siglip_gives_the_same_features(positions, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="pip install '.[interop]'"
+    )
+    torch = pytest.importorskip("torch", reason="pip install '.[interop]'")
     encoder = make_encoder(position_embedding=positions)
     torch_vit.save_siglip(encoder, tmp_path)
     model, loading = transformers.SiglipVisionModel.from_pretrained(
@@ -99,7 +101,9 @@ def test_siglip_gives_the_same_features(positions, tmp_path):
 
 
 def test_the_image_processor_prepares_as_in_training(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="pip install '.[interop]'"
+    )
     torch_vit.save_siglip(make_encoder(), tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     picture = np.random.default_rng(0).integers(256, size=(16, 16, 3))
@@ -116,7 +120,7 @@ def test_the_image_processor_prepares_as_in_training(tmp_path):
     "kwargs", [{}, {"patch_size": (4, 8), "image_size": (16, 24)}]
 )
 def test_timm_gives_the_same_features(kwargs, tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="pip install '.[interop]'")
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed (pip install timm)")
     encoder = make_encoder(**kwargs)

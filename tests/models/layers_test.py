@@ -67,7 +67,7 @@ def test_contract_of_attention(use_bias, tmp_path):
     layer, _ = check_layer(
         MultiHeadAttention,
         {"hidden_dim": 8, "num_heads": 2, "use_bias": use_bias},
-        [array(2, 5, 8), array(2, 7, 2, 4), array(2, 7, 2, 4, seed=1)],
+        [array(2, 5, 8), array(2, 2, 7, 4), array(2, 2, 7, 4, seed=1)],
         (2, 5, 8),
         tmp_path,
         build_shapes=((None, 5, 8), (None, 7, 6)),

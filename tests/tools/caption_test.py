@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def tool():
 
 def _run(tool, capsys, *arguments):
     flags.FLAGS.unparse_flags()
-    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, "sampler"):
+    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, "sampler", "format"):
         flags.FLAGS[name].unparse()
     rest = flags.FLAGS(["caption.py", *arguments])
     code = tool.main(rest)
@@ -106,6 +107,44 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     assert row["caption"] == tokenizer.detokenize(tokens)[0]
 
 
+def test_the_bar_moves_with_each_image(tool, capsys, run_folder, pictures):
+    _, out, err = _run(
+        tool, capsys, f"--checkpoint={run_folder}", str(pictures)
+    )
+    for done in range(1, 5):
+        assert f"{done}/4 [" in err
+    assert tool._batch_size(3) == 1 and tool._batch_size(1000) == 32
+
+
+def test_any_file_name(tool, capsys, run_folder, pictures, tmp_path):
+    """In UTF-8 or not: the others are captioned, too."""
+    names = ["写真.png", os.fsdecode(b"caf\xe9.png"), "z.png"]
+    for name in names:
+        shutil.copy(pictures / "a.png", tmp_path / name)
+    code, out, _ = _run(
+        tool,
+        capsys,
+        f"--checkpoint={run_folder}",
+        "--format=jsonl",
+        "--sampler=random",
+        *[str(tmp_path / name) for name in names],
+    )
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [os.path.basename(row["image"]) for row in rows] == names
+
+
+def test_a_prefix_is_taken_whole_or_not_at_all(
+    tool, capsys, run_folder, pictures
+):
+    given = (f"--checkpoint={run_folder}", str(pictures / "a.png"))
+    with pytest.raises(SystemExit, match="leave room for eos.* 9 tokens of"):
+        _run(tool, capsys, *given, f"--prefix={'red ' * 9}")
+    _, out, err = _run(tool, capsys, *given, "--prefix=Red 犬 blue")
+    assert "no piece for '犬'" in err and "'red'" not in err
+    assert "red" in out
+
+
 def test_table_has_a_line_per_picture(tool, capsys, run_folder, pictures):
     code, out, err = _run(
         tool,
@@ -124,7 +163,7 @@ def test_nothing_to_caption(tool, capsys, run_folder, tmp_path):
         tool, capsys, f"--checkpoint={run_folder}", str(tmp_path)
     )
     assert code == 2 and "Nothing to caption" in err
-    with pytest.raises(SystemExit, match="--checkpoint: `workdir` must be"):
+    with pytest.raises(SystemExit, match="--checkpoint=.*: `workdir` must be"):
         _run(tool, capsys, f"--checkpoint={tmp_path}", "a.png")
 
 

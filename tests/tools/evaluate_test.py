@@ -105,7 +105,7 @@ def test_what_is_not_defined_is_null(tmp_path):
     path = tmp_path / "found.json"
     needed = ["--task=caption", "--checkpoint=none", "--data=none"]
     flag_values(["evaluate", *needed, f"--output={path}"])
-    evaluate.write_report(report, flag_values)
+    evaluate.write_report(report, flag_values, str(path))
 
     def strict(text):
         return json.loads(text, parse_constant=pytest.fail)
@@ -207,7 +207,7 @@ def test_zero_shot_of_a_run(run_folder, colours, capsys):
 
 
 def test_captions_leave_their_rows_and_sheets(run_folder, colours, monkeypatch):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     # METEOR takes many seconds to start.
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     report = run(

@@ -7,7 +7,7 @@ from absl import flags
 
 from tools import export
 
-pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 
 def _export(*arguments):

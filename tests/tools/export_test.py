@@ -1,6 +1,7 @@
 """tools/export.py: from a run's folder to what others open."""
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -63,10 +64,47 @@ def test_another_size_at_export_or_on_load(run_folder, tmp_path):
     np.testing.assert_array_equal(first["encoded"], second["encoded"])
 
 
+def test_parents_of_the_output_are_made(run_folder, tmp_path):
+    path = tmp_path / "new" / "folder" / "encoder.keras"
+    run(what="backbone", checkpoint=run_folder, output=path)
+    assert [p.name for p in path.parent.iterdir()] == ["encoder.keras"]
+
+
+@pytest.mark.parametrize(
+    ("what", "package", "extra"),
+    [
+        ("siglip", "safetensors", "interop"),
+        ("timm", "safetensors", "interop"),
+        ("saved_model", "tensorflow_serving", "serving"),
+    ],
+)
+def test_a_missing_extra_is_found_first(
+    what, package, extra, tmp_path, monkeypatch
+):
+    """Before the checkpoint is read, and nothing is left behind."""
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"needs {package}: pip install 'cappa-tf\\[{extra}\\]'"
+    with pytest.raises(ImportError, match=message):
+        run(what=what, checkpoint="nowhere", output=tmp_path / "new" / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["backbone", "timm"])
+def test_what_cannot_be_written_is_found_first(what, tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder.keras"
+    file.write_text("")
+    folder.mkdir()
+    wrong = {"backbone": folder, "timm": file}[what]
+    with pytest.raises(ValueError, match=f"--output must be a .*{wrong}"):
+        run(what=what, checkpoint="nowhere", output=wrong)
+    with pytest.raises(ValueError, match="folder that can be written to"):
+        run(what=what, checkpoint="nowhere", output=file / "x.keras")
+
+
 @pytest.mark.parametrize("what", ["siglip", "timm"])
 def test_folders_for_pytorch(what, run_folder, tmp_path):
     safetensors = pytest.importorskip(
-        "safetensors.numpy", reason="needs pip install '.[interop]'"
+        "safetensors.numpy", reason="pip install '.[interop]'"
     )
     folder = tmp_path / what
     encoder = tmp_path / "encoder.keras"

@@ -204,7 +204,7 @@ def test_killed_between_two_steps(run, photos, tmp_path, step):
 def test_killed_in_the_middle_of_a_shard(run, photos, tmp_path, runner):
     more = ["--num_shards=1", "--workers=1"]
     if runner:
-        pytest.importorskip("apache_beam", reason="needs the extra 'beam'")
+        pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
         more.append(f"--runner={runner}")
     output = tmp_path / "out"
     # A pipe in place of a picture: the reader waits until it is written.
@@ -233,7 +233,7 @@ def test_killed_in_the_middle_of_a_shard(run, photos, tmp_path, runner):
 
 
 def test_beam_gives_the_same_data_set_and_report(run, photos, tmp_path, capsys):
-    pytest.importorskip("apache_beam", reason="needs the extra 'beam'")
+    pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
     run(f"--input={photos}", f"--output={tmp_path / 'here'}", "--name=d")
     here = capsys.readouterr().out
     beam = ["--runner=DirectRunner", "--", "--direct_num_workers=2"]

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-pytest.importorskip("tensorflow_serving", reason="needs tensorflow-serving-api")
+pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 import serving
 
@@ -235,7 +235,7 @@ def _post(served, body):
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as file:
-            return json.load(file)
+            return json.load(file, parse_constant=pytest.fail)
     except urllib.error.HTTPError as error:
         return json.load(error)
 

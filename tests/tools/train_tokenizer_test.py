@@ -71,6 +71,32 @@ def test_vocabulary_of_a_text_file(run, data, tmp_path, capsys):
     assert f"no more than {made.vocabulary_size} pieces" in printed
 
 
+def test_lines_that_are_left_out_are_named(run, tmp_path, capsys):
+    text, output = tmp_path / "lines.txt", tmp_path / "x.model"
+    lines = ["z" * 4193, "", "caf\udce9", "a \u2585 b"]
+    bad = "\n".join(lines).encode(errors="surrogateescape")
+    text.write_bytes(b"a red dog\na blue cat\n" * 4 + bad)
+    named = (
+        "1 longer than 4192 bytes (line 9: 'zzz",
+        "1 empty (line 10)",
+        "1 not UTF-8 (line 11: 'caf",
+        "1 with the reserved character \u2585 (line 12: 'a ",
+    )
+    given = (f"--text={text}", f"--output={output}", "--vocabulary_size=20")
+    run(*given)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in named)
+    made = tokenizer.Tokenizer(output)
+    assert tokenizer.UNKNOWN_ID in made("z").numpy()
+    output.unlink()
+    text.write_bytes(bad)
+    with pytest.raises(SystemExit) as error:
+        run(*given)
+    assert str(error.value).startswith("train_tokenizer: No line can be used.")
+    assert "(line 1: 'zzz" in str(error.value)
+    assert not output.exists()
+
+
 def test_vocabulary_of_what_training_reads(run, tmp_path):
     """With the gin files of tools/train.py: here, webdataset shards."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
@@ -99,7 +125,7 @@ def test_refusals_name_the_cause(run, tmp_path):
     text.write_text("\n")
     with pytest.raises(SystemExit, match="--text needs --output"):
         run(f"--text={text}")
-    with pytest.raises(SystemExit, match="one non-empty caption"):
+    with pytest.raises(SystemExit, match=r"Left out: 1 empty \(line 1\)"):
         run(f"--text={text}", f"--output={tmp_path / 'x'}")
     with pytest.raises(SystemExit, match="one of --data, --text"):
         run(f"--text={text}", f"--data={tmp_path}")

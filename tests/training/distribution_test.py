@@ -1,6 +1,7 @@
 """Devices are found, or refused with what was found."""
 
 import json
+import re
 
 import pytest
 import tensorflow as tf
@@ -110,6 +111,67 @@ def test_auto_takes_the_first_that_is_there(monkeypatch):
     assert choice() == "tpu"
     monkeypatch.setenv("TF_CONFIG", _tf_config())
     assert choice() == "multi_worker"
+
+
+@pytest.mark.parametrize(
+    "capabilities, built, compiled, said",
+    [
+        ([], ["sm_60", "compute_90"], False, ""),
+        ([(8, 9)], ["sm_60", "compute_90"], True, ""),
+        ([(9, 0), (9, 0)], ["sm_60", "compute_90"], True, ""),
+        (
+            [(10, 0)],
+            ["sm_60", "compute_90"],
+            False,
+            "GPU 10.0 has .* 10.0.* 9.0",
+        ),
+        ([(9, 0), (12, 0)], ["sm_90a"], False, "GPU 12.0 has .* 12.0.* 9.0"),
+        # A TensorFlow that knows them, and one that does not tell.
+        ([(12, 0)], ["sm_80", "sm_120a"], True, ""),
+        ([(12, 1)], ["sm_80", "compute_120"], True, ""),
+        ([(9, 0)], None, True, ""),
+        ([None], ["sm_80"], True, ""),
+    ],
+)
+def test_xla_is_left_off_where_it_would_end_the_process(
+    monkeypatch, caplog, capabilities, built, compiled, said
+):
+    """The devices are made up: as TensorFlow describes them."""
+
+    def details(device):
+        found = capabilities[int(device.name.rpartition(":")[2])]
+        if found is None:
+            return {}
+        name = "GPU {}.{}".format(*found)
+        return {"compute_capability": found, "device_name": name}
+
+    devices = [
+        tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU")
+        for i in range(len(capabilities))
+    ]
+    monkeypatch.setattr(
+        tf.config,
+        "get_visible_devices",
+        lambda kind: devices if kind == "GPU" else [],
+    )
+    monkeypatch.setattr(
+        distribution,
+        "_names",
+        lambda kind: [d.name for d in devices] if kind == "GPU" else [],
+    )
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
+    info = {} if built is None else {"cuda_compute_capabilities": built}
+    monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: info)
+    with caplog.at_level("WARNING", logger="absl"):
+        assert distribution.use_xla("auto") is compiled
+        assert distribution.use_xla(False) is False
+        assert re.search(said, caplog.text)
+        assert bool(caplog.text) is bool(said)
+        # Asked for, it is tried; but the reason stands above what may come.
+        caplog.clear()
+        assert distribution.use_xla(True) is True
+        assert re.search(said, caplog.text)
+        assert bool(caplog.text) is bool(said)
 
 
 def test_several_workers_come_before_anything_else_has_run(monkeypatch):

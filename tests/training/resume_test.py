@@ -18,18 +18,47 @@ def data(tmp_path_factory):
     return folder
 
 
-def _start(data, folder):
+def _start(data, folder, name=""):
     return processes.Process(
-        small_run.plain_run, data, folder, log=f"{folder}.txt"
+        small_run.plain_run, data, folder, log=f"{folder}{name}.txt"
     )
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory):
+def rivals(data, tmp_path_factory):
+    """Three runs on one folder: two started together, one much later.
+
+    Returns the folder; the run that went to its end; the others.
+    """
     folder = str(tmp_path_factory.mktemp("whole") / "run")
-    process = _start(data, folder)
-    assert process.wait() == 0, process.output
-    return folder
+    pair = [_start(data, folder, f"-{i}") for i in range(2)]
+    has_come = _after_steps(1, 0.0)(folder)
+    while all(p.running for p in pair) or not has_come():
+        time.sleep(0.05)
+        assert any(p.running for p in pair), [p.output for p in pair]
+    first, second = sorted(pair, key=lambda p: not p.running)
+    late = _start(data, folder, "-late")
+    for process in (late, second, first):
+        process.wait()
+    return folder, first, (second, late)
+
+
+@pytest.fixture
+def uninterrupted(rivals):
+    return rivals[0]
+
+
+def test_a_folder_has_one_run_at_a_time(rivals):
+    folder, first, others = rivals
+    assert first.wait() == 0, first.output
+    for process in others:
+        assert process.wait() == 1
+        last = process.output.splitlines()[-1]
+        assert "WorkdirInUseError: `workdir` must be of one run" in last
+        assert f"process {first.pid} on host {os.uname().nodename}" in last
+        # Nothing of the data was opened.
+        assert "decoding" not in process.output
+    assert "run.lock" not in os.listdir(folder)
 
 
 def _after_steps(count, delay):

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import sys
 
 import keras
 import numpy as np
@@ -207,6 +208,13 @@ def test_vocabulary_of_another_run_is_refused(finished, folder, tmp_path):
     model = tiny.make_model(size)
     with pytest.raises(ValueError, match="started with another vocabulary"):
         workdir_module.describe_run(finished[0], model, data)
+
+
+def test_missing_packages_are_found_at_the_start(folder, monkeypatch):
+    """Not when the run ends and wants its figures."""
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    with pytest.raises(ImportError, match="pip install"):
+        tiny.run(folder, workdir="nowhere", caption_metrics=True)
 
 
 def test_folder_that_cannot_be_written_is_refused(folder, tmp_path):

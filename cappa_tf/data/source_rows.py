@@ -1,0 +1,313 @@
+"""Rows of tables of captioned images, checked as they are listed.
+
+A table gives records, dicts from column to value; columns have many names:
+
+    image     image, file_name, filename, filepath, ...: `IMAGE_COLUMNS`
+    caption   caption, captions, text, title, ...: `CAPTION_COLUMNS`
+    key, split, label, class_name
+
+Rows of one key (by default the path of the image) are put together.
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+import re
+
+from cappa_tf.data import text
+
+# The first that a record has is taken.
+IMAGE_COLUMNS = (
+    "image",
+    "file_name",
+    "filename",
+    "image_path",
+    "filepath",
+    "file_path",
+    "image_name",
+    "image_file",
+    "img",
+    "path",
+    "file",
+)
+CAPTION_COLUMNS = (
+    "captions",
+    "caption",
+    "text",
+    "title",
+    "sentences",
+    "sentence",
+    "comment",
+    "description",
+    "txt",
+)
+MALFORMED = "malformed row"
+_INT64 = 1 << 63
+
+
+@dataclasses.dataclass
+class Row:
+    """One image as the source lists it; the image is not looked at yet.
+
+    Attributes:
+        key: Unique name: the path as the source gives it, unless it has a key.
+        path: The image file, or the Parquet file that holds it.
+        captions: As given.
+        split: As given, or None.
+        label: Integer, class name, or None.
+        class_name: What an integer label stands for, or None.
+        cell: Where in the Parquet file, see `parquet_tables.read_cell`, or
+            None.
+        refused: (reason, name) of each caption that the listing left out.
+    """
+
+    key: str
+    path: str
+    captions: list[str]
+    split: str | None = None
+    label: int | str | None = None
+    class_name: str | None = None
+    cell: list | None = None
+    refused: list = dataclasses.field(default_factory=list)
+
+
+class Skipped:
+    """What was left out: counts by reason, and a line for each.
+
+    Attributes:
+        counts: A `collections.Counter` by reason.
+        lines: "reason<tab>name" in the order of the source.
+    """
+
+    def __init__(self):
+        self.counts = collections.Counter()
+        self.lines = []
+
+    def add(self, reason, name):
+        """Notes one thing that was left out."""
+        self.counts[reason] += 1
+        self.lines.append(f"{reason}\t{name}")
+
+    def names(self, most):
+        """Reason -> the first `most` names, printable."""
+        found = {reason: [] for reason in self.counts}
+        for line in self.lines:
+            reason, _, name = line.partition("\t")
+            if len(found[reason]) < most:
+                found[reason].append(text.printable(name))
+        return found
+
+    def __str__(self):
+        """Counts with the first names of each reason, in one line."""
+        names = self.names(3)
+        return "; ".join(
+            f"{count} x {reason} ({'; '.join(names[reason])}"
+            + ("; ...)" if count > 3 else ")")
+            for reason, count in self.counts.most_common()
+        )
+
+
+class RowCollector:
+    """Puts the records of one or several tables together to rows.
+
+    Args:
+        skipped: A `Skipped` that takes malformed records.
+    """
+
+    def __init__(self, skipped):
+        self._skipped = skipped
+        self._rows = {}
+        self._places = {}  # key -> where its label is
+
+    def refuse(self, place, error):
+        """Notes a record that is not understood."""
+        self._skipped.add(MALFORMED, f"{place}: {error}")
+
+    def add(self, record, root, place, below="", split=None):
+        """Takes one record.
+
+        Args:
+            record: A dict from column to value.
+            root: Folder of the source.
+            place: "captions.csv:7", to name the record by.
+            below: Folder of the table below `root`; its paths are relative to
+                that.
+            split: The split where the record has none.
+        """
+        try:
+            row = make_row(record, root, place, below)
+            row.split = row.split or split
+            self._merge(row, place)
+        except (ValueError, TypeError) as error:
+            self.refuse(place, error)
+
+    def rows(self):
+        """The `Row`s, in order, with labels of one kind."""
+        kinds = collections.Counter(
+            type(row.label)
+            for row in self._rows.values()
+            if row.label is not None
+        )
+        if len(kinds) < 2:
+            return list(self._rows.values())
+        (kind, _), (other, _) = kinds.most_common()
+        names = {int: "a number", str: "a word"}
+        rows = []
+        for key, row in self._rows.items():
+            if row.label is not None and type(row.label) is other:
+                self.refuse(
+                    self._places[key],
+                    f"'label' is {names[other]}, {row.label!r}, where most "
+                    f"are {names[kind]}",
+                )
+            else:
+                rows.append(row)
+        return rows
+
+    def _merge(self, row, place):
+        known = self._rows.get(row.key)
+        if known is None:
+            self._rows[row.key] = row
+        else:
+            if (known.path, known.cell) != (row.path, row.cell):
+                raise ValueError(f"'key' {row.key!r} is that of another image")
+            for name in ("split", "label", "class_name"):
+                old, new = getattr(known, name), getattr(row, name)
+                if None not in (old, new) and old != new:
+                    raise ValueError(
+                        f"{name!r} is {new!r}, but {old!r} in another row of "
+                        "this image"
+                    )
+            for name in ("split", "label", "class_name"):
+                if getattr(known, name) is None:
+                    setattr(known, name, getattr(row, name))
+            known.captions += row.captions
+            known.refused += row.refused
+        if row.label is not None:
+            self._places.setdefault(row.key, place)
+
+
+@functools.lru_cache(maxsize=1024)
+def column(name):
+    """The name of a column as it is looked for: "File name" is file_name."""
+    return re.sub(r"[\s-]+", "_", str(name).strip().lower())
+
+
+def make_row(record, root, place, below=""):
+    """A `Row` of a record.
+
+    Args:
+        record: A dict from column to value.
+        root: Folder of the source, which keys are relative to.
+        place: Names the record where one of its captions is left out.
+        below: Folder below `root` that the image's path is relative to.
+
+    Returns:
+        The `Row`.
+
+    Raises:
+        ValueError: A value is not what it should be.
+    """
+    record = {column(name): value for name, value in record.items()}
+    image = _first(record, IMAGE_COLUMNS)
+    cell = record.get("cell")
+    if isinstance(image, str):
+        image = image.strip()
+    elif image is not None:
+        raise ValueError(f"the image is {_what(image)}, not a path")
+    if not image:
+        raise ValueError("no 'image' (or 'file_name', 'filepath', ...)")
+    if below and "://" not in image:
+        image = os.path.join(below, image)
+    key = record.get("key")
+    if type(key) not in (int, str, type(None)):
+        raise ValueError(f"'key' is {_what(key)}")
+    key = image if key in (None, "") else str(key)
+    label = _label(record.get("label"))
+    split, class_name = (
+        _word(record, name) for name in ("split", "class_name")
+    )
+    names = f"{image} {key} {label} {split} {class_name}"
+    if not text.is_text(names):
+        raise ValueError(f"not UTF-8: {text.printable(names)!r}")
+    captions, refused = _captions(_first(record, CAPTION_COLUMNS), place)
+    return Row(
+        key=key,
+        path=_path(record, root, image),
+        captions=captions,
+        split=split,
+        label=label,
+        class_name=class_name,
+        cell=cell,
+        refused=refused,
+    )
+
+
+def _path(record, root, image):
+    if record.get("cell"):
+        return record["cell_file"]
+    return image if "://" in image else os.path.join(root, image)
+
+
+def _first(record, names):
+    for name in names:
+        value = record.get(name)
+        if value is not None:
+            return value
+    return None
+
+
+def _what(value):
+    """A value in words, for a message."""
+    names = {
+        bool: "a bool",
+        dict: "an object",
+        float: "a float",
+        int: "a number",
+        list: "a list",
+    }
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+    return f"{names.get(type(value), type(value).__name__)}, {shown}"
+
+
+def _word(record, name):
+    value = record.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name!r} is {_what(value)}")
+    return (value or "").strip() or None
+
+
+def _captions(value, place):
+    """Usable captions of a record, and (reason, name) of the others."""
+    if value is None:
+        return [], []
+    captions, refused = [], []
+    for caption in value if isinstance(value, list) else [value]:
+        if caption is None:
+            refused.append(("empty caption", place))
+        elif not isinstance(caption, str):
+            raise ValueError(f"a caption is {_what(caption)}")
+        elif not text.is_text(caption):
+            refused.append(("caption is not valid Unicode", place))
+        else:
+            captions.append(caption)
+    return captions, refused
+
+
+def _label(value):
+    """An int64, a class name, or None."""
+    if isinstance(value, str):
+        # A class name is one line of a list of names.
+        return " ".join(value.split()) or None
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise ValueError(f"'label' is {_what(value)}")
+    # -1 stands for none, in TFDS and in our records.
+    if not -1 <= value < _INT64:
+        raise ValueError(
+            f"'label' must be in [0, 2**63). Received: {str(value)[:40]}"
+        )
+    return None if value == -1 else value

@@ -1,0 +1,105 @@
+"""A photo that lies on its side is read upright, wherever it comes from."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from cappa_tf.data import (
+    img2dataset,
+    picture_files,
+    records,
+    tfds,
+    tfrecord,
+    webdataset,
+)
+from cappa_tf.data.decoding import RecordDecoder
+from cappa_tf.export import request_images
+
+H, W = 40, 64  # as it is stored
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A JPEG with orientation 6: dark at the top of what the sensor saw."""
+    random = np.random.RandomState(0)
+    pixels = random.randint(256, size=(3, 4, 3)).astype("uint8")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image = Image.fromarray(pixels).resize((W, H), Image.Resampling.BICUBIC)
+    image.save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sources(photo, tmp_path_factory):
+    """The photo in a tar, in TFRecords of other names, in TFDS and prepared."""
+    folder = tmp_path_factory.mktemp("photo")
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for name, content in (("1.jfif", photo), ("1.txt", b"a caption")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    values = {"jpg": photo, "txt": b"a caption", "key": b"k"}
+    feature = {
+        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        for name, value in values.items()
+    }
+    example = tf.train.Example(features=tf.train.Features(feature=feature))
+    with tf.io.TFRecordWriter(str(folder / "train-0.tfrecord")) as writer:
+        writer.write(example.SerializeToString())
+    found = {
+        "tar": webdataset.WebDataset(folder),
+        "tfrecord": img2dataset.TFRecords(folder),
+    }
+    for name, content in (
+        ("as it is", photo),
+        ("prepared", picture_files.check(photo)),
+    ):
+        examples = [tfrecord.Example("k", content, ["a caption"])]
+        path = folder / name.replace(" ", "_")
+        tfrecord.write_dataset({"train": examples}, path, "d")
+        found[name] = records.PreparedData(path)
+        if name == "as it is":
+            found["tfds"] = tfds.TFDS(
+                path, image="image/encoded", captions="captions"
+            )
+    return found
+
+
+def _decoder(records=tfrecord):
+    return RecordDecoder(
+        (W, H), "squash", None, False, 10_000, 1, None, True, records=records
+    )
+
+
+@pytest.fixture(scope="module")
+def requested(photo):
+    """What a server makes of it."""
+    pixels, errors = request_images.decode_request(
+        tf.constant([photo]), _decoder()
+    )
+    assert errors.numpy().tolist() == [b""]
+    return pixels[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "name", ["tar", "tfrecord", "as it is", "tfds", "prepared"]
+)
+def test_read_upright(photo, sources, requested, name):
+    split = sources[name].split("train")
+    batches = _decoder(split).batches(
+        split.read(tf.constant(0, tf.int64), 0, 1).enumerate(), 1
+    )
+    (batch,) = batches.as_numpy_iterator()
+    assert batch["ok"].all()
+    upright = np.rot90(tf.io.decode_jpeg(photo), 3)
+    np.testing.assert_array_equal(requested, upright)
+    difference = batch["image"][0].astype(int) - upright
+    # Prepared, it has been a JPEG once more.
+    assert np.abs(difference).max() <= (24 if name == "prepared" else 0)
+    assert np.abs(difference).mean() < 4
