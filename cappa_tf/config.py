@@ -17,6 +17,7 @@ import functools
 import importlib.util  # noqa: F401  (gin's file search uses it unimported)
 import os
 import pathlib
+import tokenize
 
 import gin
 from absl import flags
@@ -218,7 +219,7 @@ def _parse_file(path):
             f"--gin_file={path}: {error} Shipped are {_shipped()}."
         ) from None
     except Exception as error:
-        raise ConfigError(f"--gin_file={path}: {error}") from error
+        raise ConfigError(f"--gin_file={path}: {_reason(error)}") from error
 
 
 def _parse_param(param):
@@ -234,14 +235,22 @@ def _parse_param(param):
         if "." not in name:
             return (name, "gin.macro")
         return gin.config.ParsedBindingKey.parse(name).config_key
-    except SyntaxError as error:
+    except (SyntaxError, tokenize.TokenError) as error:
         raise ConfigError(
             f"--gin_param={param}: values are Python literals, so strings "
             f"need quotes inside the quotes: --gin_param=\"{name}='...'\". "
-            f"({error})"
+            f"({_reason(error)})"
         ) from None
     except Exception as error:
         raise ConfigError(f"--gin_param={param}: {error}") from error
+
+
+def _reason(error):
+    """What gin's parser says, with the line."""
+    if isinstance(error, tokenize.TokenError):  # From Python 3.12 on.
+        reason, (line, _) = error.args
+        return f"{reason} (line {line})"
+    return str(error)
 
 
 # -- Checks --------------------------------------------------------------------

@@ -388,14 +388,14 @@ def test_names_that_are_not_utf8_are_named(folder):
     pictures = picture_files.find_pictures([str(folder)])
     assert len(pictures) == 4
     (bad,) = [p for p in pictures if "caf" in p and "/1.jpg" not in p]
-    with pytest.raises(picture_files.UnusableError, match="not valid Unicode"):
-        picture_files.read(bad)
+    # Shown alone it is read: only the name of a record must be text.
+    assert picture_files.read(bad)
     with pytest.raises(ValueError, match="name of the input must be UTF-8"):
         read(os.fsdecode(name))
 
 
 def parquet(path, **columns):
-    pa = pytest.importorskip("pyarrow", reason="needs the extra 'parquet'")
+    pa = pytest.importorskip("pyarrow", reason="pip install '.[parquet]'")
     from pyarrow import parquet
 
     parquet.write_table(pa.table(columns), path, row_group_size=2)
