@@ -75,7 +75,8 @@ def seed_generator(name):
     Not at a random one: that would be drawn from what decides the initial
     weights, which then depended on whether a layer drops.
     """
-    return keras.random.SeedGenerator(salt_of(name))
+    # PyTorch's backend keeps the state in 32 signed bits.
+    return keras.random.SeedGenerator(salt_of(name) % 2**31)
 
 
 def next_seeds(generator, batch_size):

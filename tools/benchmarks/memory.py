@@ -146,7 +146,7 @@ def measure_step(
         precision=precision,
     )
     labels = tf.random.stateless_uniform(
-        [images, length], (0, 1), 1, vocabulary_size, tf.int32
+        [images, 1, length], (0, 1), 1, vocabulary_size, tf.int32
     )
     shape = [images, image_size, image_size, 3]
     batch = {
@@ -158,7 +158,7 @@ def measure_step(
     loop = step.TrainLoop(strategy, model, optimizer, images)
     # Not from the end of the first step on: TensorFlow keeps what that took.
     before = _resident_bytes("VmRSS")
-    loss = sum(v for k, v in loop(stream, 1)[0].items() if k.endswith("/loss"))
+    loss, examples = loop(stream, 1)[0].figures["loss"]
     start = time.perf_counter()
     loop(stream, 1)
     seconds = time.perf_counter() - start
@@ -168,7 +168,7 @@ def measure_step(
         "bytes": peak,
         "estimate": parts["gradients"] + parts["activations"],
         "seconds": seconds,
-        "loss": loss / images,
+        "loss": loss / examples,
     }
 
 
