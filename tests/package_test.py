@@ -1,6 +1,7 @@
 """The package: cheap to import, bounded dependencies, all of it listed."""
 
 import ast
+import graphlib
 import pathlib
 import re
 import subprocess
@@ -49,6 +50,29 @@ def test_every_public_name_is_there(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="captoiner"):
         _ = cappa_tf.captoiner
+
+
+def test_imports_go_down_only():
+    """No circle among folders; data and models stand on the ground alone."""
+    package = ROOT / "cappa_tf"
+    below = {}
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        imported = below.setdefault(part, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                first, _, rest = name.partition(".")
+                other = rest.partition(".")[0]
+                if first == "cappa_tf" and other != part:
+                    imported.add(other)
+    graphlib.TopologicalSorter(below).prepare()
+    ground = {part for part, imported in below.items() if not imported}
+    assert below["data"] | below["models"] <= ground
 
 
 def test_every_dependency_is_bounded_on_both_sides():
