@@ -133,6 +133,15 @@ def test_an_unclosed_quote_costs_its_own_row(folder):
     assert lines[0].endswith("a quote is not closed")
 
 
+def test_an_unclosed_quote_does_not_end_at_that_of_a_later_row(folder):
+    """Rows between two stray quotes are not the text of one caption."""
+    rows = ['0.jpg,"never closed', "1.jpg,plain", '2.jpg,ends so"']
+    write(folder / "captions.csv", "\n".join(["image,caption", *rows]) + "\n")
+    found, lines = captions(folder)
+    assert found == {"1.jpg": ["plain"], "2.jpg": ['ends so"']}
+    assert lines == ["malformed row\tcaptions.csv:2: a quote is not closed"]
+
+
 @pytest.mark.parametrize("quote", ['"', ""])
 def test_an_endless_field_is_named(folder, quote):
     row = f"0.jpg,{quote}{'x' * 140_000}\n"
