@@ -94,15 +94,10 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
     wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
     wanted = tf.cast(wanted, tf.int32)
     functions = _decoders(others)
-    image = tf.switch_case(
-        jpeg.sort(encoded),
-        [
-            lambda: _decode_plain_jpeg(
-                encoded, max_pixels, limit, wanted, functions
-            ),
-            lambda: functions["jpeg"](encoded, limit, wanted),
-            lambda: functions["any"](encoded, limit),
-        ],
+    image = tf.cond(
+        jpeg.is_jpeg(encoded),
+        lambda: _decode_jpeg(encoded, limit, wanted, functions["jpeg"]),
+        lambda: _alone(functions["any"], encoded, limit),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -165,17 +160,33 @@ def to_model_range(image):
     return tf.cast(image, tf.float32) / 127.5 - 1.0
 
 
-def _decode_plain_jpeg(encoded, max_pixels, limit, at_least, functions):
-    """JPEG without segments to look at; they could only be those of CMYK."""
+def _decode_jpeg(encoded, limit, at_least, decode_with_segments):
+    """A JPEG; one with segments to look at, or in CMYK, by the function."""
     found = jpeg.shape(encoded)
-    if max_pixels is not None:
-        encoded = _check(encoded, found[0] * found[1], limit)
+    encoded = _check(encoded, found[0] * found[1], limit)
+    is_plain = jpeg.is_plain(encoded) & (found[2] != 4)
     return jpeg.decode_scaled(
         encoded,
         found[:2],
         at_least,
-        (found[2] == 4, lambda: functions["jpeg"](encoded, limit, at_least)),
+        (
+            ~is_plain,
+            lambda: decode_with_segments(encoded, limit, at_least),
+        ),
     )
+
+
+def _alone(function, *arguments):
+    """Calls a function that few files need.
+
+    A branch of a graph is passed through, operation by operation, also when
+    it is not taken. A data set of one element keeps this one out of the graph
+    of the others; where it is taken it costs milliseconds.
+    """
+    if tf.executing_eagerly():
+        return function(*arguments)
+    one = tf.data.Dataset.from_tensors(arguments).map(function)
+    return one.get_single_element()
 
 
 def _check(encoded, pixels, limit):
@@ -190,9 +201,7 @@ def _check(encoded, pixels, limit):
 def _apart(*signature):
     """A function of a graph that is called and not copied into its callers.
 
-    A branch of a graph is passed through, operation by operation, also when
-    it is not taken: what only some files need would add half a JPEG's time to
-    each one. It is also traced only once, which eager calls need.
+    It is traced only once, whatever graphs call it, which eager calls need.
     """
     return functools.partial(
         tf.function,

@@ -22,28 +22,21 @@ FULL_SIZE = 2**31 - 1
 _ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 
 
-PLAIN, WITH_SEGMENTS, OTHER = range(3)
+def is_jpeg(encoded):
+    """Scalar bool: whether a file begins like a JPEG."""
+    return tf.strings.substr(encoded, 0, len(_MAGIC)) == _MAGIC
 
 
-def sort(encoded):
-    """Whether a file is a JPEG, and one without any segment to look at.
+def is_plain(encoded):
+    """Scalar bool: whether a JPEG is one without any segment to look at.
 
     Most of the files that programs write are: the price of all checks for
     these is this comparison.
-
-    Args:
-        encoded: Scalar string.
-
-    Returns:
-        Scalar int32: PLAIN, WITH_SEGMENTS or OTHER, which is no JPEG.
     """
-    end = _TABLES_AT + len(_TABLES)
-    head = tf.strings.substr(encoded, 0, end) + b"\0" * end
-    is_plain = (tf.strings.substr(head, 0, len(_JFIF)) == _JFIF) & (
-        tf.strings.substr(head, _TABLES_AT, len(_TABLES)) == _TABLES
-    )
-    is_jpeg = tf.strings.substr(head, 0, len(_MAGIC)) == _MAGIC
-    return tf.where(is_plain, PLAIN, tf.where(is_jpeg, WITH_SEGMENTS, OTHER))
+    begins = tf.strings.substr(encoded, 0, len(_JFIF)) == _JFIF
+    # A JPEG whose header could be read is longer than that.
+    tables = tf.strings.substr(encoded, _TABLES_AT, len(_TABLES)) == _TABLES
+    return begins & tables
 
 
 def shape(encoded):

@@ -157,7 +157,7 @@ def test_records_without_caption_are_bad_where_captions_are_wanted(tmp_path):
     )
     batch = next(dataset.evaluate(4).as_numpy_iterator())
     assert batch["_mask"].tolist() == [1, 0, 0, 1]
-    assert batch["labels"][:, 0].tolist() == [9, 0, 0, 4]
+    assert batch["labels"][:, 0, 0].tolist() == [9, 0, 0, 4]
     assert dataset.skipped == {"no caption": 2}
 
 
