@@ -79,9 +79,11 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
             before memory is taken for it. None for any.
         at_least: Least (height, width) wanted of a larger JPEG as it is after
             turning, two integers or a tensor of them; None for its full size.
-        others: Decodes what TensorFlow cannot: a function from the scalar
-            string and `max_pixels` (int64, -1 for any) to uint8 [h, w, 3].
-            None where there is no Python to do it.
+        others: Decodes what is neither JPEG nor PNG: a function from the
+            scalar string and `max_pixels` (int64, -1 for any) to uint8
+            [h, w, 3], as `picture_files.decode_other`. None where no Python
+            runs: GIF, BMP and WebP are then decoded in the graph, which makes
+            it several times as large, and what is left fails.
 
     Returns:
         uint8 [h, w, 3], or [w, h, 3] of a photo that lies on its side; of a
@@ -93,11 +95,21 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
     limit = tf.constant(_ANY if max_pixels is None else max_pixels, tf.int64)
     wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
     wanted = tf.cast(wanted, tf.int32)
-    functions = _decoders(others)
+    functions = _decoders()
+
+    def decode_png():
+        file = _check_pixels(encoded, png.size, limit)
+        return functions[png](file)
+
+    def decode_other():
+        if others is not None:
+            return others(encoded, limit)
+        return functions["others"](encoded, limit)
+
     image = tf.cond(
         jpeg.is_jpeg(encoded),
-        lambda: _decode_jpeg(encoded, limit, wanted, functions["jpeg"]),
-        lambda: _alone(functions["any"], encoded, limit),
+        lambda: _decode_jpeg(encoded, limit, wanted, functions[jpeg]),
+        lambda: tf.cond(png.is_png(encoded), decode_png, decode_other),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -163,7 +175,7 @@ def to_model_range(image):
 def _decode_jpeg(encoded, limit, at_least, decode_with_segments):
     """A JPEG; one with segments to look at, or in CMYK, by the function."""
     found = jpeg.shape(encoded)
-    encoded = _check(encoded, found[0] * found[1], limit)
+    encoded = _check_pixels(encoded, lambda _: found[:2], limit)
     is_plain = jpeg.is_plain(encoded) & (found[2] != 4)
     return jpeg.decode_scaled(
         encoded,
@@ -176,21 +188,9 @@ def _decode_jpeg(encoded, limit, at_least, decode_with_segments):
     )
 
 
-def _alone(function, *arguments):
-    """Calls a function that few files need.
-
-    A branch of a graph is passed through, operation by operation, also when
-    it is not taken. A data set of one element keeps this one out of the graph
-    of the others; where it is taken it costs milliseconds.
-    """
-    if tf.executing_eagerly():
-        return function(*arguments)
-    one = tf.data.Dataset.from_tensors(arguments).map(function)
-    return one.get_single_element()
-
-
-def _check(encoded, pixels, limit):
-    """`encoded`, if it has not too many pixels."""
+def _check_pixels(encoded, measure, limit):
+    """`encoded`, if the product of its `measure` is not above the limit."""
+    pixels = tf.reduce_prod(measure(encoded))
     check = tf.debugging.Assert(
         (pixels <= limit) | (limit == _ANY), ["more than", limit, "pixels"]
     )
@@ -270,40 +270,33 @@ def _header_functions():
 
 
 @functools.cache
-def _decoders(others):
-    """The decoders of all but plain JPEGs, see `decode`."""
+def _decoders():
+    """A decoder for each format, and one for all that Python may take over."""
 
     def decode_jpeg(encoded, limit, at_least):
-        encoded = _check(encoded, tf.reduce_prod(jpeg.size(encoded)), limit)
+        encoded = _check_pixels(encoded, jpeg.size, limit)
         return jpeg.decode(encoded, at_least)
 
-    functions = {"jpeg": _apart(_ENCODED, _LIMIT, _SIZE)(decode_jpeg)}
+    functions = {jpeg: _apart(_ENCODED, _LIMIT, _SIZE)(decode_jpeg)}
     for module in _MODULES[1:]:
         functions[module] = _apart(_ENCODED)(module.decode)
-    instead = _unknown if others is None else others
-    functions["others"] = _apart(_ENCODED, _LIMIT)(instead)
 
-    def decode_any(encoded, limit):
+    def decode_others(encoded, limit):
         is_known = image_formats.kind(encoded) != image_formats.OTHER
         encoded = tf.cond(
             is_known & (limit != _ANY),
-            lambda: _check(encoded, pixels_to_decode(encoded), limit),
+            lambda: _check_pixels(encoded, pixels_to_decode, limit),
             lambda: encoded,
         )
         return _by_kind(
             encoded,
-            _MODULES[1:],
+            _MODULES[2:],
             lambda module: functions[module](encoded),
-            lambda: functions["others"](encoded, limit),
+            lambda: _unknown_format(encoded, tf.zeros([1, 1, 3], tf.uint8)),
         )
 
-    functions["any"] = _apart(_ENCODED, _LIMIT)(decode_any)
+    functions["others"] = _apart(_ENCODED, _LIMIT)(decode_others)
     return functions
-
-
-def _unknown(encoded, limit):
-    del limit
-    return _unknown_format(encoded, tf.zeros([1, 1, 3], tf.uint8))
 
 
 def _unknown_format(encoded, value):

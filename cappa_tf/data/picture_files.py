@@ -152,7 +152,11 @@ def check(content, resize=None, min_side=1, max_pixels=None):
 
 
 def decode_other(encoded, max_pixels):
-    """Decodes in a graph, by Pillow, what TensorFlow does not.
+    """Decodes in a graph, by Python, what is neither JPEG nor PNG.
+
+    GIF, BMP and WebP as `images.decode` does without Python; the graph of an
+    input pipeline would be several times as large with their decoders in it,
+    and is instantiated for every chunk of records.
 
     Args:
         encoded: Scalar string tensor, an image file.
@@ -164,12 +168,17 @@ def decode_other(encoded, max_pixels):
     """
 
     def decode(encoded, max_pixels):
-        name = image_formats.kind_of_bytes(encoded)[1]
+        kind, name = image_formats.kind_of_bytes(encoded)
         limit = None if max_pixels < 0 else int(max_pixels)
         try:
+            if kind != image_formats.OTHER:
+                with tf.device("CPU:0"):
+                    return images.decode(encoded, limit).numpy()
             return np.array(_decode_other(encoded, name, None, 1, limit))
         except UnusableError as error:
             raise ValueError(error.reason) from None
+        except tf.errors.OpError as error:
+            raise ValueError(error.message) from None
 
     image = tf.numpy_function(decode, [encoded, max_pixels], tf.uint8)
     return tf.ensure_shape(image, [None, None, 3])

@@ -10,8 +10,14 @@ import tensorflow as tf
 
 from cappa_tf.data import image_bytes, orientation
 
-_FIRST_CHUNK = 8
+_MAGIC = b"\x89PNG\r\n\x1a\n"
+_FIRST_CHUNK = len(_MAGIC)
 _END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def is_png(encoded):
+    """Scalar bool: whether a file begins like a PNG."""
+    return tf.strings.substr(encoded, 0, len(_MAGIC)) == _MAGIC
 
 
 def size(encoded):
