@@ -13,19 +13,19 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "AdamW": "cappa_tf.training.optimizers",
-    "Adafactor": "cappa_tf.training.adafactor",
-    "CaptionDataset": "cappa_tf.data.pipeline",
+    "AdamW": "cappa_tf.training.optimizers.adamw",
+    "Adafactor": "cappa_tf.training.optimizers.adafactor",
+    "CaptionDataset": "cappa_tf.data.caption_dataset",
     "Captioner": "cappa_tf.models.captioner",
-    "Cosine": "cappa_tf.training.schedules",
-    "DatasetDescription": "cappa_tf.data.tfrecord",
+    "Cosine": "cappa_tf.training.optimizers.schedules",
+    "DatasetDescription": "cappa_tf.data.schema",
     "TextDecoder": "cappa_tf.models.text_decoder",
     "Tokenizer": "cappa_tf.data.tokenizer",
     "VisionEncoder": "cappa_tf.models.vision_encoder",
     "load_backbone": "cappa_tf.export.keras_backbone",
-    "train": "cappa_tf.training.trainer",
-    "variant": "cappa_tf.models.variants",
-    "write_dataset": "cappa_tf.data.tfrecord",
+    "train": "cappa_tf.training.train",
+    "variant": "cappa_tf.models.sizes",
+    "write_dataset": "cappa_tf.data.schema",
 }
 
 __all__ = ["__version__", *_PUBLIC]

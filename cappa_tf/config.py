@@ -2,7 +2,7 @@
 
 This is the only file that knows gin. The files under gin/ name what is built
 (dynamic registration: no decorators in the library) and bind one root
-function, `cappa_tf.training.trainer.train`:
+function, `cappa_tf.training.train.train`:
 
     parse(["gin/quickstart.gin"], ["TOTAL_STEPS=500"], workdir="runs/mine")
     run(on_start=save_config, on_first_step=save_operative_config)
@@ -15,19 +15,47 @@ nothing uses does nothing; and values have no types.
 
 import functools
 import importlib.util  # noqa: F401  (gin's file search uses it unimported)
+import io
 import os
 import pathlib
+import re
 import tokenize
 
 import gin
 from absl import flags
 
-from cappa_tf import signatures
+from cappa_tf import config_checks
 
-ROOT = "cappa_tf.training.trainer.train"
+ROOT = "cappa_tf.training.train.train"
 
 # gin has no public way to list bindings; the version is bounded for it.
 _BINDINGS = gin.config._CONFIG
+
+
+# Modules that files of version 0.1.0, a run's config.gin among them, import
+# from where they lay then, by the names that they have in bindings.
+_MOVED = {
+    "cappa_tf.data": {
+        "img2dataset": "sources.tfrecords",
+        "label_captions": "sources.class_captions",
+        "mixture": "sources.mixture",
+        "pipeline": "caption_dataset",
+        "records": "sources.prepared",
+        "scenes": "scenes.world",
+        "tfds": "sources.tfds_source",
+        "webdataset": "sources.webdataset",
+    },
+    "cappa_tf.evaluation": {
+        "compositional": "compositional.benchmarks",
+        "judgments": "human_judgments",
+    },
+    "cappa_tf.training": {
+        "adafactor": "optimizers.adafactor",
+        "optimizers": "optimizers.adamw",
+        "schedules": "optimizers.schedules",
+        "trainer": "train",
+    },
+}
 
 
 class ConfigError(ValueError):
@@ -130,7 +158,7 @@ def arguments(root=ROOT):
         (`model`, `optimizer`) is still to be called.
     """
     function = gin.config._REGISTRY[root].wrapped
-    named, _ = signatures.parameters(function)
+    named, _ = config_checks.parameters(function)
     defaults = {
         name: parameter.default
         for name, parameter in named.items()
@@ -211,6 +239,48 @@ def _shipped():
     return ", ".join(f"gin/{path.name}" for path in names)
 
 
+def _moved(text):
+    """A gin file with the modules that have moved by their new names."""
+    names = {}
+
+    def imported(found):
+        package, name = found.groups()
+        if name not in _MOVED.get(package, ()):
+            return found[0]
+        package, _, new = f"{package}.{_MOVED[package][name]}".rpartition(".")
+        names[name] = new
+        return f"from {package} import {new}"
+
+    text = re.sub(
+        r"^from (cappa_tf\.\w+) import (\w+)$", imported, text, flags=re.M
+    )
+    return _renamed(text, names)
+
+
+def _renamed(text, names):
+    """Bindings and references with other names of modules."""
+    # "scope/module.Class.argument = @scope/module.Class()"
+    return re.sub(
+        r"(^|@)((?:\w+/)*)(\w+)(?=\.)",
+        lambda m: m[1] + m[2] + names.get(m[3], m[3]),
+        text,
+        flags=re.M,
+    )
+
+
+class _GinFile(io.StringIO):
+    """A gin file as `_moved` gives it; gin names it in its messages."""
+
+    def __init__(self, path):
+        with open(path, encoding="utf-8") as file:
+            super().__init__(_moved(file.read()))
+        self.name = path
+
+
+# Before gin's own readers, so that included files are read by it, too.
+gin.config._FILE_READERS.insert(0, (_GinFile, os.path.isfile))
+
+
 def _parse_file(path):
     try:
         gin.parse_config_file(path)
@@ -224,6 +294,12 @@ def _parse_file(path):
 
 def _parse_param(param):
     """Parses one "NAME = VALUE"; returns the key of what it binds."""
+    names = {
+        old: new.rpartition(".")[2]
+        for moved in _MOVED.values()
+        for old, new in moved.items()
+    }
+    param = _renamed(param, names)
     name, equals, value = param.partition("=")
     name = name.strip()
     if not (name and equals and value.strip()):
@@ -284,7 +360,7 @@ def _no_effect(key, walk):
     """The message for a binding that nothing reads, with a guess."""
     scope, selector = key
     name = _key_name(key)
-    guess = signatures.guess(name, [_key_name(other) for other in walk.used])
+    guess = config_checks.guess(name, [_key_name(other) for other in walk.used])
     if selector == "gin.macro":
         return f"{name} is set, but nothing in this run reads it.{guess}"
     bound = f"{name} ({', '.join(_BINDINGS.get(key, ()))}) is bound"
@@ -375,12 +451,12 @@ class _Walk:
                     f"example --gin_param=\"{setting}='...'\".",
                     setting,
                 )
-                known[name] = signatures.UNKNOWN
+                known[name] = config_checks.UNKNOWN
             # What is built, or a tuple with parts that are.
             if any(gin.config.iterate_references({"": value})):
-                known[name] = signatures.UNKNOWN
+                known[name] = config_checks.UNKNOWN
         # What is only referenced may get arguments from its caller.
-        for problem in signatures.problems(
+        for problem in config_checks.problems(
             short, function, known, labels, complete=evaluated
         ):
             self._problem(problem)

@@ -255,3 +255,37 @@ def test_nothing_half_written_is_left(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == [
         "config.gin"
     ]
+
+
+@pytest.mark.parametrize("include", ["quickstart", "flickr8k"])
+def test_a_file_of_version_0_1_0_means_what_it_did(include, tmp_path):
+    """By the old places of its modules, on the command line, too."""
+    path = tmp_path / "mine.gin"
+    path.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from cappa_tf.data import pipeline\n"
+        "from cappa_tf.training import optimizers\n"
+        "from cappa_tf.training import trainer\n"
+        f"include 'gin/{include}.gin'\n"
+        "pipeline.CaptionDataset.num_readers = 3\n"
+        "train/pipeline.CaptionDataset.antialias = True\n"
+        "optimizers.AdamW.beta_2 = 0.5\n"
+        "trainer.train.train_data = @train/pipeline.CaptionDataset()\n"
+        "trainer.train.sheet_images = 7\n"
+        "DATA = 'data/pipeline.txt'\n"
+    )
+    params = [
+        "trainer.train.sample_images = 8",
+        "optimizers.AdamW.epsilon=0.25",
+    ]
+    config.parse([str(path)], params, workdir="w")
+    given = config.arguments()
+    assert (given["sheet_images"], given["sample_images"]) == (7, 8)
+    optimizer = given["optimizer"]()
+    assert (optimizer.epsilon, optimizer.beta_2) == (0.25, 0.5)
+    data = given["train_data"]
+    assert (data.num_readers, data.antialias, data.path) == (
+        3,
+        True,
+        "data/pipeline.txt",
+    )

@@ -11,7 +11,7 @@ import keras
 import pytest
 
 from cappa_tf import config
-from cappa_tf.models.variants import variant
+from cappa_tf.models.sizes import variant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNNABLE = sorted(f"gin/{path.name}" for path in ROOT.glob("gin/*.gin"))

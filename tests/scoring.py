@@ -8,7 +8,7 @@ import tiny
 from PIL import Image
 
 from cappa_tf.evaluation.scorer import Scorer
-from cappa_tf.training import workdir
+from cappa_tf.saving import run_folder
 
 PREPROCESSING = {
     "image_size": (16, 16),
@@ -94,8 +94,8 @@ def knowing_scorer(folder, prior=0.0, batch_size=4):
 def save_run(folder, vocabulary):
     """The folder of a run that has not learnt anything."""
     model, data = random_model(vocabulary), tiny.Data(vocabulary)
-    workdir.describe_run(str(folder), model, data)
-    workdir.save_captioner(str(folder), model)
+    run_folder.describe_run(str(folder), model, data)
+    run_folder.save_captioner(str(folder), model)
     return folder
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from cappa_tf.export import saved_model
-from cappa_tf.training import workdir
+from cappa_tf.saving import run_folder
 
 NAME = "tiny"
 UNBATCHED = "tiny-unbatched"
@@ -79,22 +79,22 @@ def write_run(folder):
             fan_in = np.prod(variable.shape[:-1])
             variable.assign(2.0 * draws / np.sqrt(fan_in))
     run = str(folder / "run")
-    workdir.open_workdir(run)
-    workdir.describe_run(run, model, data)
-    workdir.save_captioner(run, model)
+    run_folder.open_workdir(run)
+    run_folder.describe_run(run, model, data)
+    run_folder.save_captioner(run, model)
     return run
 
 
 def service(run, **options):
     """The `CaptionService` of a run."""
-    tokenizer, picture = workdir.load_preprocessing(run)
+    tokenizer, picture = run_folder.load_preprocessing(run)
     limits = {
         "max_batch_size": MAX_BATCH_SIZE,
         "max_texts": MAX_TEXTS,
         "max_pixels": MAX_PIXELS,
     }
     return saved_model.CaptionService(
-        workdir.load_captioner(run), tokenizer, picture, **limits | options
+        run_folder.load_captioner(run), tokenizer, picture, **limits | options
     )
 
 

@@ -7,16 +7,16 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from cappa_tf.data import tfrecord
-from cappa_tf.data.pipeline import CaptionDataset
+from cappa_tf.data import schema
+from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation.perplexity import Perplexity
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.training import run as run_module
-from cappa_tf.training.adafactor import Adafactor
-from cappa_tf.training.trainer import train
+from cappa_tf.training import trainer as run_module
+from cappa_tf.training.optimizers.adafactor import Adafactor
+from cappa_tf.training.train import train
 
 SIDE = 16
 LENGTH = 8
@@ -35,16 +35,14 @@ def _example(i):
     captions = [
         " ".join(words[: 1 + j % 2] * (1 + j)) for j in range(1 + i % 3)
     ]
-    return tfrecord.Example(
-        key=f"{i}", image=file.getvalue(), captions=captions
-    )
+    return schema.Example(key=f"{i}", image=file.getvalue(), captions=captions)
 
 
 def write_data(folder):
     """Writes 37 training and 11 evaluation examples, and a vocabulary."""
     splits = {"train": range(37), "val": range(100, 111)}
     examples = {k: [_example(i) for i in v] for k, v in splits.items()}
-    tfrecord.write_dataset(examples, folder, "small", 3)
+    schema.write_dataset(examples, folder, "small", 3)
     captions = [f"{a} {b}" for a in COLOURS for b in THINGS] * 2
     train_tokenizer(captions, os.path.join(folder, "tokenizer.model"), 40)
 

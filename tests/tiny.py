@@ -9,8 +9,8 @@ from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.training.adafactor import Adafactor
-from cappa_tf.training.trainer import train
+from cappa_tf.training.optimizers.adafactor import Adafactor
+from cappa_tf.training.train import train
 
 WORDS = ("red", "green", "blue", "circle", "square", "left", "above")
 LENGTH = 8

@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from cappa_tf import console
+from cappa_tf.utils import console
 from tools import benchmarks
 
 BENCHMARKS = {

@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
-from cappa_tf import console
+from cappa_tf.utils import console
 
 FLAGS = flags.FLAGS
 
@@ -150,17 +150,19 @@ def main(argv):
 def _caption_all(arguments):
     """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
-    from cappa_tf.data import picture_files
+    from cappa_tf.data.images import image_files
     from cappa_tf.evaluation import captioning, picture_captions
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
-    paths = picture_files.find_pictures(arguments)
+    paths = image_files.find_pictures(arguments)
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2
     with console.naming("checkpoint", FLAGS.checkpoint):
-        tokenizer, preprocessing = workdir.load_preprocessing(FLAGS.checkpoint)
-        captioner = workdir.load_captioner(FLAGS.checkpoint, FLAGS.weights)
+        tokenizer, preprocessing = run_folder.load_preprocessing(
+            FLAGS.checkpoint
+        )
+        captioner = run_folder.load_captioner(FLAGS.checkpoint, FLAGS.weights)
     captioner.tokenizer = tokenizer
     generation = _generation(captioner)
     if FLAGS.prefix is not None:

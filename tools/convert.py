@@ -18,9 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from cappa_tf import console
-from cappa_tf.checks import parse_height_width
-from cappa_tf.export import files
+from cappa_tf.utils import console, files
+from cappa_tf.utils.arguments import parse_height_width
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -121,11 +120,11 @@ def _check(options):
 
 def _read(options):
     # TensorFlow takes seconds to load: --help and wrong flags need not wait.
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
     with console.naming("input", options.input):
         if options.to == "big_vision":
-            return workdir.load_model(options.input)
+            return run_folder.load_model(options.input)
         return _read_big_vision(options)
 
 

@@ -42,8 +42,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from cappa_tf import console
-from cappa_tf.export import files
+from cappa_tf.utils import console, files
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -221,27 +220,27 @@ def _fewshot(options):
 
 
 def _sugar_crepe(options):
-    from cappa_tf.evaluation.compositional import SugarCrepe
+    from cappa_tf.evaluation.compositional.benchmarks import SugarCrepe
 
     pictures = _pictures(options)
     return SugarCrepe(options.data, pictures, limit=options.limit)
 
 
 def _aro(options):
-    from cappa_tf.evaluation.compositional import Aro
+    from cappa_tf.evaluation.compositional.benchmarks import Aro
 
     return Aro(options.data, _pictures(options), limit=options.limit)
 
 
 def _scenes(options):
-    from cappa_tf.evaluation.compositional import Scenes
+    from cappa_tf.evaluation.compositional.benchmarks import Scenes
 
     split = _split(options, "heldout")
     return Scenes(options.data, split, limit=options.limit)
 
 
 def _judgments(options):
-    from cappa_tf.evaluation.judgments import Judgments
+    from cappa_tf.evaluation.human_judgments import Judgments
 
     return Judgments(options.data, options.judgments, limit=options.limit)
 
@@ -291,11 +290,11 @@ def _numbers(name, values, kind):
 def load_encoder(path, weights="auto"):
     """The vision encoder of a run, a .keras file or an npz."""
     from cappa_tf.export import big_vision
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
     if path.endswith(".npz"):
         return big_vision.load_vision_encoder(path)
-    model = workdir.load_model(path, weights)
+    model = run_folder.load_model(path, weights)
     return getattr(model, "vision_encoder", model)
 
 
@@ -304,18 +303,18 @@ def load_scorer(path, weights="auto", batch_size=32):
 
     Args:
         path: The run's folder or a .keras file in it.
-        weights: See `workdir.load_captioner`.
+        weights: See `run_folder.load_captioner`.
         batch_size: Images at once.
 
     Returns:
         A `Scorer`.
     """
     from cappa_tf.evaluation.scorer import Scorer
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    tokenizer, preprocessing = workdir.load_preprocessing(folder or ".")
-    captioner = workdir.load_captioner(path, weights)
+    tokenizer, preprocessing = run_folder.load_preprocessing(folder or ".")
+    captioner = run_folder.load_captioner(path, weights)
     return Scorer(captioner, tokenizer, preprocessing, batch_size)
 
 

@@ -21,9 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from cappa_tf import console
-from cappa_tf.checks import parse_height_width
-from cappa_tf.export import files
+from cappa_tf.utils import console, files
+from cappa_tf.utils.arguments import parse_height_width
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -134,7 +133,7 @@ def _timm(options):
 def _saved_model(options):
     _refuse(options, ["image_size"])
     from cappa_tf.export import saved_model, serving_files
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
     serving_files.check_protos()
     files.check_output("output", options.output, is_folder=True)
@@ -144,8 +143,10 @@ def _saved_model(options):
         return {k: v for k, v in values.items() if v is not None}
 
     with console.naming("checkpoint", options.checkpoint):
-        tokenizer, picture = workdir.load_preprocessing(options.checkpoint)
-        captioner = workdir.load_captioner(options.checkpoint, options.weights)
+        tokenizer, picture = run_folder.load_preprocessing(options.checkpoint)
+        captioner = run_folder.load_captioner(
+            options.checkpoint, options.weights
+        )
     service = saved_model.CaptionService(
         captioner,
         tokenizer,
@@ -188,10 +189,10 @@ def _refuse(options, names):
 def _encoder(options):
     """The vision encoder of --checkpoint, at --image_size."""
     from cappa_tf.export import keras_backbone
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
     with console.naming("checkpoint", options.checkpoint):
-        model = workdir.load_model(options.checkpoint, options.weights)
+        model = run_folder.load_model(options.checkpoint, options.weights)
     encoder = getattr(model, "vision_encoder", model)
     size = parse_height_width("image_size", options.image_size)
     if size is None:

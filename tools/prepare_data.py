@@ -41,8 +41,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
-from cappa_tf import console
-from cappa_tf.checks import check_extra
+from cappa_tf.utils import console
+from cappa_tf.utils.arguments import check_extra
 
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
@@ -128,7 +128,8 @@ def prepare(beam_arguments):
     # TensorFlow takes seconds to load: --help should not.
     import tensorflow as tf
 
-    from cappa_tf.data import conversion, publish, sources
+    from cappa_tf.data.prepare import conversion, dataset_writer
+    from cappa_tf.data.sources import image_folder
 
     if FLAGS.runner is not None:
         check_extra("--runner", "beam", "apache_beam")
@@ -138,7 +139,7 @@ def prepare(beam_arguments):
     output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
-    options = sources.Options(
+    options = image_folder.Options(
         split_fractions=parse_fractions(FLAGS.split_fractions),
         resize=FLAGS.resize,
         min_side=FLAGS.min_side,
@@ -146,11 +147,13 @@ def prepare(beam_arguments):
         max_caption_characters=FLAGS.max_caption_characters,
         require_captions=FLAGS.require_captions,
     )
-    publish.check_name("name", name)
-    publish.check_output(output, name, metadata, FLAGS.overwrite)
-    skipped = sources.Skipped()
-    rows = sources.read_rows(absolute(FLAGS.input), FLAGS.captions, skipped)
-    classes = sources.class_names(rows)
+    dataset_writer.check_name("name", name)
+    dataset_writer.check_output(output, name, metadata, FLAGS.overwrite)
+    skipped = image_folder.Skipped()
+    rows = image_folder.read_rows(
+        absolute(FLAGS.input), FLAGS.captions, skipped
+    )
+    classes = image_folder.class_names(rows)
     if classes:
         metadata["classes"] = classes
     plans = conversion.plan(rows, output, FLAGS.num_shards, options, skipped)
@@ -168,7 +171,7 @@ def prepare(beam_arguments):
 
 def convert(plans, beam_arguments):
     """Makes the shards, in this process or on Beam."""
-    from cappa_tf.data import conversion
+    from cappa_tf.data.prepare import conversion
 
     if FLAGS.runner is None:
         total = sum(plan.num_rows for plan in plans)
@@ -178,12 +181,12 @@ def convert(plans, beam_arguments):
             for plan in plans:
                 conversion.convert(plan.path, FLAGS.workers, progress.update)
         return
-    from cappa_tf.data import beam_conversion
+    from cappa_tf.data.prepare import beam
 
     # Worker processes that Beam starts on this machine find the package, too.
     paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    beam_conversion.convert(plans, FLAGS.runner, beam_arguments, FLAGS.workers)
+    beam.convert(plans, FLAGS.runner, beam_arguments, FLAGS.workers)
 
 
 def absolute(path):

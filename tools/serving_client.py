@@ -24,8 +24,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from cappa_tf import console
 from cappa_tf.export import serving_clients
+from cappa_tf.utils import console
 
 PORTS = {"grpc": 8500, "rest": 8501}
 
@@ -102,14 +102,14 @@ def ask(client, signature, paths, texts):
         seconds: What the request took; None if no file could be read.
     """
     # TensorFlow takes seconds to load: --help and wrong flags need not wait.
-    from cappa_tf.data import picture_files
+    from cappa_tf.data.images import image_files
 
     rows, contents = {}, {}  # by position in `paths`
     for i, path in enumerate(paths):
         try:
             # Turned and converted as tools/caption.py does it.
-            contents[i] = picture_files.read(path)
-        except picture_files.UnusableError as error:
+            contents[i] = image_files.read(path)
+        except image_files.UnusableError as error:
             rows[i] = {"error": error.reason}
     seconds = None
     if contents:
@@ -240,9 +240,9 @@ def _send_and_print(options, arguments):
     table = options.format == "table"
     if table and options.signature == "embed":
         raise SystemExit("--signature=embed needs --format=jsonl")
-    from cappa_tf.data import picture_files
+    from cappa_tf.data.images import image_files
 
-    paths = picture_files.find_pictures(arguments)
+    paths = image_files.find_pictures(arguments)
     if not paths:
         print("Nothing to send: give pictures or folders.", file=sys.stderr)
         return 2

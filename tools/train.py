@@ -21,7 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from cappa_tf import config, console
+from cappa_tf import config
+from cappa_tf.utils import console
 
 
 def main(argv):
@@ -29,10 +30,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     # TensorFlow takes seconds to load: --help need not wait for it.
-    from cappa_tf.data import memory
-    from cappa_tf.training.hosts import WorkerLostError
+    from cappa_tf.data.stream import caching
+    from cappa_tf.training.distribution.hosts import WorkerLostError
 
-    memory.keep_freed_memory()
+    caching.keep_freed_memory()
     config.parse_flags(STRATEGY=flags.FLAGS.strategy)
     with console.errors_as_lines("train", FloatingPointError, WorkerLostError):
         config.run(

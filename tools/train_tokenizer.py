@@ -25,7 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
-from cappa_tf import config, console
+from cappa_tf import config
+from cappa_tf.utils import console
 
 FLAGS = flags.FLAGS
 SAMPLE = 2000
@@ -76,7 +77,7 @@ def train():
     """Trains and prints, as the flags say."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import tokenizer
-    from cappa_tf.export import files
+    from cappa_tf.utils import files
 
     captions, output = find_captions()
     files.check_output("output", output)
@@ -107,7 +108,7 @@ def train():
 def find_captions():
     """What the flags name: an iterator of captions, and the file to write."""
     from cappa_tf.data import tokenizer
-    from cappa_tf.data.records import PreparedData
+    from cappa_tf.data.sources.prepared import PreparedData
 
     gin = FLAGS.gin_file or FLAGS.gin_param or None
     given = (FLAGS.data, FLAGS.text, gin)

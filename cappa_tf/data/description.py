@@ -9,7 +9,7 @@ import tensorflow as tf
 
 FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
-# The record schema as people and other readers see it; `tfrecord.parse` is
+# The record schema as people and other readers see it; `schema.parse` is
 # the same in code.
 FEATURES = {
     "image/encoded": {"dtype": "bytes", "shape": []},

@@ -13,7 +13,7 @@ import dataclasses
 import re
 import shutil
 
-from cappa_tf.checks import check_extra
+from cappa_tf.utils.arguments import check_extra
 
 # What pycocoevalcap/tokenizer/ptbtokenizer.py drops. Its "-LRB-" and the like
 # never match, as the tokens are lower-cased first: "-lrb-" stays, here too,

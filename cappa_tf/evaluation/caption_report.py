@@ -5,7 +5,6 @@ B: images at once.
 
 import os
 
-from cappa_tf.checks import check_choice, check_integer
 from cappa_tf.evaluation import caption_metrics, captioning
 from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.evaluator import (
@@ -14,6 +13,7 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
+from cappa_tf.utils.arguments import check_choice, check_integer
 
 
 class Captions(Evaluator):

@@ -9,12 +9,13 @@ import os
 
 import numpy as np
 
-from cappa_tf.checks import check_counts
-from cappa_tf.data import picture_files, sources
+from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.description import DatasetDescription
-from cappa_tf.data.pipeline import CaptionDataset
+from cappa_tf.data.images import image_files
+from cappa_tf.data.sources import image_folder
 from cappa_tf.evaluation import captioning
 from cappa_tf.evaluation.rows import list_rows, read_examples
+from cappa_tf.utils.arguments import check_counts
 
 
 class CaptionedImages:
@@ -24,7 +25,7 @@ class CaptionedImages:
 
     Args:
         path: Folder with `dataset.json`, or with captions in one of the forms
-            of `data/sources.py`.
+            of `data/sources/image_folder.py`.
         split: Name of the split.
         limit: Only the first `limit` pictures.
 
@@ -56,8 +57,10 @@ class CaptionedImages:
             splits = DatasetDescription.load(self.path).splits
         else:
             rows, self._malformed = list_rows(self.path, log=self._rows is None)
-            splits = sorted({sources.choose_split(row) for row in rows})
-            rows = [r for r in rows if sources.choose_split(r) == self.split]
+            splits = sorted({image_folder.choose_split(row) for row in rows})
+            rows = [
+                r for r in rows if image_folder.choose_split(r) == self.split
+            ]
             self._rows = rows[: self._limit]
         if self.split not in splits:
             raise ValueError(
@@ -73,7 +76,7 @@ class CaptionedImages:
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], their
-            `tfrecord.Example`s).
+            `schema.Example`s).
 
         Raises:
             ValueError: Nothing was left to read.
@@ -102,7 +105,7 @@ class CaptionedImages:
         self.skipped.update(data.skipped)
 
     def _of_folder(self, scorer):
-        noted = sources.Skipped()
+        noted = image_folder.Skipped()
         found = read_examples(self._rows, noted)
         good = self._decoded(found, scorer.reader)
         while some := list(itertools.islice(good, scorer.batch_size)):
@@ -114,5 +117,5 @@ class CaptionedImages:
         for example in found:
             try:
                 yield reader.decode(example.image), example
-            except picture_files.UnusableError as error:
+            except image_files.UnusableError as error:
                 self.skipped[error.reason] += 1

@@ -13,9 +13,9 @@ import os
 
 import numpy as np
 
-from cappa_tf.checks import check_choice
 from cappa_tf.evaluation import labelled
 from cappa_tf.evaluation.evaluator import Evaluator, Report
+from cappa_tf.utils.arguments import check_choice
 
 DEFAULT_SHOTS = (1, 5, 10, 25)
 DEFAULT_L2 = (2.0**10,)

@@ -9,11 +9,12 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.checks import check_number, height_width
-from cappa_tf.data import images, sources
+from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.description import DatasetDescription
-from cappa_tf.data.pipeline import CaptionDataset
+from cappa_tf.data.images import decode_resize
+from cappa_tf.data.sources import image_folder
 from cappa_tf.evaluation import rows
+from cappa_tf.utils.arguments import check_number, height_width
 
 RESIZES = ("squash", "resize_small")
 # The paper resizes to 256 for a crop of 224.
@@ -29,7 +30,8 @@ class LabelledImages:
 
     Args:
         path: Folder with `dataset.json`, or with a labels file in one of the
-            forms of `data/sources.py` ({"image", "label", "split"} a line).
+            forms of `data/sources/image_folder.py` ({"image", "label",
+            "split"} a line).
         split: Name of the split.
         image_size: H and W, an integer or a pair.
         resize: "squash" (the reference's: both sides to the length) or
@@ -68,11 +70,15 @@ class LabelledImages:
         else:
             found, self._malformed = rows.list_rows(self._path)
             # Of all splits: numbers must not depend on the split.
-            self._label_names = sources.class_names(found)
-            self.class_names = self._label_names or sources.named_classes(found)
-            splits = sorted({sources.choose_split(row) for row in found})
+            self._label_names = image_folder.class_names(found)
+            self.class_names = self._label_names or image_folder.named_classes(
+                found
+            )
+            splits = sorted({image_folder.choose_split(row) for row in found})
             self._rows = [
-                row for row in found if sources.choose_split(row) == self._split
+                row
+                for row in found
+                if image_folder.choose_split(row) == self._split
             ]
         if self._split not in splits:
             raise ValueError(
@@ -134,8 +140,8 @@ class LabelledImages:
         first, end = (
             len(self._rows) * i // num_hosts for i in (host, host + 1)
         )
-        noted = sources.Skipped()
-        options = sources.Options(require_captions=False)
+        noted = image_folder.Skipped()
+        options = image_folder.Options(require_captions=False)
 
         def read():
             for example in rows.read_examples(
@@ -160,15 +166,15 @@ class LabelledImages:
         self.skipped.update(noted.counts)
 
     def _picture(self, encoded):
-        image = images.decode(encoded)
+        image = decode_resize.decode(encoded)
         if self._resize == "squash":
-            image = images.resize(image, self._decode_size)
+            image = decode_resize.resize(image, self._decode_size)
             image = _central_crop(image[None], self._size)[0]
         else:
-            image = images.resize_small_central_crop(
+            image = decode_resize.resize_small_central_crop(
                 image, max(self._decode_size), self._size
             )
-        return images.to_model_range(image)
+        return decode_resize.to_model_range(image)
 
 
 def _central_crop(pictures, size):

@@ -6,8 +6,9 @@ B: batch size.  H, W: height and width the model takes.
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.data import picture_files, tfrecord
-from cappa_tf.data.decoding import RecordDecoder
+from cappa_tf.data import schema
+from cappa_tf.data.images import image_files
+from cappa_tf.data.stream.decoding import RecordDecoder
 
 
 class PictureReader:
@@ -63,9 +64,9 @@ class PictureReader:
         Raises:
             picture_files.UnusableError: If it cannot be used.
         """
-        content = picture_files.read(path, max_pixels=self._max_pixels)
+        content = image_files.read(path, max_pixels=self._max_pixels)
         if box is not None:
-            content = picture_files.cut(content, box)
+            content = image_files.cut(content, box)
         return self.decode(content)
 
     def decode(self, content):
@@ -77,12 +78,12 @@ class PictureReader:
         Raises:
             picture_files.UnusableError: If it cannot be decoded.
         """
-        example = tfrecord.Example(key="", image=content, captions=[])
+        example = schema.Example(key="", image=content, captions=[])
         try:
-            image = self._decode(tfrecord.serialize(example))["image"]
+            image = self._decode(schema.serialize(example))["image"]
         except tf.errors.OpError as error:
             reason = "image cannot be decoded"
-            raise picture_files.UnusableError(reason) from error
+            raise image_files.UnusableError(reason) from error
         return image.numpy().astype("float32") / 127.5 - 1.0
 
 
@@ -104,7 +105,7 @@ def caption_pictures(paths, reader, decoder):
         for path in some:
             try:
                 pictures[path] = reader(path)
-            except picture_files.UnusableError as error:
+            except image_files.UnusableError as error:
                 reasons[path] = error.reason
         rows = {}
         if pictures:

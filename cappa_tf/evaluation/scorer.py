@@ -11,9 +11,9 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.checks import check_choice, check_counts
 from cappa_tf.evaluation.captioning import CaptionDecoder
 from cappa_tf.evaluation.picture_captions import PictureReader
+from cappa_tf.utils.arguments import check_choice, check_counts
 
 # How a text is scored: left to right as captions are written; all tokens at
 # once from MASK tokens and the image; and left to right without any image,

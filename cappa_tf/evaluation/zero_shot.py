@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 
-from cappa_tf.checks import check_choice, check_counts
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -22,6 +21,7 @@ from cappa_tf.evaluation.evaluator import (
 )
 from cappa_tf.evaluation.labelled import RESIZES, LabelledImages
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
+from cappa_tf.utils.arguments import check_choice, check_counts
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 MINUS_BLIND = "minus_blind"

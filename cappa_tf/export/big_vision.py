@@ -14,7 +14,6 @@ import os
 
 import numpy as np
 
-from cappa_tf.checks import height_width
 from cappa_tf.export import big_vision_arrays as files
 from cappa_tf.export import big_vision_names as names
 from cappa_tf.export.big_vision_arrays import read_arrays
@@ -24,6 +23,7 @@ from cappa_tf.models.positions import resample_positions, square_grid
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.utils.arguments import height_width
 
 # Number of positions where sincos2d leaves no array to tell it: the paper's.
 # A smaller number of them is the beginning of a larger one.

@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.export.files import replacing
 from cappa_tf.models.positions import side
+from cappa_tf.utils.files import replacing
 
 _BFLOAT16 = tf.bfloat16.as_numpy_dtype
 

@@ -9,11 +9,11 @@ where TensorFlow is not installed.
 
 import keras
 
-from cappa_tf.checks import height_width
-from cappa_tf.export.files import replacing
 from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.utils.arguments import height_width
+from cappa_tf.utils.files import replacing
 
 _POSITIONS = "positions/position_embedding"
 

@@ -3,7 +3,8 @@
 Requests of several clients share a batch, so a bad image must not fail it:
 the image is flagged and the others go on. TensorFlow has no try, but a small
 data set inside the graph drops the elements that fail (as in
-data/decoding.py), and those that are missing afterwards are the bad ones.
+data/stream/decoding.py), and those that are missing afterwards are the bad
+ones.
 
 Abbreviations for dimensions:
     B: images of a request (or of several that a server has put together).
@@ -12,7 +13,7 @@ Abbreviations for dimensions:
 
 import tensorflow as tf
 
-from cappa_tf.data import image_formats, images
+from cappa_tf.data.images import decode_resize, formats
 
 # Images decoded side by side. Fixed, because tuning it would start a thread
 # for each request.
@@ -42,12 +43,12 @@ def decode_request(image_bytes, decoder):
             other clients.
     """
     areas, _ = attempt(
-        images.pixels_to_decode, image_bytes, tf.constant(0, tf.int64)
+        decode_resize.pixels_to_decode, image_bytes, tf.constant(0, tf.int64)
     )
 
     def decode(encoded):
         return decoder.fit(
-            images.decode(encoded, decoder.max_pixels, decoder.at_least)
+            decode_resize.decode(encoded, decoder.max_pixels, decoder.at_least)
         )
 
     pixels, decoded = attempt(
@@ -55,9 +56,9 @@ def decode_request(image_bytes, decoder):
         image_bytes,
         tf.zeros([*decoder.size, 3], tf.uint8),
     )
-    other = image_formats.other_name(image_bytes)
+    other = formats.other_name(image_bytes)
     reason = tf.where(
-        image_formats.kind(image_bytes) != image_formats.OTHER,
+        formats.kind(image_bytes) != formats.OTHER,
         tf.where(
             areas > decoder.max_pixels,
             f"more than {decoder.max_pixels} pixels",

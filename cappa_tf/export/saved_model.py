@@ -17,11 +17,12 @@ import shutil
 
 import tensorflow as tf
 
-from cappa_tf.checks import check_integer
-from cappa_tf.data import images
-from cappa_tf.data.decoding import RecordDecoder
-from cappa_tf.export import files, request_images, serving_files
-from cappa_tf.models import losses
+from cappa_tf.data.images import decode_resize
+from cappa_tf.data.stream.decoding import RecordDecoder
+from cappa_tf.export import request_images, serving_files
+from cappa_tf.models.losses import cross_entropy
+from cappa_tf.utils import files
+from cappa_tf.utils.arguments import check_integer
 
 # Decoder passes of `score` hold this many texts of each image at once.
 TEXTS_PER_PASS = 64
@@ -42,7 +43,7 @@ class CaptionService:
         captioner: A built `Captioner`.
         tokenizer: The `Tokenizer` it was trained with.
         picture: Dict of the arguments of `CaptionDataset` that decide how
-            pictures are prepared (`workdir.load_preprocessing`).
+            pictures are prepared (`run_folder.load_preprocessing`).
         max_length: Longest caption in tokens; the decoder's by default.
         max_batch_size: Most images a request may hold.
         max_texts: Most texts for each image.
@@ -206,7 +207,7 @@ class CaptionService:
         pixels, error = request_images.decode_request(
             image_bytes, self._decoder
         )
-        return images.to_model_range(pixels), error
+        return decode_resize.to_model_range(pixels), error
 
     def _spread(self, texts, count):
         """The texts, [B, T] or [1, T], as [B, T]."""
@@ -320,7 +321,7 @@ def _nll(captioner, memory, labels):
     shape = tf.shape(labels)
     flat = tf.reshape(labels, [-1, shape[2]])  # -> [B * K, L]
     hidden = decoder(decoder.shift_right(flat), memory)
-    _, nll = losses.token_cross_entropy(
+    _, nll = cross_entropy.token_cross_entropy(
         tf.reshape(hidden, [-1, decoder.hidden_dim]),
         tf.reshape(flat, [-1]),
         tf.reshape(flat, [-1]) != decoder.special_tokens.pad,

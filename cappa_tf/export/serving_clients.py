@@ -9,7 +9,7 @@ import json
 import urllib.error
 import urllib.request
 
-from cappa_tf.checks import check_extra
+from cappa_tf.utils.arguments import check_extra
 
 
 class RequestFailedError(Exception):

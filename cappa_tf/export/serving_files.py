@@ -20,8 +20,8 @@ import string
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.checks import check_extra
-from cappa_tf.export import files
+from cappa_tf.utils import files
+from cappa_tf.utils.arguments import check_extra
 
 # The newest released server as of 2026; its TensorFlow runs what this
 # project's writes.

@@ -23,11 +23,11 @@ import os
 
 import numpy as np
 
-from cappa_tf.checks import check_extra
-from cappa_tf.export.files import folder as made_folder
-from cappa_tf.export.files import replacing
 from cappa_tf.export.weights import to_numpy, variables_by_path
-from cappa_tf.models.layers import sincos2d
+from cappa_tf.models.positions import sincos2d
+from cappa_tf.utils.arguments import check_extra
+from cappa_tf.utils.files import folder as made_folder
+from cappa_tf.utils.files import replacing
 
 # This project's layer, SigLIP's, timm's; {} is the number of the block. Where
 # a name of theirs repeats, their weight is ours, one below the other.

@@ -9,8 +9,9 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.models.layers import MLP, MultiHeadAttention, layer_norm
-from cappa_tf.models.random import StatelessDropout
+from cappa_tf.models.attention import MultiHeadAttention, layer_norm
+from cappa_tf.models.mlp import MLP
+from cappa_tf.models.stateless_random import StatelessDropout
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

@@ -12,17 +12,18 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from cappa_tf.checks import check_counts, check_fraction, height_width
-from cappa_tf.models import losses, random
+from cappa_tf.models import stateless_random
 
 # A saved captioner names its encoder's class; importing registers it.
 from cappa_tf.models import vision_encoder as _  # noqa: F401
 from cappa_tf.models.inference import Inference
+from cappa_tf.models.losses import cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task
+from cappa_tf.utils.arguments import check_counts, check_fraction, height_width
 
-_PARALLEL_SALT = random.salt_of("captioner/parallel")
-_MASKING_SALT = random.salt_of("captioner/masking")
-_CAPTION_SALT = random.salt_of("captioner/caption")
+_PARALLEL_SALT = stateless_random.salt_of("captioner/parallel")
+_MASKING_SALT = stateless_random.salt_of("captioner/masking")
+_CAPTION_SALT = stateless_random.salt_of("captioner/caption")
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -39,7 +40,7 @@ class Captioner(Inference, Task):
             parallel, in training; 0 is "Cap".
         masking_ratio: Share of the L input positions that are MASK in a
             parallel example; the others show their own token.
-        label_smoothing: See `losses.token_cross_entropy`.
+        label_smoothing: See `cross_entropy.token_cross_entropy`.
         seed: Of all draws, together with each example's `index`.
         chunk_size: Positions whose logits are held at once in the loss.
 
@@ -66,7 +67,7 @@ class Captioner(Inference, Task):
         masking_ratio=1.0,
         label_smoothing=0.0,
         seed=0,
-        chunk_size=losses.DEFAULT_CHUNK_SIZE,
+        chunk_size=cross_entropy.DEFAULT_CHUNK_SIZE,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -178,7 +179,9 @@ class Captioner(Inference, Task):
         count, captions = tf.shape(labels)[0], labels.shape[1]
         seeds = caption_seeds = None
         if training:
-            seeds = random.example_seeds(self.seed, self._index(batch))
+            seeds = stateless_random.example_seeds(
+                self.seed, self._index(batch)
+            )
             caption_seeds = self._caption_seeds(seeds, captions)
         parallel = self._draw_parallel(seeds, count)
         encoded = self.encode(batch["image"], seeds, training)
@@ -193,7 +196,7 @@ class Captioner(Inference, Task):
         )
         loss, nll = self._token_losses(hidden, flat)
         real = labels != self.text_decoder.special_tokens.pad
-        per_caption = losses.caption_mean(
+        per_caption = cross_entropy.caption_mean(
             loss, tf.reshape(real, tf.shape(flat))
         )
         tokens = tf.reduce_sum(tf.cast(real, tf.float32), axis=[1, 2])
@@ -300,8 +303,8 @@ class Captioner(Inference, Task):
         """uint32 [N]: each caption of an image draws for itself."""
         if captions == 1:
             return seeds
-        draws = random.uniform(seeds, (captions,), _CAPTION_SALT)
-        return random.example_seeds(
+        draws = stateless_random.uniform(seeds, (captions,), _CAPTION_SALT)
+        return stateless_random.example_seeds(
             self.seed, tf.cast(tf.reshape(draws, [-1]) * 2.0**24, tf.int64)
         )
 
@@ -309,7 +312,7 @@ class Captioner(Inference, Task):
         """Which examples are predicted in parallel, bool [B]."""
         if seeds is None or self.masked_pred_prob == 0.0:
             return tf.fill([count], False)
-        draws = random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
+        draws = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
         return draws < self.masked_pred_prob
 
     def _decoder_inputs(self, labels, parallel, seeds):
@@ -322,7 +325,7 @@ class Captioner(Inference, Task):
         if self.masking_ratio < 1.0:
             length = tf.shape(labels)[1]
             count = tf.cast(length, tf.float32) * self.masking_ratio
-            draws = random.uniform(seeds, (length,), _MASKING_SALT)
+            draws = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
             rank = tf.argsort(tf.argsort(draws, axis=1), axis=1)
             chosen = rank < tf.cast(count, tf.int32)
             masked = tf.where(chosen, masked, labels)
@@ -332,7 +335,7 @@ class Captioner(Inference, Task):
         """Loss and nll, each float32 [N, L], 0 at padding."""
         shape = tf.shape(labels)
         width = hidden.shape[-1]
-        loss, nll = losses.token_cross_entropy(
+        loss, nll = cross_entropy.token_cross_entropy(
             tf.reshape(hidden, [-1, width]),
             tf.reshape(labels, [-1]),
             tf.reshape(labels, [-1]) != self.text_decoder.special_tokens.pad,

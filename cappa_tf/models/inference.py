@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.checks import check_counts
-from cappa_tf.models import generation, random, sampling, scoring
+from cappa_tf.models import generation, likelihood, sampling, stateless_random
+from cappa_tf.utils.arguments import check_counts
 
-_SAMPLING_SALT = random.salt_of("captioner/sampling")
+_SAMPLING_SALT = stateless_random.salt_of("captioner/sampling")
 
 
 class GenerationPlan(NamedTuple):
@@ -99,9 +99,9 @@ class Inference:
         uniform = None
         if isinstance(plan.search, sampling.RandomSearch):
             index = tf.range(batch) if index is None else index
-            seeds = random.example_seeds(seed, index)
+            seeds = stateless_random.example_seeds(seed, index)
             shape = (plan.length, plan.sequences)
-            uniform = random.uniform(seeds, shape, _SAMPLING_SALT)
+            uniform = stateless_random.uniform(seeds, shape, _SAMPLING_SALT)
         tokens, log_probs = generation.decode(
             self.text_decoder,
             self.text_decoder.project_memory(encoded),
@@ -209,14 +209,14 @@ class Inference:
         Returns:
             float32 [B, T].
         """
-        labels = scoring.cut_padding(
+        labels = likelihood.cut_padding(
             self._label_ids(labels), self._special_tokens.pad
         )
         memory = self._memory(images)
         known = tf.get_static_value(labels)
         if not parallel and known is not None:
-            groups = scoring.group_by_prefix(known, self._special_tokens)
-            return scoring.score_groups(
+            groups = likelihood.group_by_prefix(known, self._special_tokens)
+            return likelihood.score_groups(
                 self.text_decoder, memory, groups, self.chunk_size
             )
         count = 1 if images is None else tf.shape(images)[0]
@@ -235,7 +235,7 @@ class Inference:
         Returns:
             float32 [B, K]; 0 for a caption that is all padding.
         """
-        labels = scoring.cut_padding(labels, self._special_tokens.pad)
+        labels = likelihood.cut_padding(labels, self._special_tokens.pad)
         shape = tf.shape(labels)
         if images is None:
             labels = tf.reshape(labels, [1, -1, shape[2]])
@@ -245,7 +245,7 @@ class Inference:
     def _score_each(self, memory, labels, parallel):
         """Scores [B, K] of labels [B, K, L] for the images of `memory`."""
         if parallel:
-            return scoring.score_parallel(self.text_decoder, memory, labels)
+            return likelihood.score_parallel(self.text_decoder, memory, labels)
         shape = tf.shape(labels)
         nll = self._captions_nll(tf.reshape(labels, [-1, shape[2]]), memory)
         return -tf.reshape(nll, shape[:2])

@@ -1,13 +1,18 @@
-"""Learned positions at another resolution.
+"""Positions, learned or fixed, and learned ones at another resolution.
 
-NumPy alone, so that every Keras backend and every converter shares it.
+Resampling is NumPy alone, so that every Keras backend and every converter
+shares it.
 
-P: patches.  D: width.
+B: batch.  T: positions of an input.  P: patches.  D: width.
 """
 
 import math
 
+import keras
 import numpy as np
+from keras import ops
+
+from cappa_tf.utils.arguments import check_choice
 
 
 def side(patches):
@@ -72,3 +77,76 @@ def _interpolation(old, new):
     matrix[np.arange(new), low] = 1.0 - share
     matrix[np.arange(new), np.minimum(low + 1, old - 1)] += share
     return matrix
+
+
+def sincos2d(height, width, dim, temperature=10_000.0):
+    """Fixed two-dimensional sine / cosine positions (MoCo v3's order).
+
+    Args:
+        height: Rows of the grid.
+        width: Columns of the grid.
+        dim: Width D of the embedding, a multiple of 4 and at least 8.
+        temperature: Ratio of the longest to the shortest wavelength.
+
+    Returns:
+        NumPy float32 [1, height * width, dim]: sin(x), cos(x), sin(y), cos(y).
+
+    Reference: big_vision models/vit.py `posemb_sincos_2d`.
+    """
+    if dim % 4 != 0 or dim < 8:
+        raise ValueError(
+            "sincos2d positions need a width that is a multiple of 4 and at "
+            f"least 8. Received: dim={dim}"
+        )
+    omega = np.arange(dim // 4) / (dim // 4 - 1)
+    omega = 1.0 / temperature**omega
+    y, x = np.mgrid[:height, :width]
+    y = y.reshape(-1, 1) * omega  # -> [P, D / 4]
+    x = x.reshape(-1, 1) * omega
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)
+    return table[None].astype("float32")
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class PositionEmbedding(keras.layers.Layer):
+    """Adds positions of a grid (an image's patches, or one row of text).
+
+    Args:
+        grid: (rows, columns); text of length L has the grid (1, L).
+        kind: "learned" (N(0, 1/sqrt(D)) at the start) or "sincos2d" (fixed).
+    """
+
+    def __init__(self, grid, kind="learned", **kwargs):
+        super().__init__(**kwargs)
+        check_choice(("learned", "sincos2d"), kind=kind)
+        self.grid = tuple(grid)
+        self.kind = kind
+
+    def build(self, input_shape):
+        """Creates the table [1, rows * columns, D]."""
+        dim = input_shape[-1]
+        rows, columns = self.grid
+        if self.kind == "sincos2d":
+            self.position_embedding = sincos2d(rows, columns, dim)
+            return
+        self.position_embedding = self.add_weight(
+            name="position_embedding",
+            shape=(1, rows * columns, dim),
+            initializer=keras.initializers.RandomNormal(stddev=dim**-0.5),
+        )
+
+    def table(self):
+        """The positions [1, rows * columns, D] in the compute dtype."""
+        return ops.cast(self.position_embedding, self.compute_dtype)
+
+    def call(self, x):
+        """Adds the first T positions to x [B, T, D]."""
+        return x + self.table()[:, : ops.shape(x)[1]]
+
+    def compute_output_shape(self, input_shape):
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "grid": self.grid, "kind": self.kind}

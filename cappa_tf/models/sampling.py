@@ -15,8 +15,8 @@ import dataclasses
 
 import tensorflow as tf
 
-from cappa_tf.checks import check_counts, check_integer, check_number
 from cappa_tf.models.special_tokens import SpecialTokens
+from cappa_tf.utils.arguments import check_counts, check_integer, check_number
 
 # Log-probability of what may not be chosen. Finite, so that sums of it still
 # have an order.

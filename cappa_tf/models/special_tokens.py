@@ -4,7 +4,7 @@ import dataclasses
 
 import keras
 
-from cappa_tf.checks import check_integer
+from cappa_tf.utils.arguments import check_integer
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

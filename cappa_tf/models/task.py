@@ -12,7 +12,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from cappa_tf.models import random
+from cappa_tf.models import stateless_random
 
 
 class ExampleLosses(NamedTuple):
@@ -62,7 +62,7 @@ class Task(keras.Model):
         for name, part in self.parts.items():
             if not part.built:
                 part.build()
-            random.set_salt_prefix(part, name)
+            stateless_random.set_salt_prefix(part, name)
         self.built = True
 
     def build_from_config(self, config):

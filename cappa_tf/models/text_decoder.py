@@ -10,16 +10,17 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.checks import (
+from cappa_tf.models.attention import layer_norm
+from cappa_tf.models.blocks import DecoderBlock
+from cappa_tf.models.positions import PositionEmbedding
+from cappa_tf.models.special_tokens import SpecialTokens
+from cappa_tf.models.stateless_random import next_seeds, seed_generator
+from cappa_tf.utils.arguments import (
     check_bool,
     check_counts,
     check_fraction,
     check_number,
 )
-from cappa_tf.models.blocks import DecoderBlock
-from cappa_tf.models.layers import PositionEmbedding, layer_norm
-from cappa_tf.models.random import next_seeds, seed_generator
-from cappa_tf.models.special_tokens import SpecialTokens
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

@@ -10,21 +10,23 @@ import functools
 import keras
 from keras import ops
 
-from cappa_tf.checks import (
-    check_bool,
-    check_choice,
-    check_counts,
-    check_fraction,
-    height_width,
-)
+from cappa_tf.models.attention import layer_norm
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
-from cappa_tf.models.layers import PatchEmbedding, PositionEmbedding, layer_norm
-from cappa_tf.models.random import (
+from cappa_tf.models.patch_embedding import PatchEmbedding
+from cappa_tf.models.positions import PositionEmbedding
+from cappa_tf.models.stateless_random import (
     StatelessDropout,
     next_seeds,
     salt_of,
     seed_generator,
     uniform,
+)
+from cappa_tf.utils.arguments import (
+    check_bool,
+    check_choice,
+    check_counts,
+    check_fraction,
+    height_width,
 )
 
 POOLINGS = ("gap", "map", "tok", "none")
@@ -57,8 +59,8 @@ class VisionEncoder(keras.Model):
 
     Call arguments:
         images: [B, H, W, 3] in [-1, 1].
-        seeds: uint32 [B] (`random.example_seeds`) of what is dropped in
-            training; by default those of a `keras.random.SeedGenerator`.
+        seeds: uint32 [B] (`stateless_random.example_seeds`) of what is dropped
+            in training; by default those of a `keras.random.SeedGenerator`.
         training: Whether to drop.
 
     Returns:
@@ -224,7 +226,7 @@ class VisionEncoder(keras.Model):
             )
 
     def set_salt_prefix(self, prefix):
-        """See `random.set_salt_prefix`."""
+        """See `stateless_random.set_salt_prefix`."""
         self._patch_salt = salt_of(f"{prefix}/patches")
 
     def num_kept_patches(self):

@@ -3,7 +3,7 @@
 import collections
 
 from cappa_tf.evaluation.scorer import Scorer
-from cappa_tf.training.workdir import PICTURE
+from cappa_tf.saving.run_folder import PICTURE
 
 
 def check_evaluators(evaluators):

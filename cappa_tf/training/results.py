@@ -7,8 +7,8 @@ import tqdm
 from cappa_tf.evaluation.captioning import CaptionDecoder
 from cappa_tf.evaluation.evaluator import json_value
 from cappa_tf.evaluation.sheet import write_sheet
-from cappa_tf.training.distribution import on_replicas
-from cappa_tf.training.workdir import save_captioner, write_json
+from cappa_tf.saving.run_folder import save_captioner, write_json
+from cappa_tf.training.distribution.strategies import on_replicas
 
 
 def finish(model, data, settings, step, strategy, hosts, evaluate=dict):

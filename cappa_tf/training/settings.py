@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from cappa_tf import checks
+from cappa_tf.utils import arguments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What `trainer.train` hands on to a run; there each is explained.
+    """What `train.train` hands on to a run; there each is explained.
 
     Raises:
         ValueError: Naming the first that is of the wrong type or too small.
@@ -42,20 +42,24 @@ class RunSettings:
             "total_steps batch_size accumulation_steps steps_per_loop "
             "log_steps checkpoint_steps keep_checkpoints"
         )
-        checks.check_counts(**self._named(counts))
-        checks.check_counts(
+        arguments.check_counts(**self._named(counts))
+        arguments.check_counts(
             optional=True,
             **self._named("eval_batch_size eval_steps evaluator_steps"),
         )
         for name, value in self._named(
             "seed sample_images sheet_images"
         ).items():
-            checks.check_integer(name, value, 0)
-        checks.check_bool(
+            arguments.check_integer(name, value, 0)
+        arguments.check_bool(
             **self._named("deterministic final_evaluation caption_metrics")
         )
-        checks.check_choice((True, False, "auto"), jit_compile=self.jit_compile)
-        checks.check_choice(("last", "best"), final_weights=self.final_weights)
+        arguments.check_choice(
+            (True, False, "auto"), jit_compile=self.jit_compile
+        )
+        arguments.check_choice(
+            ("last", "best"), final_weights=self.final_weights
+        )
 
     def _named(self, names):
         return {name: getattr(self, name) for name in names.split()}

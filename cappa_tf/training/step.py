@@ -8,8 +8,8 @@ import functools
 
 import tensorflow as tf
 
-from cappa_tf.training.metrics import Sums
-from cappa_tf.training.optimizers import apply_summed
+from cappa_tf.training.optimizers.base import apply_summed
+from cappa_tf.training.reporting.metrics import Sums
 
 # Room for the sums of a step: which there are is known only once it has been
 # traced, and the loop around it needs a static shape before that.

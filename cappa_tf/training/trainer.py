@@ -1,262 +1,332 @@
-"""The root function of a run: arguments to a trained, evaluated captioner.
+"""One run: the loop over steps, and what happens between them."""
 
-What `train` does, in this order, each in a module of its own:
-
-    arguments checked           settings.py
-    devices, hosts              distribution.py, hosts.py
-    model and optimizer built   build.py
-    folder made and claimed     workdir.py, run_lock.py
-    data prepared               the function `prepare`, if given
-    data and model compared     build.py
-    run resumed                 checkpoints.py
-    steps, figures, evaluation  run.py, step.py, metrics.py, validation.py
-    results, sheet, model file  results.py
-
-It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
-"""
-
+import collections
 import contextlib
+import math
+import os
 
 import tensorflow as tf
 
-from cappa_tf import checks
-from cappa_tf.evaluation.caption_metrics import check_installed
-from cappa_tf.training import memory
-from cappa_tf.training.build import (
-    build_model,
-    constructed,
-    parameter_counts,
-)
-from cappa_tf.training.distribution import check_batch_size, make_strategy
-from cappa_tf.training.evaluators import check_evaluators
-from cappa_tf.training.hosts import Hosts
-from cappa_tf.training.run import Run, plain_data_errors
-from cappa_tf.training.run_lock import RunLock, WorkdirInUseError
-from cappa_tf.training.settings import RunSettings
-
-PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
-
-
-def train(
-    model,
-    optimizer,
-    train_data,
-    workdir: str,
-    total_steps: int,
-    batch_size: int,
-    *,
-    eval_data=None,
-    test_data=None,
-    accumulation_steps=1,
-    eval_batch_size: int | None = None,
-    steps_per_loop=50,
-    log_steps=50,
-    eval_steps: int | None = None,
-    checkpoint_steps=1000,
-    keep_checkpoints=3,
-    seed=0,
-    deterministic=False,
-    precision: str | None = None,
-    jit_compile: bool | str = "auto",
-    strategy="auto",
-    devices: list | None = None,
-    sample_images=8,
-    final_evaluation=True,
-    final_weights="last",
-    caption_metrics=False,
-    evaluators: list | tuple = (),
-    evaluator_steps: int | None = None,
-    sheet_images=24,
-    prepare=None,
-    dry_run=False,
-    on_start=None,
-    on_first_step=None,
-):
-    """Trains a captioner; run again with the same workdir, it goes on.
-
-    Args:
-        model: A `Captioner`, or better its constructor (in a gin file
-            @Captioner without parentheses): then `seed`, `precision` and the
-            devices are decided before any weight exists.
-        optimizer: A Keras optimizer or its constructor; several devices need
-            the constructor.
-        train_data: `CaptionDataset` to train on, or its constructor.
-        workdir: Folder of checkpoints, logs and results; made if missing.
-        total_steps: Optimizer steps of the whole run.
-        batch_size: Examples a step, over all devices and microbatches.
-        eval_data: `CaptionDataset` for validation; None for none.
-        test_data: `CaptionDataset` for the final evaluation; `eval_data` by
-            default.
-        accumulation_steps: Microbatches whose gradients make one step.
-        eval_batch_size: Examples at once in evaluation, over all devices; by
-            default those of a training microbatch.
-        steps_per_loop: Most steps run on the device in one call.
-        log_steps: Steps between log lines.
-        eval_steps: Steps between validations; None only at the end.
-        checkpoint_steps: Steps between checkpoints.
-        keep_checkpoints: How many of them to keep.
-        seed: Of initial weights and of the data order. (The captioner's own
-            `seed` decides its draws.)
-        deterministic: Use deterministic kernels only: the same run gives the
-            same weights, bit by bit, on the same kind of device.
-        precision: Dtype policy: "float32", "mixed_bfloat16", "bfloat16";
-            None keeps the policy that is set.
-        jit_compile: True, False, or "auto": XLA where there is an accelerator
-            that it compiles for.
-        strategy: "auto", "one", "mirrored", "multi_worker" or "tpu", see
-            `make_strategy`.
-        devices: Device names for one or mirrored; None for all.
-        sample_images: Evaluation pictures captioned at every validation; 0
-            for none.
-        final_evaluation: Whether to caption the test split at the end.
-        final_weights: "last", or "best" by validation.
-        caption_metrics: Whether the final evaluation computes BLEU and CIDEr.
-        evaluators: `Evaluator`s to run between steps and at the end; their
-            figures go to TensorBoard, to the log and into results.json.
-        evaluator_steps: Steps between their runs; None only at the end.
-        sheet_images: Pictures on the final sheet.
-        prepare: Function without arguments, called before data is opened, on
-            the first host only.
-        dry_run: Build everything, print shapes, parameters and an estimate of
-            memory, read no data, and stop.
-        on_start: Called with `workdir` before the first step of this process,
-            on the first host only.
-        on_first_step: Called with `workdir` and the step after it, likewise.
-
-    Returns:
-        Dict of the final figures: `step`, `interrupted` (the signal's name or
-        None), and, at the end of a run, what results.json holds.
-
-    Raises:
-        ValueError: For what cannot be run, naming argument or file; also
-            where another run has the folder.
-        FloatingPointError: If loss or weights stop being finite.
-        WorkerLostError: If another process of the run has ended.
-    """
-    settings = RunSettings(
-        workdir=workdir,
-        total_steps=total_steps,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        eval_batch_size=eval_batch_size,
-        steps_per_loop=steps_per_loop,
-        log_steps=log_steps,
-        eval_steps=eval_steps,
-        checkpoint_steps=checkpoint_steps,
-        keep_checkpoints=keep_checkpoints,
-        seed=seed,
-        deterministic=deterministic,
-        jit_compile=jit_compile,
-        sample_images=sample_images,
-        final_evaluation=final_evaluation,
-        final_weights=final_weights,
-        caption_metrics=caption_metrics,
-        evaluator_steps=evaluator_steps,
-        sheet_images=sheet_images,
-    )
-    checks.check_bool(dry_run=dry_run)
-    if settings.caption_metrics:  # Not only at the end of the run.
-        check_installed()
-    check_evaluators(evaluators)
-    checks.check_choice((None, *PRECISIONS), precision=precision)
-    checks.check_callable(
-        prepare=prepare, on_start=on_start, on_first_step=on_first_step
-    )
-    strategy = _open_devices(settings, strategy, devices)
-    hosts = Hosts(strategy)
-    with hosts.explain_loss():
-        # First what can fail at once: no data is touched for a wrong model.
-        model, optimizer = build_model(
-            model, optimizer, strategy, seed, precision
-        )
-        if dry_run:
-            return _report(model, optimizer, strategy, settings, train_data)
-        with _claimed(workdir, hosts) as check_claim:
-            if prepare is not None and hosts.is_chief:
-                prepare()
-            hosts.wait()
-            data = _open_data(model, train_data, eval_data, test_data)
-            with plain_data_errors(*data):
-                run = Run(
-                    settings,
-                    strategy,
-                    hosts,
-                    model,
-                    optimizer,
-                    *data,
-                    evaluators,
-                    check_claim,
-                )
-                # Not before the folder turned out to hold this very run.
-                if on_start is not None and hosts.is_chief:
-                    on_start(workdir)
-                return run(on_first_step)
+from cappa_tf.saving.checkpoints import Checkpoints
+from cappa_tf.saving.run_folder import describe_run
+from cappa_tf.training import results
+from cappa_tf.training.construct import parameter_counts
+from cappa_tf.training.distribution.interruption import Interruption
+from cappa_tf.training.distribution.strategies import training_iterator, use_xla
+from cappa_tf.training.evaluators import Evaluators
+from cappa_tf.training.optimizers.averaging import averaged_weights
+from cappa_tf.training.reporting.metrics import Interval, Stopwatch
+from cappa_tf.training.reporting.progress import Progress
+from cappa_tf.training.reporting.samples import Samples
+from cappa_tf.training.reporting.summaries import Summaries
+from cappa_tf.training.step import TrainLoop
+from cappa_tf.training.validation import Validation
 
 
 @contextlib.contextmanager
-def _claimed(workdir, hosts):
-    """The folder as that of this run alone; the first host claims it for all.
+def plain_data_errors(*datasets):
+    """Raises a data set's own error where reading it ended a step.
 
-    Yields:
-        A function that raises an error once another run has taken it over.
+    TensorFlow passes an error from inside an input pipeline on as one of its
+    own, with the text buried in a trace; the data set keeps the original.
     """
-    with contextlib.ExitStack() as stack:
-        check, problem = None, None
-        if hosts.is_chief:
-            try:
-                check = stack.enter_context(RunLock(workdir)).check
-            except ValueError as error:
-                problem = error
-        # No host waits for one that has given up.
-        message = hosts.first(problem and str(problem))
-        if problem is not None:
-            raise problem
-        if message is not None:
-            raise WorkdirInUseError(message)
-        yield check or (lambda: None)
+    try:
+        yield
+    except tf.errors.OpError as error:
+        for data in datasets:
+            failure = getattr(data, "failure", None)
+            if failure is not None:
+                raise failure from error
+        raise
 
 
-def _open_devices(settings, strategy, devices):
-    """The strategy, and whether the batches can be shared out under it."""
-    if settings.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    strategy = make_strategy(strategy, devices)
-    replicas = strategy.num_replicas_in_sync
-    check_batch_size(
-        "batch_size", settings.batch_size, replicas, settings.accumulation_steps
-    )
-    check_batch_size("eval_batch_size", settings.evaluation_batch, replicas)
-    return strategy
+class Run:
+    """Trains a built model on opened data, from where its folder stands.
 
+    Args:
+        settings: `RunSettings`.
+        strategy: The strategy the model was built under.
+        hosts: The `Hosts` of that strategy. The chief alone writes.
+        model: Built captioner.
+        optimizer: Built optimizer; its `iterations` is the step.
+        train_data: Data set to train on.
+        eval_data: Data set for validation, or None.
+        test_data: Data set for the final evaluation, or None.
+        evaluators: List of evaluators, see `train.train`.
+        check_claim: Called between loops; raises an error once the folder is
+            another run's.
+    """
 
-def _open_data(model, train_data, eval_data, test_data):
-    """The three data sets, checked against the model."""
-    opened = {"train_data": train_data, "eval_data": eval_data}
-    opened["test_data"] = eval_data if test_data is None else test_data
-    for name, data in opened.items():
-        if data is not None:
-            data = constructed(data, name, "tokenizer", "image_size")
-            model.check_data(data, name)
-            opened[name] = data
-    return list(opened.values())
-
-
-def _report(model, optimizer, strategy, settings, train_data):
-    """Prints and returns what `--dry_run` shows."""
-    counts = parameter_counts(model)
-    for part, count in counts.items():
-        print(f"{part:15} {count:>13,} parameters")
-    captions = getattr(train_data, "captions_per_image", 1)
-    if captions == "all":  # Only the data knows how many: not read here.
-        print("The estimate counts one caption an image.")
-        captions = 1
-    estimate = memory.estimate(
+    def __init__(
+        self,
+        settings,
+        strategy,
+        hosts,
         model,
         optimizer,
-        strategy,
-        settings.batch_size,
-        settings.accumulation_steps,
-        captions,
-    )
-    print(memory.table(estimate))
-    return {"parameters": counts, "memory": estimate}
+        train_data,
+        eval_data,
+        test_data,
+        evaluators=(),
+        check_claim=lambda: None,
+    ):
+        self._check_claim = check_claim
+        self._settings, self._hosts = settings, hosts
+        self._strategy, self._model = strategy, model
+        self._optimizer = optimizer
+        self._train_data, self._test_data = train_data, test_data
+        self._checkpoints = Checkpoints(
+            settings.workdir,
+            model,
+            optimizer,
+            settings.keep_checkpoints,
+            writes=hosts.is_chief,
+        )
+        self._resumed = self._checkpoints.restore()
+        hosts.check_same("the same checkpoint", self._checkpoints.latest)
+        state = self._checkpoints.state.values
+        # Counted in examples: the batch size may change between two starts.
+        self._examples = state.get("examples", 0)
+        # "best_nll" in checkpoints of version 0.1.0.
+        self._best = state.get("best", state.get("best_nll"))
+        if hosts.is_chief:
+            describe_run(settings.workdir, model, train_data)
+        self._evaluators = Evaluators(
+            evaluators, model, train_data, settings.evaluation_batch, hosts
+        )
+        self._validation = self._samples = None
+        if eval_data is not None:
+            self._validation = Validation(
+                strategy, hosts, model, eval_data, settings.evaluation_batch
+            )
+            self._samples = Samples(
+                settings.workdir,
+                model,
+                eval_data,
+                settings.sample_images,
+                hosts,
+            )
+
+    @property
+    def step(self):
+        """Optimizer steps made so far."""
+        return int(self._optimizer.iterations.numpy())
+
+    def __call__(self, on_first_step=None):
+        """Trains to the end or to an interruption.
+
+        Args:
+            on_first_step: Called with folder and step after the first step.
+
+        Returns:
+            As `train.train`.
+        """
+        chief = self._hosts.is_chief
+        folder = self._settings.workdir if chief else None
+        self._progress = Progress(
+            folder,
+            self._settings.total_steps,
+            self.step,
+            shown=chief,
+            short_names=self._model.short_names,
+        )
+        self._summaries = Summaries(folder)
+        try:
+            self._announce()
+            with Interruption() as interruption:
+                self._train(interruption, on_first_step)
+            figures = {"step": self.step}
+            figures["interrupted"] = self._hosts.first(interruption.signal)
+            if figures["interrupted"]:
+                self._progress.line(
+                    f"{figures['interrupted']} at step {self.step}: saved; the "
+                    "same command goes on from here"
+                )
+            else:
+                figures |= self._finish()
+            # None leaves while the chief may still be writing.
+            self._hosts.wait()
+            return figures
+        finally:
+            self._progress.close()
+            self._summaries.close()
+
+    def _announce(self):
+        counts = parameter_counts(self._model)
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {count:,}"
+            for name, count in counts.items()
+            if name != "total"
+        )
+        self._progress.line(
+            f"{counts['total']:,} parameters ({parts}) on "
+            f"{self._strategy.num_replicas_in_sync} device(s) of "
+            f"{self._hosts.count} host(s)"
+        )
+        if self._resumed:
+            self._progress.line(
+                f"going on from {self._checkpoints.latest}, example "
+                f"{self._examples}"
+            )
+
+    # The loop.
+
+    def _train(self, interruption, on_first_step):
+        settings = self._settings
+        if self.step >= settings.total_steps:
+            return
+        iterator = self._open_iterator()
+        loop = TrainLoop(
+            self._strategy,
+            self._model,
+            self._optimizer,
+            settings.batch_size,
+            settings.accumulation_steps,
+            use_xla(settings.jit_compile),
+            interruption.stop,
+            measure_wait=not settings.deterministic,
+            num_hosts=self._hosts.count,
+        )
+        interval = Interval(settings.batch_size)
+        first, stopped = True, self._knows_to_stop(interruption)
+        while self.step < settings.total_steps and not stopped:
+            # The first call traces and compiles: one step, and not timed.
+            steps = 1 if first else self._steps_to_next_event()
+            stopped = self._run_loop(loop, iterator, steps, interval, not first)
+            if first and on_first_step is not None and self._hosts.is_chief:
+                on_first_step(settings.workdir, self.step)
+            first = False
+            self._between_loops(interval)
+            stopped = stopped or self._knows_to_stop(interruption)
+        self._save()
+
+    def _knows_to_stop(self, interruption):
+        """Whether to stop without asking, as the only host there is.
+
+        Several must agree, which they do in every step.
+        """
+        return self._hosts.count == 1 and interruption.signal is not None
+
+    def _open_iterator(self):
+        seed, start = self._settings.seed, self._examples
+        return training_iterator(
+            self._strategy,
+            lambda size, host, num_hosts: self._train_data.train(
+                size,
+                start_index=start,
+                seed=seed,
+                host=host,
+                num_hosts=num_hosts,
+            ),
+            self._settings.batch_size,
+        )
+
+    def _steps_to_next_event(self):
+        """Steps until something happens between two, at most a loop's."""
+        s, step = self._settings, self.step
+        periods = [
+            s.log_steps,
+            s.checkpoint_steps,
+            s.eval_steps,
+            s.evaluator_steps,
+        ]
+        ahead = [period - step % period for period in periods if period]
+        return min(s.steps_per_loop, s.total_steps - step, *ahead)
+
+    def _run_loop(self, loop, iterator, steps, interval, timed):
+        """Makes up to `steps` steps; whether the hosts agreed to stop."""
+        before = self.step
+        with Stopwatch() as watch:
+            sums, done, waited, self._weight_norm, stopped = loop(
+                iterator, steps
+            )
+        if not (sums.all_finite() and math.isfinite(self._weight_norm)):
+            raise FloatingPointError(
+                f"Loss, gradients or weights are not finite between steps "
+                f"{before} and {before + done}. The last good checkpoint is "
+                f"{self._checkpoints.latest}; lower the learning rate or clip "
+                "more, and start again from it."
+            )
+        interval.add(sums, done, watch.seconds, waited, timed)
+        self._examples += done * self._settings.batch_size
+        self._progress.advance(done)
+        return stopped
+
+    def _between_loops(self, interval):
+        self._check_claim()
+        settings, step = self._settings, self.step
+        last = step == settings.total_steps
+        if step % settings.log_steps == 0 or last:
+            self._log(interval.result())
+        if settings.eval_steps and step % settings.eval_steps == 0 or last:
+            self._validate()
+        # At the end they run with the weights that are kept: `_finish`.
+        every = settings.evaluator_steps
+        if every and step % every == 0 and not last:
+            with averaged_weights(self._model, self._optimizer):
+                self._evaluate()
+        if step % settings.checkpoint_steps == 0:
+            self._save()
+
+    def _save(self):
+        self._checkpoints.save(
+            self.step, examples=self._examples, best=self._best
+        )
+
+    # Figures.
+
+    def _log(self, figures):
+        figures["weight_norm"] = self._weight_norm
+        figures["learning_rate"] = float(self._optimizer.learning_rate)
+        skipped = collections.Counter()
+        for part in self._hosts.gather(dict(self._train_data.skipped)):
+            skipped.update(part)
+        self._summaries.scalars(self.step, figures, "train/")
+        self._summaries.scalars(self.step, skipped, "data/skipped/")
+        if any(skipped.values()):
+            figures["skipped"] = sum(skipped.values())
+        self._progress.figures(self.step, figures)
+
+    def _validate(self):
+        if self._validation is None:
+            return
+        with averaged_weights(self._model, self._optimizer):
+            figures = self._validation()
+            self._samples.write(self.step, self._summaries)
+            value = figures[self._model.selection_metric]
+            if self._model.better(value, self._best):
+                self._best = value
+                self._checkpoints.save_best(self.step, best=value)
+        self._summaries.scalars(self.step, figures, "validation/")
+        named = {f"validation/{name}": v for name, v in figures.items()}
+        self._progress.figures(self.step, named)
+
+    def _evaluate(self):
+        """Runs the evaluators; returns their figures by name."""
+        figures = self._evaluators()
+        if figures:
+            self._summaries.scalars(self.step, figures)
+            self._progress.figures(self.step, figures)
+        return figures
+
+    def _finish(self):
+        """Final evaluation and export, with the weights that were asked for."""
+        settings = self._settings
+        with averaged_weights(self._model, self._optimizer):
+            if settings.final_weights == "best":
+                self._hosts.wait()  # for the chief to have written them
+                self._checkpoints.restore_best()
+            figures = results.finish(
+                self._model,
+                self._test_data if settings.final_evaluation else None,
+                settings,
+                self.step,
+                self._strategy,
+                self._hosts,
+                self._evaluate,
+            )
+        for name, value in figures.items():
+            self._progress.line(f"{name} {value}")
+        path = os.path.join(settings.workdir, "results.json")
+        self._progress.line(f"results in {path}")
+        return figures

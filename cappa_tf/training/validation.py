@@ -6,7 +6,7 @@ B: batch (padded at the end of the split).
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.training.distribution import on_replicas
+from cappa_tf.training.distribution.strategies import on_replicas
 
 
 class Validation:

@@ -10,7 +10,8 @@ import tensorflow as tf
 from absl import logging
 from PIL import Image
 
-from cappa_tf.data import pipeline, skips, tfrecord
+from cappa_tf.data import caption_dataset, schema
+from cappa_tf.data.stream import bad_records
 
 COUNT = 40
 BAD = {
@@ -36,19 +37,19 @@ def _record(i):
         17: _png(9, 40),
         39: b"\xff\xd8\xff",
     }.get(i, _png(6 * i))
-    return tfrecord.Example(f"k{i}", image, [f"caption {i}"], i)
+    return schema.Example(f"k{i}", image, [f"caption {i}"], i)
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """40 records in 2 shards, 5 of them bad in as many ways."""
-    real = tfrecord.serialize
+    real = schema.serialize
     monkeypatch.setattr(
-        tfrecord,
+        schema,
         "serialize",
         lambda e: b"\xff\xff\xff" if e.key == "k18" else real(e),
     )
-    tfrecord.write_dataset(
+    schema.write_dataset(
         {"train": [_record(i) for i in range(COUNT)]}, tmp_path, "d", 2
     )
     return tmp_path
@@ -63,7 +64,7 @@ def make(data, **options):
         "max_skipped_fraction": 0.2,
         **options,
     }
-    return pipeline.CaptionDataset(data, "train", None, **options)
+    return caption_dataset.CaptionDataset(data, "train", None, **options)
 
 
 def numbers(batch):
@@ -150,9 +151,9 @@ def test_records_without_caption_are_bad_where_captions_are_wanted(tmp_path):
     examples[1].captions = []
     examples[2].captions = ["", "  "]
     examples[3].captions = ["", "real"]
-    tfrecord.write_dataset({"train": examples}, tmp_path, "d", 1)
+    schema.write_dataset({"train": examples}, tmp_path, "d", 1)
 
-    dataset = pipeline.CaptionDataset(
+    dataset = caption_dataset.CaptionDataset(
         tmp_path, "train", Lengths(), 4, max_skipped_fraction=0.5
     )
     batch = next(dataset.evaluate(4).as_numpy_iterator())
@@ -165,8 +166,8 @@ def test_data_without_any_caption_are_refused_at_once(tmp_path):
     examples = [_record(i) for i in (0, 1)]
     for example in examples:
         example.captions = []
-    tfrecord.write_dataset({"train": examples}, tmp_path, "d", 1)
-    dataset = pipeline.CaptionDataset(
+    schema.write_dataset({"train": examples}, tmp_path, "d", 1)
+    dataset = caption_dataset.CaptionDataset(
         tmp_path, "train", Lengths(), 4, max_skipped_fraction=1.0
     )
     with pytest.raises(ValueError, match="train: no record has a caption"):
@@ -174,7 +175,7 @@ def test_data_without_any_caption_are_refused_at_once(tmp_path):
 
 
 def _shards(path):
-    return tfrecord.DatasetDescription.load(path).shards("train")
+    return schema.DatasetDescription.load(path).shards("train")
 
 
 def test_truncated_shard(data):
@@ -217,16 +218,16 @@ def test_shards_of_another_version(data):
 
 
 def test_bound_is_of_an_epoch_first_and_then_of_what_was_seen():
-    counter = skips.SkipCounter(0.01, 1000, "data")
+    counter = bad_records.SkipCounter(0.01, 1000, "data")
     assert counter.allowed() == 10
     assert counter.allowed(seen=500) == 10
     assert counter.allowed(seen=5000) == 50
-    assert skips.SkipCounter(0.001, 100, "data").allowed() == 1
+    assert bad_records.SkipCounter(0.001, 100, "data").allowed() == 1
     # Batches that report out of order are not held against each other.
-    late = skips.SkipCounter(0.1, 10, "data")
+    late = bad_records.SkipCounter(0.1, 10, "data")
     late.add("reason", "later", seen=100)
     late.add("reason", "sooner", seen=5)
-    strict = skips.SkipCounter(0, 100, "data")
+    strict = bad_records.SkipCounter(0, 100, "data")
     with pytest.raises(ValueError, match="the-name"):
         strict.add("reason", "the-name")
 
@@ -239,7 +240,7 @@ def test_each_host_is_judged_by_what_it_read_itself(num_hosts, stops):
         "raw": tf.constant(["bad"] * 3),
         "index": tf.constant(positions, tf.int64),
     }
-    counter = skips.SkipCounter(0.1, 10, "data")
+    counter = bad_records.SkipCounter(0.1, 10, "data")
 
     def report():
         counter.report(

@@ -8,15 +8,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cappa_tf.data import (
-    img2dataset,
-    picture_files,
-    records,
-    tfds,
-    tfrecord,
-    webdataset,
-)
-from cappa_tf.data.decoding import RecordDecoder
+from cappa_tf.data import schema
+from cappa_tf.data.images import image_files
+from cappa_tf.data.sources import prepared, tfds_source, tfrecords, webdataset
+from cappa_tf.data.stream.decoding import RecordDecoder
 from cappa_tf.export import request_images
 
 H, W = 40, 64  # as it is stored
@@ -54,24 +49,24 @@ def sources(photo, tmp_path_factory):
         writer.write(example.SerializeToString())
     found = {
         "tar": webdataset.WebDataset(folder),
-        "tfrecord": img2dataset.TFRecords(folder),
+        "tfrecord": tfrecords.TFRecords(folder),
     }
     for name, content in (
         ("as it is", photo),
-        ("prepared", picture_files.check(photo)),
+        ("prepared", image_files.check(photo)),
     ):
-        examples = [tfrecord.Example("k", content, ["a caption"])]
+        examples = [schema.Example("k", content, ["a caption"])]
         path = folder / name.replace(" ", "_")
-        tfrecord.write_dataset({"train": examples}, path, "d")
-        found[name] = records.PreparedData(path)
+        schema.write_dataset({"train": examples}, path, "d")
+        found[name] = prepared.PreparedData(path)
         if name == "as it is":
-            found["tfds"] = tfds.TFDS(
+            found["tfds"] = tfds_source.TFDS(
                 path, image="image/encoded", captions="captions"
             )
     return found
 
 
-def _decoder(records=tfrecord):
+def _decoder(records=schema):
     return RecordDecoder(
         (W, H), "squash", None, False, 10_000, 1, None, True, records=records
     )

@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from cappa_tf.data import image_formats, images, picture_files
-from cappa_tf.data.decoding import RecordDecoder
+from cappa_tf.data.images import decode_resize, formats, image_files
+from cappa_tf.data.stream.decoding import RecordDecoder
 from cappa_tf.export import request_images
 
 H, W = 9, 13
@@ -403,8 +403,8 @@ OTHERS = {
 def decode():
     """As training decodes."""
     return tf.function(
-        lambda encoded: images.decode(
-            encoded, 10_000, others=picture_files.decode_other
+        lambda encoded: decode_resize.decode(
+            encoded, 10_000, others=image_files.decode_other
         ),
         input_signature=[tf.TensorSpec([], tf.string)],
         autograph=False,
@@ -419,11 +419,11 @@ def test_decoded_right_in_the_graph_and_stored_so(decode, name):
         expected = _pillow(encoded)
     decoded = decode(encoded).numpy()
     np.testing.assert_allclose(decoded, expected, atol=name[:4] == "WebP")
-    stored = picture_files.check(encoded)
+    stored = image_files.check(encoded)
     if "turned" not in name:
         assert stored == encoded
     np.testing.assert_array_equal(decode(stored), decoded)
-    small = Image.open(io.BytesIO(picture_files.check(encoded, resize=6)))
+    small = Image.open(io.BytesIO(image_files.check(encoded, resize=6)))
     assert min(small.size) == 6 and small.format == "JPEG"
     shrunk = Image.fromarray(decoded).resize(
         small.size, Image.Resampling.BICUBIC
@@ -444,11 +444,11 @@ def _pillow(encoded):
 def test_pillow_decodes_the_others_and_they_are_stored_as_png(decode, name):
     encoded, expected = OTHERS[name]
     np.testing.assert_array_equal(decode(encoded), expected)
-    stored = picture_files.check(encoded)
-    assert image_formats.kind_of_bytes(stored)[0] == image_formats.PNG
+    stored = image_files.check(encoded)
+    assert formats.kind_of_bytes(stored)[0] == formats.PNG
     np.testing.assert_array_equal(decode(stored), expected)
     with pytest.raises(tf.errors.InvalidArgumentError, match="neither"):
-        images.decode(encoded)
+        decode_resize.decode(encoded)
 
 
 def test_avif_is_read_like_a_photo(decode):
@@ -458,8 +458,8 @@ def test_avif_is_read_like_a_photo(decode):
     except (KeyError, OSError):
         pytest.skip("needs a Pillow with AVIF")
     expected = np.rot90(pixels, 3)
-    stored = picture_files.check(encoded)
-    assert image_formats.kind_of_bytes(stored)[0] == image_formats.JPEG
+    stored = image_files.check(encoded)
+    assert formats.kind_of_bytes(stored)[0] == formats.JPEG
     for content in (encoded, stored):
         difference = decode(content).numpy().astype(int) - expected
         assert np.abs(difference).mean() < 5
@@ -472,9 +472,9 @@ def test_cmyk_is_inverted_with_adobes_marker_or_without(decode, marker):
     if marker:
         adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
         encoded = encoded[:2] + adobe + encoded[2:]
-    for content in (encoded, picture_files.check(encoded)):
+    for content in (encoded, image_files.check(encoded)):
         np.testing.assert_allclose(decode(content)[0, 0], pixels[0, 0], atol=3)
-    small = Image.open(io.BytesIO(picture_files.check(encoded, resize=6)))
+    small = Image.open(io.BytesIO(image_files.check(encoded, resize=6)))
     np.testing.assert_allclose(small.getpixel((1, 1)), pixels[0, 0], atol=4)
 
 
@@ -505,10 +505,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_is_refused_everywhere(decode, name):
     encoded, reason = REFUSED[name]
-    with pytest.raises(picture_files.UnusableError, match=reason):
-        picture_files.check(encoded)
-    with pytest.raises(picture_files.UnusableError):
-        picture_files.check(encoded, resize=6)
+    with pytest.raises(image_files.UnusableError, match=reason):
+        image_files.check(encoded)
+    with pytest.raises(image_files.UnusableError):
+        image_files.check(encoded, resize=6)
     with pytest.raises(tf.errors.InvalidArgumentError):
         decode(encoded)
 
@@ -529,7 +529,7 @@ def test_a_server_decodes_the_same_and_names_what_it_does_not():
         error = errors[number].numpy().decode()
         if name in IN_GRAPH:
             assert not error
-            expected = decoder.fit(images.decode(content))
+            expected = decoder.fit(decode_resize.decode(content))
             np.testing.assert_array_equal(pixels[number], expected)
         elif name in OTHERS:
             kind = "compressed BMP" if "run" in name else name.split(",")[0]
@@ -545,31 +545,31 @@ def test_nothing_is_decoded_above_the_limit():
     """The header says it, of every kind; what it says is not believed twice."""
     limit = H * W - 1
     decode = tf.function(
-        lambda encoded: images.decode(
-            encoded, limit, others=picture_files.decode_other
+        lambda encoded: decode_resize.decode(
+            encoded, limit, others=image_files.decode_other
         ),
         input_signature=[tf.TensorSpec([], tf.string)],
     )
     reason = f"image of more than {limit} pixels"
     for encoded, _ in [*IN_GRAPH.values(), *OTHERS.values()]:
-        with pytest.raises(picture_files.UnusableError, match=reason):
-            picture_files.check(encoded, max_pixels=limit)
+        with pytest.raises(image_files.UnusableError, match=reason):
+            image_files.check(encoded, max_pixels=limit)
         with pytest.raises(tf.errors.InvalidArgumentError, match="more than"):
             decode(encoded)
     huge = bytearray(BMPS["24 bits"][0])
     huge[18:26] = struct.pack("<ii", 1 << 30, -(1 << 30))
     for resize in (None, 6):
-        with pytest.raises(picture_files.UnusableError, match="more than"):
-            picture_files.check(bytes(huge), resize=resize)
+        with pytest.raises(image_files.UnusableError, match="more than"):
+            image_files.check(bytes(huge), resize=resize)
 
 
 def test_a_bad_record_says_what_it_was():
-    from cappa_tf.data import tfrecord
+    from cappa_tf.data import schema
 
     decoder = RecordDecoder(
         (4, 4), "squash", None, False, 10_000, 0, None, False
     )
     for name in ("float", "no tiff", "cut png"):
         content, reason = REFUSED[name]
-        raw = tfrecord.serialize(tfrecord.Example("k", content, []))
+        raw = schema.serialize(schema.Example("k", content, []))
         assert decoder.diagnose(raw) == (reason, "k")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cappa_tf.data import scenes
-from cappa_tf.data.pipeline import CaptionDataset
-from cappa_tf.data.tfrecord import Example, write_dataset
+from cappa_tf.data.caption_dataset import CaptionDataset
+from cappa_tf.data.scenes import world
+from cappa_tf.data.schema import Example, write_dataset
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation import captioning
 from cappa_tf.models.captioner import Captioner
@@ -45,7 +45,7 @@ class FakeCaptioner:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    captions = list(scenes.captions("train", 300))
+    captions = list(world.captions("train", 300))
     words = [word for caption in captions for word in caption.split()]
     train_tokenizer(captions + words, path, 92)
     return Tokenizer(path, max_length=12)

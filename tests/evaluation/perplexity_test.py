@@ -7,7 +7,7 @@ import pytest
 import scoring
 import tensorflow as tf
 
-from cappa_tf.data import tfrecord
+from cappa_tf.data import schema
 from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.perplexity import Perplexity
 
@@ -41,12 +41,12 @@ def test_figures_are_those_of_the_losses(folder, tmp_path):
 
 def test_records_and_folder_give_the_same(folder, tmp_path):
     examples = [
-        tfrecord.Example(
+        schema.Example(
             str(i), (folder / f"{i}.png").read_bytes(), ["red", "blue square"]
         )
         for i in range(5)
     ]
-    tfrecord.write_dataset({"test": examples}, tmp_path / "records", "colours")
+    schema.write_dataset({"test": examples}, tmp_path / "records", "colours")
     scorer = scoring.tiny_scorer(tmp_path)
     read = []
     for path in (tmp_path / "records", folder / "captions"):

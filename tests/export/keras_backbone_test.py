@@ -15,7 +15,7 @@ from harness import randomize
 import cappa_tf
 from cappa_tf.export import keras_backbone
 from cappa_tf.models.positions import resample_positions
-from cappa_tf.models.random import example_seeds
+from cappa_tf.models.stateless_random import example_seeds
 from cappa_tf.models.vision_encoder import VisionEncoder
 
 SIZES = {
@@ -154,7 +154,7 @@ def test_whatever_is_imported_first(folder):
         "import keras, cappa_tf",
         "import cappa_tf, keras",
         # Half imported when Keras comes and wants the encoder's classes.
-        "import cappa_tf.models.layers, keras",
+        "import cappa_tf.models.attention, keras",
         "import cappa_tf.export.weights, keras",
     ]
     printed = python(IMPORT_ORDERS, folder / "encoder.keras", *orders)

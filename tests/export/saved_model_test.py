@@ -14,9 +14,9 @@ pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 import grpc
 import serving
 
-from cappa_tf.data import picture_files
+from cappa_tf.data.images import image_files
 from cappa_tf.evaluation import captioning, picture_captions
-from cappa_tf.training import workdir
+from cappa_tf.saving import run_folder
 
 TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
 
@@ -49,13 +49,13 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def contents(pictures):
-    return [picture_files.read(path) for path in pictures]
+    return [image_files.read(path) for path in pictures]
 
 
 @pytest.fixture(scope="module")
 def captioner(served):
-    model = workdir.load_captioner(served.run)
-    model.tokenizer = workdir.load_preprocessing(served.run)[0]
+    model = run_folder.load_captioner(served.run)
+    model.tokenizer = run_folder.load_preprocessing(served.run)[0]
     return model
 
 
@@ -75,13 +75,15 @@ def broken(contents):
 
 
 def _reader(run):
-    return picture_captions.PictureReader(**workdir.load_preprocessing(run)[1])
+    return picture_captions.PictureReader(
+        **run_folder.load_preprocessing(run)[1]
+    )
 
 
 def _rows_of_the_tool(run, paths):
     """What tools/caption.py prints of each file."""
-    captioner = workdir.load_captioner(run)
-    tokenizer, _ = workdir.load_preprocessing(run)
+    captioner = run_folder.load_captioner(run)
+    tokenizer, _ = run_folder.load_preprocessing(run)
     rows = picture_captions.caption_pictures(
         paths, _reader(run), captioning.CaptionDecoder(captioner, tokenizer, 32)
     )
@@ -90,7 +92,7 @@ def _rows_of_the_tool(run, paths):
 
 def _same_captions(served, paths, least_distinct):
     rows = _rows_of_the_tool(served.run, paths)
-    files = [picture_files.read(path) for path in paths]
+    files = [image_files.read(path) for path in paths]
     for start in range(0, len(paths), 8):
         answer = served.predict("caption", image_bytes=files[start : start + 8])
         for i, row in enumerate(rows[start : start + 8]):
@@ -108,7 +110,7 @@ def test_captions_are_those_of_the_tool(served, pictures):
 
 def test_captions_of_photos_are_those_of_the_tool(served):
     folder = shared_data("flickr8k/images")
-    paths = picture_files.find_pictures([str(folder)])[:100]
+    paths = image_files.find_pictures([str(folder)])[:100]
     _same_captions(served, paths, least_distinct=10)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from harness import randomize
 
-from cappa_tf.models.variants import variant
+from cappa_tf.models.sizes import variant
 from cappa_tf.models.vision_encoder import VisionEncoder
 
 pytest.importorskip("safetensors", reason="pip install '.[interop]'")

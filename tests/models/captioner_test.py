@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from random_captioner import SIDE, SMALL, B, L, V, make_captioner
 
-from cappa_tf.models import random
+from cappa_tf.models import stateless_random
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.text_decoder import TextDecoder
@@ -71,7 +71,7 @@ def test_a_mixed_batch_is_each_example_by_its_own_objective(captioner, batch):
 
 def test_three_quarters_are_parallel(captioner):
     index = tf.range(4000, dtype=tf.int64)
-    seeds = random.example_seeds(0, index)
+    seeds = stateless_random.example_seeds(0, index)
     share = tf.reduce_mean(
         tf.cast(captioner._draw_parallel(seeds, 4000), tf.float32)
     )
@@ -87,7 +87,7 @@ def test_evaluation_is_always_autoregressive(captioner, batch):
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_masking_ratio_is_the_share_of_masks(batch, ratio):
     captioner = make_captioner(masked_pred_prob=1.0, masking_ratio=ratio)
-    seeds = random.example_seeds(0, batch["index"])
+    seeds = stateless_random.example_seeds(0, batch["index"])
     tokens = captioner._decoder_inputs(
         batch["labels"][:, 0], tf.fill([B], True), seeds
     ).numpy()
@@ -128,7 +128,7 @@ def test_no_two_parts_drop_the_same():
     layers = [
         layer
         for layer in captioner._flatten_layers()
-        if isinstance(layer, random.StatelessDropout)
+        if isinstance(layer, stateless_random.StatelessDropout)
     ]
     for layer in layers:
         layer.salt = "same"

@@ -6,15 +6,12 @@ import pytest
 from harness import check_layer, randomize
 from keras import ops
 
+from cappa_tf.models.attention import MultiHeadAttention
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
-from cappa_tf.models.layers import (
-    MLP,
-    MultiHeadAttention,
-    PatchEmbedding,
-    PositionEmbedding,
-    sincos2d,
-)
-from cappa_tf.models.random import StatelessDropout
+from cappa_tf.models.mlp import MLP
+from cappa_tf.models.patch_embedding import PatchEmbedding
+from cappa_tf.models.positions import PositionEmbedding, sincos2d
+from cappa_tf.models.stateless_random import StatelessDropout
 
 
 def array(*shape, seed=0):

@@ -17,8 +17,8 @@ import tensorflow as tf
 from conftest import shared_reference
 
 from cappa_tf.export import big_vision
-from cappa_tf.training.adafactor import Adafactor
-from cappa_tf.training.schedules import Cosine, Linear, Rsqrt
+from cappa_tf.training.optimizers.adafactor import Adafactor
+from cappa_tf.training.optimizers.schedules import Cosine, Linear, Rsqrt
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "testdata/golden_captioner.npz"
 # Image sizes that the arrays do not tell.

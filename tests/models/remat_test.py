@@ -5,10 +5,10 @@ import pytest
 import small_run
 import tensorflow as tf
 
-from cappa_tf.training.adafactor import Adafactor
-from cappa_tf.training.build import build_model
-from cappa_tf.training.distribution import make_strategy
-from cappa_tf.training.memory import estimate
+from cappa_tf.training.construct import build_model
+from cappa_tf.training.distribution.strategies import make_strategy
+from cappa_tf.training.memory_estimate import estimate
+from cappa_tf.training.optimizers.adafactor import Adafactor
 from cappa_tf.training.step import TrainLoop
 
 

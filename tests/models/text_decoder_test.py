@@ -6,8 +6,8 @@ import tensorflow as tf
 from harness import check_layer, randomize
 
 from cappa_tf.models.captioner import Captioner
-from cappa_tf.models.random import StatelessDropout, example_seeds
 from cappa_tf.models.special_tokens import SpecialTokens
+from cappa_tf.models.stateless_random import StatelessDropout, example_seeds
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 

@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 from harness import check_layer, randomize
 
-from cappa_tf.models.random import StatelessDropout, example_seeds
-from cappa_tf.models.variants import variant
+from cappa_tf.models.sizes import variant
+from cappa_tf.models.stateless_random import StatelessDropout, example_seeds
 from cappa_tf.models.vision_encoder import VisionEncoder
 
 SMALL = {

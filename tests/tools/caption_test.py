@@ -13,7 +13,7 @@ from PIL import Image
 from tool_flags import defined
 
 from cappa_tf.evaluation import picture_captions
-from cappa_tf.training import workdir
+from cappa_tf.saving import run_folder as saving
 from tools import caption
 
 
@@ -27,8 +27,8 @@ def run_folder(tmp_path_factory):
     model.build()
     head = model.text_decoder.head_weights[1]
     head.assign(tf.random.stateless_normal(head.shape, [1, 2]))
-    workdir.describe_run(folder, model, data)
-    workdir.save_captioner(folder, model)
+    saving.describe_run(folder, model, data)
+    saving.save_captioner(folder, model)
     return folder
 
 
@@ -98,8 +98,8 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     )
     assert code == 0
     row = json.loads(out)
-    tokenizer, image = workdir.load_preprocessing(run_folder)
-    captioner = workdir.load_captioner(run_folder)
+    tokenizer, image = saving.load_preprocessing(run_folder)
+    captioner = saving.load_captioner(run_folder)
     pixels = picture_captions.PictureReader(**image)(path)[None]
     tokens = captioner.generate(pixels)["tokens"]
     score = captioner.score(pixels, tokens)

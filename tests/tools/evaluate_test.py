@@ -10,7 +10,7 @@ import tensorflow as tf
 from absl import flags
 from PIL import Image
 
-from cappa_tf.data import tfrecord
+from cappa_tf.data import schema
 from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.evaluator import Report
 from cappa_tf.evaluation.labelled import LabelledImages, extract_features
@@ -77,10 +77,10 @@ def test_fewshot_on_a_folder(folder, capsys):
 
 def test_records_give_the_same_pictures(folder, tmp_path):
     examples = [
-        tfrecord.Example(str(i), (folder / f"{i}.png").read_bytes(), [], i % 3)
+        schema.Example(str(i), (folder / f"{i}.png").read_bytes(), [], i % 3)
         for i in range(24, 36)
     ]
-    tfrecord.write_dataset({"test": examples}, tmp_path / "records", "colours")
+    schema.write_dataset({"test": examples}, tmp_path / "records", "colours")
     both = []
     for path in (folder, tmp_path / "records"):
         data = LabelledImages(path, "test", (8, 6))
@@ -131,10 +131,10 @@ class _Part:
 
 def test_two_hosts_have_the_features_of_one(folder, tmp_path):
     examples = [
-        tfrecord.Example(str(i), (folder / f"{i}.png").read_bytes(), [], i % 3)
+        schema.Example(str(i), (folder / f"{i}.png").read_bytes(), [], i % 3)
         for i in range(24)
     ]
-    tfrecord.write_dataset({"train": examples}, tmp_path, "colours")
+    schema.write_dataset({"train": examples}, tmp_path, "colours")
 
     def encoder(images, training):
         return {"pre_logits": tf.reduce_mean(images, axis=1)[:, 0]}

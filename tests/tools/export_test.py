@@ -11,7 +11,7 @@ from absl import flags
 from harness import randomize
 
 import cappa_tf
-from cappa_tf.training import workdir
+from cappa_tf.saving import run_folder as saving
 from tools import export
 
 
@@ -34,7 +34,7 @@ def captioner():
 @pytest.fixture(scope="module")
 def run_folder(captioner, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    workdir.save_captioner(str(folder), captioner)
+    saving.save_captioner(str(folder), captioner)
     return folder
 
 

@@ -13,7 +13,9 @@ from conftest import ROOT, shared_data
 from PIL import Image
 from tool_flags import defined
 
-from cappa_tf.data import conversion, sources, tfrecord
+from cappa_tf.data import schema
+from cappa_tf.data.prepare import conversion
+from cappa_tf.data.sources import image_folder
 from tools import prepare_data
 
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -77,7 +79,7 @@ def test_counts_splits_and_names_what_was_skipped(
 ):
     output = tmp_path / "out"
     run(f"--input={photos}", f"--output={output}", "--num_shards=4")
-    description = tfrecord.DatasetDescription.load(output)
+    description = schema.DatasetDescription.load(output)
     description.verify(checksums=True)
     assert description.name == "out"
     sizes = {s: description.num_examples(s) for s in description.splits}
@@ -103,7 +105,7 @@ def test_fractions_and_resize(run, photos, tmp_path):
         "--split_fractions=whole=1",
         "--resize=10",
     )
-    description = tfrecord.DatasetDescription.load(output)
+    description = schema.DatasetDescription.load(output)
     assert description.splits == ["whole"]
     assert description.shards("whole")[0].path.endswith(
         "small-whole.tfrecord-00000-of-00008"
@@ -134,7 +136,7 @@ def _is_as_uninterrupted(run, photos, output, *more):
 def test_interrupted_in_a_shard_goes_on_with_the_next(
     run, photos, tmp_path, monkeypatch, capsys
 ):
-    real = sources.read_example
+    real = image_folder.read_example
 
     def interrupted(row, *arguments):
         if row.key == "5.jpg":
@@ -142,11 +144,11 @@ def test_interrupted_in_a_shard_goes_on_with_the_next(
         return real(row, *arguments)
 
     output = tmp_path / "out"
-    monkeypatch.setattr(sources, "read_example", interrupted)
+    monkeypatch.setattr(image_folder, "read_example", interrupted)
     with pytest.raises(SystemExit, match="interrupted; run it again"):
         run(f"--input={photos}", f"--output={output}")
     assert not _contents(output)
-    monkeypatch.setattr(sources, "read_example", real)
+    monkeypatch.setattr(image_folder, "read_example", real)
     _is_as_uninterrupted(run, photos, output)
     assert "5 shards taken over" in capsys.readouterr().out
 
@@ -172,10 +174,10 @@ def test_interrupted_before_any_step(run, photos, tmp_path, monkeypatch, step):
         run(f"--input={photos}", f"--output={output}", "--num_shards=1")
     monkeypatch.setattr(tf.io.gfile, "rename", real)
     if step % 2 and step < 10:  # The older version is still all there.
-        tfrecord.DatasetDescription.load(output).verify(checksums=True)
+        schema.DatasetDescription.load(output).verify(checksums=True)
     else:
         with pytest.raises(ValueError, match="interrupted"):
-            tfrecord.DatasetDescription.load(output)
+            schema.DatasetDescription.load(output)
     _is_as_uninterrupted(run, photos, output, "--num_shards=1")
 
 
@@ -194,7 +196,7 @@ def test_killed_between_two_steps(run, photos, tmp_path, step):
     killed = subprocess.run([*program, *arguments], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(ValueError, match="interrupted"):
-        tfrecord.DatasetDescription.load(output)
+        schema.DatasetDescription.load(output)
     _is_as_uninterrupted(run, photos, output, "--num_shards=1")
 
 
@@ -264,7 +266,7 @@ def test_refusals_name_the_cause(run, photos, tmp_path):
     with pytest.raises(SystemExit, match="already holds the data set 'out'"):
         run(f"--input={empty}", f"--output={output}")
     run(f"--input={empty}", f"--output={output}", "--overwrite")
-    assert len(tfrecord.DatasetDescription.load(output).splits) == 1
+    assert len(schema.DatasetDescription.load(output).splits) == 1
     with pytest.raises(SystemExit, match="which holds"):
         run(f"--input={empty}", f"--output={photos}", "--overwrite")
 
@@ -272,7 +274,7 @@ def test_refusals_name_the_cause(run, photos, tmp_path):
 def test_real_photos(run, tmp_path):
     source = shared_data("coco_mini")
     run(f"--input={source}", f"--output={tmp_path / 'coco'}")
-    description = tfrecord.DatasetDescription.load(tmp_path / "coco")
+    description = schema.DatasetDescription.load(tmp_path / "coco")
     lines = (source / "captions.jsonl").read_text().splitlines()
     assert sum(map(description.num_examples, description.splits)) == len(lines)
     assert not (tmp_path / "coco/prepare_data.log").read_text()

@@ -16,9 +16,9 @@ pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 
 import serving
 
-from cappa_tf.data import picture_files
+from cappa_tf.data.images import image_files
 from cappa_tf.evaluation import captioning, picture_captions
-from cappa_tf.training import workdir
+from cappa_tf.saving import run_folder
 from tools import serving_client
 
 TEXTS = ["red circle", "green"]
@@ -56,12 +56,12 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captions(served, pictures):
     """What tools/caption.py says of them."""
-    tokenizer, image = workdir.load_preprocessing(served.run)
+    tokenizer, image = run_folder.load_preprocessing(served.run)
     rows = picture_captions.caption_pictures(
-        picture_files.find_pictures([str(pictures)]),
+        image_files.find_pictures([str(pictures)]),
         picture_captions.PictureReader(**image),
         captioning.CaptionDecoder(
-            workdir.load_captioner(served.run), tokenizer, 8
+            run_folder.load_captioner(served.run), tokenizer, 8
         ),
     )
     return [row.caption for _, row, _ in rows]

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from tool_flags import defined
 
-from cappa_tf.data import tfrecord, tokenizer
+from cappa_tf.data import schema, tokenizer
 from tools import train_tokenizer
 
 
@@ -37,12 +37,12 @@ def data(tmp_path):
     captions = ["A Red Dog", "a blue cat", "the red cat and the blue dog"] * 4
     examples = {
         split: [
-            tfrecord.Example(f"{i}", b"\xff", [prefix + caption])
+            schema.Example(f"{i}", b"\xff", [prefix + caption])
             for i, caption in enumerate(captions)
         ]
         for split, prefix in (("train", ""), ("test", "0123456789 "))
     }
-    tfrecord.write_dataset(examples, tmp_path / "data", "d", 2)
+    schema.write_dataset(examples, tmp_path / "data", "d", 2)
     return tmp_path / "data"
 
 
@@ -55,7 +55,7 @@ def test_vocabulary_of_the_training_split(run, data, capsys):
     assert made.detokenize(made(["A Red Cat"])) == ["a red cat"]
     assert tokenizer.UNKNOWN_ID in made("7").numpy()
     # The description says nothing of it, and the data set stays as it is.
-    tfrecord.DatasetDescription.load(data).verify(checksums=True)
+    schema.DatasetDescription.load(data).verify(checksums=True)
 
 
 def test_vocabulary_of_a_text_file(run, data, tmp_path, capsys):

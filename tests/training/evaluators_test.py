@@ -8,7 +8,7 @@ import scoring
 import tensorflow as tf
 import tiny
 
-from cappa_tf.evaluation.compositional import SugarCrepe
+from cappa_tf.evaluation.compositional.benchmarks import SugarCrepe
 from cappa_tf.evaluation.evaluator import Evaluator, Report
 from cappa_tf.evaluation.fewshot import Fewshot
 from cappa_tf.evaluation.zero_shot import ZeroShot

@@ -7,11 +7,14 @@ import tensorflow as tf
 import tiny
 from conftest import two_devices
 
-from cappa_tf.training.adafactor import Adafactor
-from cappa_tf.training.averaging import averaged_weights
-from cappa_tf.training.build import build_model
-from cappa_tf.training.distribution import make_strategy, training_iterator
-from cappa_tf.training.metrics import Interval, Sums
+from cappa_tf.training.construct import build_model
+from cappa_tf.training.distribution.strategies import (
+    make_strategy,
+    training_iterator,
+)
+from cappa_tf.training.optimizers.adafactor import Adafactor
+from cappa_tf.training.optimizers.averaging import averaged_weights
+from cappa_tf.training.reporting.metrics import Interval, Sums
 from cappa_tf.training.step import TrainLoop
 
 

@@ -32,15 +32,9 @@ import tensorflow as tf
 from absl import flags
 from PIL import Image
 
-from cappa_tf.data import (
-    images,
-    memory,
-    order,
-    picture_files,
-    pipeline,
-    tfrecord,
-    tokenizer,
-)
+from cappa_tf.data import caption_dataset, schema, tokenizer
+from cappa_tf.data.images import decode_resize, image_files
+from cappa_tf.data.stream import caching, shuffling
 from tools import benchmarks
 
 _ENLARGED = (1024, 768)
@@ -84,7 +78,7 @@ def define_flags():
 
 def run():
     """Prints all tables, or reads one data set for the sake of its memory."""
-    memory.keep_freed_memory()
+    caching.keep_freed_memory()
     if flags.FLAGS.read:
         print(json.dumps(read_everything(flags.FLAGS.read)))
         return
@@ -145,7 +139,7 @@ def shrink(photos, side):
         result = []
         for photo in photos:
             path.write_bytes(photo)
-            result.append(picture_files.read(path, resize=side))
+            result.append(image_files.read(path, resize=side))
     return result
 
 
@@ -158,12 +152,10 @@ def _jpeg(picture, quality):
 def write(folder, encoded, shards=4):
     """Writes pictures with captions as a data set with a vocabulary."""
     examples = (
-        tfrecord.Example(
-            f"{i:06d}", picture, [f"{c} {i % 7}" for c in _CAPTIONS]
-        )
+        schema.Example(f"{i:06d}", picture, [f"{c} {i % 7}" for c in _CAPTIONS])
         for i, picture in enumerate(encoded)
     )
-    tfrecord.write_dataset({"train": examples}, folder, "benchmark", shards)
+    schema.write_dataset({"train": examples}, folder, "benchmark", shards)
     tokenizer.train_tokenizer(
         [f"{c} {i}" for c in _CAPTIONS for i in range(7)],
         os.path.join(folder, tokenizer.FILE_NAME),
@@ -172,7 +164,7 @@ def write(folder, encoded, shards=4):
 
 
 def _dataset(folder, size, **options):
-    return pipeline.CaptionDataset(
+    return caption_dataset.CaptionDataset(
         folder,
         "train",
         tokenizer.Tokenizer(folder, 64),
@@ -190,8 +182,8 @@ def decoder(way, size):
         # One pixel, as pictures of several shapes make no batch.
         return lambda e: tf.io.decode_jpeg(e, channels=3, ratio=8)[:1, :1]
     if way == "decode":
-        return lambda encoded: images.resize(
-            images.decode(encoded, None, size), size
+        return lambda encoded: decode_resize.resize(
+            decode_resize.decode(encoded, None, size), size
         )
     return lambda encoded: tf.cast(
         tf.image.resize(
@@ -290,7 +282,7 @@ def _print_reading(folder):
     paths = [shard.path for shard in shards]
     streams = {
         "reader": tf.data.TFRecordDataset(paths, buffer_size=1 << 20).repeat(),
-        "stream": order.from_readers(shards, seed=0).map(lambda i, s: s),
+        "stream": shuffling.from_readers(shards, seed=0).map(lambda i, s: s),
     }
 
     def measure(way):

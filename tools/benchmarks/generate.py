@@ -25,11 +25,11 @@ def draw_pictures(count, image_size):
     """float32 [count, H, W, 3] in [-1, 1], of unseen compositions."""
     import tensorflow as tf
 
-    from cappa_tf.data import scenes
+    from cappa_tf.data.scenes import world
 
     pictures = [
         tf.io.decode_image(example.image, channels=3)
-        for example in scenes.examples("heldout", count, image_size)
+        for example in world.examples("heldout", count, image_size)
     ]
     return tf.cast(tf.stack(pictures), tf.float32) / 127.5 - 1.0
 
@@ -109,9 +109,9 @@ def measure(ways, images, rounds):
 
 def run():
     """Prints the time of each way, and its ratio to cached greedy."""
-    from cappa_tf.training import workdir
+    from cappa_tf.saving import run_folder
 
-    captioner = workdir.load_captioner(flags.FLAGS.checkpoint)
+    captioner = run_folder.load_captioner(flags.FLAGS.checkpoint)
     size = captioner.vision_encoder.image_size[0]
     ways = make_ways(captioner)
     for batch_size in flags.FLAGS.batch_size:

@@ -49,11 +49,11 @@ def _loss(way, hidden, targets, valid, kernel, bias):
     """Sum of the losses of all real tokens, one way or the other."""
     import tensorflow as tf
 
-    from cappa_tf.models import losses
+    from cappa_tf.models.losses import cross_entropy
 
     if way == "chunked":
         parts = (hidden, targets, valid, kernel, bias)
-        return tf.reduce_sum(losses.token_cross_entropy(*parts)[0])
+        return tf.reduce_sum(cross_entropy.token_cross_entropy(*parts)[0])
     nll = tf.nn.sparse_softmax_cross_entropy_with_logits(
         targets, hidden @ kernel + bias
     )
@@ -98,16 +98,11 @@ def measure_loss(way, batch_size, length, tokens, vocabulary_size, width):
 
 def make_captioner(variant, image_size, length, vocabulary_size, remat):
     """A captioner with the sizes of a variant."""
-    from cappa_tf.models import (
-        captioner,
-        text_decoder,
-        variants,
-        vision_encoder,
-    )
+    from cappa_tf.models import captioner, sizes, text_decoder, vision_encoder
 
-    sizes = variants.variant(variant)
+    chosen = sizes.variant(variant)
     encoder = vision_encoder.VisionEncoder(
-        **sizes, image_size=image_size, remat=remat
+        **chosen, image_size=image_size, remat=remat
     )
     shared = ("hidden_dim", "num_heads", "mlp_dim")
     decoder = text_decoder.TextDecoder(
@@ -115,7 +110,7 @@ def make_captioner(variant, image_size, length, vocabulary_size, remat):
         length,
         num_layers=max(1, encoder.num_layers // 2),
         remat=remat,
-        **{name: sizes[name] for name in shared},
+        **{name: chosen[name] for name in shared},
     )
     return captioner.Captioner(encoder, decoder)
 
@@ -132,12 +127,13 @@ def measure_step(
     """
     import tensorflow as tf
 
-    from cappa_tf.training import adafactor, build, step
-    from cappa_tf.training import memory as estimates
+    from cappa_tf.training import construct, step
+    from cappa_tf.training import memory_estimate as estimates
+    from cappa_tf.training.optimizers import adafactor
 
     precision, remat = _STEPS[way]
     strategy = tf.distribute.get_strategy()
-    model, optimizer = build.build_model(
+    model, optimizer = construct.build_model(
         lambda: make_captioner(
             variant, image_size, length, vocabulary_size, remat
         ),

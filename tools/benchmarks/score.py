@@ -40,8 +40,8 @@ def make_captioner(variant, image_size, length, vocabulary_size, layers):
     import keras
 
     from cappa_tf.models.captioner import Captioner
+    from cappa_tf.models.sizes import variant as sizes_of
     from cappa_tf.models.text_decoder import TextDecoder
-    from cappa_tf.models.variants import variant as sizes_of
     from cappa_tf.models.vision_encoder import VisionEncoder
 
     keras.utils.set_random_seed(0)
@@ -77,12 +77,12 @@ def make_ways(captioner, labels, part):
     import numpy as np
     import tensorflow as tf
 
-    from cappa_tf.models import scoring
+    from cappa_tf.models import likelihood
 
     decoder = captioner.text_decoder
     few = labels[:part]
     pad = decoder.special_tokens.pad
-    short = scoring.cut_padding(labels, pad).numpy()[:part]
+    short = likelihood.cut_padding(labels, pad).numpy()[:part]
 
     @tf.function(autograph=False)
     def one(encoded, label):

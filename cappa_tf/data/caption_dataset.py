@@ -1,0 +1,394 @@
+"""Records of captioned pictures to batches: what training and evaluation read.
+
+Dimensions:
+    B: batch size.
+    K: captions an image.
+    L: text length.
+    H, W: height and width the model takes.
+    N: examples of the split.
+"""
+
+import math
+import os
+
+import tensorflow as tf
+
+from cappa_tf.data import dataset_arguments
+from cappa_tf.data.images import augmentation, decode_resize
+from cappa_tf.data.sources import base, prepared
+from cappa_tf.data.stream import bad_records, caching, decoding, shuffling
+from cappa_tf.utils import arguments
+
+
+class CaptionDataset:
+    """One split of a source: a folder of prepared data, or any other.
+
+    The constructor checks its arguments and opens nothing. Both streams give
+    dicts of tensors with a static batch size:
+
+        train     "image" float32 [B, H, W, 3] in [-1, 1], "labels" int32
+                  [B, K, L], K captions an image, and "index"
+                  int64 [B], the position in the endless stream.
+        evaluate  the same, with the index counting the split's records in
+                  order, and "_mask" float32 [B]: 0 for padding (and for bad
+                  records), 1 for examples.
+
+    Without a tokenizer there are no "labels", records need no caption, and
+    "label" int64 [B] (-1 for none) is given.
+
+    The training stream is a function of (seed, start_index) alone: started at
+    n it is the stream started at 0 from example n on, and each epoch holds
+    every example exactly once (see `shuffling.py`; of a mixture, those of each
+    source: `mixture.py`). A bad record (lost, damaged,
+    without caption, too large) is skipped, counted and named in the log. Its
+    position is given to its neighbour in the batch, so that step times batch
+    size stays the position in the stream.
+
+    Args:
+        path: Folder of the data set that tools/prepare_data.py wrote, or a
+            source: see `sources/base.py`.
+        split: Name of the split.
+        tokenizer: A `Tokenizer`, or None.
+        image_size: H and W, one integer or a pair.
+        batch_size: B where `train` and `evaluate` are not told.
+        seed: Seed of order, captions and augmentation where `train` is not
+            told.
+        shuffle: Whether `train` shuffles the records.
+        shuffle_buffer: Records held for shuffling where the split is too
+            large for memory; changing it changes the order.
+        num_readers: Shards read in turns in that case; changing it changes
+            the order.
+        captions_per_image: K, or "all" for the most any record has. `train`
+            draws them (without repetition while a record has enough, then all
+            over again); `evaluate` takes the first ones.
+        max_words: Words, as spaces part them, of the longest caption `train`
+            draws; of an image that has only longer ones, its shortest. None
+            for no such limit. `evaluate` has all.
+        flip: Whether `train` mirrors half of the pictures.
+        crop_scale: (least, most) fraction of the area `train` cuts out, or
+            None for the whole picture.
+        crop_aspect: (least, most) width / height of the cut, relative to the
+            picture's.
+        shift: Pixels `train` moves the picture at most; not with crop_scale.
+        decode_size: Pictures are first resized to this (H, W) and the crop is
+            taken from there; by default image_size, or with crop_scale 1.15
+            times it.
+        resize: "squash" (aspect ratio is lost, as in the recipe) or
+            "resize_small_central_crop".
+        resize_small: Length of the shorter side for the latter, by default
+            256 / 224 of the longer side of image_size.
+        antialias: Whether shrinking averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8,
+            the smallest that covers the size wanted. False decodes all pixels
+            and takes the four nearest ones, as the recipe does.
+        length_buckets: Text lengths: "labels" are cut to the smallest one
+            that holds the batch's longest caption. None for always L.
+        cache: "stream" reads the shards anew each epoch; "records" holds
+            their bytes in memory; "images" holds pixels (decoded and resized,
+            uint8) and token ids, and costs nearly nothing after its first
+            pass. None decides between the first two by the split's size.
+        max_pixels: A picture with more is a bad record.
+        max_skipped_fraction: Fraction of bad records above which reading
+            stops with an error.
+        num_parallel_calls: Threads for decoding; None lets tf.data decide.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str,
+        tokenizer,
+        image_size: int | tuple | list,
+        *,
+        batch_size=None,
+        seed=0,
+        shuffle=True,
+        shuffle_buffer=4096,
+        num_readers=8,
+        captions_per_image: int | str = 1,
+        max_words=None,
+        flip=False,
+        crop_scale=None,
+        crop_aspect=(0.75, 4 / 3),
+        shift=0,
+        decode_size=None,
+        resize="squash",
+        resize_small=None,
+        antialias=False,
+        reduced_decode=True,
+        length_buckets=None,
+        cache=None,
+        max_pixels=25_000_000,
+        max_skipped_fraction=0.001,
+        num_parallel_calls=None,
+    ):
+        self.source = prepared.as_source(path)
+        self.path = self.source.name
+        self.split = split
+        self.tokenizer = tokenizer
+        self.image_size = arguments.height_width("image_size", image_size)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.shuffle_buffer = shuffle_buffer
+        self.num_readers = num_readers
+        self.captions_per_image = captions_per_image
+        self.max_words = max_words
+        self.flip = flip
+        self.crop_scale = crop_scale
+        self.crop_aspect = crop_aspect
+        self.shift = shift
+        self.resize = resize
+        self.antialias = antialias
+        self.reduced_decode = reduced_decode
+        self.length_buckets = dataset_arguments.buckets(
+            length_buckets, tokenizer
+        )
+        self.cache = cache
+        self.max_pixels = max_pixels
+        self.max_skipped_fraction = max_skipped_fraction
+        self.num_parallel_calls = num_parallel_calls
+        dataset_arguments.caption_dataset(self)
+        self.decode_size = dataset_arguments.decode_size(
+            decode_size, self.image_size, crop_scale
+        )
+        self.resize_small = resize_small or round(
+            max(self.image_size) * 256 / 224
+        )
+        self._records = self._skips = self._pixels = None
+        self._evaluations = {}
+
+    @property
+    def records(self):
+        """The split's `base.Records`, opened at first use."""
+        if self._records is None:
+            self._records = self.source.split(self.split)
+        return self._records
+
+    @property
+    def num_examples(self):
+        """N, bad records included."""
+        return self.records.num_examples
+
+    @property
+    def max_captions(self):
+        """Captions of the record that has most of them."""
+        return self.records.max_captions
+
+    @property
+    def num_captions(self):
+        """K: labels an image has in a batch."""
+        if self.tokenizer is None:
+            return 0
+        if self.captions_per_image == "all":
+            return self.max_captions
+        return self.captions_per_image
+
+    @property
+    def skipped(self):
+        """A dict reason -> number of bad records met so far, at any time."""
+        return {} if self._skips is None else self._skips.counts
+
+    @property
+    def failure(self):
+        """The ValueError by which bad records stopped reading, or None."""
+        return None if self._skips is None else self._skips.failure
+
+    def train(
+        self, batch_size=None, start_index=0, seed=None, host=0, num_hosts=1
+    ):
+        """The endless training stream.
+
+        Several hosts share one stream: position P goes to host P % num_hosts,
+        so that the batches of all hosts together are those of one host with
+        a batch of that size, whatever their number. A host reads no more than
+        its own where their number divides `num_readers`.
+
+        Args:
+            batch_size: B, of this host; by default the constructor's.
+            start_index: Position of the first example, over all hosts.
+            seed: By default the constructor's.
+            host: Number of this host.
+            num_hosts: How many share the stream.
+
+        Returns:
+            A tf.data.Dataset of the batches described above.
+        """
+        batch_size = self._batch_size(batch_size)
+        seed = self.seed if seed is None else seed
+        arguments.check_integer("start_index", start_index, 0)
+        dataset_arguments.hosts(host, num_hosts)
+        self._open()
+        reading = base.Reading(
+            seed,
+            self.shuffle,
+            self.shuffle_buffer,
+            self.num_readers,
+            self.cache,
+            host,
+            num_hosts,
+        )
+        batches = self._train_batches(batch_size, start_index, reading)
+        diagnose = self._decoder(self.image_size, None).diagnose
+
+        def finish(batch):
+            self._skips.report(batch, diagnose, "train", start_index, num_hosts)
+            batch = decoding.replace_bad(batch)
+            image = augmentation.augment(
+                batch["image"],
+                self.image_size,
+                seed,
+                batch["index"],
+                flip=self.flip,
+                crop_scale=self.crop_scale,
+                crop_aspect=self.crop_aspect,
+                shift=self.shift,
+            )
+            return self._finish(batch, image)
+
+        return batches.map(finish, num_parallel_calls=2).prefetch(2)
+
+    def evaluate(self, batch_size=None, host=0, num_hosts=1):
+        """One pass over the split in order, the last batch filled up.
+
+        Args:
+            batch_size: B, of this host; by default the constructor's.
+            host: Number of this host.
+            num_hosts: How many share the records: host h gets those with
+                index % num_hosts == h, and as many batches as the others.
+
+        Returns:
+            A tf.data.Dataset of the batches described above.
+        """
+        key = (self._batch_size(batch_size), host, num_hosts)
+        dataset_arguments.hosts(host, num_hosts)
+        if key not in self._evaluations:
+            self._open()
+            self._evaluations[key] = self._evaluation(*key)
+        return self._evaluations[key]
+
+    def _evaluation(self, batch_size, host, num_hosts):
+        """Builds `evaluate`, which repeated evaluations share."""
+        most = math.ceil(self.num_examples / num_hosts)  # of one host
+        count = math.ceil(most / batch_size) * batch_size
+        padding = tf.data.Dataset.from_tensors("").repeat()
+        stream = (
+            shuffling.in_sequence(self.records)
+            .map(lambda index, serialized: serialized)
+            .concatenate(padding)
+            .enumerate()
+            .shard(num_hosts, host)
+            .take(count)
+        )
+        decoder = self._decoder(self.image_size, None)
+        batches = decoder.batches(stream, batch_size, self.num_parallel_calls)
+
+        def finish(batch):
+            self._skips.report(batch, decoder.diagnose, "evaluate")
+            result = self._finish(batch, batch["image"])
+            return {**result, "_mask": tf.cast(batch["ok"], tf.float32)}
+
+        return batches.map(finish, num_parallel_calls=2).prefetch(2)
+
+    def read_examples(self, limit=None):
+        """The split as Python objects, in the order of `evaluate`.
+
+        Args:
+            limit: Most examples to read; None for all.
+
+        Returns:
+            An iterator of `schema.Example`s; example i is index i of
+            `evaluate`. A bad record has neither image nor captions.
+        """
+        return self.records.read_examples(limit)
+
+    def _train_batches(self, batch_size, start_index, reading):
+        """Decoded batches in training order, by way of the cache."""
+        if self.cache == "images":
+            numbers = self.records.numbers(reading, start_index)
+            pixels = self._pixels_in_memory()
+            return numbers.batch(batch_size, drop_remainder=True).map(
+                lambda index, number: pixels.batch(
+                    reading.seed, index, number, self.num_captions
+                ),
+                num_parallel_calls=2,
+            )
+        stream = self.records.stream(reading, start_index)
+        decoder = self._decoder(
+            self.decode_size, reading.seed, max_words=self.max_words
+        )
+        return decoder.batches(stream, batch_size, self.num_parallel_calls)
+
+    def _decoder(self, size, seed, num_captions=None, max_words=None):
+        return decoding.RecordDecoder(
+            size=size,
+            resize=self.resize,
+            small=math.ceil(
+                self.resize_small * max(size) / max(self.image_size)
+            ),
+            antialias=self.antialias,
+            max_pixels=self.max_pixels,
+            num_captions=(
+                self.num_captions if num_captions is None else num_captions
+            ),
+            seed=seed,
+            reduced=self.reduced_decode,
+            max_words=max_words,
+            records=self.records,
+        )
+
+    def _finish(self, batch, image):
+        """Value range and labels of a decoded batch."""
+        result = {
+            "image": decode_resize.to_model_range(image),
+            "index": batch["index"],
+        }
+        if self.tokenizer is None:
+            return {**result, "label": batch["label"]}
+        labels = batch.get("tokens")
+        if labels is None:
+            labels = self.tokenizer(batch["captions"])  # [B, K, L]
+        if self.length_buckets is not None:
+            labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
+        return {**result, "labels": labels}
+
+    def _pixels_in_memory(self):
+        """The decoded split, made at first use."""
+        if self._pixels is None:
+            wanted = self.tokenizer is not None
+            most = self.max_captions if wanted else 0
+            self._pixels = caching.DecodedImages(
+                self.records,
+                self._decoder(self.decode_size, None, most, self.max_words),
+                self.tokenizer,
+                name=self.records.name,
+            )
+        return self._pixels
+
+    def _open(self):
+        """Opens records and vocabulary; checks the files."""
+        if self.tokenizer is not None:
+            self.tokenizer.load()
+            self.records.check_captions()
+        if self._skips is None:
+            counter = bad_records.SkipCounter(
+                self.max_skipped_fraction,
+                self.num_examples,
+                self.records.name,
+            )
+            self.records.check(counter)
+            self._skips = counter
+
+    def _batch_size(self, batch_size):
+        arguments.check_integer("batch_size", batch_size or self.batch_size, 1)
+        return batch_size or self.batch_size
+
+
+def _cut(labels, buckets, pad_id):
+    """Cuts int32 [B, K, L] to the least of `buckets` that holds all tokens."""
+    longest = tf.reduce_max(
+        tf.reduce_sum(tf.cast(labels != pad_id, tf.int32), axis=-1)
+    )
+    buckets = tf.constant(buckets)
+    length = tf.reduce_min(tf.boolean_mask(buckets, buckets >= longest))
+    return labels[..., :length]

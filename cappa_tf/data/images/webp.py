@@ -1,0 +1,142 @@
+"""WebP files: size, EXIF data and pixels, in graphs.
+
+TensorFlow decodes every frame of an animation before one can be taken, so the
+frames are counted before they take memory.
+
+Reference: RFC 9649, section 2.7.
+
+Abbreviations for dimensions:
+    h, w: height and width of a picture as it is stored.
+"""
+
+import tensorflow as tf
+
+from cappa_tf.data.images import exif, raw_bytes
+
+# RIFF, its size, WEBP.
+_FIRST_CHUNK = 12
+_ALPHA = 0x10
+
+
+def size(encoded):
+    """int64 [2]: h, w of a lossy, lossless or extended WebP."""
+    kind = tf.strings.substr(_padded(encoded), _FIRST_CHUNK, 4)
+    data = raw_bytes.raw(encoded, 0, 30)
+
+    def lossless():
+        packed = raw_bytes.unsigned(data, 21, 4)
+        width = tf.bitwise.bitwise_and(packed, 0x3FFF) + 1
+        height = tf.bitwise.bitwise_and(packed // (1 << 14), 0x3FFF) + 1
+        return tf.stack([height, width])
+
+    def extended():
+        return 1 + tf.stack(
+            [raw_bytes.unsigned(data, start, 3) for start in (27, 24)]
+        )
+
+    def lossy():
+        sides = [raw_bytes.unsigned(data, start, 2) for start in (28, 26)]
+        return tf.stack(sides) % (1 << 14)
+
+    return tf.case(
+        [(kind == b"VP8X", extended), (kind == b"VP8L", lossless)],
+        default=lossy,
+    )
+
+
+def num_frames(encoded):
+    """Scalar int64: how many frames a WebP has, at least 1."""
+    return tf.maximum(_chunks(encoded)[0], 1)
+
+
+def exif_data(encoded):
+    """Scalar string: the EXIF data, "" where there are none."""
+    return _chunks(encoded)[1]
+
+
+def decode(encoded):
+    """Decodes the first frame, with the top up.
+
+    Returns:
+        uint8 [h, w, 3], or [w, h, 3] of a picture that lies on its side.
+    """
+    frames = tf.io.decode_webp(_with_alpha(encoded))
+    image = tf.cond(
+        tf.shape(frames)[-1] == 4,
+        lambda: raw_bytes.on_white(frames[0]),
+        lambda: frames[0],
+    )
+    return exif.turn(image, exif.read(exif_data(encoded)))
+
+
+def _padded(encoded):
+    return encoded + b"\0" * 32
+
+
+def _chunks(encoded):
+    """What the chunks say.
+
+    Returns:
+        frames: Scalar int64, frames of an animation.
+        seen: Scalar string.
+    """
+    length = tf.strings.length(encoded)
+
+    def go_on(position, frames, seen):
+        del frames, seen
+        return position + 8 <= length
+
+    def step(position, frames, seen):
+        name = tf.strings.substr(encoded, position, 4)
+        data = raw_bytes.raw(encoded, position + 4, 4)
+        size = tf.minimum(raw_bytes.unsigned(data, 0, 4), 1 << 30)
+        size = tf.cast(size, tf.int32)
+        content = tf.strings.substr(
+            encoded, position + 8, tf.where(name == b"EXIF", size, 0)
+        )
+        # Chunks of odd size are followed by a byte more.
+        size = tf.minimum(size + size % 2, length - position)
+        return (
+            position + 8 + size,
+            frames + tf.cast(name == b"ANMF", tf.int64),
+            tf.where(name == b"EXIF", content, seen),
+        )
+
+    _, frames, found = tf.while_loop(
+        go_on,
+        step,
+        (
+            tf.constant(_FIRST_CHUNK),
+            tf.constant(0, tf.int64),
+            tf.constant(b""),
+        ),
+    )
+    return frames, found
+
+
+def _with_alpha(encoded):
+    """A WebP of the extended kind that says it may be transparent.
+
+    TensorFlow (2.20, 2.21) makes room for three channels where an animation
+    does not say so, and has libwebp write four: memory is overwritten and the
+    process dies. Opaque pixels stay opaque. Other WebP files are as they were.
+
+    Args:
+        encoded: Scalar string, a WebP file.
+
+    Returns:
+        Scalar string.
+    """
+    length = tf.strings.length(encoded)
+    padded = _padded(encoded)
+    flags = tf.io.decode_raw(tf.strings.substr(padded, 20, 1), tf.uint8)[0]
+    all_bytes = tf.constant([bytes([number]) for number in range(256)])
+    flagged = tf.strings.join(
+        [
+            tf.strings.substr(padded, 0, 20),
+            tf.gather(all_bytes, tf.cast(flags | _ALPHA, tf.int32)),
+            tf.strings.substr(padded, 21, tf.maximum(length - 21, 0)),
+        ]
+    )
+    is_extended = (tf.strings.substr(padded, 12, 4) == b"VP8X") & (length > 21)
+    return tf.where(is_extended, flagged, encoded)

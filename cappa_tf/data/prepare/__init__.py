@@ -1,0 +1,1 @@
+"""Images and captions to shards: what tools/prepare_data.py does."""

@@ -1,0 +1,328 @@
+"""Pictures with captions to a data set, one shard at a time, anywhere.
+
+The listing alone decides what goes where: picture r of a split, in the order
+of the source and before any is opened, belongs to shard r modulo the number of
+shards, and lies there in that order. A shard is made by whoever comes first (a
+thread here, a worker of Apache Beam elsewhere) from its plan, a file of rows.
+So the same input gives the same bytes on any number of machines, and no
+picture travels between them.
+
+All work lies in OUTPUT/.conversion until it is complete:
+
+    train-00003-DIGEST.plan      options, then a JSON line for each row
+    train-00003-DIGEST.tfrecord  the shard, renamed to this when complete
+    train-00003-DIGEST.result    counts, what was skipped, checksums
+
+DIGEST is that of the plan's content: what another conversion still writes
+has other names. A conversion that is killed leaves no more than this folder.
+The next one takes over each shard whose plan, pictures and bytes are the same.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import uuid
+
+import PIL
+import tensorflow as tf
+
+from cappa_tf.data import description, schema
+from cappa_tf.data.prepare import dataset_writer
+from cappa_tf.data.sources import image_folder
+from cappa_tf.data.text import is_text
+
+FOLDER = ".conversion"
+# Part of each plan: shards made by other code are made again.
+_MAKER = {"version": 2, "pillow": PIL.__version__}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of one plan.
+
+    Attributes:
+        inputs_sha256: Digest of sizes and times of the pictures.
+        shard: The `dataset_writer.WrittenShard`.
+        skipped: [number of the row in the source, reason, name] of each
+            thing left out.
+        reused: Whether an earlier conversion made the shard.
+    """
+
+    inputs_sha256: str
+    shard: dataset_writer.WrittenShard
+    skipped: list
+    reused: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One shard to be made.
+
+    Attributes:
+        path: The plan's file; shard and result lie beside it.
+        split: The shard's split.
+        num_rows: Pictures that belong to it.
+    """
+
+    path: str
+    split: str
+    num_rows: int
+
+
+def plan(rows, output_dir, num_shards, options, skipped):
+    """Deals the rows out to shards and writes the plans.
+
+    A row whose key another row had before, or is no text, is skipped here.
+
+    Args:
+        rows: A list of `image_folder.Row`s.
+        output_dir: Folder of the data set.
+        num_shards: Shards of a split; one with fewer rows gets one for each.
+        options: `image_folder.Options`.
+        skipped: A `image_folder.Skipped` that takes what is left out.
+
+    Returns:
+        A list of `Plan`s.
+
+    Raises:
+        ValueError: The name of a split does not do.
+    """
+    split_rows = {}
+    seen = set()
+    for number, row in enumerate(rows):
+        if not is_text(row.key):
+            skipped.add("name is not valid Unicode", row.key)
+        elif row.key in seen:
+            skipped.add("repeated key", row.key)
+        else:
+            seen.add(row.key)
+            split = image_folder.choose_split(row, options.split_fractions)
+            split_rows.setdefault(split, []).append((number, row))
+    for split in split_rows:
+        dataset_writer.check_split(split)
+    folder = os.path.join(output_dir, FOLDER)
+    tf.io.gfile.makedirs(folder)
+    header = {
+        "options": dataclasses.asdict(options),
+        "classes": image_folder.class_names(rows),
+        "maker": _MAKER,
+    }
+    plans = []
+    for split, numbered in split_rows.items():
+        count = min(num_shards, len(numbered))
+        for shard in range(count):
+            stem = os.path.join(folder, f"{split}-{shard:05d}")
+            plans.append(
+                _write_plan(stem, split, header, numbered[shard::count])
+            )
+    _remove_others(folder, plans)
+    return plans
+
+
+def convert(plan_path, workers=None, on_row=None):
+    """Makes the shard of a plan, unless it is there already.
+
+    Args:
+        plan_path: `Plan.path`.
+        workers: Threads that read and check pictures; by default one for
+            each core of this machine.
+        on_row: Called without arguments after each row.
+
+    Returns:
+        The `Result`.
+    """
+    header, rows = _read_plan(plan_path)
+    on_row = on_row or (lambda: None)
+    workers = workers or os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        found = _finished(plan_path, rows, pool)
+        if found:
+            for _ in rows:
+                on_row()
+            return found
+        options = image_folder.Options(**header["options"])
+        classes = {name: i for i, name in enumerate(header["classes"])}
+        read = _ordered_map(
+            pool,
+            lambda numbered: (
+                numbered[0],
+                _stamp(numbered[1].path),
+                *image_folder.read_example(numbered[1], options, classes),
+            ),
+            rows,
+            ahead=4 * workers,
+        )
+        return _write_shard(plan_path, read, on_row)
+
+
+def finish(plans, output_dir, name, metadata, skipped):
+    """Publishes the data set once each plan has its shard.
+
+    Args:
+        plans: What `plan` gave.
+        output_dir: Folder of the data set.
+        name: Its name.
+        metadata: Kept in the description.
+        skipped: The `image_folder.Skipped` of `plan`; takes what the shards
+            left out, in the order of the source.
+
+    Returns:
+        The `DatasetDescription`, and the number of shards that an earlier
+        conversion had made.
+
+    Raises:
+        ValueError: A shard was not made, or no picture was usable.
+    """
+    results = [_load_result(plan.path) for plan in plans]
+    missing = [p.path for p, r in zip(plans, results) if r is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(plans)} shards were not made, such as "
+            f"that of {missing[0]}: run it again"
+        )
+    for _, reason, key in sorted(
+        (line for result in results for line in result.skipped),
+        key=lambda line: line[0],
+    ):
+        skipped.add(reason, key)
+    folder = os.path.join(output_dir, FOLDER)
+    if not any(result.shard.num_examples for result in results):
+        tf.io.gfile.rmtree(folder)
+        raise ValueError(f"No usable example was left: {skipped}")
+    splits = {}
+    for plan_, result in zip(plans, results):
+        splits.setdefault(plan_.split, []).append(result.shard)
+    found = dataset_writer.publish(output_dir, name, metadata, splits)
+    tf.io.gfile.rmtree(folder)
+    return found, sum(result.reused for result in results)
+
+
+def _write_shard(plan_path, read, on_row):
+    """Writes rows that were read; nothing is seen before it is complete."""
+    shard_path, result_path = _beside(plan_path)
+    temporary = f"{shard_path}.incomplete-{uuid.uuid4().hex[:8]}"
+    inputs = hashlib.sha256()
+    skipped = []
+    try:
+        with schema.ShardWriter(temporary) as writer:
+            for number, stamp, example, reasons in read:
+                inputs.update(stamp.encode())
+                skipped += [[number, *reason] for reason in reasons]
+                if example is not None:
+                    writer.write(example)
+                on_row()
+        shard = dataclasses.replace(writer.finish(), path=shard_path)
+        tf.io.gfile.rename(temporary, shard_path, overwrite=True)
+    finally:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)
+    result = Result(inputs.hexdigest(), shard, skipped)
+    _write_whole(result_path, json.dumps(dataclasses.asdict(result)))
+    return result
+
+
+def _finished(plan_path, rows, pool):
+    """The result of an earlier conversion if it still holds, or None."""
+    result = _load_result(plan_path)
+    if result is None:
+        return None
+    shard = result.shard
+    if (
+        description.file_size(shard.path) != shard.num_bytes
+        or description.file_sha256(shard.path) != shard.sha256
+    ):
+        return None
+    inputs = hashlib.sha256()
+    for stamp in pool.map(_stamp, (row.path for _, row in rows)):
+        inputs.update(stamp.encode())
+    if inputs.hexdigest() != result.inputs_sha256:
+        return None
+    result = dataclasses.replace(result, reused=True)
+    text = json.dumps(dataclasses.asdict(result))
+    _write_whole(_beside(plan_path)[1], text)
+    return result
+
+
+def _stamp(path):
+    """Size and time of a file: other ones tell that it was replaced."""
+    try:
+        found = tf.io.gfile.stat(path)
+    except tf.errors.OpError:
+        return "none\n"
+    return f"{found.length} {found.mtime_nsec}\n"
+
+
+def _write_plan(stem, split, header, numbered_rows):
+    """Writes the plan of one shard."""
+    lines = [json.dumps(header)]
+    for number, row in numbered_rows:
+        lines.append(json.dumps([number, dataclasses.asdict(row)]))
+    text = "".join(line + "\n" for line in lines)
+    path = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.plan"
+    _write_whole(path, text)
+    return Plan(path, split, len(numbered_rows))
+
+
+def _read_plan(path):
+    """Header and (number, `Row`) pairs of a plan."""
+    with tf.io.gfile.GFile(path) as file:
+        header, *lines = map(json.loads, file.read().splitlines())
+    return header, [(number, image_folder.Row(**row)) for number, row in lines]
+
+
+def _load_result(plan_path):
+    """The `Result` beside a plan, or None."""
+    path = _beside(plan_path)[1]
+    if not tf.io.gfile.exists(path):
+        return None
+    with tf.io.gfile.GFile(path) as file:
+        content = json.loads(file.read())
+    try:
+        shard = dataset_writer.WrittenShard(**content.pop("shard"))
+        return Result(shard=shard, **content)
+    except (KeyError, TypeError):  # Of another version of this code.
+        return None
+
+
+def _beside(plan_path):
+    """Paths of the shard and the result of a plan."""
+    stem = plan_path.removesuffix(".plan")
+    return f"{stem}.tfrecord", f"{stem}.result"
+
+
+def _write_whole(path, text):
+    """Writes a file under another name and renames it."""
+    temporary = f"{path}.incomplete-{uuid.uuid4().hex[:8]}"
+    with tf.io.gfile.GFile(temporary, "w") as file:
+        file.write(text)
+    tf.io.gfile.rename(temporary, path, overwrite=True)
+
+
+def _remove_others(folder, plans):
+    """Removes what belongs to no plan: halves and other conversions'."""
+    kept = set()
+    for plan_ in plans:
+        kept.update(map(os.path.basename, (plan_.path, *_beside(plan_.path))))
+    for file in tf.io.gfile.listdir(folder):
+        if file not in kept:
+            tf.io.gfile.remove(os.path.join(folder, file))
+
+
+def _ordered_map(pool, function, items, ahead):
+    """Results in order, with at most `ahead` items under way."""
+    items = iter(items)
+    waiting = collections.deque(
+        pool.submit(function, item) for item in itertools.islice(items, ahead)
+    )
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            for item in itertools.islice(items, 1):
+                waiting.append(pool.submit(function, item))
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,299 @@
+"""The record schema and the sharded, atomic writer.
+
+One record is one picture with all its captions:
+
+    image/encoded  bytes        JPEG, PNG, GIF, BMP or WebP file contents
+    captions       bytes list   UTF-8, one or many
+    key            bytes        unique name (of the file, usually)
+    label          int64        optional class
+
+Files are `<name>-<split>.tfrecord-00000-of-00008`; `dataset.json` beside them
+lists them (`description.DatasetDescription`), and so do the files TFDS needs.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import uuid
+
+import tensorflow as tf
+
+from cappa_tf.data import description as description_lib
+from cappa_tf.data.description import DatasetDescription
+from cappa_tf.data.prepare import dataset_writer
+
+__all__ = [
+    "DatasetDescription",
+    "Example",
+    "ShardWriter",
+    "deserialize",
+    "parse",
+    "serialize",
+    "write_dataset",
+]
+
+
+@dataclasses.dataclass
+class Example:
+    """One picture and what is said about it.
+
+    Attributes:
+        key: Unique name, for logs, sheets and results.
+        image: Contents of an image file.
+        captions: One or many captions.
+        label: Class number, or None.
+    """
+
+    key: str
+    image: bytes
+    captions: list[str]
+    label: int | None = None
+
+
+def serialize(example):
+    """Turns an `Example` into the bytes of one record (tf.train.Example)."""
+    feature = {
+        "image/encoded": _bytes_feature([example.image]),
+        "captions": _bytes_feature([c.encode() for c in example.captions]),
+        "key": _bytes_feature([example.key.encode()]),
+    }
+    if example.label is not None:
+        feature["label"] = tf.train.Feature(
+            int64_list=tf.train.Int64List(value=[example.label])
+        )
+    features = tf.train.Features(feature=feature)
+    # Maps have no order in a protocol buffer: deterministic=True sorts them,
+    # so that the same input gives the same shards, byte for byte.
+    return tf.train.Example(features=features).SerializeToString(
+        deterministic=True
+    )
+
+
+def deserialize(serialized):
+    """The inverse of `serialize`, in Python.
+
+    Raises:
+        ValueError: The bytes are not a record of this schema.
+    """
+    try:
+        feature = tf.train.Example.FromString(serialized).features.feature
+    except Exception as error:  # DecodeError's module moves between versions.
+        raise ValueError(f"not a tf.train.Example: {error}") from None
+    image = feature["image/encoded"].bytes_list.value
+    if not image:
+        raise ValueError("the record has no feature 'image/encoded'")
+    key = feature["key"].bytes_list.value
+    label = feature["label"].int64_list.value
+    return Example(
+        key=key[0].decode(errors="replace") if key else "",
+        image=image[0],
+        captions=[
+            caption.decode(errors="replace")
+            for caption in feature["captions"].bytes_list.value
+        ],
+        label=label[0] if label else None,
+    )
+
+
+def parse(serialized):
+    """Parses one record in a TensorFlow graph.
+
+    Args:
+        serialized: Scalar string tensor.
+
+    Returns:
+        A dict: "image/encoded" and "key" scalar strings, "captions" string
+        [number of captions], "label" scalar int64 (-1 where there is none).
+    """
+    return tf.io.parse_single_example(
+        serialized,
+        {
+            "image/encoded": tf.io.FixedLenFeature([], tf.string),
+            "captions": tf.io.FixedLenSequenceFeature(
+                [], tf.string, allow_missing=True
+            ),
+            "key": tf.io.FixedLenFeature([], tf.string, default_value=""),
+            "label": tf.io.FixedLenFeature([], tf.int64, default_value=-1),
+        },
+    )
+
+
+def write_dataset(
+    examples,
+    output_dir,
+    name,
+    num_shards=8,
+    metadata=None,
+    overwrite=False,
+):
+    """Writes examples as shards with a description, all or nothing.
+
+    Shards are written in a hidden folder inside `output_dir`, moved to their
+    names when all are complete, and the description comes last: whoever finds
+    a dataset.json finds a complete data set. Example i of a split goes to
+    shard i modulo the number of shards; a split with fewer examples than
+    shards gets as many shards as examples. The same examples give the same
+    bytes.
+
+    Args:
+        examples: A dict split -> iterable of `Example`, or an iterable of
+            (split, `Example`); read once, never held in memory.
+        output_dir: Folder to write to, made if need be.
+        name: Name of the data set.
+        num_shards: Shards of a split, or a dict split -> shards.
+        metadata: JSON-able dict kept in the description. Its "source", if
+            any, tells one data set of this name from another.
+        overwrite: Whether an existing data set of another name or source may
+            be replaced. One of the same name and source always is.
+
+    Returns:
+        The `DatasetDescription`.
+
+    Raises:
+        ValueError: There are no examples, a name does not do, or the folder
+            holds something else.
+    """
+    output_dir = os.fspath(output_dir)
+    metadata = metadata or {}
+    dataset_writer.check_name("name", name)
+    dataset_writer.check_output(output_dir, name, metadata, overwrite)
+    tf.io.gfile.makedirs(output_dir)
+    with _incomplete_directory(output_dir) as temporary:
+        writers = {}
+        with contextlib.ExitStack() as stack:
+            for split, example in _pairs(examples):
+                if split not in writers:
+                    dataset_writer.check_split(split)
+                    writers[split] = stack.enter_context(
+                        _SplitWriter(temporary, split, num_shards)
+                    )
+                writers[split].write(example)
+        splits = {split: writer.finish() for split, writer in writers.items()}
+        return dataset_writer.publish(output_dir, name, metadata, splits)
+
+
+class ShardWriter(contextlib.AbstractContextManager):
+    """Appends examples to one TFRecord file and counts them.
+
+    Args:
+        path: The file, made or replaced.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self._writer = tf.io.TFRecordWriter(path)
+        self._num_examples = 0
+        self._num_captions = 0
+        self._max_captions = 0
+        self._num_labels = 0
+
+    def write(self, example):
+        """Appends an `Example`."""
+        self._writer.write(serialize(example))
+        self._num_examples += 1
+        self._num_captions += len(example.captions)
+        self._max_captions = max(self._max_captions, len(example.captions))
+        self._num_labels += example.label is not None
+
+    def __exit__(self, *error):
+        self._writer.close()
+
+    def finish(self):
+        """Closes the file; returns the `WrittenShard`."""
+        self._writer.close()
+        return dataset_writer.WrittenShard(
+            path=self._path,
+            num_examples=self._num_examples,
+            num_captions=self._num_captions,
+            max_captions=self._max_captions,
+            num_labels=self._num_labels,
+            num_bytes=tf.io.gfile.stat(self._path).length,
+            sha256=description_lib.file_sha256(self._path),
+        )
+
+
+class _SplitWriter(contextlib.AbstractContextManager):
+    """The open shards of one split, under temporary names."""
+
+    def __init__(self, directory, split, num_shards):
+        if isinstance(num_shards, dict):
+            num_shards = num_shards[split]
+        if not isinstance(num_shards, int) or num_shards < 1:
+            raise ValueError(
+                "`num_shards` must be a positive integer. Received: "
+                f"num_shards={num_shards!r} for split {split!r}"
+            )
+        self._paths = [
+            os.path.join(directory, f"{split}-{i:05d}")
+            for i in range(num_shards)
+        ]
+        self._writers = []
+        self._num_examples = 0
+
+    def write(self, example):
+        """Appends an example to the next shard in turn."""
+        shard = self._num_examples % len(self._paths)
+        if shard == len(self._writers):
+            self._writers.append(ShardWriter(self._paths[shard]))
+        self._writers[shard].write(example)
+        self._num_examples += 1
+
+    def __exit__(self, *error):
+        for writer in self._writers:
+            writer.__exit__(*error)
+
+    def finish(self):
+        """The `WrittenShard`s, in order."""
+        return [writer.finish() for writer in self._writers]
+
+
+@contextlib.contextmanager
+def _incomplete_directory(output_dir):
+    """A hidden folder for half-written shards, gone at the end.
+
+    Its name tells host and process, so that what a killed process left is
+    removed by the next one and what another one is writing is not.
+    """
+    host = re.sub(r"[^\w.]", "_", socket.gethostname())
+    prefix = f".incomplete-{host}-"
+    for entry in tf.io.gfile.listdir(output_dir):
+        entry = entry.rstrip("/")
+        if entry.startswith(prefix) and not _is_running(
+            entry.removeprefix(prefix).split("-")[0]
+        ):
+            tf.io.gfile.rmtree(os.path.join(output_dir, entry))
+    path = os.path.join(
+        output_dir, f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    )
+    tf.io.gfile.makedirs(path)
+    try:
+        yield path
+    finally:
+        tf.io.gfile.rmtree(path)
+
+
+def _is_running(pid):
+    """Whether a process of this number lives on this machine."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _pairs(examples):
+    """(split, example) of either form that `write_dataset` takes."""
+    if not isinstance(examples, dict):
+        yield from examples
+        return
+    for split, split_examples in examples.items():
+        for example in split_examples:
+            yield split, example
+
+
+def _bytes_feature(values):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))

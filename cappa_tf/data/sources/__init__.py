@@ -1,0 +1,1 @@
+"""Where records come from: tar files, TFRecords, TFDS, folders."""

@@ -1,0 +1,301 @@
+"""Several sources as one, by weight.
+
+Position P of the stream belongs to one source, which gives its next record.
+Which one is a function of (seed, P): of each block of 10,000 turns a source
+gets its exact share, in an order drawn anew for each block. So the share of a
+source before any position is its share of the whole blocks plus a count in
+one, and a run goes on at any position at once. What a source gives is the
+stream it would give alone: its own order, its own epochs, each complete.
+
+Dimensions:
+    M: turns of a block.
+    L: positions a turn lasts.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.data.sources.base import Records
+from cappa_tf.data.sources.prepared import as_source
+from cappa_tf.data.stream import shuffling, stateless_random
+from cappa_tf.utils import arguments
+
+# M. Weights count as multiples of 1 / M.
+BLOCK = 10_000
+
+
+class Mixture:
+    """A source made of others.
+
+    Evaluation has no use for weights: it goes through the sources one after
+    the other, every record once.
+
+    Args:
+        sources: List of sources, or of folders of prepared data.
+        weights: List of numbers, in any unit; how often each is read.
+        splits: Dict from a split to a list of what it is called in each
+            source, for those where it has different names.
+        run_length: L, positions in a row that come from one source; changing
+            it changes the order. With several hosts, a multiple of their
+            number lets each read its own records only (as does the same for
+            `num_readers`); otherwise each reads all and drops the others'.
+    """
+
+    def __init__(
+        self,
+        sources: list | tuple,
+        weights: list | tuple,
+        splits: dict | None = None,
+        run_length=1,
+    ):
+        arguments.check_integer("run_length", run_length, 1)
+        if not sources or len(sources) != len(weights) or len(sources) > 255:
+            raise ValueError(
+                "`sources` must be 1 to 255 sources, `weights` a number for "
+                f"each. Received: {len(sources)} and weights={weights!r}"
+            )
+        self._shares = shares(weights)
+        self._sources = [as_source(source) for source in sources]
+        self._splits = splits or {}
+        for split, names in self._splits.items():
+            if len(names) != len(sources):
+                raise ValueError(
+                    "`splits` must give a name for each source. Received: "
+                    f"{split!r}: {names!r} for {len(sources)} sources"
+                )
+        self._run_length = run_length
+        self.name = " + ".join(source.name for source in self._sources)
+
+    def split(self, split):
+        """The `Records` of a split."""
+        names = self._splits.get(split, [split] * len(self._sources))
+        return MixedRecords(
+            [s.split(name) for s, name in zip(self._sources, names)],
+            self._shares,
+            self._run_length,
+        )
+
+
+def shares(weights):
+    """Turns of a block for each weight, by largest remainder.
+
+    Args:
+        weights: Positive numbers.
+
+    Returns:
+        int64 array that sums to M, each at least 1.
+
+    Raises:
+        ValueError: A weight is no positive number, or less than half a turn.
+    """
+    numbers = all(
+        isinstance(w, int | float) and 0 < w < float("inf") for w in weights
+    )
+    if not numbers:
+        raise ValueError(
+            f"`weights` must be positive numbers. Received: weights={weights!r}"
+        )
+    exact = np.array(weights, np.float64) / sum(weights) * BLOCK
+    turns = np.floor(exact).astype(np.int64)
+    missing = BLOCK - turns.sum()
+    turns[np.argsort(turns - exact, kind="stable")[:missing]] += 1
+    if turns.min() < 1:
+        raise ValueError(
+            f"Each of `weights` must be at least 1 / {BLOCK} of their sum. "
+            f"Received: weights={weights!r}"
+        )
+    return turns
+
+
+class Turns:
+    """Which source gives which position.
+
+    Args:
+        shares: int64 array, turns of a block for each source.
+        seed: Integer.
+        run_length: L.
+    """
+
+    def __init__(self, shares, seed, run_length):
+        self._shares = shares
+        self._seed = seed
+        self._run_length = run_length
+        self._length = run_length * BLOCK  # positions of a block
+
+    def pattern(self, block):
+        """Sources of the turns of a block, int64 [M]."""
+        order = stateless_random.permutation(
+            self._seed, stateless_random.MIXTURE, block, BLOCK
+        )
+        return tf.searchsorted(
+            np.cumsum(self._shares), order, side="right", out_type=tf.int64
+        )
+
+    def given(self, position):
+        """Records each source has given before a position, int64 array."""
+        block, rest = divmod(position, self._length)
+        with tf.device("CPU:0"):
+            pattern = np.repeat(self.pattern(block), self._run_length)
+        return block * self._shares * self._run_length + np.bincount(
+            pattern[:rest], minlength=len(self._shares)
+        )
+
+    def choices(self, start_index):
+        """A tf.data.Dataset of (position, source) from a position on."""
+        first = start_index // self._length
+
+        def sources(block):
+            skip = tf.maximum(start_index - block * self._length, 0)
+            return tf.data.Dataset.from_tensor_slices(
+                tf.repeat(self.pattern(block), self._run_length)[skip:]
+            )
+
+        blocks = tf.data.Dataset.counter(first, dtype=tf.int64)
+        return blocks.flat_map(sources).enumerate(start=start_index)
+
+
+class MixedRecords(Records):
+    """One split of a `Mixture`.
+
+    A record travels with the number of its source in front, a byte.
+
+    Args:
+        members: List of `Records`.
+        shares: int64 array, turns of a block for each.
+        run_length: L.
+    """
+
+    def __init__(self, members, shares, run_length):
+        super().__init__(
+            " + ".join(records.name for records in members),
+            [shard for records in members for shard in records],
+        )
+        self._members, self._shares = members, shares
+        self._run_length = run_length
+
+    @property
+    def parts(self):
+        """As `Records.parts`."""
+        return [
+            _Tagged(part, number)
+            for number, records in enumerate(self._members)
+            for part in records.parts
+        ]
+
+    @property
+    def max_captions(self):
+        """As `Records.max_captions`."""
+        return max(records.max_captions for records in self._members)
+
+    def parse(self, serialized):
+        """As `Records.parse`."""
+        number = tf.io.decode_raw(tf.strings.substr(serialized, 0, 1), tf.uint8)
+        length = tf.maximum(tf.strings.length(serialized) - 1, 0)
+        content = tf.strings.substr(serialized, 1, length)
+
+        def parse(records):
+            return lambda: records.parse(content)
+
+        return tf.switch_case(
+            tf.cast(number[0], tf.int32), [parse(r) for r in self._members]
+        )
+
+    def deserialize(self, serialized):
+        """As `Records.deserialize`."""
+        if not serialized or serialized[0] >= len(self._members):
+            raise ValueError("no record of this mixture")
+        return self._members[serialized[0]].deserialize(serialized[1:])
+
+    def check(self, counter):
+        """As `Records.check`."""
+        for records in self._members:
+            records.check(counter)
+
+    def check_captions(self):
+        """As `Records.check_captions`, of each source."""
+        for records in self._members:
+            records.check_captions()
+
+    def numbers(self, reading, start_index):
+        """As `Records.numbers`: those of a source follow the one before."""
+        begins = np.cumsum([0] + [r.num_examples for r in self._members])
+
+        def numbers(member, records, *arguments):
+            return records.numbers(*arguments).map(
+                lambda _, number: number + begins[member]
+            )
+
+        return self._choose(numbers, reading, start_index, own=True)
+
+    def stream(self, reading, start_index):
+        """As `Records.stream`."""
+
+        def stream(member, records, *arguments):
+            return records.stream(*arguments).map(
+                lambda _, serialized: _tag(member, serialized)
+            )
+
+        readers = reading.num_readers % reading.num_hosts == 0
+        return self._choose(stream, reading, start_index, own=readers)
+
+    def _choose(self, make_stream, reading, start_index, own):
+        """Puts the members' streams together.
+
+        Args:
+            make_stream: Function of (number of a member, the member, reading,
+                start index) to a tf.data.Dataset.
+            reading: As `numbers`.
+            start_index: As `numbers`.
+            own: Whether members can give a host its own positions only.
+
+        Returns:
+            A tf.data.Dataset of (position, element).
+        """
+        host, num_hosts = reading.host, reading.num_hosts
+        turns = Turns(self._shares, reading.seed, self._run_length)
+        choices = turns.choices(start_index)
+        # Then position P of the mixture is, modulo the number of hosts, the
+        # position in the stream of its source.
+        own = own and self._run_length % num_hosts == 0
+        if own:
+            choices = shuffling.of_host(choices, host, num_hosts)
+        else:
+            reading = dataclasses.replace(reading, host=0, num_hosts=1)
+        streams = [
+            make_stream(member, records, reading, int(start))
+            for member, (records, start) in enumerate(
+                zip(self._members, turns.given(start_index))
+            )
+        ]
+        chosen = tf.data.Dataset.choose_from_datasets(
+            streams, choices.map(lambda position, source: source)
+        )
+        stride = num_hosts if own else 1
+        first = start_index + (host - start_index) % stride
+        positions = tf.data.Dataset.range(first, tf.int64.max, stride)
+        stream = tf.data.Dataset.zip(positions, chosen)
+        return stream if own else shuffling.of_host(stream, host, num_hosts)
+
+
+class _Tagged(Records):
+    """The records of a member as the mixture gives them."""
+
+    def __init__(self, part, number):
+        super().__init__(part.name, part.shards)
+        self._part, self._number = part, number
+
+    def read(self, shard, skip, count):
+        return self._part.read(shard, skip, count).map(
+            lambda serialized: _tag(self._number, serialized)
+        )
+
+
+def _tag(number, serialized):
+    """Puts a byte before a record, unless it is lost."""
+    lost = (
+        tf.strings.substr(serialized, 0, len(shuffling.LOST)) == shuffling.LOST
+    )
+    tagged = tf.strings.join([bytes([number]), serialized])
+    return tf.where(lost, serialized, tagged)

@@ -1,0 +1,408 @@
+"""Files that say nothing of their contents, indexed once.
+
+tar shards and other people's TFRecords do not tell how many records they
+hold. The first time they are opened they are gone through, and what was found
+is kept in a hidden folder beside them (or in the user's cache folder where
+that cannot be written):
+
+    .cappa_index/<digest of pattern and settings>/index.json
+
+From then on the index says what the data set is, as dataset.json does for
+prepared data: a shard that is missing or shorter has lost records, each in its
+place; a shard that has grown, or a new one, is refused until the index is
+deleted. So the order of a run cannot change unnoticed.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import time
+import uuid
+
+import tensorflow as tf
+from absl import logging
+
+from cappa_tf.data import description
+from cappa_tf.data.sources import folder_listing
+from cappa_tf.data.stream import bad_records
+
+# The reason of what a shard lost that could not be gone through to its end.
+DAMAGED = "damaged shard"
+# Of a tar that ends behind a whole file, without the zeros that end a tar.
+NO_MARK = "ends without a mark"
+_FOLDER = ".cappa_index"
+_VERSION = 2
+_THREADS = 8
+_SECONDS_BETWEEN_SAVES = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The shards of a split that are there.
+
+    Attributes:
+        root: Folder that all of them lie below, whichever there are.
+        pattern: What they match, relative to it.
+        paths: Their paths, sorted.
+    """
+
+    root: str
+    pattern: str
+    paths: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedShard:
+    """What was found in one file.
+
+    Attributes:
+        path: Full path of the file.
+        num_examples: Records in it.
+        num_bytes: Size of the file.
+        max_captions: Most captions of a record, or None if not looked at.
+        problems: Dict reason -> (count, name of the first). The count of
+            `DAMAGED` is 0 for a shard that is cut off: how much it held,
+            only other shards can tell.
+    """
+
+    path: str
+    num_examples: int
+    num_bytes: int
+    max_captions: int | None
+    problems: dict
+
+
+class Index:
+    """Shards of one split, as they were when first opened.
+
+    Args:
+        files: `Files`, those there are now.
+        settings: JSON-able; what else the contents of the index depend on.
+        scan: Function of (path of a shard, path of a file it may write) to
+            (records, most captions or None, problems).
+
+    Attributes:
+        shards: List of `IndexedShard`.
+    """
+
+    def __init__(self, files, settings, scan):
+        self._files = files.paths
+        self._root = files.root
+        text = json.dumps([_VERSION, files.pattern, settings])
+        self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._folder = self._find_folder()
+        entries = self._load()
+        if entries is None:
+            entries = self._build(scan)
+        self.shards = [
+            IndexedShard(os.path.join(self._root, name), *entry)
+            for name, entry in entries.items()
+        ]
+        if not sum(shard.num_examples for shard in self.shards):
+            problems = [s.problems for s in self.shards if s.problems][:3]
+            raise ValueError(
+                f"The shards of a split must hold records. Received: "
+                f"{self._files[0]} and {len(self._files) - 1} more, without "
+                f"any {problems or ''}"
+            )
+
+    def companion(self, path):
+        """The file that `scan` may write for a shard."""
+        name = self._name(path).replace("/", "_")
+        return os.path.join(self._folder, f"{name}.records")
+
+    def check(self, counter):
+        """Compares the files with the index: as `base.Records.check`."""
+        advice = (
+            f"Restore the files, or delete the index {self._folder} to start "
+            "anew with what is there."
+        )
+        known = {shard.path for shard in self.shards}
+        new = [path for path in self._files if path not in known]
+        if new:
+            raise ValueError(
+                f"Since the data were indexed, {len(new)} shards came: "
+                f"{', '.join(new[:3])}. {advice}"
+            )
+        wrong = [
+            (shard, size)
+            for shard, size in zip(self.shards, self._sizes())
+            if size != shard.num_bytes
+        ]
+        listed = ", ".join(
+            f"{os.path.basename(shard.path)} had {shard.num_bytes} bytes and "
+            f"has {size}"
+            for shard, size in wrong[:5]
+        )
+        bad_records.check_shards(
+            wrong,
+            f"{len(wrong)} shards changed since they were indexed: {listed}. "
+            + advice,
+            sum(shard.num_examples for shard in self.shards),
+            counter.max_fraction,
+        )
+        # What wrote all of them so did not cut them off.
+        unmarked = len(self.shards) > 1 and all(
+            shard.problems.get(DAMAGED, (0, ""))[1] == NO_MARK
+            for shard in self.shards
+        )
+        for shard in self.shards:
+            for reason, (count, name) in shard.problems.items():
+                if name == NO_MARK and unmarked:
+                    continue
+                name = f"{shard.path}: {name}"
+                if reason == DAMAGED and not count:
+                    count, why = self._lost(shard)
+                    name = f"{name}; {count} records are taken for lost, {why}"
+                counter.add(reason, name, count=count)
+
+    def _lost(self, shard):
+        """How many records a shard lost that is cut off, and why so many."""
+        whole = [
+            other.num_examples
+            for other in self.shards
+            if DAMAGED not in other.problems
+        ]
+        usual = max(whole, default=0)
+        if usual >= shard.num_examples:
+            return (
+                max(1, usual - shard.num_examples),
+                f"as another shard holds {usual}",
+            )
+        # Nothing tells. What stops a run is better than what hides a loss.
+        return (
+            max(1, shard.num_examples),
+            "as many as it still holds, since no whole shard tells more",
+        )
+
+    def _sizes(self):
+        paths = [shard.path for shard in self.shards]
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(description.file_size, paths))
+
+    def _find_folder(self):
+        """The folder of an index that is there, or a new one."""
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        root = hashlib.sha256(os.path.abspath(self._root).encode()).hexdigest()
+        folders = [
+            os.path.join(self._root, _FOLDER, self._digest),
+            os.path.join(
+                os.path.expanduser(cache),
+                "cappa_tf",
+                f"index-{root[:12]}-{self._digest}",
+            ),
+        ]
+        for folder in folders:
+            if tf.io.gfile.exists(os.path.join(folder, "index.json")):
+                return folder
+        for folder in folders:
+            try:
+                tf.io.gfile.makedirs(folder)
+                probe = os.path.join(folder, f"probe-{uuid.uuid4().hex}")
+                with tf.io.gfile.GFile(probe, "w") as file:
+                    file.write("")
+                tf.io.gfile.remove(probe)
+            except (OSError, tf.errors.OpError) as error:
+                logging.info("No index in %s: %s", folder, error)
+                continue
+            return folder
+        raise ValueError(
+            "An index must be written beside the data or in the cache folder "
+            f"($XDG_CACHE_HOME). Received: {folders}, neither is writable"
+        )
+
+    def _load(self):
+        """Name -> entry of a complete index, or None."""
+        path = os.path.join(self._folder, "index.json")
+        if not tf.io.gfile.exists(path):
+            return None
+        with tf.io.gfile.GFile(path) as file:
+            content = json.loads(file.read())
+        self._done = content["shards"]
+        return self._done if content["complete"] else None
+
+    def _build(self, scan):
+        """Scans what is not indexed yet; an interrupted run goes on here."""
+        entries = getattr(self, "_done", {})
+        names = [self._name(path) for path in self._files]
+        to_do = [
+            (name, path)
+            for name, path in zip(names, self._files)
+            if name not in entries
+        ]
+        logging.info("%s: indexing %d shards", self._folder, len(to_do))
+
+        def entry(item):
+            name, path = item
+            size = description.file_size(path)
+            return name, [scan(path, self.companion(path)), size]
+
+        saved = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for name, (found, size) in pool.map(entry, to_do):
+                count, max_captions, problems = found
+                entries[name] = [count, size, max_captions, problems]
+                if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                    self._save(entries, complete=False)
+                    saved = time.monotonic()
+        entries = {name: entries[name] for name in names}
+        self._save(entries, complete=True)
+        return entries
+
+    def _save(self, entries, complete):
+        path = os.path.join(self._folder, "index.json")
+        content = {"complete": complete, "shards": entries}
+        write_whole(path, json.dumps(content))
+
+    def _name(self, path):
+        """A shard's path relative to the data, so that these can move."""
+        return path.removeprefix(self._root).lstrip("/")
+
+
+def estimate(count, end, size):
+    """How many records the rest of a shard may hold.
+
+    Args:
+        count: Records before the damage.
+        end: Bytes these take.
+        size: Bytes of the shard.
+
+    Returns:
+        A number of records of the usual size, at least 1.
+    """
+    return max(1, math.ceil((size - end) * count / max(end, 1)))
+
+
+def open_binary(path):
+    """Opens a file for reading, wherever it is.
+
+    A file on disk by Python's own `open`, which scans of many seeks went
+    through faster than TensorFlow's.
+    """
+    if "://" in path:
+        return _Remote(path, "rb")
+    return open(path, "rb")
+
+
+class _Remote(tf.io.gfile.GFile):
+    """Whose `seek` returns the position, as that of other files does."""
+
+    def seek(self, offset=0, whence=0):
+        super().seek(offset, whence)
+        return self.tell()
+
+
+def write_whole(path, content):
+    """Writes text under a name of its own, then renames.
+
+    Several hosts may do so at a time: all write the same.
+    """
+    temporary = f"{path}.incomplete-{uuid.uuid4().hex}"
+    with tf.io.gfile.GFile(temporary, "w") as file:
+        file.write(content)
+    tf.io.gfile.rename(temporary, path, overwrite=True)
+
+
+def find_files(path, split, suffix):
+    """Lists the shards of a split.
+
+        "data/{split}-*.tar"               any pattern with {split}
+        {"train": "a/{00000..00127}.tar"}  a pattern for each split
+        "data"                             data/train-*.tar, data/train/*.tar
+
+    Args:
+        path: One of these.
+        split: Name of the split.
+        suffix: Of a shard, such as ".tar".
+
+    Returns:
+        `Files`.
+
+    Raises:
+        ValueError: There is no such split, or it has no shards.
+    """
+    if isinstance(path, dict):
+        if split not in path:
+            raise ValueError(
+                f"`split` must be one of {list(path)}. Received: {split!r}"
+            )
+        patterns = [os.fspath(path[split])]
+    elif "{split}" in os.fspath(path):
+        patterns = [os.fspath(path).replace("{split}", split)]
+    elif tf.io.gfile.isdir(path):
+        patterns = [f"{path}/{split}-*{suffix}", f"{path}/{split}/*{suffix}"]
+    else:
+        raise ValueError(
+            "`path` must say which shards a split has: a pattern with {split}, "
+            "a dict from split to pattern, or a folder with "
+            f"<split>-*{suffix} or <split>/*{suffix}. Received: "
+            f"path={path!r}, which is no folder that exists"
+        )
+    found, absent = [], []
+    for pattern in patterns:
+        if tf.io.gfile.isdir(pattern):
+            pattern = os.path.join(pattern, f"*{suffix}")
+        for name in _expand_braces(pattern):
+            folder, rest = _literal_folder(name)
+            try:
+                matches = tf.io.gfile.glob(
+                    folder_listing.escape_glob(folder) + rest
+                )
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"The names of shards must be UTF-8. Received: {name}, "
+                    "which stands for others as well"
+                ) from None
+            found += sorted(matches)
+            if not matches:
+                absent.append(name)
+    if not found:
+        raise ValueError(
+            f"Split {split!r} has no shards {' or '.join(patterns)}"
+        )
+    if "{" in pattern and absent:
+        logging.warning(
+            "%d shards of %s are not there: %s", len(absent), path, absent[:5]
+        )
+    # The folder in front of anything that may stand for several names.
+    folder, rest = _literal_folder(patterns[0])
+    root = (
+        patterns[0]
+        if tf.io.gfile.isdir(patterns[0])
+        else os.path.dirname(folder + re.split(r"[*?\[{]", rest)[0])
+    )
+    return Files(root, patterns[0].removeprefix(root), found)
+
+
+def _literal_folder(pattern):
+    """Cuts a pattern behind the folders that are there under these names.
+
+    A folder may be called a[1], which as a pattern stands for a1.
+    """
+    end = pattern.find("/") + 1
+    while end:
+        further = pattern.find("/", end) + 1
+        if not further or not tf.io.gfile.isdir(pattern[:further]):
+            break
+        end = further
+    return pattern[:end], pattern[end:]
+
+
+def _expand_braces(pattern):
+    """a/{000..127}.tar to its 128 names, as the shell does."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    return [
+        name
+        for number in range(int(first), int(last) + 1)
+        for name in _expand_braces(
+            f"{pattern[: match.start()]}{number:0{len(first)}d}"
+            f"{pattern[match.end() :]}"
+        )
+    ]

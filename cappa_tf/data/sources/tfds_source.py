@@ -1,0 +1,203 @@
+"""Data sets of TensorFlow Datasets, by name or from a folder.
+
+Their records are read as bytes, like any other TFRecords, so that they are
+shuffled and resumed like these; TFDS only says which files there are, how many
+records these hold and how one is parsed. The image stays encoded.
+"""
+
+import dataclasses
+import functools
+import os
+
+import tensorflow as tf
+
+from cappa_tf.data import description, schema
+from cappa_tf.data.sources.base import TFRecordFiles
+from cappa_tf.data.stream import bad_records
+
+
+class TFDS:
+    """A source that TFDS has prepared.
+
+    Its splits may be parts of one: "train[5%:]" and "train[:5%]".
+
+    Args:
+        path: Name of a data set, "coco_captions" or "coco_captions/2014", or
+            the folder of one that is there (`builder_from_directory`).
+        image: Feature that holds the image.
+        captions: Feature that holds the caption or captions, or None. A
+            slash leads into nested features: "captions/text".
+        label: Feature that holds the class number, or None.
+        key: Feature that tells records apart in messages, or None.
+        data_dir: Where TFDS keeps its data; None for its default.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        image="image",
+        captions: str | None = "captions/text",
+        label: str | None = None,
+        key: str | None = None,
+        data_dir: str | None = None,
+    ):
+        self.name = os.fspath(path)
+        self._features = {
+            "image": image,
+            "captions": captions,
+            "label": label,
+            "key": key,
+        }
+        self._data_dir = data_dir
+
+    @functools.cached_property
+    def builder(self):
+        """The TFDS builder."""
+        import tensorflow_datasets as tfds  # takes seconds
+
+        if tf.io.gfile.isdir(self.name):
+            return tfds.builder_from_directory(self.name)
+        try:
+            return tfds.builder(self.name, data_dir=self._data_dir)
+        except tfds.core.DatasetNotFoundError as error:
+            raise ValueError(
+                "`path` must be a data set of TFDS or the folder of one. "
+                f"Received: path={self.name!r} ({str(error).splitlines()[0]})"
+            ) from None
+
+    def split(self, split):
+        """The `Records` of a split."""
+        builder = self.builder
+        if not builder.info.splits:
+            raise ValueError(
+                f"TFDS has not prepared {self.name} in {builder.data_dir}: "
+                f"`tfds build {self.name}` does."
+            )
+        if builder.info.file_format.value != "tfrecord":
+            raise ValueError(
+                "TFDS must have written TFRecords (tf.data reads no other "
+                f"format). Received: {builder.info.file_format.value} in "
+                f"{builder.data_dir}"
+            )
+        try:
+            files = builder.info.splits[split].file_instructions
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"`split` must be one of {list(builder.info.splits)} of "
+                f"{self.name}, or a part of one. Received: split={split!r} "
+                f"({error})"
+            ) from None
+        return _TFDSRecords(
+            f"{self.name} {split}", files, builder.info.features, self._features
+        )
+
+
+class _TFDSRecords(TFRecordFiles):
+    """Records of a TFDS split."""
+
+    def __init__(self, name, files, features, names):
+        shards = [
+            description.Shard(
+                file.filename,
+                file.take,
+                description.file_size(file.filename),
+                "",
+            )
+            for file in files
+        ]
+        super().__init__(name, shards, [file.skip for file in files])
+        # what -> keys that lead to it
+        self._keys = {
+            what: _find(name, features, what, path)
+            for what, path in names.items()
+            if path is not None
+        }
+        self._features, self._decoders = _partial(features, self._keys)
+
+    def check(self, counter):
+        """As `Records.check`: TFDS records counts, but no sizes."""
+        missing = [
+            (dataclasses.replace(shard, num_bytes=1), 0)
+            for shard in self.shards
+            if not shard.num_bytes
+        ]
+        listed = ", ".join(shard.path for shard, _ in missing[:3])
+        bad_records.check_shards(
+            missing,
+            f"{self.name} lacks {len(missing)} shards: {listed}.",
+            self.num_examples,
+            counter.max_fraction,
+        )
+
+    def parse(self, serialized):
+        """As `Records.parse`."""
+        found = self._features.deserialize_example(
+            serialized, decoders=self._decoders
+        )
+        values = {
+            "captions": tf.zeros([0], tf.string),
+            "key": tf.constant(""),
+            "label": tf.constant(-1, tf.int64),
+        }
+        for what, path in self._keys.items():
+            values[what] = functools.reduce(lambda v, k: v[k], path, found)
+        return {
+            "image/encoded": values["image"],
+            "captions": tf.reshape(values["captions"], [-1]),
+            "key": values["key"],
+            "label": tf.cast(values["label"], tf.int64),
+        }
+
+    def deserialize(self, serialized):
+        """As `Records.deserialize`."""
+        try:
+            with tf.device("CPU:0"):
+                found = self.parse(tf.constant(serialized))
+        except tf.errors.OpError as error:
+            raise ValueError(f"not a record of TFDS: {error}") from None
+        label = int(found["label"])
+        return schema.Example(
+            key=found["key"].numpy().decode(errors="replace"),
+            image=found["image/encoded"].numpy(),
+            captions=[
+                caption.decode(errors="replace")
+                for caption in found["captions"].numpy()
+            ],
+            label=None if label < 0 else label,
+        )
+
+
+def _find(name, features, what, path):
+    """The keys that lead to a feature: "captions/text" to two of them."""
+    found, keys, rest = features, (), path
+    while rest:
+        level = getattr(found, "feature", found)  # of a Sequence
+        known = list(level) if hasattr(level, "keys") else []
+        # Names may have slashes of their own: "image/filename" beside "image",
+        # in an order that differs from process to process.
+        fitting = [k for k in known if f"{rest}/".startswith(f"{k}/")]
+        key = max(fitting, key=len, default=None)
+        if key is None:
+            raise ValueError(
+                f"`{what}` must be a feature of {name}: {features}. "
+                f"Received: {what}={path!r}"
+            )
+        found, keys, rest = level[key], (*keys, key), rest[len(key) + 1 :]
+    return keys
+
+
+def _partial(features, paths):
+    """The features at some paths alone, and decoders that leave images be."""
+    import tensorflow_datasets as tfds
+
+    wanted = {}
+    for path in paths.values():
+        level = wanted
+        for key in path[:-1]:
+            level = level.setdefault(key, {})
+        level[path[-1]] = True
+    decoders = tfds.decode.SkipDecoding()
+    for key in reversed(paths["image"]):
+        decoders = {key: decoders}
+    partial = tfds.decode.PartialDecoding(wanted)
+    return partial.extract_features(features), decoders

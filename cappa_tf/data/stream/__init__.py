@@ -1,0 +1,1 @@
+"""Records to batches: shuffled, decoded, bad ones skipped and counted."""

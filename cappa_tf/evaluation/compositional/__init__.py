@@ -1,0 +1,1 @@
+"""Right captions against wrong ones of the same words."""

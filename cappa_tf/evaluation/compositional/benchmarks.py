@@ -1,0 +1,313 @@
+"""Compositional understanding: is the right caption likelier than wrong ones?
+
+Every subset is reported for four scores: left to right, the parallel mode (of
+models trained in it), the text without any image (`blind`: what is won by
+language alone, which on ARO is nearly all), and the first less the third.
+
+Reference: arXiv 2306.07915, section 4.4: the caption with the higher
+log-likelihood wins. A tie counts as lost.
+
+Letters: B pictures at once, K texts of one picture.
+"""
+
+import collections
+import itertools
+import os
+
+import numpy as np
+
+from cappa_tf.data.images import image_files
+from cappa_tf.evaluation.captioned import CaptionedImages
+from cappa_tf.evaluation.compositional import choices as choice_files
+from cappa_tf.evaluation.compositional import scene_choices
+from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
+from cappa_tf.utils.arguments import check_counts
+
+MINUS_BLIND = "minus_blind"
+
+
+class Compositional(Evaluator):
+    """What the benchmarks share: counting who wins.
+
+    A metric is `score/subset`, `score/group` (the mean of its subsets, where
+    subsets are called group_something: `swap_att` and `swap_obj` are of the
+    group `swap`), `score/macro` (the mean of all subsets) or `score/micro`
+    (of all choices), each a share in [0, 1]. What is reached at best,
+    `ceiling/macro` and so on, is below 1 where the vocabulary turns a right
+    and a wrong caption into the same tokens.
+    """
+
+    groups = True
+
+    def batches(self, scorer):
+        """Yields (images [at most B, H, W, 3], a list of `Choice`s of each).
+
+        Args:
+            scorer: `Scorer`.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, scorer):
+        """Scores every text of every choice; see the class for the metrics."""
+        won = collections.defaultdict(lambda: collections.defaultdict(list))
+        tied = collections.defaultdict(lambda: collections.defaultdict(list))
+        rows, num_images = [], 0
+        for images, choices in self.batches(scorer):
+            num_images += len(images)
+            for scores, choice in _scored(scorer, images, choices):
+                row = {"subset": choice.subset, "texts": list(choice.texts)}
+                if choice.image:
+                    row["image"] = choice.image
+                possible = _can_be_right(scorer, choice.texts)
+                won["ceiling"][choice.subset].append(possible)
+                for mode, values in scores.items():
+                    best = values[1:].max()
+                    won[mode][choice.subset].append(values[0] > best)
+                    tied[mode][choice.subset].append(values[0] == best)
+                    row[mode] = values.tolist()
+                rows.append(row)
+        if not rows:
+            raise ValueError(
+                f"No picture of {self.name} can be read. Received: "
+                f"{self.missing()}"
+            )
+        return self._report(won, tied, rows, num_images)
+
+    def missing(self):
+        """Counts of what was left out, by reason."""
+        return {}
+
+    def _report(self, won, tied, rows, num_images):
+        subsets = {s: len(h) for s, h in sorted(won[AUTOREGRESSIVE].items())}
+        shares = {mode: self._shares(hits) for mode, hits in won.items()}
+        ties = {
+            mode: float(np.mean([*itertools.chain(*hits.values())]))
+            for mode, hits in tied.items()
+        }
+        lines = [f"{len(rows)} choices of {num_images} pictures"]
+        lines += [f"left out: {n} x {why}" for why, n in self.missing().items()]
+        body = [
+            (name, subsets.get(name), *(shares[mode][name] for mode in shares))
+            for name in shares[AUTOREGRESSIVE]
+        ]
+        body.append(("ties", None, *(ties.get(mode) for mode in shares)))
+        lines += table(("", "choices", *shares), body)
+        metrics = {
+            f"{mode}/{name}": value
+            for mode, found in shares.items()
+            for name, value in found.items()
+        }
+        details = {
+            "num_images": num_images,
+            "num_choices": len(rows),
+            "choices": subsets,
+            "ties": ties,
+            "left_out": self.missing(),
+        }
+        return Report(metrics, lines, details, rows)
+
+    def _shares(self, hits):
+        """Share of the choices won: subsets, groups, macro, micro."""
+        shares = {s: float(np.mean(h)) for s, h in sorted(hits.items())}
+        grouped = collections.defaultdict(list)
+        for subset, share in shares.items():
+            grouped[subset.split("_")[0]].append(share)
+        macro = float(np.mean([*shares.values()]))
+        groups = {g: float(np.mean(found)) for g, found in grouped.items()}
+        return {
+            **shares,
+            **(groups if self.groups else {}),
+            "macro": macro,
+            "micro": float(np.mean([*itertools.chain(*hits.values())])),
+        }
+
+
+def _scored(scorer, images, choices):
+    """Yields (dict mode -> float64 [texts of the choice], choice)."""
+    # A text that several choices of an image share is scored once.
+    texts = [
+        list(dict.fromkeys(itertools.chain(*(c.texts for c in some))))
+        for some in choices
+    ]
+    found = {
+        mode: scorer.captions(images, texts, mode) for mode in scorer.modes
+    }
+    for i, some in enumerate(choices):
+        position = {text: k for k, text in enumerate(texts[i])}
+        for choice in some:
+            chosen = [position[text] for text in choice.texts]
+            scores = {mode: rows[i][chosen] for mode, rows in found.items()}
+            scores[MINUS_BLIND] = scores[AUTOREGRESSIVE] - scores[BLIND]
+            yield scores, choice
+
+
+def _can_be_right(scorer, texts):
+    """Whether the right text's tokens are not those of a wrong one."""
+    right, *wrong = scorer.tokens(texts)
+    return not any(np.array_equal(right, other) for other in wrong)
+
+
+class FileChoices(Compositional):
+    """Choices of which a file tells, on as many pictures as are there.
+
+    Args:
+        pictures: Folder of the pictures.
+        limit: Only the first pictures.
+        name: See `Evaluator`.
+    """
+
+    def __init__(self, pictures: str | os.PathLike, limit, name):
+        super().__init__(name)
+        check_counts(optional=True, limit=limit)
+        self._pictures = os.fspath(pictures)
+        self._limit = limit
+        self._missing = collections.Counter()
+
+    def read(self):
+        """The `Choice`s of the files."""
+        raise NotImplementedError
+
+    def open(self):
+        """See `Evaluator`."""
+        choices = self.read()
+        if not any(os.path.exists(self._path(choice)) for choice in choices):
+            raise ValueError(
+                f"None of the {len({c.image for c in choices})} pictures is "
+                f"in {self._pictures}, such as {choices[0].image}"
+            )
+
+    def missing(self):
+        """See `Compositional`."""
+        return dict(self._missing)
+
+    def batches(self, scorer):
+        """See `Compositional`."""
+        self._missing.clear()
+        pictures = self._read_pictures(scorer.reader)
+        while some := list(itertools.islice(pictures, scorer.batch_size)):
+            images, choices = zip(*some)
+            yield np.stack(images), list(choices)
+
+    def _read_pictures(self, reader):
+        """Yields (image, its choices), most choices first."""
+        by_part = collections.defaultdict(list)
+        for choice in self.read():
+            by_part[choice.image, choice.box].append(choice)
+        # Pictures with equally many texts share a batch: less padding.
+        parts = list(by_part.values())[: self._limit]
+        for choices in sorted(parts, key=len, reverse=True):
+            try:
+                path, box = self._path(choices[0]), choices[0].box
+                yield reader(path, box), choices
+            except image_files.UnusableError as error:
+                self._missing[error.reason] += len(choices)
+
+    def _path(self, choice):
+        return os.path.join(self._pictures, choice.image)
+
+
+class SugarCrepe(FileChoices):
+    """SugarCrepe: objects, attributes, relations replaced, swapped, added.
+
+    Args:
+        path: Folder of its seven files.
+        pictures: Folder of COCO's val2017 pictures, or of some of them.
+        limit: Only the first pictures.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        pictures: str | os.PathLike,
+        *,
+        limit: int | None = None,
+        name="sugar_crepe",
+    ):
+        super().__init__(pictures, limit, name)
+        self._folder = os.fspath(path)
+
+    def read(self):
+        """See `FileChoices`."""
+        return choice_files.read_sugar_crepe(self._folder)
+
+
+class Aro(FileChoices):
+    """One file of ARO (or of that form).
+
+    `micro` is the share of all choices. `macro` is the mean over all relations
+    or pairs of attributes; the authors leave out the rarest and those that
+    mean the same both ways, such as "next to".
+
+    Args:
+        path: The JSON file.
+        pictures: Folder that its image paths are relative to.
+        limit: Only the first pictures.
+        name: See `Evaluator`.
+    """
+
+    groups = False
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        pictures: str | os.PathLike,
+        *,
+        limit: int | None = None,
+        name="aro",
+    ):
+        super().__init__(pictures, limit, name)
+        self._file = os.fspath(path)
+
+    def read(self):
+        """See `FileChoices`."""
+        return choice_files.read_aro(self._file)
+
+
+class Scenes(Compositional):
+    """Swapped and replaced words in captions of drawn scenes.
+
+    Args:
+        path: Folder of the drawn data set.
+        split: Name of the split.
+        limit: Only the first pictures.
+        seed: Of what replaces, see `scene_choices.choices`.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split="heldout",
+        *,
+        limit: int | None = None,
+        seed=0,
+        name="scenes",
+    ):
+        super().__init__(name)
+        self._data = CaptionedImages(path, split, limit)
+        self._seed = seed
+        self._others = 0
+
+    def open(self):
+        """See `Evaluator`."""
+        self._data.open()
+
+    def missing(self):
+        """See `Compositional`."""
+        others = {"caption of another kind": self._others}
+        return +(collections.Counter(others) + self._data.skipped)
+
+    def batches(self, scorer):
+        """See `Compositional`."""
+        self._others = 0
+        for images, examples in self._data.batches(scorer):
+            choices = [
+                scene_choices.choices(e.captions[0], e.key, self._seed)
+                for e in examples
+            ]
+            good = [i for i, some in enumerate(choices) if some]
+            self._others += len(choices) - len(good)
+            if good:
+                yield images[good], [choices[i] for i in good]

@@ -1,0 +1,251 @@
+"""Does the model's likelihood agree with what people think of a caption?
+
+Flickr8k (Hodosh et al. 2013) has judgments of captions, most of them written
+for other images:
+    ExpertAnnotations.txt          image, caption, three ratings from 1 (has
+                                   nothing to do with the image) to 4 (all of
+                                   it is right)
+    CrowdFlowerAnnotations.txt     image, caption, share of yes, number of yes,
+                                   number of no (may be compressed: .gz)
+A caption is named "other.jpg#2": the third of those of other.jpg.
+
+As in CLIPScore (arXiv 2104.08718, section 4) captions that were written for
+the image itself are left out (158 of 5,822 of the experts'), and an expert's
+rating is a pair of its own: (likelihood, rating), three times each caption.
+The field reports Kendall's tau-c for the experts, tau-b for CrowdFlower; here
+are both for either.
+"""
+
+import collections
+import dataclasses
+import gzip
+import itertools
+import os
+import pathlib
+
+import numpy as np
+
+from cappa_tf.data.images import image_files
+from cappa_tf.evaluation.evaluator import (
+    Evaluator,
+    Report,
+    named,
+    skipped_lines,
+    table,
+)
+from cappa_tf.evaluation.rows import list_rows
+from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
+from cappa_tf.utils.arguments import check_choice, check_counts, check_extra
+
+FILES = {
+    "expert": "ExpertAnnotations.txt",
+    "crowdflower": "CrowdFlowerAnnotations.txt",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgment:
+    """What people think of one caption for one image.
+
+    Attributes:
+        image: File name of the image.
+        caption: Its name, "other.jpg#2".
+        ratings: One or more numbers, higher is better.
+    """
+
+    image: str
+    caption: str
+    ratings: tuple
+
+    @property
+    def is_own(self):
+        """Whether the caption was written for this image."""
+        return self.caption.rpartition("#")[0] == self.image
+
+
+def read(folder, which="expert"):
+    """Reads a file of judgments.
+
+    Args:
+        folder: Where it lies.
+        which: "expert" or "crowdflower".
+
+    Returns:
+        A list of `Judgment`s.
+
+    Raises:
+        ValueError: No such file, or a line that is not of its form.
+    """
+    check_choice(FILES, which=which)
+    path = pathlib.Path(folder) / FILES[which]
+    compressed = path.with_name(path.name + ".gz")
+    if not path.exists() and not compressed.exists():
+        raise ValueError(f"Judgments must lie in {path} (or .gz beside it)")
+    opener = open if path.exists() else gzip.open
+    judgments = []
+    with opener(path if path.exists() else compressed, "rt") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                image, caption, *numbers = line.split()
+                found = tuple(map(float, numbers))
+                # The first of CrowdFlower's numbers is the share of yes.
+                ratings = found if which == "expert" else (found[0],)
+                int(caption.rpartition("#")[2])
+            except (ValueError, IndexError):
+                ratings = ()
+            if not ratings:
+                raise ValueError(
+                    f"{path}, line {number}, is no judgment: {line!r}"
+                )
+            judgments.append(Judgment(image, caption, ratings))
+    return judgments
+
+
+def correlations(values, ratings):
+    """Kendall's tau of one number a caption with all ratings of it.
+
+    Args:
+        values: float [captions].
+        ratings: A list of ratings for each.
+
+    Returns:
+        Dict of `tau_b` and `tau_c`.
+    """
+    from scipy import stats
+
+    repeated = np.repeat(values, [*map(len, ratings)])
+    flat = np.concatenate([np.asarray(some, float) for some in ratings])
+    return {
+        f"tau_{variant}": float(
+            stats.kendalltau(repeated, flat, variant=variant).statistic
+        )
+        for variant in "bc"
+    }
+
+
+class Judgments(Evaluator):
+    """Correlation of the model's likelihood with people's judgments.
+
+    Args:
+        path: Folder of Flickr8k: its captions file, its pictures and, in
+            `judgments`, the files above.
+        which: "expert" or "crowdflower".
+        limit: Only the first pictures.
+        name: See `Evaluator`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        which="expert",
+        *,
+        limit: int | None = None,
+        name="judgments",
+    ):
+        super().__init__(name)
+        check_choice(FILES, which=which)
+        check_counts(optional=True, limit=limit)
+        self._path = os.fspath(path)
+        self._which, self._limit = which, limit
+
+    def open(self):
+        """See `Evaluator`."""
+        check_extra("Kendall's tau", "eval", "scipy")
+        self._read(log=True)
+
+    def _read(self, log=False):
+        """(judgments by image, caption name -> text, image -> path)."""
+        rows = {
+            os.path.basename(row.path): row
+            for row in list_rows(self._path, log)[0]
+        }
+        captions = {
+            f"{name}#{i}": text
+            for name, row in rows.items()
+            for i, text in enumerate(row.captions)
+        }
+        by_image = collections.defaultdict(list)
+        folder = os.path.join(self._path, "judgments")
+        for judgment in read(folder, self._which):
+            if judgment.is_own:
+                continue
+            if judgment.image not in rows or judgment.caption not in captions:
+                raise ValueError(
+                    "A judgment's image and caption must be in the captions "
+                    f"file of {self._path}. Received: {judgment}"
+                )
+            by_image[judgment.image].append(judgment)
+        some = dict(itertools.islice(by_image.items(), self._limit))
+        return some, captions, {name: row.path for name, row in rows.items()}
+
+    def evaluate(self, scorer):
+        """Scores every judged caption for its image.
+
+        Returns:
+            A `Report` with `tau_b` and `tau_c` of the log-likelihood, and of
+            it per token (`per_token/tau_c`), of the parallel mode's
+            (`parallel/`), of the text without the image (`blind/`) and less
+            that (`minus_blind/`).
+        """
+        by_image, captions, paths = self._read()
+        skipped = collections.Counter()
+        columns = collections.defaultdict(list)
+        judged = []
+        pictures = _pictures(by_image, paths, scorer.reader, skipped)
+        while some := list(itertools.islice(pictures, scorer.batch_size)):
+            images, judgments = zip(*some)
+            judged += itertools.chain(*judgments)
+            texts = [[captions[j.caption] for j in each] for each in judgments]
+            for mode in scorer.modes:
+                found = scorer.captions(np.stack(images), texts, mode)
+                columns[mode] += np.concatenate(found).tolist()
+        if not judged:
+            raise ValueError(
+                f"No judged picture can be read. Received: {dict(skipped)}"
+            )
+        columns = {mode: np.array(values) for mode, values in columns.items()}
+        counts = scorer.count_tokens([captions[j.caption] for j in judged])
+        columns["per_token"] = columns[AUTOREGRESSIVE] / counts
+        columns["minus_blind"] = columns[AUTOREGRESSIVE] - columns[BLIND]
+        return self._report(columns, judged, len(by_image), skipped)
+
+    def _report(self, columns, judged, num_images, skipped):
+        ratings = [judgment.ratings for judgment in judged]
+        metrics, body = {}, []
+        for mode, values in columns.items():
+            found = correlations(values, ratings)
+            metrics |= named(mode, found)
+            body.append((mode, *found.values()))
+        count = sum(map(len, ratings))
+        lines = [
+            f"{self._which}: {count} ratings of {len(judged)} captions of "
+            f"{num_images} images",
+            *table(("log-likelihood", *found), body),
+            *skipped_lines(skipped),
+        ]
+        details = {
+            "which": self._which,
+            "num_images": num_images,
+            "num_captions": len(judged),
+            "num_ratings": count,
+            "skipped": dict(skipped),
+        }
+        rows = [
+            {
+                "image": judgment.image,
+                "caption": judgment.caption,
+                "ratings": judgment.ratings,
+                **{mode: values[i] for mode, values in columns.items()},
+            }
+            for i, judgment in enumerate(judged)
+        ]
+        return Report(metrics, lines, details, rows)
+
+
+def _pictures(by_image, paths, reader, skipped):
+    """Yields (image [H, W, 3], its judgments)."""
+    for name, judgments in by_image.items():
+        try:
+            yield reader(paths[name]), judgments
+        except image_files.UnusableError as error:
+            skipped[error.reason] += 1

@@ -1,0 +1,170 @@
+"""Multi-head attention with cached keys and values, and LayerNorm.
+
+Written with `keras.ops` only, so that a saved encoder opens under every Keras
+backend. Numerics follow big_vision (models/vit.py, models/proj/cappa/cappa.py).
+
+Abbreviations for dimensions:
+    B: batch (of images).      N: batch of captions, K captions an image.
+    T: queries.                S: keys and values.
+    D: width.                  H: heads.  C: width of one head, D / H.
+"""
+
+import keras
+from keras import ops
+
+from cappa_tf.utils.arguments import (
+    check_bool,
+    check_counts,
+)
+
+_EPSILON = 1e-6  # of every LayerNorm (flax's default).
+
+
+def layer_norm(name, dtype, use_bias=True):
+    """A LayerNorm with the reference's epsilon; `use_bias` keeps `beta`."""
+    return keras.layers.LayerNormalization(
+        epsilon=_EPSILON, center=use_bias, name=name, dtype=dtype
+    )
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class MultiHeadAttention(keras.layers.Layer):
+    """Multi-head dot-product attention with explicit keys and values.
+
+    Keys and values are projected by a method of their own, `project`, so that
+    those of an image are computed once however many captions attend to them,
+    and so that a decoding loop can keep them (KV cache).
+
+    Kernels are [D, H, C] and [H, C, D] like the reference's: the optimizer's
+    factored statistics are then per head.
+
+    Args:
+        hidden_dim: Width D of queries and output.
+        num_heads: Number of heads H; divides D.
+        use_bias: Whether the four projections have biases.
+        kernel_initializer: Of the four kernels (fans as of a [D, D] matrix).
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        num_heads,
+        *,
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_counts(hidden_dim=hidden_dim, num_heads=num_heads)
+        check_bool(use_bias=use_bias)
+        if hidden_dim % num_heads != 0:
+            raise ValueError(
+                "`hidden_dim` must be divisible by `num_heads`. Received: "
+                f"hidden_dim={hidden_dim}, num_heads={num_heads}"
+            )
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.use_bias = use_bias
+        self.kernel_initializer = kernel_initializer
+        head_dim = hidden_dim // num_heads
+        self._scale = head_dim**-0.5
+        self._query, self._key, self._value = (
+            self._projection(name, "btd,dhc->bthc", (None, num_heads, head_dim))
+            for name in ("query", "key", "value")
+        )
+        self._out = self._projection("out", "bthc,hcd->btd", (None, hidden_dim))
+
+    def _projection(self, name, equation, output_shape):
+        return keras.layers.EinsumDense(
+            equation,
+            output_shape=output_shape,
+            bias_axes=None
+            if not self.use_bias
+            else ("d" if name == "out" else "hc"),
+            kernel_initializer=_FlatFans(self.kernel_initializer, name),
+            name=name,
+            dtype=self.dtype_policy,
+        )
+
+    def build(self, query_shape, memory_shape=None):
+        """Creates the projections; memory_shape defaults to query_shape."""
+        memory_shape = memory_shape or query_shape
+        self._query.build((None, None, query_shape[-1]))
+        self._key.build((None, None, memory_shape[-1]))
+        self._value.build((None, None, memory_shape[-1]))
+        head_dim = self.hidden_dim // self.num_heads
+        self._out.build((None, None, self.num_heads, head_dim))
+
+    def project(self, memory):
+        """Keys and values of what is attended to.
+
+        Args:
+            memory: [B, S, E].
+
+        Returns:
+            Two tensors [B, H, S, C]: turned here, once, and not by each call
+            that attends to them.
+        """
+        keys, values = self._key(memory), self._value(memory)
+        return tuple(ops.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
+
+    def call(self, x, keys, values, attention_mask=None):
+        """Attends from x to the given keys and values.
+
+        Call arguments:
+            x: [B, T, D].
+            keys: [B, H, S, C], from `project`.
+            values: [B, H, S, C], from `project`.
+            attention_mask: Optional bool, broadcastable to [B, H, T, S];
+                True where a query may look.
+
+        Returns:
+            [B, T, D].
+        """
+        query = self._query(x) * ops.cast(self._scale, self.compute_dtype)
+        query = ops.transpose(query, (0, 2, 1, 3))  # -> [B, H, T, C]
+        scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
+        scores = ops.cast(scores, "float32")
+        if attention_mask is not None:
+            scores = ops.where(attention_mask, scores, -1e30)
+        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
+        out = ops.transpose(ops.matmul(weights, values), (0, 2, 1, 3))
+        return self._out(out)  # [B, T, H, C] -> [B, T, D]
+
+    def compute_output_shape(self, x_shape, *unused, **also_unused):
+        """The shape of the queries."""
+        return (*x_shape[:-1], self.hidden_dim)
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "num_heads": self.num_heads,
+            "use_bias": self.use_bias,
+            "kernel_initializer": self.kernel_initializer,
+        }
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class _FlatFans(keras.initializers.Initializer):
+    """Initialises an attention kernel as the [D, H * C] matrix it stands for.
+
+    Keras would read [D, H, C] as a convolution and take wrong fans.
+    """
+
+    def __init__(self, name, projection):
+        self.name = name
+        self.projection = projection
+        self._initializer = keras.initializers.get(name)
+
+    def __call__(self, shape, dtype=None):
+        flat = (
+            (shape[0] * shape[1], shape[2])
+            if self.projection == "out"
+            else (shape[0], shape[1] * shape[2])
+        )
+        return ops.reshape(self._initializer(flat, dtype=dtype), shape)
+
+    def get_config(self):
+        return {"name": self.name, "projection": self.projection}

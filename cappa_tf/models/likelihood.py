@@ -1,0 +1,238 @@
+"""Log-likelihoods of many texts for each image.
+
+The reference runs the decoder over all 64 positions of every (image, text)
+pair. Here the texts of a set are put into prefix trees: a prefix that several
+texts share ("a photo of a") is one node, and each node is computed once for
+an image. Where a node may look, at its ancestors, is an attention mask.
+
+Abbreviations for dimensions:
+    B: batch (of images).      T: texts, the same for all images.
+    K: texts of each image.    L: length of the text.  M: `max_length`.
+    G: groups of texts.        C: texts in a group.    N: nodes of a group.
+    P: number of patches.      D: width.               V: vocabulary.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.models.losses import cross_entropy
+
+# Nodes that go through the decoder together for an image. Attention is
+# quadratic in them; beyond a few hundred it costs more than sharing saves.
+NODES_PER_GROUP = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixGroups:
+    """Texts as prefix trees, G of them with N nodes each.
+
+    Node 0 is the empty prefix; the hidden state of a node predicts what
+    follows its prefix. Unused nodes look at themselves only.
+
+    Attributes:
+        tokens: int32 [G, N], the input at each node, its prefix's last token.
+        depths: int32 [G, N], its position.
+        ancestors: bool [G, N, N], True where a node may look.
+        nodes: int32 [G, C, L], the node that predicts each token of a text.
+        targets: int32 [G, C, L], those tokens, pad for none.
+        order: int32 [T], where in the G * C texts each given one is.
+    """
+
+    tokens: np.ndarray
+    depths: np.ndarray
+    ancestors: np.ndarray
+    nodes: np.ndarray
+    targets: np.ndarray
+    order: np.ndarray
+
+
+class _Tree:
+    """Grows by one text at a time."""
+
+    def __init__(self, start):
+        self.children = {}  # (node, token) -> node
+        self.parents, self.tokens, self.depths = [-1], [start], [0]
+        self.paths = []
+
+    def add(self, text):
+        """Adds the nodes that predict the tokens of `text`."""
+        node, path = 0, []
+        for token in text:
+            path.append(node)
+            node = self.children.get((node, token), -1)
+            if node < 0 and len(path) < len(text):
+                node = len(self.tokens)
+                self.children[path[-1], token] = node
+                self.parents.append(path[-1])
+                self.tokens.append(token)
+                self.depths.append(len(path))
+        self.paths.append(path)
+
+    def ancestors(self, size):
+        """Bool [size, size], True where a node may look."""
+        mask = np.eye(size, dtype=bool)
+        for node, parent in enumerate(self.parents[1:], 1):
+            mask[node] |= mask[parent]  # Parents come before children.
+        return mask
+
+
+def group_by_prefix(labels, special_tokens, nodes_per_group=NODES_PER_GROUP):
+    """Puts texts into prefix trees of about equal size.
+
+    Args:
+        labels: int [T, L] token ids, padded.
+        special_tokens: The decoder's `SpecialTokens`.
+        nodes_per_group: About how many nodes a tree may have.
+
+    Returns:
+        `PrefixGroups`; equal texts are one.
+    """
+    # Sorted, texts with a common beginning are neighbours.
+    labels, inverse = np.unique(labels, axis=0, return_inverse=True)
+    pad, start = special_tokens.pad, special_tokens.start
+    lengths = [
+        int(np.max(np.flatnonzero(t != pad), initial=-1)) + 1 for t in labels
+    ]
+    texts = [t[:n].tolist() for t, n in zip(labels, lengths)]
+    whole = _Tree(start)
+    for text in texts:
+        whole.add(text)
+    count = -(-len(whole.tokens) // nodes_per_group)
+    target = -(-len(whole.tokens) // count)
+    trees, places = [_Tree(start)], []
+    for text in texts:
+        if len(trees[-1].tokens) >= target:
+            trees.append(_Tree(start))
+        places.append((len(trees) - 1, len(trees[-1].paths)))
+        trees[-1].add(text)
+    most = max(len(tree.paths) for tree in trees)
+    order = np.array([g * most + c for g, c in places], np.int32)
+    size = max(len(tree.tokens) for tree in trees)
+    nodes = np.zeros((len(trees), most, max(lengths)), np.int32)
+    targets = np.full_like(nodes, pad)
+    for (g, c), text in zip(places, texts):
+        nodes[g, c, : len(text)] = trees[g].paths[c]
+        targets[g, c, : len(text)] = text
+    return PrefixGroups(
+        tokens=_stack([tree.tokens for tree in trees], size),
+        depths=_stack([tree.depths for tree in trees], size),
+        ancestors=np.stack([tree.ancestors(size) for tree in trees]),
+        nodes=nodes,
+        targets=targets,
+        order=order[inverse.reshape(-1)],
+    )
+
+
+def _stack(rows, size):
+    stacked = np.zeros((len(rows), size), np.int32)
+    for row, values in zip(stacked, rows):
+        row[: len(values)] = values
+    return stacked
+
+
+def score_groups(decoder, memory, groups, chunk_size):
+    """Left-to-right log-likelihood of every text for every image.
+
+    Args:
+        decoder: `TextDecoder`.
+        memory: From `decoder.project_memory`, or None (no image, B = 1).
+        groups: `PrefixGroups` of T texts.
+        chunk_size: Rows whose logits are held at once.
+
+    Returns:
+        float32 [B, T].
+    """
+    count, pad = _batch_size(memory), decoder.special_tokens.pad
+    kernel, bias = (tf.cast(w, tf.float32) for w in decoder.head_weights)
+
+    def one_group(parts):
+        tokens, depths, ancestors, nodes, targets = parts
+        hidden = decoder(
+            tf.repeat(tokens[None], count, axis=0),
+            memory,
+            positions=depths,
+            attention_mask=ancestors[None, None],
+        )
+        hidden = tf.cast(hidden, tf.float32)  # [B, N, D]
+        # The logits of all tokens are needed for their sum alone.
+        sums = cross_entropy.log_normalizers(
+            tf.reshape(hidden, [-1, hidden.shape[-1]]), kernel, bias, chunk_size
+        )
+        sums = tf.reshape(sums, [count, -1])  # -> [B, N]
+        flat = tf.reshape(targets, [-1])
+        columns = tf.gather(kernel, flat, axis=1)  # -> [D, C * L]
+        chosen = tf.gather(hidden, tf.reshape(nodes, [-1]), axis=1)
+        logits = tf.einsum("bed,de->be", chosen, columns) + tf.gather(
+            bias, flat
+        )
+        log_probs = logits - tf.gather(sums, tf.reshape(nodes, [-1]), axis=1)
+        log_probs = tf.where(flat != pad, log_probs, 0.0)
+        shape = tf.concat([[count], tf.shape(targets)], 0)
+        return tf.reduce_sum(tf.reshape(log_probs, shape), -1)  # -> [B, C]
+
+    scores = tf.map_fn(
+        one_group,
+        (
+            groups.tokens,
+            groups.depths,
+            groups.ancestors,
+            groups.nodes,
+            groups.targets,
+        ),
+        fn_output_signature=tf.float32,
+        parallel_iterations=1,
+    )
+    scores = tf.reshape(tf.transpose(scores, [1, 0, 2]), [count, -1])
+    return tf.gather(scores, groups.order, axis=1)  # [B, G * C] -> [B, T]
+
+
+def score_parallel(decoder, memory, labels):
+    """Log-likelihood of texts, all tokens predicted at once.
+
+    One pass over M MASK tokens an image, whatever the number of texts: the
+    score of a text does not depend on which others are scored.
+
+    Args:
+        decoder: `TextDecoder` with a MASK token.
+        memory: From `decoder.project_memory`, or None (no image, B = 1).
+        labels: int32 [B, K, L] token ids, padded.
+
+    Returns:
+        float32 [B, K].
+    """
+    count, length = _batch_size(memory), tf.shape(labels)[-1]
+    special = decoder.special_tokens
+    masks = tf.fill([count, decoder.max_length], special.require_mask())
+    hidden = decoder(masks, memory, parallel=tf.fill([count], True))
+    log_probs = tf.nn.log_softmax(decoder.logits(hidden[:, :length]))
+    vocabulary = log_probs.shape[-1]
+    places = tf.range(length) * vocabulary + labels
+    log_probs = tf.gather(
+        tf.reshape(log_probs, [count, -1]), places, batch_dims=1
+    )
+    real = labels != special.pad
+    return tf.reduce_sum(tf.where(real, log_probs, 0.0), axis=-1)
+
+
+def cut_padding(labels, pad):
+    """Labels [..., L] without the positions that are padding in all texts.
+
+    What is only known when a graph runs keeps its length.
+    """
+    # A graph captures a tensor of more than 128 elements as one whose values
+    # it does not know: they are looked at before, and kept as a constant.
+    known = labels
+    if tf.is_tensor(labels):
+        known = tf.get_static_value(labels)
+    if known is None:
+        return tf.cast(labels, tf.int32)
+    known = np.asarray(known, np.int32)
+    real = (known != pad).reshape(-1, known.shape[-1])
+    used = np.flatnonzero(real.any(0))
+    return tf.constant(known[..., : int(np.max(used, initial=0)) + 1])
+
+
+def _batch_size(memory):
+    return 1 if memory is None else tf.shape(memory[0][0])[0]

@@ -1,0 +1,85 @@
+"""The MLP of a Transformer block.
+
+Written with `keras.ops` only, so that a saved encoder opens under every Keras
+backend. Numerics follow big_vision (models/vit.py, models/proj/cappa/cappa.py).
+
+Abbreviations for dimensions:
+    N: batch.  T: positions.  D: width.
+"""
+
+import keras
+from keras import ops
+
+from cappa_tf.models.stateless_random import StatelessDropout
+from cappa_tf.utils.arguments import (
+    check_bool,
+    check_counts,
+    check_fraction,
+)
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class MLP(keras.layers.Layer):
+    """Two dense layers with a tanh-approximated gelu between them.
+
+    Args:
+        mlp_dim: Width of the hidden layer.
+        use_bias: Whether both layers have biases.
+        dropout: Dropout rate after the gelu.
+        salt: Name that tells this dropout's draws from others (unique
+            within a model).
+    """
+
+    def __init__(
+        self, mlp_dim, *, use_bias=True, dropout=0.0, salt="mlp", **kwargs
+    ):
+        super().__init__(**kwargs)
+        check_counts(mlp_dim=mlp_dim)
+        check_bool(use_bias=use_bias)
+        check_fraction(dropout=dropout)
+        self.mlp_dim = mlp_dim
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.salt = salt
+        self._dropout = StatelessDropout(
+            dropout, salt, name="dropout", dtype=self.dtype_policy
+        )
+
+    def build(self, input_shape):
+        """Creates both dense layers for inputs [B, T, D]."""
+        args = {
+            "use_bias": self.use_bias,
+            "kernel_initializer": "glorot_uniform",
+            "bias_initializer": keras.initializers.RandomNormal(stddev=1e-6),
+            "dtype": self.dtype_policy,
+        }
+        width = input_shape[-1]
+        self._expand = keras.layers.Dense(self.mlp_dim, name="expand", **args)
+        self._project = keras.layers.Dense(width, name="project", **args)
+        self._expand.build((None, None, width))
+        self._project.build((None, None, self.mlp_dim))
+
+    def call(self, x, seeds=None, training=False):
+        """Maps x [B, T, D] to [B, T, D].
+
+        Call arguments:
+            x: [B, T, D].
+            seeds: uint32 [B], see `StatelessDropout`.
+            training: Whether to drop.
+        """
+        x = ops.gelu(self._expand(x), approximate=True)
+        return self._project(self._dropout(x, seeds, training=training))
+
+    def compute_output_shape(self, input_shape, *unused, **also_unused):
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "mlp_dim": self.mlp_dim,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "salt": self.salt,
+        }

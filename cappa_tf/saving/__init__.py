@@ -1,0 +1,1 @@
+"""A run on disk: checkpoints, its folder, and whose the folder is."""

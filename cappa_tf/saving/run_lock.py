@@ -1,0 +1,250 @@
+"""A run's folder belongs to one run: the file `run.lock` in it.
+
+Two things say that the run it names is alive. The operating system's lock on
+the file, which ends with the process however that ends: enough on one machine,
+and on file systems that share locks between machines. And a heartbeat in the
+file, for those that do not: whoever finds the name of a run on another machine
+watches for a while whether it still beats (the clocks need not agree).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+
+from cappa_tf.saving.run_folder import open_workdir
+
+FILE_NAME = "run.lock"
+# Seconds between two beats, and without one before a run counts as gone.
+BEAT = 5.0
+PATIENCE = 30.0
+# Seconds until what another machine writes at the same time is seen.
+SETTLE = 2.0
+
+# What flock says where the file system has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+# The record is always written whole over itself, so it has one length.
+_LENGTH = 512
+
+
+class WorkdirInUseError(ValueError):
+    """Another run has the folder."""
+
+
+class RunLock:
+    """`with RunLock(workdir) as lock:` around a run that writes to a folder.
+
+    The folder is made if it is not there, and goes again if the run leaves
+    nothing in it.
+
+    Args:
+        workdir: The folder.
+
+    Raises:
+        WorkdirInUseError: On entering, with host and process of the other run.
+        ValueError: On entering, if the folder cannot be written to.
+    """
+
+    def __init__(self, workdir):
+        self._workdir = workdir
+        self._path = pathlib.Path(workdir, FILE_NAME)
+        self._record = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "machine": _machine(),
+            "run": uuid.uuid4().hex,
+        }
+        self._made = not os.path.isdir(workdir)
+        self._file = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self):
+        open_workdir(self._workdir)
+        locked = self._open()
+        try:
+            self._check_former(self._read(), locked)
+            self._write(0)
+            if not locked:
+                time.sleep(SETTLE)
+            self.check()
+        except BaseException:
+            _close(self._file)
+            raise
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._other() is None:
+                # Who has opened it already finds that it has no name.
+                self._path.unlink()
+        _close(self._file)
+        if self._made:
+            with contextlib.suppress(OSError):
+                os.rmdir(self._workdir)
+
+    def check(self):
+        """Makes sure that the folder is still this run's.
+
+        Raises:
+            WorkdirInUseError: Another run has taken it over, because this
+                one stood still for too long or the file was deleted.
+        """
+        other = self._other()
+        if other is not None:
+            raise self._in_use(other)
+
+    def _other(self):
+        """The record of a run that has taken over, or None."""
+        record = self._read()
+        if record and record.get("run") != self._record["run"]:
+            return record
+        return None
+
+    def _in_use(self, record):
+        return WorkdirInUseError(
+            "`workdir` must be of one run at a time. Wait for the other one, "
+            "stop it, or choose another folder. Received: "
+            f"workdir={str(self._workdir)!r}, which has a run going on: "
+            f"process {record.get('pid', 'unknown')} on host "
+            f"{record.get('host', 'unknown')}, started "
+            f"{record.get('started', 'unknown')}"
+        )
+
+    def _open(self):
+        """Opens the file; whether the system's lock on it is held."""
+        while True:
+            try:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise ValueError(
+                    "The file that claims `workdir` must be writable. "
+                    f"Received: {error}"
+                ) from error
+            _open_files.add(self._file)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                _close(self._file)
+                raise self._in_use(self._read_soon()) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    _close(self._file)
+                    raise
+                locked = False
+            # A run that ended in between has deleted what was opened.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
+                    return locked
+            _close(self._file)
+            open_workdir(self._workdir)
+
+    def _check_former(self, record, locked):
+        """Makes sure that the run that the file names is gone.
+
+        Args:
+            record: What the file says; None if it was new.
+            locked: Whether the system's lock is held.
+        """
+        if record is None:
+            return
+        here = record.get("machine") == self._record["machine"]
+        # Who has the system's lock is alone on this machine.
+        if not (here and locked) and self._beats(record):
+            raise self._in_use(record)
+        logging.warning(
+            "%s was left behind by process %s on host %s, which is gone: this "
+            "run takes the folder over",
+            self._path,
+            record.get("pid", "unknown"),
+            record.get("host", "unknown"),
+        )
+
+    def _beats(self, record):
+        """Watches whether another run still writes."""
+        logging.warning(
+            "%s names process %s on host %s: waiting up to %.0f s for a sign "
+            "of life",
+            self._path,
+            record.get("pid", "unknown"),
+            record.get("host", "unknown"),
+            PATIENCE,
+        )
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            time.sleep(PATIENCE / 30)
+            if self._read() not in (None, record):
+                return True
+        return False
+
+    def _beat(self):
+        beat = 0
+        while not self._ended.wait(BEAT):
+            beat += 1
+            with contextlib.suppress(OSError):  # A full disk may pass.
+                if self._other() is None:
+                    self._write(beat)
+
+    def _write(self, beat):
+        content = json.dumps({**self._record, "beat": beat}).encode()
+        # In place: another file of this name would not be the locked one.
+        os.pwrite(self._file, content.ljust(_LENGTH - 1) + b"\n", 0)
+        os.fsync(self._file)
+
+    def _read(self):
+        """What the file says: None if nothing, {} if it is not a record."""
+        try:
+            # Opened anew: a network file system then asks its server.
+            content = self._path.read_bytes().strip()
+            return json.loads(content) if content else None
+        except OSError:
+            return None
+        except ValueError:
+            return {}
+
+    def _read_soon(self):
+        """What a run that has the lock is about to write."""
+        for _ in range(40):
+            record = self._read()
+            if record:
+                return record
+            time.sleep(0.05)
+        return {}
+
+
+def _machine():
+    """What no other machine, and no other start of this one, is called."""
+    try:
+        path = pathlib.Path("/proc/sys/kernel/random/boot_id")
+        return path.read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+# A forked child must not keep the system's lock when its parent has ended.
+_open_files = set()
+
+
+def _close(file):
+    _open_files.discard(file)
+    os.close(file)
+
+
+def _close_in_child():
+    for file in list(_open_files):
+        _close(file)
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,1 @@
+"""Devices and hosts that take part in a run."""

@@ -1,0 +1,1 @@
+"""Figures of a run: terminal, log file, TensorBoard."""

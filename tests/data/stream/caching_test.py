@@ -1,0 +1,53 @@
+"""Memory of records is reused instead of being given back."""
+
+import ctypes
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from cappa_tf.data.stream import caching
+
+# Takes, fills and frees the memory of 500 records as TensorFlow does, by the
+# C library's malloc, and prints the page faults of the second and fourth time.
+_TAKE_AND_FREE = f"""
+import ctypes, json, resource
+import {caching.__name__} as memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(100_000) for _ in range(500)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    for block in blocks:
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+found = [faults(), faults()]
+memory.keep_freed_memory()
+found += [faults(), faults()]
+print(json.dumps(found))
+"""
+
+
+def test_freed_memory_is_kept():
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("the C library has no mallopt")
+    output = subprocess.run(
+        [sys.executable, "-c", _TAKE_AND_FREE],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    _, given_back, _, kept = json.loads(output)
+    # 50 MB are 12,000 pages.
+    assert given_back > 10_000
+    assert kept < 1_000

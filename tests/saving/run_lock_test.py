@@ -1,0 +1,162 @@
+"""A folder has one run at a time, whatever became of the one before."""
+
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from cappa_tf.saving import run_lock
+from cappa_tf.saving.run_lock import RunLock, WorkdirInUseError
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.02)
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.6)
+    monkeypatch.setattr(run_lock, "SETTLE", 0.3)
+
+
+@pytest.fixture
+def no_system_locks(monkeypatch):
+    """A file system such as a bucket that is mounted as a folder."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def _leave_behind(folder, **changes):
+    """What a run that was killed leaves."""
+    with RunLock(folder):
+        path = folder / run_lock.FILE_NAME
+        record = json.loads(path.read_text()) | {"run": "other"} | changes
+    folder.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record))
+    return path, record
+
+
+def _refused(folder):
+    with pytest.raises(WorkdirInUseError) as error, RunLock(folder):
+        pass
+    return str(error.value)
+
+
+def test_the_second_is_told_of_the_first(tmp_path):
+    with RunLock(tmp_path):
+        message = _refused(tmp_path)
+        assert f"process {os.getpid()} on host {os.uname().nodename}" in message
+        assert str(tmp_path) in message
+        assert "Received" in message
+    with RunLock(tmp_path) as lock:
+        lock.check()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_without_a_result_goes_again(tmp_path):
+    with pytest.raises(KeyError), RunLock(tmp_path / "new" / "run"):
+        raise KeyError
+    assert not (tmp_path / "new" / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with RunLock(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_a_dead_run_of_this_machine_is_taken_over_at_once(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(run_lock, "PATIENCE", 1e6)
+    _leave_behind(tmp_path, pid=123456789)
+    with RunLock(tmp_path):
+        assert "process 123456789" in caplog.text
+        assert "takes the folder over" in caplog.text
+
+
+def test_a_silent_run_of_another_machine_is_taken_over(tmp_path, caplog):
+    _leave_behind(tmp_path, machine="b", host="far", pid=7)
+    start = time.monotonic()
+    with RunLock(tmp_path):
+        assert time.monotonic() - start >= run_lock.PATIENCE
+    assert "process 7 on host far: waiting" in caplog.text
+    assert "takes the folder over" in caplog.text
+
+
+def test_a_living_run_of_another_machine_is_not(tmp_path):
+    """Whose system's lock is not seen here."""
+    path, record = _leave_behind(tmp_path, machine="b", host="far", pid=7)
+
+    def beat():
+        path.write_text(json.dumps(record | {"beat": 1}))
+
+    timer = threading.Timer(0.2, beat)
+    timer.start()
+    assert "process 7 on host far" in _refused(tmp_path)
+    timer.join()
+    assert json.loads(path.read_text())["host"] == "far"
+
+
+def test_without_system_locks_the_beat_decides(tmp_path, no_system_locks):
+    with RunLock(tmp_path):
+        assert f"process {os.getpid()} on" in _refused(tmp_path)
+    _leave_behind(tmp_path)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_started_together_without_system_locks(tmp_path, no_system_locks):
+    """One of them: the one that the file names in the end."""
+    won, lost = [], []
+    together = threading.Barrier(2)
+
+    def start(name):
+        together.wait()
+        try:
+            with RunLock(tmp_path):
+                won.append(name)
+                time.sleep(1.0)
+        except WorkdirInUseError:
+            lost.append(name)
+
+    threads = [threading.Thread(target=start, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and len(lost) == 1
+
+
+def test_a_run_that_lost_its_folder_is_told(tmp_path):
+    with RunLock(tmp_path) as lock:
+        lock.check()
+        (tmp_path / run_lock.FILE_NAME).unlink()
+        with RunLock(tmp_path), pytest.raises(WorkdirInUseError):
+            lock.check()
+
+
+def test_a_child_does_not_keep_the_folder(tmp_path):
+    """As a worker of multiprocessing that outlives a killed parent."""
+    ready, done = os.pipe(), os.pipe()
+    lock = RunLock(tmp_path)
+    lock.__enter__()
+    child = os.fork()
+    if child == 0:
+        os.close(done[1])
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)  # Until the test is over.
+        os._exit(0)
+    os.read(ready[0], 1)
+    # What the kernel does with a killed process.
+    lock._ended.set()
+    lock._thread.join()
+    run_lock._close(lock._file)
+    with RunLock(tmp_path):
+        pass
+    os.write(done[1], b"x")
+    os.waitpid(child, 0)
+    for end in (*ready, *done):
+        os.close(end)
