@@ -176,7 +176,7 @@ def _caption_all(arguments):
             )
     rows = picture_captions.caption_pictures(
         paths,
-        picture_captions.PictureReader(**preprocessing),
+        preprocessing,
         captioning.CaptionDecoder(
             captioner, tokenizer, _batch_size(len(paths)), **generation
         ),

@@ -143,14 +143,16 @@ def _saved_model(options):
         return {k: v for k, v in values.items() if v is not None}
 
     with console.naming("checkpoint", options.checkpoint):
-        tokenizer, picture = run_folder.load_preprocessing(options.checkpoint)
+        tokenizer, preprocessing = run_folder.load_preprocessing(
+            options.checkpoint
+        )
         captioner = run_folder.load_captioner(
             options.checkpoint, options.weights
         )
     service = saved_model.CaptionService(
         captioner,
         tokenizer,
-        picture,
+        preprocessing,
         **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
     )
     path = saved_model.export_saved_model(

@@ -96,7 +96,10 @@ class CaptionedImages:
 
     def _of_records(self, scorer):
         data = CaptionDataset(
-            self.path, self.split, scorer.tokenizer, **scorer.preprocessing
+            self.path,
+            self.split,
+            scorer.tokenizer,
+            preprocessing=scorer.preprocessing,
         )
         for images, _, examples in captioning.batches(
             data, scorer.batch_size, self._limit
@@ -107,15 +110,15 @@ class CaptionedImages:
     def _of_folder(self, scorer):
         noted = image_folder.Skipped()
         found = read_examples(self._rows, noted)
-        good = self._decoded(found, scorer.reader)
+        good = self._decoded(found, scorer.preprocessing)
         while some := list(itertools.islice(good, scorer.batch_size)):
             images, examples = zip(*some)
             yield np.stack(images), list(examples)
         self.skipped.update(self._malformed + noted.counts)
 
-    def _decoded(self, found, reader):
+    def _decoded(self, found, preprocessing):
         for example in found:
             try:
-                yield reader.decode(example.image), example
+                yield preprocessing.read_bytes(example.image), example
             except image_files.UnusableError as error:
                 self.skipped[error.reason] += 1

@@ -191,7 +191,7 @@ class Judgments(Evaluator):
         skipped = collections.Counter()
         columns = collections.defaultdict(list)
         judged = []
-        pictures = _pictures(by_image, paths, scorer.reader, skipped)
+        pictures = _pictures(by_image, paths, scorer.preprocessing, skipped)
         while some := list(itertools.islice(pictures, scorer.batch_size)):
             images, judgments = zip(*some)
             judged += itertools.chain(*judgments)
@@ -242,10 +242,10 @@ class Judgments(Evaluator):
         return Report(metrics, lines, details, rows)
 
 
-def _pictures(by_image, paths, reader, skipped):
+def _pictures(by_image, paths, preprocessing, skipped):
     """Yields (image [H, W, 3], its judgments)."""
     for name, judgments in by_image.items():
         try:
-            yield reader(paths[name]), judgments
+            yield preprocessing.read(paths[name]), judgments
         except image_files.UnusableError as error:
             skipped[error.reason] += 1

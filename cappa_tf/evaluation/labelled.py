@@ -11,12 +11,15 @@ import tensorflow as tf
 
 from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.description import DatasetDescription
-from cappa_tf.data.images import decode_resize
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.sources import image_folder
 from cappa_tf.evaluation import rows
-from cappa_tf.utils.arguments import check_number, height_width
 
-RESIZES = ("squash", "resize_small")
+_RESIZES = {
+    "squash": "squash",
+    "resize_small": "resize_small_central_crop",
+}
+RESIZES = tuple(_RESIZES)
 # The paper resizes to 256 for a crop of 224.
 PAPER_MARGIN = 256 / 224
 
@@ -53,9 +56,11 @@ class LabelledImages:
             )
         self._path = os.fspath(path)
         self._split = split
-        self._size = height_width("image_size", image_size)
-        self._resize = resize
-        self._margin = check_number("margin", margin, 1.0)
+        self._preprocessing = ImagePreprocessing(
+            image_size,
+            _RESIZES[resize],
+            reduced_decode=False,
+        ).with_margin(margin)
         self.skipped = collections.Counter()
         self._is_records = os.path.exists(
             os.path.join(self._path, "dataset.json")
@@ -111,28 +116,22 @@ class LabelledImages:
                 yield pictures[known], labels[known], order[known]
         self.skipped = +self.skipped
 
-    @property
-    def _decode_size(self):
-        # Rounded down as in the reference (configs/proj/cappa/pretrain.py).
-        return tuple(int(side * self._margin) for side in self._size)
-
     def _record_batches(self, batch_size, host, num_hosts):
-        squash = self._resize == "squash"
         data = CaptionDataset(
             self._path,
             self._split,
             None,
-            self._decode_size if squash else self._size,
-            resize="squash" if squash else "resize_small_central_crop",
-            resize_small=None if squash else max(self._decode_size),
-            reduced_decode=False,
+            preprocessing=self._preprocessing,
             batch_size=batch_size,
         )
         part = data.evaluate(batch_size, host, num_hosts)
         for batch in part.as_numpy_iterator():
             real = batch["_mask"] > 0
-            pictures = _central_crop(batch["image"], self._size)
-            yield pictures[real], batch["label"][real], batch["index"][real]
+            yield (
+                batch["image"][real],
+                batch["label"][real],
+                batch["index"][real],
+            )
         self.skipped.update(data.skipped)
 
     def _folder_batches(self, batch_size, host, num_hosts):
@@ -156,7 +155,7 @@ class LabelledImages:
         )
         data = tf.data.Dataset.from_generator(read, output_signature=signature)
         data = data.map(
-            lambda encoded, label: (self._picture(encoded), label),
+            lambda encoded, label: (self._preprocessing(encoded), label),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         data = data.enumerate(first).map(lambda i, pair: (*pair, i))
@@ -164,24 +163,6 @@ class LabelledImages:
         if host == 0:
             self.skipped.update(self._malformed)
         self.skipped.update(noted.counts)
-
-    def _picture(self, encoded):
-        image = decode_resize.decode(encoded)
-        if self._resize == "squash":
-            image = decode_resize.resize(image, self._decode_size)
-            image = _central_crop(image[None], self._size)[0]
-        else:
-            image = decode_resize.resize_small_central_crop(
-                image, max(self._decode_size), self._size
-            )
-        return decode_resize.to_model_range(image)
-
-
-def _central_crop(pictures, size):
-    """The middle [B, H, W, 3] of pictures that are at least as large."""
-    (height, width), (h, w) = pictures.shape[1:3], size
-    top, left = (height - h) // 2, (width - w) // 2
-    return pictures[:, top : top + h, left : left + w]
 
 
 def extract_features(encoder, data, batch_size=64, progress=None, hosts=None):

@@ -12,7 +12,6 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.evaluation.captioning import CaptionDecoder
-from cappa_tf.evaluation.picture_captions import PictureReader
 from cappa_tf.utils.arguments import check_choice, check_counts
 
 # How a text is scored: left to right as captions are written; all tokens at
@@ -37,9 +36,7 @@ class Scorer:
     Args:
         captioner: A built `Captioner`.
         tokenizer: The `Tokenizer` it was trained with.
-        preprocessing: Arguments of `PictureReader` and `CaptionDataset` that
-            decide how pictures are prepared: `image_size`, `resize`,
-            `resize_small`, `antialias`, `reduced_decode`, `max_pixels`.
+        preprocessing: The model's `ImagePreprocessing`.
         batch_size: B.
         hosts: The `Hosts` of a run on several, for evaluators that share the
             work; None where there is one process.
@@ -51,15 +48,10 @@ class Scorer:
         check_counts(batch_size=batch_size)
         self.captioner = captioner
         self.tokenizer = tokenizer
-        self.preprocessing = dict(preprocessing)
+        self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.hosts = hosts
         self._graphs = {}
-
-    @functools.cached_property
-    def reader(self):
-        """Reads picture files as the model takes them."""
-        return PictureReader(**self.preprocessing)
 
     @functools.cached_property
     def decoder(self):

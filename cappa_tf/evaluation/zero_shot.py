@@ -157,7 +157,7 @@ class ZeroShot(Evaluator):
         The parallel mode's are called `parallel/top_1` and so on, and those
         of scores less that of the text without an image `minus_blind/...`.
         """
-        data = self._data(scorer.preprocessing["image_size"])
+        data = self._data(scorer.preprocessing.image_size)
         names = self._names(data)
         modes = (AUTOREGRESSIVE, PARALLEL)[: 1 + self._parallel]
         texts = prompts(names, self._templates)

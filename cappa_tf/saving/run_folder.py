@@ -15,23 +15,15 @@ import zipfile
 import keras
 import tensorflow as tf
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
 
 # Keras finds the classes of a saved model by their registered names.
 from cappa_tf.models import captioner, text_decoder, vision_encoder  # noqa: F401
 from cappa_tf.saving.checkpoints import restore_model
 
-# Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
-# is given in evaluation.
+# Arguments of `Tokenizer` that decide what the model is given.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
-PICTURE = (
-    "image_size",
-    "resize",
-    "resize_small",
-    "antialias",
-    "reduced_decode",
-    "max_pixels",
-)
 
 
 def open_workdir(path):
@@ -71,7 +63,7 @@ def describe_run(workdir, model, data):
         os.path.join(workdir, "preprocessing.json"),
         {
             "tokenizer": {n: getattr(data.tokenizer, n) for n in _CAPTION},
-            "image": {n: getattr(data, n) for n in PICTURE},
+            "image": data.preprocessing.to_json(),
         },
     )
 
@@ -201,9 +193,8 @@ def load_preprocessing(workdir):
     """How a run's pictures and captions were prepared.
 
     Returns:
-        (tokenizer, image), a `Tokenizer` on the run's own vocabulary and a
-        dict of the arguments of `CaptionDataset` that decide how pictures
-        are prepared in evaluation.
+        (tokenizer, preprocessing), a `Tokenizer` on the run's own vocabulary
+        and the `ImagePreprocessing` of its evaluation.
 
     Raises:
         ValueError: If the folder is not that of a run.
@@ -217,9 +208,14 @@ def load_preprocessing(workdir):
             f"and tokenizer.model. Received: {workdir!r} ({error})"
         ) from error
     vocabulary = os.path.join(workdir, "tokenizer.model")
-    # Runs older than the option were trained on full decodes.
-    image = {"reduced_decode": False, **saved["image"]}
-    return Tokenizer(vocabulary, **saved["tokenizer"]), image
+    try:
+        image = ImagePreprocessing.from_json(saved["image"])
+        return Tokenizer(vocabulary, **saved["tokenizer"]), image
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "A run's preprocessing.json must have `tokenizer` and `image`. "
+            f"Received: {path} ({error!r})"
+        ) from error
 
 
 def write_json(path, value):

@@ -3,7 +3,6 @@
 import collections
 
 from cappa_tf.evaluation.scorer import Scorer
-from cappa_tf.saving.run_folder import PICTURE
 
 
 def check_evaluators(evaluators):
@@ -46,7 +45,7 @@ class Evaluators:
         self._scorer = Scorer(
             model,
             data.tokenizer,
-            {name: getattr(data, name) for name in PICTURE},
+            data.preprocessing,
             batch_size,
             hosts,
         )

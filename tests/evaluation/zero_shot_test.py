@@ -76,7 +76,7 @@ def test_the_prior_of_a_name_is_taken_off(folder, tmp_path):
 def test_all_of_the_picture_is_seen(folder):
     """Without a margin the crop is the whole, squashed picture."""
     data = labelled.LabelledImages(folder / "labels", "test", 9, margin=1.0)
-    assert data._decode_size == (9, 9)
+    assert data._preprocessing.squash_size is None
 
 
 def test_limit_and_bad_names(folder, tmp_path):

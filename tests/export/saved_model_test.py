@@ -74,10 +74,8 @@ def broken(contents):
     return {k: f"image_bytes: {reason}" for k, reason in reasons.items()}
 
 
-def _reader(run):
-    return picture_captions.PictureReader(
-        **run_folder.load_preprocessing(run)[1]
-    )
+def _preprocessing(run):
+    return run_folder.load_preprocessing(run)[1]
 
 
 def _rows_of_the_tool(run, paths):
@@ -85,7 +83,9 @@ def _rows_of_the_tool(run, paths):
     captioner = run_folder.load_captioner(run)
     tokenizer, _ = run_folder.load_preprocessing(run)
     rows = picture_captions.caption_pictures(
-        paths, _reader(run), captioning.CaptionDecoder(captioner, tokenizer, 32)
+        paths,
+        _preprocessing(run),
+        captioning.CaptionDecoder(captioner, tokenizer, 32),
     )
     return [row for _, row, _ in rows]
 
@@ -143,8 +143,8 @@ def test_caption_is_the_default(served, contents):
 
 
 def test_scores_are_the_captioners(served, captioner, pictures, contents):
-    reader = _reader(served.run)
-    images = np.stack([reader(path) for path in pictures[:3]])
+    preprocessing = _preprocessing(served.run)
+    images = np.stack([preprocessing.read(path) for path in pictures[:3]])
     expected = captioner.score(images, TEXTS).numpy()
     shared = served.predict(
         "score",
@@ -174,8 +174,8 @@ def test_scores_do_not_depend_on_the_passes(served, captioner, contents):
 
 
 def test_embeddings_are_the_encoders(served, captioner, pictures, contents):
-    reader = _reader(served.run)
-    images = np.stack([reader(path) for path in pictures[:3]])
+    preprocessing = _preprocessing(served.run)
+    images = np.stack([preprocessing.read(path) for path in pictures[:3]])
     expected = captioner.vision_encoder(images)["pre_logits"]
     answer = served.predict("embed", image_bytes=contents[:3])
     np.testing.assert_allclose(answer["embedding"], expected, atol=1e-4)

@@ -12,7 +12,6 @@ from absl import flags
 from PIL import Image
 from tool_flags import defined
 
-from cappa_tf.evaluation import picture_captions
 from cappa_tf.saving import run_folder as saving
 from tools import caption
 
@@ -98,9 +97,9 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     )
     assert code == 0
     row = json.loads(out)
-    tokenizer, image = saving.load_preprocessing(run_folder)
+    tokenizer, preprocessing = saving.load_preprocessing(run_folder)
     captioner = saving.load_captioner(run_folder)
-    pixels = picture_captions.PictureReader(**image)(path)[None]
+    pixels = preprocessing.read(path)[None]
     tokens = captioner.generate(pixels)["tokens"]
     score = captioner.score(pixels, tokens)
     assert row["log_likelihood"] == pytest.approx(float(score[0, 0]), rel=1e-4)

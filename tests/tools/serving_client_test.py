@@ -56,10 +56,10 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captions(served, pictures):
     """What tools/caption.py says of them."""
-    tokenizer, image = run_folder.load_preprocessing(served.run)
+    tokenizer, preprocessing = run_folder.load_preprocessing(served.run)
     rows = picture_captions.caption_pictures(
         image_files.find_pictures([str(pictures)]),
-        picture_captions.PictureReader(**image),
+        preprocessing,
         captioning.CaptionDecoder(
             run_folder.load_captioner(served.run), tokenizer, 8
         ),

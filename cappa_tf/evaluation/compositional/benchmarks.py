@@ -184,12 +184,12 @@ class FileChoices(Compositional):
     def batches(self, scorer):
         """See `Compositional`."""
         self._missing.clear()
-        pictures = self._read_pictures(scorer.reader)
+        pictures = self._read_pictures(scorer.preprocessing)
         while some := list(itertools.islice(pictures, scorer.batch_size)):
             images, choices = zip(*some)
             yield np.stack(images), list(choices)
 
-    def _read_pictures(self, reader):
+    def _read_pictures(self, preprocessing):
         """Yields (image, its choices), most choices first."""
         by_part = collections.defaultdict(list)
         for choice in self.read():
@@ -199,7 +199,7 @@ class FileChoices(Compositional):
         for choices in sorted(parts, key=len, reverse=True):
             try:
                 path, box = self._path(choices[0]), choices[0].box
-                yield reader(path, box), choices
+                yield preprocessing.read(path, box), choices
             except image_files.UnusableError as error:
                 self._missing[error.reason] += len(choices)
 
