@@ -129,7 +129,7 @@ def prepare(beam_arguments):
     import tensorflow as tf
 
     from cappa_tf.data.prepare import conversion, dataset_writer
-    from cappa_tf.data.sources import image_folder
+    from cappa_tf.data.sources import image_rows
 
     if FLAGS.runner is not None:
         check_extra("--runner", "beam", "apache_beam")
@@ -139,7 +139,7 @@ def prepare(beam_arguments):
     output = absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
-    options = image_folder.Options(
+    options = image_rows.Options(
         split_fractions=parse_fractions(FLAGS.split_fractions),
         resize=FLAGS.resize,
         min_side=FLAGS.min_side,
@@ -149,11 +149,9 @@ def prepare(beam_arguments):
     )
     dataset_writer.check_name("name", name)
     dataset_writer.check_output(output, name, metadata, FLAGS.overwrite)
-    skipped = image_folder.Skipped()
-    rows = image_folder.read_rows(
-        absolute(FLAGS.input), FLAGS.captions, skipped
-    )
-    classes = image_folder.class_names(rows)
+    skipped = image_rows.Skipped()
+    rows = image_rows.read_rows(absolute(FLAGS.input), FLAGS.captions, skipped)
+    classes = image_rows.class_names(rows)
     if classes:
         metadata["classes"] = classes
     plans = conversion.plan(rows, output, FLAGS.num_shards, options, skipped)

@@ -46,8 +46,9 @@ class CaptionDataset:
     size stays the position in the stream.
 
     Args:
-        path: Folder of the data set that tools/prepare_data.py wrote, or a
-            source: see `sources/base.py`.
+        path: Folder of the data set that tools/prepare_data.py wrote, folder
+            of images (`image_folder.ImageFolder`), or a source: see
+            `sources/base.py`.
         split: Name of the split.
         tokenizer: A `Tokenizer`, or None.
         image_size: H and W, one integer or a pair.
@@ -194,6 +195,11 @@ class CaptionDataset:
     def skipped(self):
         """A dict reason -> number of bad records met so far, at any time."""
         return {} if self._skips is None else self._skips.counts
+
+    @property
+    def noted(self):
+        """The part of `skipped` that was found when the split was listed."""
+        return {} if self._skips is None else self._skips.noted
 
     @property
     def failure(self):

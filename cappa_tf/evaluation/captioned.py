@@ -12,7 +12,7 @@ import numpy as np
 from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.images import image_files
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 from cappa_tf.evaluation import captioning
 from cappa_tf.evaluation.rows import list_rows, read_examples
 from cappa_tf.utils.arguments import check_counts
@@ -25,7 +25,7 @@ class CaptionedImages:
 
     Args:
         path: Folder with `dataset.json`, or with captions in one of the forms
-            of `data/sources/image_folder.py`.
+            of `data/sources/image_rows.py`.
         split: Name of the split.
         limit: Only the first `limit` pictures.
 
@@ -57,10 +57,8 @@ class CaptionedImages:
             splits = DatasetDescription.load(self.path).splits
         else:
             rows, self._malformed = list_rows(self.path, log=self._rows is None)
-            splits = sorted({image_folder.choose_split(row) for row in rows})
-            rows = [
-                r for r in rows if image_folder.choose_split(r) == self.split
-            ]
+            splits = sorted({image_rows.choose_split(row) for row in rows})
+            rows = [r for r in rows if image_rows.choose_split(r) == self.split]
             self._rows = rows[: self._limit]
         if self.split not in splits:
             raise ValueError(
@@ -108,7 +106,7 @@ class CaptionedImages:
         self.skipped.update(data.skipped)
 
     def _of_folder(self, scorer):
-        noted = image_folder.Skipped()
+        noted = image_rows.Skipped()
         found = read_examples(self._rows, noted)
         good = self._decoded(found, scorer.preprocessing)
         while some := list(itertools.islice(good, scorer.batch_size)):

@@ -12,7 +12,7 @@ import tensorflow as tf
 from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.preprocessing import ImagePreprocessing
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 from cappa_tf.evaluation import rows
 
 _RESIZES = {
@@ -33,7 +33,7 @@ class LabelledImages:
 
     Args:
         path: Folder with `dataset.json`, or with a labels file in one of the
-            forms of `data/sources/image_folder.py` ({"image", "label",
+            forms of `data/sources/image_rows.py` ({"image", "label",
             "split"} a line).
         split: Name of the split.
         image_size: H and W, an integer or a pair.
@@ -75,15 +75,15 @@ class LabelledImages:
         else:
             found, self._malformed = rows.list_rows(self._path)
             # Of all splits: numbers must not depend on the split.
-            self._label_names = image_folder.class_names(found)
-            self.class_names = self._label_names or image_folder.named_classes(
+            self._label_names = image_rows.class_names(found)
+            self.class_names = self._label_names or image_rows.named_classes(
                 found
             )
-            splits = sorted({image_folder.choose_split(row) for row in found})
+            splits = sorted({image_rows.choose_split(row) for row in found})
             self._rows = [
                 row
                 for row in found
-                if image_folder.choose_split(row) == self._split
+                if image_rows.choose_split(row) == self._split
             ]
         if self._split not in splits:
             raise ValueError(
@@ -139,8 +139,8 @@ class LabelledImages:
         first, end = (
             len(self._rows) * i // num_hosts for i in (host, host + 1)
         )
-        noted = image_folder.Skipped()
-        options = image_folder.Options(require_captions=False)
+        noted = image_rows.Skipped()
+        options = image_rows.Options(require_captions=False)
 
         def read():
             for example in rows.read_examples(

@@ -6,7 +6,7 @@ import os
 
 from absl import logging
 
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 
 # So many names of each reason are logged.
 MOST_NAMES = 5
@@ -16,14 +16,14 @@ def list_rows(path, log=True):
     """Lists the images of a folder and logs what of it is not understood.
 
     Args:
-        path: As `image_folder.read_rows`.
+        path: As `image_rows.read_rows`.
         log: Whether to log, as at the first of several readings.
 
     Returns:
-        (list of `image_folder.Row`s, counter of what was left out by reason).
+        (list of `image_rows.Row`s, counter of what was left out by reason).
     """
-    skipped = image_folder.Skipped()
-    found = image_folder.read_rows(path, skipped=skipped)
+    skipped = image_rows.Skipped()
+    found = image_rows.read_rows(path, skipped=skipped)
     named = skipped.names(MOST_NAMES) if log else {}
     for reason, names in named.items():
         logging.warning(
@@ -41,23 +41,23 @@ def read_examples(rows, skipped, options=None, classes=()):
     """Reads, checks and cleans the pictures and captions of rows.
 
     Args:
-        rows: Iterable of `image_folder.Row`s.
-        skipped: A `image_folder.Skipped` that takes what is left out.
-        options: `image_folder.Options`.
-        classes: `image_folder.class_names` of the rows; the label of one
+        rows: Iterable of `image_rows.Row`s.
+        skipped: A `image_rows.Skipped` that takes what is left out.
+        options: `image_rows.Options`.
+        classes: `image_rows.class_names` of the rows; the label of one
             becomes its position.
 
     Yields:
         `Example`s in the order of the rows.
     """
-    options = options or image_folder.Options()
+    options = options or image_rows.Options()
     numbers = {name: i for i, name in enumerate(classes)}
     workers = os.cpu_count() or 1
     rows, seen = iter(rows), set()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         while some := list(itertools.islice(rows, 8 * workers)):
             found = pool.map(
-                lambda row: image_folder.read_example(row, options, numbers),
+                lambda row: image_rows.read_example(row, options, numbers),
                 some,
             )
             for row, (example, reasons) in zip(some, found):

@@ -37,16 +37,18 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
 
 
-class UnusableError(Exception):
+class UnusableError(ValueError):
     """An image that is left out.
 
     Attributes:
         reason: Why, in words to count by.
+        name: Which, where that is known.
     """
 
-    def __init__(self, reason):
+    def __init__(self, reason, name=""):
         super().__init__(reason)
         self.reason = reason
+        self.name = name
 
 
 def find_pictures(paths):

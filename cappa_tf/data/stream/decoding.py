@@ -52,6 +52,7 @@ class RecordDecoder:
         self.seed = seed
         self.max_words = max_words
         self.records = records
+        self._min_side = getattr(records, "min_side", 1)
 
     def decode_one(self, serialized):
         """Decodes one record; fails where it is a bad one.
@@ -65,7 +66,9 @@ class RecordDecoder:
         """
         record = self.records.parse(serialized)
         return {
-            "image": self.preprocessing.decode(record["image/encoded"]),
+            "image": self.preprocessing.decode(
+                record["image/encoded"], min_side=self._min_side
+            ),
             "captions": record["captions"],
             "label": record["label"],
         }
@@ -189,6 +192,8 @@ class RecordDecoder:
             return "lost record", raw.removeprefix(shuffling.LOST).decode()
         try:
             example = self.records.deserialize(raw)
+        except image_files.UnusableError as error:
+            return error.reason, error.name
         except ValueError as error:
             return "not a record of this schema", str(error)
         name = example.key or "a record without key"
@@ -197,7 +202,9 @@ class RecordDecoder:
         max_pixels = self.preprocessing.max_pixels
         if _is_too_large(example.image, max_pixels):
             return f"more than {max_pixels} pixels", name
-        reason = image_files.why_unusable(example.image, max_pixels=max_pixels)
+        reason = image_files.why_unusable(
+            example.image, self._min_side, max_pixels
+        )
         return reason, name
 
 
