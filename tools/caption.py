@@ -151,7 +151,7 @@ def _caption_all(arguments):
     """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data.images import image_files
-    from cappa_tf.evaluation import captioning, picture_captions
+    from cappa_tf.evaluation import captioning
     from cappa_tf.saving import run_folder
 
     paths = image_files.find_pictures(arguments)
@@ -174,13 +174,10 @@ def _caption_all(arguments):
                 f"piece for {words}, which is unknown to it",
                 file=sys.stderr,
             )
-    rows = picture_captions.caption_pictures(
-        paths,
-        preprocessing,
-        captioning.CaptionDecoder(
-            captioner, tokenizer, _batch_size(len(paths)), **generation
-        ),
+    decoder = captioning.CaptionDecoder(
+        captioner, tokenizer, _batch_size(len(paths)), **generation
     )
+    rows = decoder.caption_files(paths, preprocessing)
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
     unreadable = 0

@@ -24,8 +24,10 @@ import os
 import pathlib
 
 import numpy as np
+from absl import logging
 
 from cappa_tf.data.images import image_files
+from cappa_tf.data.sources import image_rows
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -33,7 +35,6 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
-from cappa_tf.evaluation.rows import list_rows
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
 from cappa_tf.utils.arguments import check_choice, check_counts, check_extra
 
@@ -155,10 +156,11 @@ class Judgments(Evaluator):
 
     def _read(self, log=False):
         """(judgments by image, caption name -> text, image -> path)."""
-        rows = {
-            os.path.basename(row.path): row
-            for row in list_rows(self._path, log)[0]
-        }
+        skipped = image_rows.Skipped()
+        listed = image_rows.read_rows(self._path, skipped=skipped)
+        if log and skipped.counts:
+            logging.warning("%s: skipped %s", self._path, skipped)
+        rows = {os.path.basename(row.path): row for row in listed}
         captions = {
             f"{name}#{i}": text
             for name, row in rows.items()

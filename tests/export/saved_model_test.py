@@ -15,7 +15,7 @@ import grpc
 import serving
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation import captioning, picture_captions
+from cappa_tf.evaluation import captioning
 from cappa_tf.saving import run_folder
 
 TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
@@ -82,11 +82,8 @@ def _rows_of_the_tool(run, paths):
     """What tools/caption.py prints of each file."""
     captioner = run_folder.load_captioner(run)
     tokenizer, _ = run_folder.load_preprocessing(run)
-    rows = picture_captions.caption_pictures(
-        paths,
-        _preprocessing(run),
-        captioning.CaptionDecoder(captioner, tokenizer, 32),
-    )
+    decoder = captioning.CaptionDecoder(captioner, tokenizer, 32)
+    rows = decoder.caption_files(paths, _preprocessing(run))
     return [row for _, row, _ in rows]
 
 

@@ -48,7 +48,8 @@ class Folder:
         self.name = os.fspath(path)
 
     @functools.cached_property
-    def _source(self):
+    def source(self):
+        """The source it turns out to be."""
         described = os.path.join(self.name, "dataset.json")
         if tf.io.gfile.exists(described) or not tf.io.gfile.exists(self.name):
             return PreparedData(self.name)
@@ -57,11 +58,11 @@ class Folder:
     @property
     def class_names(self):
         """Names of the classes by number; empty where they have none."""
-        return self._source.class_names
+        return self.source.class_names
 
     def split(self, split):
         """The `Records` of a split."""
-        return self._source.split(split)
+        return self.source.split(split)
 
 
 class _PreparedRecords(TFRecordFiles):

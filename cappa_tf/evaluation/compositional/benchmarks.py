@@ -17,10 +17,10 @@ import os
 import numpy as np
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.compositional import choices as choice_files
 from cappa_tf.evaluation.compositional import scene_choices
 from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
 from cappa_tf.utils.arguments import check_counts
 
@@ -286,7 +286,7 @@ class Scenes(Compositional):
         name="scenes",
     ):
         super().__init__(name)
-        self._data = CaptionedImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit)
         self._seed = seed
         self._others = 0
 
@@ -302,7 +302,7 @@ class Scenes(Compositional):
     def batches(self, scorer):
         """See `Compositional`."""
         self._others = 0
-        for images, examples in self._data.batches(scorer):
+        for images, examples in self._data.captioned(scorer):
             choices = [
                 scene_choices.choices(e.captions[0], e.key, self._seed)
                 for e in examples
