@@ -142,6 +142,21 @@ def read_text(path):
     return io.StringIO(read_bytes(path).decode(), newline=None).read()
 
 
+@contextlib.contextmanager
+def on_disk(path):
+    """Yields a path of the file on this machine's disk, to read from.
+
+    For libraries that cannot read remote ones: these are copied for the time.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        local = os.path.join(scratch, os.path.basename(path))
+        _copy(path, local)
+        yield local
+
+
 def write_bytes(path, content):
     """Writes a file; its folder is made if it is not there."""
     with replacing(path, remote=True) as unfinished:
@@ -204,7 +219,7 @@ def replacing(path, remote=False):
 
 @contextlib.contextmanager
 def replacing_folder(path, last=()):
-    """Yields a temporary folder that becomes `path`, which is not there yet.
+    """Yields a name for a folder that becomes `path`, which is not there yet.
 
     A folder on disk appears in one step. Object stores have no folders that
     could be renamed: there the files come one by one.
@@ -215,11 +230,12 @@ def replacing_folder(path, last=()):
             asks for one of them first finds the folder whole.
 
     Yields:
-        A path on this machine's disk.
+        A path on this machine's disk, at which the writer makes the folder.
     """
     path = os.fspath(path)
     if is_remote(path):
-        with tempfile.TemporaryDirectory() as unfinished:
+        with tempfile.TemporaryDirectory() as scratch:
+            unfinished = os.path.join(scratch, os.path.basename(path))
             yield unfinished
             try:
                 _copy_folder(unfinished, path, last)
@@ -230,7 +246,6 @@ def replacing_folder(path, last=()):
         return
     with folder(_parent(path)):
         unfinished = temporary_name(path)
-        os.mkdir(unfinished)
         try:
             yield unfinished
             os.rename(unfinished, path)
@@ -421,9 +436,9 @@ def _parent(path):
     return parent if is_remote(path) else os.path.dirname(path)
 
 
-def _copy(local, path):
-    with _remote(path) as gfile:
-        gfile.copy(local, path, overwrite=True)
+def _copy(source, target):
+    with _remote(source if is_remote(source) else target) as gfile:
+        gfile.copy(source, target, overwrite=True)
 
 
 def _copy_folder(local, path, last):

@@ -137,6 +137,7 @@ def test_of_a_remote_folder_the_last_file_comes_last(monkeypatch):
 
     def attempt():
         with files.replacing_folder(path, last=("a",)) as unfinished:
+            os.mkdir(unfinished)
             for name in "abc":
                 with open(os.path.join(unfinished, name), "w"):
                     pass
