@@ -181,7 +181,9 @@ def _read(checkpoint, path, variables=None):
 
 def saved_state(path):
     """The state values of a checkpoint, without restoring it."""
-    reader = tf.train.load_checkpoint(path)
+    # `load_checkpoint` first asks whether the path is a folder, which to
+    # ram:// the beginning of any name is.
+    reader = tf.compat.v1.train.NewCheckpointReader(path)
     return json.loads(reader.get_tensor(_STATE_KEY))
 
 
