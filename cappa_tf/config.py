@@ -25,6 +25,7 @@ import gin
 from absl import flags
 
 from cappa_tf import config_checks
+from cappa_tf.utils import files
 
 ROOT = "cappa_tf.training.train.train"
 
@@ -181,8 +182,8 @@ def load_run(workdir, gin_params=(), root=ROOT):
     Raises:
         ConfigError: There is no config.gin, or as `parse`.
     """
-    path = os.path.join(os.path.abspath(workdir), "config.gin")
-    if not os.path.isfile(path):
+    path = os.path.join(files.absolute(workdir), "config.gin")
+    if not files.isfile(path):
         raise ConfigError(f"No configuration of a run was found: {path}")
     parse([path], gin_params, workdir=workdir, root=root)
     return arguments(root)
@@ -193,7 +194,7 @@ def load_run(workdir, gin_params=(), root=ROOT):
 
 def save_config(workdir):
     """Writes what was parsed to WORKDIR/config.gin; call it on the chief."""
-    _write(workdir, "config.gin", gin.config_str())
+    files.write_text(os.path.join(workdir, "config.gin"), gin.config_str())
 
 
 def save_operative_config(workdir, step):
@@ -206,17 +207,8 @@ def save_operative_config(workdir, step):
         workdir: The folder.
         step: Number of finished steps, for the name of the file.
     """
-    name = f"operative_config-{step}.gin"
-    _write(workdir, name, gin.operative_config_str())
-
-
-def _write(workdir, name, text):
-    """Writes a file so that it exists whole or not at all."""
-    os.makedirs(workdir, exist_ok=True)
-    path = os.path.join(workdir, name)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+    path = os.path.join(workdir, f"operative_config-{step}.gin")
+    files.write_text(path, gin.operative_config_str())
 
 
 @functools.cache
@@ -272,13 +264,12 @@ class _GinFile(io.StringIO):
     """A gin file as `_moved` gives it; gin names it in its messages."""
 
     def __init__(self, path):
-        with open(path, encoding="utf-8") as file:
-            super().__init__(_moved(file.read()))
+        super().__init__(_moved(files.read_text(path)))
         self.name = path
 
 
 # Before gin's own readers, so that included files are read by it, too.
-gin.config._FILE_READERS.insert(0, (_GinFile, os.path.isfile))
+gin.config._FILE_READERS.insert(0, (_GinFile, files.isfile))
 
 
 def _parse_file(path):

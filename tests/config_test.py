@@ -8,6 +8,7 @@ import keras
 import pytest
 
 from cappa_tf import config
+from cappa_tf.utils import files
 
 ROOT = "stand_ins.root"
 
@@ -108,8 +109,8 @@ def _write(tmp_path):
     return write
 
 
-def parse(files, params=("DATA='here'",), workdir="somewhere"):
-    config.parse(files, params, workdir=workdir, root=ROOT)
+def parse(gin_files, params=("DATA='here'",), workdir="somewhere"):
+    config.parse(gin_files, params, workdir=workdir, root=ROOT)
 
 
 def test_run_builds_what_the_files_say(write, tmp_path):
@@ -248,6 +249,19 @@ def test_load_run_gives_the_arguments_of_a_moved_run(write, tmp_path):
     assert found["hook"] is None
     with pytest.raises(config.ConfigError, match=r"old.config\.gin"):
         config.load_run(tmp_path / "old", root=ROOT)
+
+
+def test_files_and_runs_may_lie_in_a_bucket(tmp_path):
+    bucket = f"ram:/{tmp_path}"
+    files.write_text(f"{bucket}/sizes.gin", textwrap.dedent(GIN))
+    files.write_text(f"{bucket}/run.gin", f"include '{bucket}/sizes.gin'\n")
+    parse([f"{bucket}/run.gin"], ["DATA='here'"], f"{bucket}/run")
+    config.run(ROOT)
+    found = config.load_run(f"{bucket}/run", root=ROOT)
+    assert found["workdir"] == f"{bucket}/run"
+    assert found["data"].path == "here"
+    with pytest.raises(config.ConfigError, match="gin_file=ram:/.*/absent"):
+        parse([f"{bucket}/absent.gin"])
 
 
 def test_nothing_half_written_is_left(tmp_path):

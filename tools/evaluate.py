@@ -20,9 +20,9 @@ Tasks:
     scenes       the same for drawn scenes; --data is their folder
     judgments    Kendall's tau with people's judgments; --data is Flickr8k
 
---data of caption, perplexity and retrieval is a folder of TFRecords
-(tools/prepare_data.py) or of pictures with captions.jsonl; of zero_shot and
-fewshot, of TFRecords or of pictures with labels.jsonl, lines such as {"image":
+--data is what training reads: a folder of TFRecords (tools/prepare_data.py) or
+of images, for caption, perplexity and retrieval with captions.jsonl or another
+table of captions, for zero_shot and fewshot with labels.jsonl, lines such as {"image":
 "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
 
 --checkpoint is the folder of a run or its .keras file; fewshot takes any
@@ -312,7 +312,7 @@ def load_scorer(path, weights="auto", batch_size=32):
     from cappa_tf.evaluation.scorer import Scorer
     from cappa_tf.saving import run_folder
 
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = path if files.isdir(path) else os.path.dirname(path)
     tokenizer, preprocessing = run_folder.load_preprocessing(folder or ".")
     captioner = run_folder.load_captioner(path, weights)
     return Scorer(captioner, tokenizer, preprocessing, batch_size)
@@ -325,7 +325,7 @@ def evaluate(options):
         Path of the JSON file.
     """
     output = options.output or default_output(options.checkpoint, options.task)
-    if os.path.exists(options.checkpoint):
+    if files.exists(options.checkpoint):
         files.check_output("output", output)
     evaluator = TASKS[options.task](options)
     # Before the model is loaded: what is missing is known at once.
@@ -361,19 +361,17 @@ def write_report(report, options, path):
         "metrics": report.metrics,
         **report.details,
     }
-    with files.replacing(path) as unfinished:
-        text = json.dumps(
-            json_value(content), indent=2, ensure_ascii=False, allow_nan=False
-        )
-        _write_lines(unfinished, [text])
+    text = json.dumps(
+        json_value(content), indent=2, ensure_ascii=False, allow_nan=False
+    )
+    _write_lines(path, [text])
     if report.rows:
         written.append(f"{stem}.jsonl")
         lines = (
             json.dumps(json_value(row), ensure_ascii=False, allow_nan=False)
             for row in report.rows
         )
-        with files.replacing(written[-1]) as unfinished:
-            _write_lines(unfinished, lines)
+        _write_lines(written[-1], lines)
     for name, (title, rows) in report.sheets.items():
         written.append(f"{stem}_{name}.png")
         write_sheet(written[-1], rows, title=title, marks=False)
@@ -382,13 +380,13 @@ def write_report(report, options, path):
 
 def _write_lines(path, lines):
     # A name that is not UTF-8 becomes an escape, which JSON knows, too.
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    text = "".join(f"{line}\n" for line in lines)
+    files.write_text(path, text, errors="backslashreplace")
 
 
 def default_output(checkpoint, task):
     """Path of the JSON file beside a checkpoint."""
-    if os.path.isdir(checkpoint):
+    if files.isdir(checkpoint):
         return os.path.join(checkpoint, f"{task}.json")
     return f"{os.path.splitext(checkpoint)[0]}.{task}.json"
 

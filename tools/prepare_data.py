@@ -41,7 +41,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
-from cappa_tf.utils import console
+from cappa_tf.utils import console, files
 from cappa_tf.utils.arguments import check_extra
 
 FLAGS = flags.FLAGS
@@ -126,8 +126,6 @@ def main(argv):
 def prepare(beam_arguments):
     """Plans, converts and publishes, as the flags say."""
     # TensorFlow takes seconds to load: --help should not.
-    import tensorflow as tf
-
     from cappa_tf.data.prepare import conversion, dataset_writer
     from cappa_tf.data.sources import image_rows
 
@@ -136,9 +134,9 @@ def prepare(beam_arguments):
     for flag in ("input", "output", "captions"):
         if FLAGS[flag].value == "":
             raise ValueError(f"--{flag} must not be empty. Received: --{flag}=")
-    output = absolute(FLAGS.output)
+    output = files.absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
-    metadata = {"source": absolute(FLAGS.captions or FLAGS.input)}
+    metadata = {"source": files.absolute(FLAGS.captions or FLAGS.input)}
     options = image_rows.Options(
         split_fractions=parse_fractions(FLAGS.split_fractions),
         resize=FLAGS.resize,
@@ -150,7 +148,9 @@ def prepare(beam_arguments):
     dataset_writer.check_name("name", name)
     dataset_writer.check_output(output, name, metadata, FLAGS.overwrite)
     skipped = image_rows.Skipped()
-    rows = image_rows.read_rows(absolute(FLAGS.input), FLAGS.captions, skipped)
+    rows = image_rows.read_rows(
+        files.absolute(FLAGS.input), FLAGS.captions, skipped
+    )
     classes = image_rows.class_names(rows)
     if classes:
         metadata["classes"] = classes
@@ -159,9 +159,9 @@ def prepare(beam_arguments):
     description, reused = conversion.finish(
         plans, output, name, metadata, skipped
     )
-    with tf.io.gfile.GFile(os.path.join(output, LOG_NAME), "wb") as log:
-        lines = "".join(line + "\n" for line in skipped.lines)
-        log.write(lines.encode(errors="backslashreplace"))
+    lines = "".join(line + "\n" for line in skipped.lines)
+    log = os.path.join(output, LOG_NAME)
+    files.write_text(log, lines, errors="backslashreplace")
     print_table(description, skipped)
     if reused:
         print(f"{reused} shards taken over from an interrupted conversion")
@@ -185,11 +185,6 @@ def convert(plans, beam_arguments):
     paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     beam.convert(plans, FLAGS.runner, beam_arguments, FLAGS.workers)
-
-
-def absolute(path):
-    """The path from the root; an address in a bucket stays as it is."""
-    return path if "://" in path else os.path.abspath(path)
 
 
 def parse_fractions(items):

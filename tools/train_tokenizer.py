@@ -26,7 +26,7 @@ import tqdm
 from absl import app, flags
 
 from cappa_tf import config
-from cappa_tf.utils import console
+from cappa_tf.utils import console, files
 
 FLAGS = flags.FLAGS
 SAMPLE = 2000
@@ -77,7 +77,6 @@ def train():
     """Trains and prints, as the flags say."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data import tokenizer
-    from cappa_tf.utils import files
 
     captions, output = find_captions()
     files.check_output("output", output)
@@ -153,7 +152,8 @@ def print_coverage(path, texts):
     """Prints what the vocabulary makes of a sample of the captions."""
     import sentencepiece
 
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.load_from_serialized_proto(files.read_bytes(path))
     ids = processor.encode(texts)
     lengths = sorted(len(i) + 1 for i in ids)
     total = sum(lengths)

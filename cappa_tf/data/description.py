@@ -7,6 +7,8 @@ import os
 
 import tensorflow as tf
 
+from cappa_tf.utils import files
+
 FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
 # The record schema as people and other readers see it; `schema.parse` is
@@ -87,12 +89,9 @@ class DatasetDescription:
         return cls(directory, content)
 
     def save(self):
-        """Writes dataset.json under a temporary name, then renames it."""
+        """Writes dataset.json, whole or not at all."""
         path = os.path.join(self.directory, FILE_NAME)
-        temporary = f"{path}.incomplete-{os.getpid()}"
-        with tf.io.gfile.GFile(temporary, "w") as file:
-            file.write(json.dumps(self.content, indent=1) + "\n")
-        tf.io.gfile.rename(temporary, path, overwrite=True)
+        files.write_json(path, self.content, indent=1)
 
     @property
     def name(self):

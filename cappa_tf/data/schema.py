@@ -14,15 +14,13 @@ lists them (`description.DatasetDescription`), and so do the files TFDS needs.
 import contextlib
 import dataclasses
 import os
-import re
-import socket
-import uuid
 
 import tensorflow as tf
 
 from cappa_tf.data import description as description_lib
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.prepare import dataset_writer
+from cappa_tf.utils import files
 
 __all__ = [
     "DatasetDescription",
@@ -159,7 +157,7 @@ def write_dataset(
     metadata = metadata or {}
     dataset_writer.check_name("name", name)
     dataset_writer.check_output(output_dir, name, metadata, overwrite)
-    tf.io.gfile.makedirs(output_dir)
+    files.makedirs(output_dir)
     with _incomplete_directory(output_dir) as temporary:
         writers = {}
         with contextlib.ExitStack() as stack:
@@ -251,38 +249,14 @@ class _SplitWriter(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _incomplete_directory(output_dir):
-    """A hidden folder for half-written shards, gone at the end.
-
-    Its name tells host and process, so that what a killed process left is
-    removed by the next one and what another one is writing is not.
-    """
-    host = re.sub(r"[^\w.]", "_", socket.gethostname())
-    prefix = f".incomplete-{host}-"
-    for entry in tf.io.gfile.listdir(output_dir):
-        entry = entry.rstrip("/")
-        if entry.startswith(prefix) and not _is_running(
-            entry.removeprefix(prefix).split("-")[0]
-        ):
-            tf.io.gfile.rmtree(os.path.join(output_dir, entry))
-    path = os.path.join(
-        output_dir, f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    )
-    tf.io.gfile.makedirs(path)
+    """A hidden folder for half-written shards, gone at the end."""
+    files.remove_abandoned(output_dir)
+    path = files.temporary_name(os.path.join(output_dir, "shards"))
+    files.makedirs(path)
     try:
         yield path
     finally:
-        tf.io.gfile.rmtree(path)
-
-
-def _is_running(pid):
-    """Whether a process of this number lives on this machine."""
-    try:
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (ValueError, OSError):
-        return False
-    return True
+        files.rmtree(path)
 
 
 def _pairs(examples):

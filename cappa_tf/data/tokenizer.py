@@ -13,6 +13,8 @@ import sentencepiece
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from cappa_tf.utils import files
+
 # What a vocabulary is called in the folder of its data set.
 FILE_NAME = "tokenizer.model"
 PAD_ID = 0
@@ -255,7 +257,7 @@ def train_tokenizer(
             f"SentencePiece made no vocabulary of {len(texts)} captions with "
             f"vocabulary_size={vocabulary_size}: {error}"
         ) from None
-    _write_atomically(output_path, model.getvalue())
+    files.write_bytes(output_path, model.getvalue())
     return sentencepiece.SentencePieceProcessor(
         model_proto=model.getvalue()
     ).get_piece_size()
@@ -356,15 +358,3 @@ def _read_model(path):
             f"Received: pad, eos = {special}"
         )
     return model
-
-
-def _write_atomically(path, content):
-    """Writes a file under a temporary name, then renames it."""
-    path = os.fspath(path)
-    directory = os.path.dirname(path)
-    if directory:
-        tf.io.gfile.makedirs(directory)
-    temporary = f"{path}.incomplete-{os.getpid()}"
-    with tf.io.gfile.GFile(temporary, "wb") as file:
-        file.write(content)
-    tf.io.gfile.rename(temporary, path, overwrite=True)

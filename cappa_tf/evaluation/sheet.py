@@ -10,9 +10,10 @@ All lengths are in pixels.
 
 import io
 import math
-import os
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cappa_tf.utils import files
 
 _TILE = 260  # width of a tile and height of its image
 _MARGIN = 14
@@ -54,10 +55,8 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
     tiles = [_tile(row, marks) for row in rows]
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     sheet = _assemble(lines, columns, title)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.incomplete-{os.getpid()}"
-    sheet.save(temporary, "PNG", optimize=True)
-    os.replace(temporary, path)
+    with files.replacing(path) as unfinished:
+        sheet.save(unfinished, "PNG", optimize=True)
 
 
 def _assemble(lines, columns, title):

@@ -4,7 +4,6 @@ P: patches.  D: width.
 """
 
 import collections.abc
-import io
 import os
 import re
 import zipfile
@@ -13,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.models.positions import side
-from cappa_tf.utils.files import replacing
+from cappa_tf.utils import files
 
 _BFLOAT16 = tf.bfloat16.as_numpy_dtype
 
@@ -63,22 +62,18 @@ def _flatten(tree, prefix=""):
 
 def _read_npz(path):
     try:
-        if os.path.exists(path):
-            loaded = np.load(path, allow_pickle=False)
-        else:
-            with tf.io.gfile.GFile(path, "rb") as file:
-                content = io.BytesIO(file.read())
-            loaded = np.load(content, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with loaded:
-            arrays = dict(loaded)
+        with files.on_disk(path) as local:
+            loaded = np.load(local, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                raise ValueError("it holds one array without a name")
+            with loaded:
+                arrays = dict(loaded)
         # Any zip file can be opened; what is no array comes as bytes.
         others = [n for n, v in arrays.items() if isinstance(v, bytes)]
         if others:
             raise ValueError(f"it is a zip file with {others}")
         return arrays
-    except tf.errors.NotFoundError as error:
+    except FileNotFoundError as error:
         raise ValueError(f"There is no file {path}.") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
@@ -99,7 +94,7 @@ def _float32(name, value):
 
 def write_npz(path, arrays):
     """Writes arrays, sorted by name, under a temporary name first."""
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+    with files.replacing(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **{name: arrays[name] for name in sorted(arrays)})
 
 

@@ -14,7 +14,6 @@ Abbreviations for dimensions:
 import dataclasses
 import os
 import re
-import shutil
 
 import tensorflow as tf
 
@@ -28,6 +27,7 @@ from cappa_tf.utils.arguments import check_integer
 TEXTS_PER_PASS = 64
 # Of an image, where the run it comes from had no limit of its own.
 MAX_PIXELS = 64_000_000
+_GRAPH = "saved_model.pb"
 
 
 class CaptionService:
@@ -244,7 +244,8 @@ def export_saved_model(output, service, *, name="captioner", version=None):
     """Writes `output`/VERSION, and beside it what a server is started with.
 
     The folder of the version appears in one step: a server that watches
-    `output` never sees half a model.
+    `output` never sees half a model. In a bucket, where no folder can do so,
+    it finds a version that has no graph yet, and tries again.
 
     Args:
         output: The model's folder, which holds its versions.
@@ -266,28 +267,25 @@ def export_saved_model(output, service, *, name="captioner", version=None):
     with files.folder(output):
         version = _next_version(output) if version is None else version
         path = os.path.join(output, str(check_integer("version", version, 1)))
-        if os.path.exists(path):
+        if files.exists(path):
             raise ValueError(
                 "`version` must be one that is not there yet. Received: "
                 f"version={version}, but {path} exists"
             )
-        unfinished = os.path.join(output, f"incomplete-{version}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+        files.remove_abandoned(output)
+        # A server asks for the graph: in a bucket, it comes last.
+        with files.replacing_folder(path, [_GRAPH]) as unfinished:
             tf.saved_model.save(
                 service.resources(), unfinished, signatures=service.signatures()
             )
             serving_files.write_warmup(unfinished, service, name)
-            # Last, so that a version never stands without its configuration.
+            # Before the version, which never stands without it.
             serving_files.write_configuration(output, service, name)
-            os.rename(unfinished, path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return path
 
 
 def _next_version(output):
-    names = [n for n in os.listdir(output) if re.fullmatch(r"\d+", n)]
+    names = [n for n in files.listdir(output) if re.fullmatch(r"\d+", n)]
     return 1 + max(map(int, names), default=0)
 
 

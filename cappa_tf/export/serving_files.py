@@ -13,7 +13,6 @@ saved_model_warmup_util.h, model_server_config.proto.
 """
 
 import os
-import pathlib
 import re
 import string
 
@@ -232,5 +231,4 @@ def write_configuration(output, service, name):
     }
     for file_name, template in contents.items():
         content = string.Template(template).substitute(values)
-        with files.replacing(os.path.join(output, file_name)) as unfinished:
-            pathlib.Path(unfinished).write_text(content)
+        files.write_text(os.path.join(output, file_name), content)

@@ -18,16 +18,15 @@ Abbreviations for dimensions:
 """
 
 import collections
-import json
 import os
 
 import numpy as np
 
 from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.positions import sincos2d
+from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_extra
-from cappa_tf.utils.files import folder as made_folder
-from cappa_tf.utils.files import replacing
 
 # This project's layer, SigLIP's, timm's; {} is the number of the block. Where
 # a name of theirs repeats, their weight is ours, one below the other.
@@ -91,9 +90,12 @@ def save_siglip(encoder, folder):
     # transformers 4 has this module, 5 takes the name off.
     tensors = {f"vision_model.{n}": value for n, value in tensors.items()}
     processor = _siglip_processor(encoder)
-    with made_folder(folder):
-        _write_json(folder, "preprocessor_config.json", processor)
-        _write_json(folder, "config.json", _siglip_config(encoder))
+    config = _siglip_config(encoder)
+    with files.folder(folder):
+        files.write_json(
+            os.path.join(folder, "preprocessor_config.json"), processor
+        )
+        files.write_json(os.path.join(folder, "config.json"), config)
         _write_tensors(folder, tensors)
 
 
@@ -114,8 +116,9 @@ def save_timm(encoder, folder):
     _check(encoder)
     tensors = _state_dict(encoder, _TIMM)
     tensors["pos_embed"] = _positions(encoder)
-    with made_folder(folder):
-        _write_json(folder, "config.json", timm_config(encoder))
+    config = timm_config(encoder)
+    with files.folder(folder):
+        files.write_json(os.path.join(folder, "config.json"), config)
         _write_tensors(folder, tensors)
 
 
@@ -130,14 +133,12 @@ def check_installed():
 
 def _check(encoder):
     check_installed()
-    if encoder.pooling not in ("gap", "none") or (
-        encoder.rep_size or encoder.num_classes
-    ):
+    has_head = type(encoder) is not VisionEncoder
+    if has_head or encoder.pooling not in ("gap", "none"):
         raise ValueError(
             "Exported to PyTorch is an encoder with pooling 'gap' or 'none', "
-            "without `rep_size` and `num_classes`. Received: "
-            f"pooling={encoder.pooling!r}, rep_size={encoder.rep_size}, "
-            f"num_classes={encoder.num_classes}"
+            f"without a head. Received: a {type(encoder).__name__}"
+            + ("" if has_head else f" with pooling={encoder.pooling!r}")
         )
 
 
@@ -258,19 +259,10 @@ def _mlp_ratio(encoder):
     return ratio
 
 
-def _write_json(folder, name, value):
-    path = os.path.join(folder, name)
-    with replacing(path) as unfinished, open(unfinished, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-
-
 def _write_tensors(folder, tensors):
     from safetensors.numpy import save
 
     path = os.path.join(folder, "model.safetensors")
     # transformers asks for the framework the layout is that of. `save_file`
     # would leave a file that nobody but its owner can read.
-    content = save(tensors, metadata={"format": "pt"})
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
-        file.write(content)
+    files.write_bytes(path, save(tensors, metadata={"format": "pt"}))

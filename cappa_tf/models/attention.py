@@ -27,6 +27,11 @@ def layer_norm(name, dtype, use_bias=True):
     )
 
 
+def by_head(projected):
+    """Keys or values [B, S, H, C] as [B, H, S, C]."""
+    return ops.transpose(projected, (0, 2, 1, 3))
+
+
 @keras.saving.register_keras_serializable("cappa_tf")
 class MultiHeadAttention(keras.layers.Layer):
     """Multi-head dot-product attention with explicit keys and values.
@@ -42,7 +47,8 @@ class MultiHeadAttention(keras.layers.Layer):
         hidden_dim: Width D of queries and output.
         num_heads: Number of heads H; divides D.
         use_bias: Whether the four projections have biases.
-        kernel_initializer: Of the four kernels (fans as of a [D, D] matrix).
+        kernel_initializer: Of the four kernels, as `keras.initializers.get`
+            takes it (fans as of a [D, D] matrix).
     """
 
     def __init__(
@@ -102,28 +108,34 @@ class MultiHeadAttention(keras.layers.Layer):
             memory: [B, S, E].
 
         Returns:
-            Two tensors [B, H, S, C]: turned here, once, and not by each call
-            that attends to them.
+            Two tensors [B, S, H, C].
         """
-        keys, values = self._key(memory), self._value(memory)
-        return tuple(ops.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
+        return self._key(memory), self._value(memory)
 
-    def call(self, x, keys, values, attention_mask=None):
+    def call(self, x, keys, values, attention_mask=None, by_head=False):
         """Attends from x to the given keys and values.
 
         Call arguments:
             x: [B, T, D].
-            keys: [B, H, S, C], from `project`.
-            values: [B, H, S, C], from `project`.
+            keys: [B, S, H, C], from `project`.
+            values: [B, S, H, C], from `project`.
             attention_mask: Optional bool, broadcastable to [B, H, T, S];
                 True where a query may look.
+            by_head: Whether keys and values are [B, H, S, C], see
+                `by_head`: a loop that attends to the same ones again and
+                again need not turn them each time.
 
         Returns:
             [B, T, D].
         """
         query = self._query(x) * ops.cast(self._scale, self.compute_dtype)
         query = ops.transpose(query, (0, 2, 1, 3))  # -> [B, H, T, C]
-        scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
+        if by_head:
+            scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
+        else:
+            keys = ops.transpose(keys, (0, 2, 3, 1))  # -> [B, H, C, S]
+            values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
+            scores = ops.matmul(query, keys)
         scores = ops.cast(scores, "float32")
         if attention_mask is not None:
             scores = ops.where(attention_mask, scores, -1e30)
@@ -142,7 +154,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "hidden_dim": self.hidden_dim,
             "num_heads": self.num_heads,
             "use_bias": self.use_bias,
-            "kernel_initializer": self.kernel_initializer,
+            "kernel_initializer": _serialized(self.kernel_initializer),
         }
 
 
@@ -156,7 +168,11 @@ class _FlatFans(keras.initializers.Initializer):
     def __init__(self, name, projection):
         self.name = name
         self.projection = projection
-        self._initializer = keras.initializers.get(name)
+        # Four kernels that share one initializer would be equal.
+        is_made = isinstance(name, keras.initializers.Initializer)
+        self._initializer = (
+            name.clone() if is_made else keras.initializers.get(name)
+        )
 
     def __call__(self, shape, dtype=None):
         flat = (
@@ -167,4 +183,12 @@ class _FlatFans(keras.initializers.Initializer):
         return ops.reshape(self._initializer(flat, dtype=dtype), shape)
 
     def get_config(self):
-        return {"name": self.name, "projection": self.projection}
+        name = _serialized(self.name)
+        return {"name": name, "projection": self.projection}
+
+
+def _serialized(initializer):
+    """What a configuration holds of an initializer or its name."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return keras.initializers.serialize(initializer)
+    return initializer

@@ -11,13 +11,15 @@ deleted after that. A process killed at any moment, or a disk that is full,
 leaves the previous checkpoint loadable.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
-import shutil
 
 import tensorflow as tf
+
+from cappa_tf.utils import files
 
 _STATE_KEY = "state/.ATTRIBUTES/py_state"
 
@@ -179,7 +181,9 @@ def _read(checkpoint, path, variables=None):
 
 def saved_state(path):
     """The state values of a checkpoint, without restoring it."""
-    reader = tf.train.load_checkpoint(path)
+    # `load_checkpoint` first asks whether the path is a folder, which to
+    # ram:// the beginning of any name is.
+    reader = tf.compat.v1.train.NewCheckpointReader(path)
     return json.loads(reader.get_tensor(_STATE_KEY))
 
 
@@ -262,11 +266,12 @@ def check_inventory(saved, wanted, path):
 
 def _remove_unfinished(folder):
     """Deletes what an interrupted write left under temporary names."""
-    if not os.path.isdir(folder):
+    if not files.isdir(folder):
         return
-    for name in os.listdir(folder):
+    for name in files.listdir(folder):
         path = os.path.join(folder, name)
-        if "temp" in name and os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
+        if "temp" in name and files.isdir(path):
+            with contextlib.suppress(OSError):
+                files.rmtree(path)
         elif ".tempstate" in name or ".tmp" in name:
-            os.remove(path)
+            files.remove(path)

@@ -9,7 +9,6 @@ captioner.keras      the model at the end of the run
 
 import json
 import os
-import tempfile
 import zipfile
 
 import keras
@@ -21,6 +20,7 @@ from cappa_tf.data.tokenizer import Tokenizer
 # Keras finds the classes of a saved model by their registered names.
 from cappa_tf.models import captioner, text_decoder, vision_encoder  # noqa: F401
 from cappa_tf.saving.checkpoints import restore_model
+from cappa_tf.utils import files
 
 # Arguments of `Tokenizer` that decide what the model is given.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
@@ -33,9 +33,7 @@ def open_workdir(path):
         ValueError: If they cannot.
     """
     try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"\0")
+        files.check_folder(path)
     except OSError as error:
         raise ValueError(
             "`workdir` must be a folder that can be written to. Received: "
@@ -58,8 +56,8 @@ def describe_run(workdir, model, data):
     """
     _keep_vocabulary(workdir, data.tokenizer.path)
     serialized = keras.saving.serialize_keras_object(model)
-    write_json(os.path.join(workdir, "captioner.json"), serialized)
-    write_json(
+    files.write_json(os.path.join(workdir, "captioner.json"), serialized)
+    files.write_json(
         os.path.join(workdir, "preprocessing.json"),
         {
             "tokenizer": {n: getattr(data.tokenizer, n) for n in _CAPTION},
@@ -69,27 +67,23 @@ def describe_run(workdir, model, data):
 
 
 def _keep_vocabulary(workdir, path):
-    with open(path, "rb") as file:
-        vocabulary = file.read()
+    vocabulary = files.read_bytes(path)
     kept = os.path.join(workdir, "tokenizer.model")
-    if os.path.exists(kept):
-        with open(kept, "rb") as file:
-            if file.read() != vocabulary:
-                raise ValueError(
-                    f"The run in {workdir} was started with another "
-                    f"vocabulary: {kept} differs from {path}. Choose another "
-                    "workdir, or set TOKENIZER (Tokenizer.path) to that file."
-                )
-        return
-    write_file(kept, vocabulary)
+    if not files.exists(kept):
+        files.write_bytes(kept, vocabulary)
+    elif files.read_bytes(kept) != vocabulary:
+        raise ValueError(
+            f"The run in {workdir} was started with another vocabulary: "
+            f"{kept} differs from {path}. Choose another workdir, or set "
+            "TOKENIZER (Tokenizer.path) to that file."
+        )
 
 
 def save_captioner(workdir, model):
     """Writes `captioner.keras` (atomically) and returns its path."""
     path = os.path.join(workdir, "captioner.keras")
-    unfinished = os.path.join(workdir, "captioner.incomplete.keras")
-    model.save(unfinished)
-    os.replace(unfinished, path)
+    with files.replacing(path) as unfinished:
+        model.save(unfinished)
     return path
 
 
@@ -123,10 +117,10 @@ def load_model(path, weights="auto"):
         raise ValueError(
             f"`weights` must be one of {choices}. Received: {weights!r}"
         )
-    if os.path.isfile(path):
+    if files.isfile(path):
         return _read_keras(path)
     final = os.path.join(path, "captioner.keras")
-    if weights in ("auto", "final") and os.path.exists(final):
+    if weights in ("auto", "final") and files.exists(final):
         return _read_keras(final)
     folders = {"auto": ("best", "checkpoints"), "best": ("best",)}
     for folder in folders.get(weights, ("checkpoints",)):
@@ -142,20 +136,22 @@ def load_model(path, weights="auto"):
 
 def _read_keras(path):
     known = (captioner.Captioner, vision_encoder.VisionEncoder)
-    if not zipfile.is_zipfile(path):  # Keras says that there is no file.
-        raise ValueError(
-            "A model file must be one that Keras has saved whole. Received: "
-            f"{str(path)!r}, which is not a .keras archive or is cut"
-        )
-    try:
-        model = keras.saving.load_model(path, compile=False)
-    # Keras raises what zipfile, json, h5py and the constructors do.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            "A model file must be one that Keras has saved whole. Received: "
-            f"{str(path)!r} ({type(error).__name__}: {reason})"
-        ) from error
+    with files.on_disk(path) as local:
+        if not zipfile.is_zipfile(local):  # Keras says that there is no file.
+            raise ValueError(
+                "A model file must be one that Keras has saved whole. "
+                f"Received: {str(path)!r}, which is not a .keras archive or "
+                "is cut"
+            )
+        try:
+            model = keras.saving.load_model(local, compile=False)
+        # Keras raises what zipfile, json, h5py and the constructors do.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                "A model file must be one that Keras has saved whole. "
+                f"Received: {str(path)!r} ({type(error).__name__}: {reason})"
+            ) from error
     if not isinstance(model, known):
         raise ValueError(
             "A model file must hold a captioner or a vision encoder. "
@@ -181,8 +177,7 @@ def _restored(workdir, checkpoint):
 
 def _read_json(path):
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(files.read_text(path))
     except ValueError as error:
         raise ValueError(
             f"A file of a run must be JSON. Received: {path} ({error})"
@@ -216,17 +211,3 @@ def load_preprocessing(workdir):
             "A run's preprocessing.json must have `tokenizer` and `image`. "
             f"Received: {path} ({error!r})"
         ) from error
-
-
-def write_json(path, value):
-    """Writes JSON atomically, indented; refuses NaN, which is no JSON."""
-    text = json.dumps(value, indent=2, allow_nan=False)
-    write_file(path, text.encode() + b"\n")
-
-
-def write_file(path, content):
-    """Writes bytes under a temporary name, then renames."""
-    unfinished = f"{path}.incomplete"
-    with open(unfinished, "wb") as file:
-        file.write(content)
-    os.replace(unfinished, path)

@@ -5,6 +5,13 @@ the file, which ends with the process however that ends: enough on one machine,
 and on file systems that share locks between machines. And a heartbeat in the
 file, for those that do not: whoever finds the name of a run on another machine
 watches for a while whether it still beats (the clocks need not agree).
+
+In a bucket (`gs://...`) there are no locks, and no file that is made only if
+it is not there: the heartbeat is all. A second run is refused while the first
+one beats. After a run that was killed the next one waits for `PATIENCE`. Of
+two that start at the same moment, the one whose name stays in the file goes
+on; the other one stops when it looks, at the latest a beat later, and until
+then both may have written.
 """
 
 import contextlib
@@ -20,6 +27,7 @@ import time
 import uuid
 
 from cappa_tf.saving.run_folder import open_workdir
+from cappa_tf.utils import files
 
 FILE_NAME = "run.lock"
 # Seconds between two beats, and without one before a run counts as gone.
@@ -42,7 +50,7 @@ class RunLock:
     """`with RunLock(workdir) as lock:` around a run that writes to a folder.
 
     The folder is made if it is not there, and goes again if the run leaves
-    nothing in it.
+    nothing in it. What a killed process of this machine left half written goes.
 
     Args:
         workdir: The folder.
@@ -54,7 +62,8 @@ class RunLock:
 
     def __init__(self, workdir):
         self._workdir = workdir
-        self._path = pathlib.Path(workdir, FILE_NAME)
+        self._path = os.path.join(workdir, FILE_NAME)
+        self._is_remote = files.is_remote(workdir)
         self._record = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -62,8 +71,8 @@ class RunLock:
             "machine": _machine(),
             "run": uuid.uuid4().hex,
         }
-        self._made = not os.path.isdir(workdir)
-        self._file = None
+        self._made = not self._is_remote and not os.path.isdir(workdir)
+        self._file = self._taken_by = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -75,7 +84,9 @@ class RunLock:
             self._write(0)
             if not locked:
                 time.sleep(SETTLE)
+            self._taken_by = self._other()
             self.check()
+            files.remove_abandoned(self._workdir)
         except BaseException:
             _close(self._file)
             raise
@@ -88,7 +99,7 @@ class RunLock:
         with contextlib.suppress(OSError):
             if self._other() is None:
                 # Who has opened it already finds that it has no name.
-                self._path.unlink()
+                files.remove(self._path)
         _close(self._file)
         if self._made:
             with contextlib.suppress(OSError):
@@ -101,7 +112,8 @@ class RunLock:
             WorkdirInUseError: Another run has taken it over, because this
                 one stood still for too long or the file was deleted.
         """
-        other = self._other()
+        # A bucket takes its time to answer: there the last beat has looked.
+        other = self._taken_by if self._is_remote else self._other()
         if other is not None:
             raise self._in_use(other)
 
@@ -124,6 +136,8 @@ class RunLock:
 
     def _open(self):
         """Opens the file; whether the system's lock on it is held."""
+        if self._is_remote:
+            return False
         while True:
             try:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -194,11 +208,15 @@ class RunLock:
         while not self._ended.wait(BEAT):
             beat += 1
             with contextlib.suppress(OSError):  # A full disk may pass.
-                if self._other() is None:
+                self._taken_by = self._other()
+                if self._taken_by is None:
                     self._write(beat)
 
     def _write(self, beat):
         content = json.dumps({**self._record, "beat": beat}).encode()
+        if self._is_remote:
+            files.write_bytes(self._path, content)
+            return
         # In place: another file of this name would not be the locked one.
         os.pwrite(self._file, content.ljust(_LENGTH - 1) + b"\n", 0)
         os.fsync(self._file)
@@ -207,7 +225,7 @@ class RunLock:
         """What the file says: None if nothing, {} if it is not a record."""
         try:
             # Opened anew: a network file system then asks its server.
-            content = self._path.read_bytes().strip()
+            content = files.read_bytes(self._path).strip()
             return json.loads(content) if content else None
         except OSError:
             return None
@@ -238,6 +256,8 @@ _open_files = set()
 
 
 def _close(file):
+    if file is None:  # In a bucket.
+        return
     _open_files.discard(file)
     os.close(file)
 

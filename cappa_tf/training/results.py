@@ -7,8 +7,9 @@ import tqdm
 from cappa_tf.evaluation.captioning import CaptionDecoder
 from cappa_tf.evaluation.evaluator import json_value
 from cappa_tf.evaluation.sheet import write_sheet
-from cappa_tf.saving.run_folder import save_captioner, write_json
+from cappa_tf.saving.run_folder import save_captioner
 from cappa_tf.training.distribution.strategies import on_replicas
+from cappa_tf.utils import files
 
 
 def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
@@ -34,7 +35,7 @@ def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
     figures.update(evaluate())
     if hosts.is_chief:
         path = os.path.join(settings.workdir, "results.json")
-        write_json(path, json_value(figures))
+        files.write_json(path, json_value(figures))
     return figures
 
 

@@ -8,9 +8,11 @@ import threading
 import time
 
 import pytest
+import tensorflow as tf
 
 from cappa_tf.saving import run_lock
 from cappa_tf.saving.run_lock import RunLock, WorkdirInUseError
+from cappa_tf.utils import files
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +22,23 @@ def _short_waits(monkeypatch):
     monkeypatch.setattr(run_lock, "SETTLE", 0.3)
 
 
-@pytest.fixture
-def no_system_locks(monkeypatch):
-    """A file system such as a bucket that is mounted as a folder."""
+@pytest.fixture(params=["mounted", "remote"])
+def lockless(request, tmp_path, monkeypatch):
+    """A folder in a bucket: mounted on the disk, or by TensorFlow's gfile."""
 
     def flock(file, operation):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    return f"ram:/{tmp_path}" if request.param == "remote" else str(tmp_path)
 
 
 def _leave_behind(folder, **changes):
     """What a run that was killed leaves."""
+    path = os.path.join(folder, run_lock.FILE_NAME)
     with RunLock(folder):
-        path = folder / run_lock.FILE_NAME
-        record = json.loads(path.read_text()) | {"run": "other"} | changes
-    folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record))
+        record = json.loads(files.read_text(path)) | {"run": "other"} | changes
+    files.write_text(path, json.dumps(record))
     return path, record
 
 
@@ -91,24 +93,27 @@ def test_a_living_run_of_another_machine_is_not(tmp_path):
     path, record = _leave_behind(tmp_path, machine="b", host="far", pid=7)
 
     def beat():
-        path.write_text(json.dumps(record | {"beat": 1}))
+        files.write_text(path, json.dumps(record | {"beat": 1}))
 
     timer = threading.Timer(0.2, beat)
     timer.start()
     assert "process 7 on host far" in _refused(tmp_path)
     timer.join()
-    assert json.loads(path.read_text())["host"] == "far"
+    assert json.loads(files.read_text(path))["host"] == "far"
 
 
-def test_without_system_locks_the_beat_decides(tmp_path, no_system_locks):
-    with RunLock(tmp_path):
-        assert f"process {os.getpid()} on" in _refused(tmp_path)
-    _leave_behind(tmp_path)
-    with RunLock(tmp_path):
-        pass
+def test_without_system_locks_the_beat_decides(lockless):
+    with RunLock(lockless):
+        assert f"process {os.getpid()} on" in _refused(lockless)
+    _leave_behind(lockless)
+    half = files.temporary_name(os.path.join(lockless, "model.keras"))
+    files.write_text(half.replace(f"-{os.getpid()}-", "-999999999-"), "half")
+    with RunLock(lockless):
+        assert files.listdir(lockless) == [run_lock.FILE_NAME]
+    assert files.listdir(lockless) == []
 
 
-def test_started_together_without_system_locks(tmp_path, no_system_locks):
+def test_started_together_without_system_locks(lockless):
     """One of them: the one that the file names in the end."""
     won, lost = [], []
     together = threading.Barrier(2)
@@ -116,7 +121,7 @@ def test_started_together_without_system_locks(tmp_path, no_system_locks):
     def start(name):
         together.wait()
         try:
-            with RunLock(tmp_path):
+            with RunLock(lockless):
                 won.append(name)
                 time.sleep(1.0)
         except WorkdirInUseError:
@@ -136,6 +141,31 @@ def test_a_run_that_lost_its_folder_is_told(tmp_path):
         (tmp_path / run_lock.FILE_NAME).unlink()
         with RunLock(tmp_path), pytest.raises(WorkdirInUseError):
             lock.check()
+
+
+def test_a_run_that_lost_its_bucket_learns_it_from_the_beat(tmp_path):
+    path = f"ram:/{tmp_path}/{run_lock.FILE_NAME}"
+    with RunLock(os.path.dirname(path)) as lock:
+        lock.check()
+        files.write_json(path, {"run": "other", "host": "far", "pid": 7})
+        time.sleep(10 * run_lock.BEAT)
+        with pytest.raises(WorkdirInUseError, match="process 7 on host far"):
+            lock.check()
+    assert files.exists(path)  # The other one's.
+
+
+def test_a_file_system_that_cannot_hold_a_run_is_named(monkeypatch):
+    def rename(source, target, overwrite=False):
+        raise tf.errors.UnimplementedError(None, None, "no renaming")
+
+    monkeypatch.setattr(tf.io.gfile, "rename", rename)
+    for path, reason in (
+        ("none://bucket/run", "scheme 'none' not implemented"),
+        ("ram://bucket/run", "no renaming"),
+    ):
+        rule = f"`workdir` must be a folder.*workdir='{path}'.*{reason}"
+        with pytest.raises(ValueError, match=rule), RunLock(path):
+            pass
 
 
 def test_a_child_does_not_keep_the_folder(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from tool_flags import defined
 
 from cappa_tf.saving import run_folder as saving
+from cappa_tf.utils import files
 from tools import caption
 
 
@@ -91,9 +92,14 @@ def test_jsonl_names_what_cannot_be_read(tool, capsys, run_folder, pictures):
 
 
 def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
+    """Of a run in a bucket, too."""
     path = str(pictures / "a.png")
+    bucket = "ram://bucket/captioned"
+    for name in os.listdir(run_folder):
+        content = files.read_bytes(os.path.join(run_folder, name))
+        files.write_bytes(f"{bucket}/{name}", content)
     code, out, _ = _run(
-        tool, capsys, f"--checkpoint={run_folder}", "--format=jsonl", path
+        tool, capsys, f"--checkpoint={bucket}", "--format=jsonl", path
     )
     assert code == 0
     row = json.loads(out)

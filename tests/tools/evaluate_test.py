@@ -16,6 +16,7 @@ from cappa_tf.evaluation.evaluator import Report
 from cappa_tf.evaluation.features import extract_features, preprocessing
 from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.export import big_vision
+from cappa_tf.utils import files
 from tools import evaluate
 
 COLOURS = ((250, 20, 20), (20, 250, 20), (20, 20, 250))
@@ -95,7 +96,8 @@ def test_records_give_the_same_pictures(folder, tmp_path):
         np.testing.assert_array_equal(first[order[0]], second[order[1]])
 
 
-def test_what_is_not_defined_is_null(tmp_path):
+@pytest.mark.parametrize("scheme", ["", "ram:/"])
+def test_what_is_not_defined_is_null(tmp_path, scheme):
     report = Report(
         {"tau": float("nan"), "top_1": 0.5},
         [],
@@ -104,18 +106,22 @@ def test_what_is_not_defined_is_null(tmp_path):
     )
     flag_values = flags.FlagValues()
     evaluate.define_flags(flag_values)
-    path = tmp_path / "found.json"
-    needed = ["--task=caption", "--checkpoint=none", "--data=none"]
-    flag_values(["evaluate", *needed, f"--output={path}"])
-    evaluate.write_report(report, flag_values, str(path))
+    folder = f"{scheme}{tmp_path}"
+    files.write_text(f"{folder}/captioner.keras", "")
+    needed = ["--task=caption", f"--checkpoint={folder}", "--data=none"]
+    flag_values(["evaluate", *needed])
+    path = evaluate.default_output(folder, "caption")
+    evaluate.write_report(report, flag_values, path)
 
     def strict(text):
         return json.loads(text, parse_constant=pytest.fail)
 
-    found = strict(path.read_text())
+    assert path == f"{folder}/caption.json"
+    found = strict(files.read_text(path))
     assert found["metrics"] == {"tau": None, "top_1": 0.5}
     assert found["shots"] == [[1, None]]
-    assert strict((tmp_path / "found.jsonl").read_text()) == {"score": None}
+    rows = files.read_text(f"{folder}/caption.jsonl")
+    assert strict(rows) == {"score": None}
 
 
 class _Part:

@@ -12,6 +12,7 @@ from harness import randomize
 
 import cappa_tf
 from cappa_tf.saving import run_folder as saving
+from cappa_tf.utils import files
 from tools import export
 
 
@@ -62,6 +63,26 @@ def test_another_size_at_export_or_on_load(run_folder, tmp_path):
     second = cappa_tf.load_backbone(same, image_size=32)(images(32))
     assert first["encoded"].shape == (2, 16, 16)
     np.testing.assert_array_equal(first["encoded"], second["encoded"])
+
+
+def test_a_run_in_a_bucket_to_a_bucket(captioner, tmp_path):
+    needs_safetensors()
+    bucket = f"ram:/{tmp_path}"
+    saving.save_captioner(f"{bucket}/run", captioner)
+    run(what="siglip", checkpoint=f"{bucket}/run", output=f"{bucket}/siglip")
+    assert sorted(files.listdir(f"{bucket}/siglip")) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    path = f"{bucket}/encoder.keras"
+    run(what="backbone", checkpoint=f"{bucket}/run", output=path)
+    encoder = cappa_tf.load_backbone(path)
+    expected = captioner.vision_encoder(images())
+    for name, value in encoder(images()).items():
+        np.testing.assert_array_equal(value, expected[name])
+    with pytest.raises(ValueError, match="'none' not implemented"):
+        run(what="backbone", checkpoint="nowhere", output="none://b/f.keras")
 
 
 def test_parents_of_the_output_are_made(run_folder, tmp_path):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import tensorflow as tf
 from absl import flags
 from conftest import ROOT, shared_data
 from PIL import Image
@@ -16,6 +15,7 @@ from tool_flags import defined
 from cappa_tf.data import schema
 from cappa_tf.data.prepare import conversion
 from cappa_tf.data.sources import image_rows
+from cappa_tf.utils import files
 from tools import prepare_data
 
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -23,15 +23,15 @@ TOOL = ROOT / "tools" / "prepare_data.py"
 # argument 1. Every step that others can see is a rename.
 KILL_AT_RENAME = """
 import os, runpy, signal, sys
-import tensorflow as tf
-left, rename = int(sys.argv.pop(1)), tf.io.gfile.rename
+from cappa_tf.utils import files
+left, rename = int(sys.argv.pop(1)), files.rename
 def counted(*arguments, **keywords):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*arguments, **keywords)
-tf.io.gfile.rename = counted
+files.rename = counted
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -161,7 +161,7 @@ def test_interrupted_before_any_step(run, photos, tmp_path, monkeypatch, step):
     if step % 2:  # Over an older version, too.
         run(f"--input={photos}", f"--output={output}", "--resize=10")
         flags.FLAGS["resize"].value = None
-    real, calls = tf.io.gfile.rename, []
+    real, calls = files.rename, []
 
     def counted(*arguments, **keywords):
         calls.append(arguments)
@@ -169,10 +169,10 @@ def test_interrupted_before_any_step(run, photos, tmp_path, monkeypatch, step):
             raise KeyboardInterrupt
         real(*arguments, **keywords)
 
-    monkeypatch.setattr(tf.io.gfile, "rename", counted)
+    monkeypatch.setattr(files, "rename", counted)
     with pytest.raises(SystemExit, match="interrupted; run it again"):
         run(f"--input={photos}", f"--output={output}", "--num_shards=1")
-    monkeypatch.setattr(tf.io.gfile, "rename", real)
+    monkeypatch.setattr(files, "rename", real)
     if step % 2 and step < 10:  # The older version is still all there.
         schema.DatasetDescription.load(output).verify(checksums=True)
     else:
@@ -227,8 +227,8 @@ def test_killed_in_the_middle_of_a_shard(run, photos, tmp_path, runner):
         process.kill()
         process.wait()
     assert not _contents(output)
-    halves = list(output.glob(f"{conversion.FOLDER}/*.tfrecord.incomplete-*"))
-    assert [half.name[:12] for half in halves] == ["train-00000-"]
+    halves = output.glob(f"{conversion.FOLDER}/{files.UNFINISHED}*")
+    assert [half.suffix for half in halves] == [".tfrecord"]
     (photos / "7.jpg").unlink()
     (photos / "7.jpg").write_bytes(content)
     _is_as_uninterrupted(run, photos, output, *more[:2])

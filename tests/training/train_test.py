@@ -1,5 +1,6 @@
 """What a run promises: it goes on exactly, and stops with a reason."""
 
+import glob
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import tiny
 
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.saving import run_folder as workdir_module
+from cappa_tf.saving import run_lock
 from cappa_tf.training import trainer as run_module
 from cappa_tf.training.construct import build_model
 from cappa_tf.training.distribution.hosts import Hosts
@@ -22,6 +24,7 @@ from cappa_tf.training.distribution.interruption import Interruption
 from cappa_tf.training.distribution.strategies import make_strategy
 from cappa_tf.training.optimizers.adafactor import Adafactor
 from cappa_tf.training.validation import Validation
+from cappa_tf.utils import files
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +102,14 @@ def test_figures_reach_file_and_tensorboard(finished):
     }
 
 
-def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(
-    finished, folder, tmp_path, monkeypatch
-):
-    workdir = str(tmp_path)
+@pytest.fixture(scope="module")
+def resumed(folder):
+    """The same run on a remote file system, interrupted after one step.
+
+    `ram://` is TensorFlow's own, in memory; Python's `os` and `open` do not
+    reach it.
+    """
+    workdir = "ram://bucket/runs/tiny"
     real = run_module.Run._run_loop
 
     def interrupted(self, *args):
@@ -110,16 +117,64 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(
         signal.raise_signal(signal.SIGTERM)
         return stopped
 
-    monkeypatch.setattr(run_module.Run, "_run_loop", interrupted)
-    figures = tiny.run(folder, workdir=workdir)
-    assert figures == {"step": 1, "interrupted": "SIGTERM"}
-    assert not os.path.exists(os.path.join(workdir, "results.json"))
-    monkeypatch.undo()
-    starts = _record_starts(monkeypatch)
-    assert tiny.run(folder, workdir=workdir)["step"] == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lock, "SETTLE", 0.0)
+        patch.setattr(run_module.Run, "_run_loop", interrupted)
+        figures = tiny.run(folder, workdir=workdir)
+        assert figures == {"step": 1, "interrupted": "SIGTERM"}
+        assert not files.exists(os.path.join(workdir, "results.json"))
+        patch.setattr(run_module.Run, "_run_loop", real)
+        starts = _record_starts(patch)
+        figures = tiny.run(
+            folder,
+            workdir=workdir,
+            eval_data=tiny.Data(folder, examples=11),
+            eval_steps=2,
+            sample_images=2,
+        )
+    assert figures["step"] == 4
     assert starts == [8]  # The next batch: one step of eight is done.
-    for a, b in zip(_weights(finished[0]), _weights(workdir), strict=True):
+    return workdir
+
+
+def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(finished, resumed):
+    for a, b in zip(_weights(finished[0]), _weights(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_remote_workdir_holds_what_a_local_one_does(finished, resumed):
+    def names(folder):
+        found = {*files.listdir(folder)}
+        for below in ("checkpoints", "best"):
+            found |= {*files.listdir(os.path.join(folder, below))}
+        return found
+
+    # The interrupted run has kept the step at which it was.
+    assert names(resumed) - names(finished[0]) == {
+        "step-1.index",
+        "step-1.data-00000-of-00001",
+    }
+    assert names(finished[0]) <= names(resumed)
+    assert not glob.glob("ram:*")
+    for name in ("preprocessing.json", "tokenizer.model"):
+        one, other = (
+            files.read_bytes(os.path.join(folder, name))
+            for folder in (finished[0], resumed)
+        )
+        assert one == other, name
+    log = files.read_text(os.path.join(resumed, "train.log"))
+    words = ("SIGTERM at step 1", "step-1, example 8", "step 4  loss")
+    assert [word for word in words if word in log] == list(words)
+    assert len(files.listdir(os.path.join(resumed, "tensorboard"))) == 2
+    best = [
+        workdir_module.load_captioner(folder, "best").weights
+        for folder in (finished[0], resumed)
+    ]
+    for a, b in zip(*best, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    tokenizer, _ = workdir_module.load_preprocessing(resumed)
+    assert tokenizer.path == f"{resumed}/tokenizer.model"
+    assert tokenizer.vocabulary_size > 2
 
 
 def _record_starts(monkeypatch):

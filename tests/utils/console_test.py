@@ -108,7 +108,7 @@ def _start(body, tmp_path, **environment):
     path = tmp_path / "tool.py"
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     path.write_text(
-        "import json, os, sys\nfrom cappa_tf import console\n"
+        "import json, os, sys\nfrom cappa_tf.utils import console\n"
         f"def main(argv):\n{lines}"
         "console.run(main, lambda: None)\n",
         encoding="utf-8",

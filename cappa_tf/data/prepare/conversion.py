@@ -25,7 +25,6 @@ import hashlib
 import itertools
 import json
 import os
-import uuid
 
 import PIL
 import tensorflow as tf
@@ -34,6 +33,7 @@ from cappa_tf.data import description, schema
 from cappa_tf.data.prepare import dataset_writer
 from cappa_tf.data.sources import image_rows
 from cappa_tf.data.text import is_text
+from cappa_tf.utils import files
 
 FOLDER = ".conversion"
 # Part of each plan: shards made by other code are made again.
@@ -204,11 +204,10 @@ def finish(plans, output_dir, name, metadata, skipped):
 def _write_shard(plan_path, read, on_row):
     """Writes rows that were read; nothing is seen before it is complete."""
     shard_path, result_path = _beside(plan_path)
-    temporary = f"{shard_path}.incomplete-{uuid.uuid4().hex[:8]}"
     inputs = hashlib.sha256()
     skipped = []
-    try:
-        with schema.ShardWriter(temporary) as writer:
+    with files.replacing(shard_path, remote=True) as unfinished:
+        with schema.ShardWriter(unfinished) as writer:
             for number, stamp, example, reasons in read:
                 inputs.update(stamp.encode())
                 skipped += [[number, *reason] for reason in reasons]
@@ -216,12 +215,8 @@ def _write_shard(plan_path, read, on_row):
                     writer.write(example)
                 on_row()
         shard = dataclasses.replace(writer.finish(), path=shard_path)
-        tf.io.gfile.rename(temporary, shard_path, overwrite=True)
-    finally:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
     result = Result(inputs.hexdigest(), shard, skipped)
-    _write_whole(result_path, json.dumps(dataclasses.asdict(result)))
+    files.write_json(result_path, dataclasses.asdict(result), indent=None)
     return result
 
 
@@ -242,8 +237,8 @@ def _finished(plan_path, rows, pool):
     if inputs.hexdigest() != result.inputs_sha256:
         return None
     result = dataclasses.replace(result, reused=True)
-    text = json.dumps(dataclasses.asdict(result))
-    _write_whole(_beside(plan_path)[1], text)
+    result_path = _beside(plan_path)[1]
+    files.write_json(result_path, dataclasses.asdict(result), indent=None)
     return result
 
 
@@ -263,7 +258,7 @@ def _write_plan(stem, split, header, numbered_rows):
         lines.append(json.dumps([number, dataclasses.asdict(row)]))
     text = "".join(line + "\n" for line in lines)
     path = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.plan"
-    _write_whole(path, text)
+    files.write_text(path, text)
     return Plan(path, split, len(numbered_rows))
 
 
@@ -292,14 +287,6 @@ def _beside(plan_path):
     """Paths of the shard and the result of a plan."""
     stem = plan_path.removesuffix(".plan")
     return f"{stem}.tfrecord", f"{stem}.result"
-
-
-def _write_whole(path, text):
-    """Writes a file under another name and renames it."""
-    temporary = f"{path}.incomplete-{uuid.uuid4().hex[:8]}"
-    with tf.io.gfile.GFile(temporary, "w") as file:
-        file.write(text)
-    tf.io.gfile.rename(temporary, path, overwrite=True)
 
 
 def _remove_others(folder, plans):

@@ -13,6 +13,7 @@ import tempfile
 import tensorflow as tf
 
 from cappa_tf.data import description as description_lib
+from cappa_tf.utils import files
 
 # What TFDS needs beside the shards, and how a file of ours is told from one
 # of a data set that TFDS itself prepared.
@@ -177,9 +178,7 @@ def _publish_split(output_dir, name, split, shards):
     entries = []
     for number, shard in enumerate(shards):
         file = description_lib.shard_name(name, split, number, len(shards))
-        tf.io.gfile.rename(
-            shard.path, os.path.join(output_dir, file), overwrite=True
-        )
+        files.rename(shard.path, os.path.join(output_dir, file))
         entries.append(
             {
                 "file": file,
@@ -202,12 +201,9 @@ def _write_tfds_metadata(description, num_labels):
     with tempfile.TemporaryDirectory() as scratch:
         _tfds_info(description, num_labels, scratch).write_to_directory(scratch)
         for file in sorted(os.listdir(scratch)):
+            content = files.read_bytes(os.path.join(scratch, file))
             path = os.path.join(description.directory, file)
-            temporary = os.path.join(description.directory, f".{file}")
-            tf.io.gfile.copy(
-                os.path.join(scratch, file), temporary, overwrite=True
-            )
-            tf.io.gfile.rename(temporary, path, overwrite=True)
+            files.write_bytes(path, content)
 
 
 def _tfds_info(description, num_labels, directory):
@@ -288,6 +284,7 @@ def _remove_old(output_dir):
     for file in tf.io.gfile.listdir(output_dir):
         if _is_data_file(file):
             tf.io.gfile.remove(os.path.join(output_dir, file))
+    files.remove_abandoned(output_dir)
 
 
 def _is_data_file(file):

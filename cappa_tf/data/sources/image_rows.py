@@ -103,7 +103,7 @@ def read_rows(path, captions=None, skipped=None):
             + (
                 f"lists none in {', '.join(names)}"
                 if found
-                else "holds no images"
+                else "holds no images, and no dataset.json"
             )
             + (f": {skipped}" if skipped.counts else "")
         )

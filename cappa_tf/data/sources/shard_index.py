@@ -21,7 +21,6 @@ import math
 import os
 import re
 import time
-import uuid
 
 import tensorflow as tf
 from absl import logging
@@ -29,6 +28,7 @@ from absl import logging
 from cappa_tf.data import description
 from cappa_tf.data.sources import folder_listing
 from cappa_tf.data.stream import bad_records
+from cappa_tf.utils import files
 
 # The reason of what a shard lost that could not be gone through to its end.
 DAMAGED = "damaged shard"
@@ -80,7 +80,7 @@ class Index:
     """Shards of one split, as they were when first opened.
 
     Args:
-        files: `Files`, those there are now.
+        shard_files: `Files`, those there are now.
         settings: JSON-able; what else the contents of the index depend on.
         scan: Function of (path of a shard, path of a file it may write) to
             (records, most captions or None, problems).
@@ -89,10 +89,10 @@ class Index:
         shards: List of `IndexedShard`.
     """
 
-    def __init__(self, files, settings, scan):
-        self._files = files.paths
-        self._root = files.root
-        text = json.dumps([_VERSION, files.pattern, settings])
+    def __init__(self, shard_files, settings, scan):
+        self._files = shard_files.paths
+        self._root = shard_files.root
+        text = json.dumps([_VERSION, shard_files.pattern, settings])
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._folder = self._find_folder()
         entries = self._load()
@@ -201,12 +201,8 @@ class Index:
                 return folder
         for folder in folders:
             try:
-                tf.io.gfile.makedirs(folder)
-                probe = os.path.join(folder, f"probe-{uuid.uuid4().hex}")
-                with tf.io.gfile.GFile(probe, "w") as file:
-                    file.write("")
-                tf.io.gfile.remove(probe)
-            except (OSError, tf.errors.OpError) as error:
+                files.check_folder(folder)
+            except OSError as error:
                 logging.info("No index in %s: %s", folder, error)
                 continue
             return folder
@@ -256,7 +252,8 @@ class Index:
     def _save(self, entries, complete):
         path = os.path.join(self._folder, "index.json")
         content = {"complete": complete, "shards": entries}
-        write_whole(path, json.dumps(content))
+        # Several hosts may do so at a time: all write the same.
+        files.write_json(path, content, indent=None)
 
     def _name(self, path):
         """A shard's path relative to the data, so that these can move."""
@@ -283,7 +280,7 @@ def open_binary(path):
     A file on disk by Python's own `open`, which scans of many seeks went
     through faster than TensorFlow's.
     """
-    if "://" in path:
+    if files.is_remote(path):
         return _Remote(path, "rb")
     return open(path, "rb")
 
@@ -294,17 +291,6 @@ class _Remote(tf.io.gfile.GFile):
     def seek(self, offset=0, whence=0):
         super().seek(offset, whence)
         return self.tell()
-
-
-def write_whole(path, content):
-    """Writes text under a name of its own, then renames.
-
-    Several hosts may do so at a time: all write the same.
-    """
-    temporary = f"{path}.incomplete-{uuid.uuid4().hex}"
-    with tf.io.gfile.GFile(temporary, "w") as file:
-        file.write(content)
-    tf.io.gfile.rename(temporary, path, overwrite=True)
 
 
 def find_files(path, split, suffix):

@@ -16,7 +16,6 @@ import json
 import os
 import struct
 import tarfile
-import uuid
 
 import numpy as np
 import tensorflow as tf
@@ -26,6 +25,7 @@ from cappa_tf.data.images import formats
 from cappa_tf.data.sources import shard_index
 from cappa_tf.data.sources.base import Records, read_tfrecords
 from cappa_tf.data.stream import shuffling
+from cappa_tf.utils import files
 
 # Samples read at once.
 _BLOCK = 32
@@ -72,17 +72,19 @@ class WebDataset:
 
     def split(self, split):
         """The `Records` of a split."""
-        files = shard_index.find_files(self._path, split, ".tar")
+        found = shard_index.find_files(self._path, split, ".tar")
         settings = ["tar", split, *self._names, self._caption_per_line]
-        shards = shard_index.Index(files, settings, self._scan)
+        shards = shard_index.Index(found, settings, self._scan)
         return _TarRecords(f"{self.name} {split}", shards, self._names[1])
 
     def _scan(self, path, output):
         """Writes the rows of one shard; see `shard_index.Index`."""
         shard = _Shard(path)
         count = most = 0
-        temporary = f"{output}.incomplete-{uuid.uuid4().hex}"
-        with tf.io.TFRecordWriter(temporary) as writer:
+        with (
+            files.replacing(output, remote=True) as unfinished,
+            tf.io.TFRecordWriter(unfinished) as writer,
+        ):
             for sample in shard.samples(self._wanted()):
                 captions, label, is_lost = self._said(sample, shard)
                 image = next(
@@ -102,7 +104,6 @@ class WebDataset:
                 writer.write(_ROW.pack(*image) + head)
                 count += 1
                 most = max(most, len(captions))
-        tf.io.gfile.rename(temporary, output, overwrite=True)
         return count, most, shard.problems
 
     def _wanted(self):
@@ -251,7 +252,7 @@ class _Shard:
 
     def _samples(self, tar, wanted, size):
         # macOS adds ._NAME to each NAME; no sample's name begins with a dot.
-        files = (
+        found = (
             member
             for member in tar
             if member.isfile()
@@ -259,7 +260,7 @@ class _Shard:
         )
         shard = os.path.basename(self._path)
         for key, members in itertools.groupby(
-            files, lambda m: _split(m.name)[0]
+            found, lambda m: _split(m.name)[0]
         ):
             sample = _Sample(text.printable(f"{shard}/{key}"))
             for member in members:

@@ -6,6 +6,8 @@ import time
 
 import tqdm
 
+from cappa_tf.utils import files
+
 # Names in the lines, which should fit a terminal; tasks have more of them.
 _SHORT = {
     "gradient_norm": "grad",
@@ -34,7 +36,8 @@ class Progress:
     def __init__(
         self, folder, total_steps, initial_step=0, shown=True, short_names=None
     ):
-        self._path = folder and os.path.join(folder, "train.log")
+        path = folder and os.path.join(folder, "train.log")
+        self._file = path and files.LineFile(path)
         self._shown = shown
         self._short_names = {**_SHORT, **(short_names or {})}
         self._bar = tqdm.tqdm(
@@ -53,10 +56,9 @@ class Progress:
 
     def line(self, text):
         """Prints a line and keeps it."""
-        if self._path:
+        if self._file:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(f"{stamp} {text}\n")
+            self._file.append(f"{stamp} {text}")
         if self._shown:
             tqdm.tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -72,8 +74,10 @@ class Progress:
         self.line("  ".join([f"step {step}", *parts]))
 
     def close(self):
-        """Ends the bar."""
+        """Ends the bar and the file."""
         self._bar.close()
+        if self._file:
+            self._file.close()
 
 
 def _short(value):
