@@ -107,7 +107,7 @@ def test_the_stream_is_a_function_of_the_position(folder, tokenizer):
 
 
 def test_the_cells_of_a_parquet_file_are_images(tmp_path, folder, tokenizer):
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install '.[parquet]'")
     from pyarrow import parquet
 
     content = (folder / "0.png").read_bytes()
