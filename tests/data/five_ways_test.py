@@ -11,7 +11,13 @@ from PIL import Image
 from cappa_tf.data import schema
 from cappa_tf.data.images import decode_resize, image_files
 from cappa_tf.data.preprocessing import ImagePreprocessing
-from cappa_tf.data.sources import prepared, tfds_source, tfrecords, webdataset
+from cappa_tf.data.sources import (
+    image_folder,
+    prepared,
+    tfds_source,
+    tfrecords,
+    webdataset,
+)
 from cappa_tf.data.stream.decoding import RecordDecoder
 from cappa_tf.export import request_images
 
@@ -64,6 +70,11 @@ def sources(photo, tmp_path_factory):
             found["tfds"] = tfds_source.TFDS(
                 path, image="image/encoded", captions="captions"
             )
+    (folder / "plain").mkdir()
+    (folder / "plain" / "1.jpg").write_bytes(photo)
+    row = '{"image": "1.jpg", "caption": "a caption", "split": "train"}'
+    (folder / "plain" / "captions.jsonl").write_text(row)
+    found["folder"] = image_folder.ImageFolder(folder / "plain")
     return found
 
 
@@ -81,7 +92,7 @@ def requested(photo):
 
 
 @pytest.mark.parametrize(
-    "name", ["tar", "tfrecord", "as it is", "tfds", "prepared"]
+    "name", ["tar", "tfrecord", "as it is", "tfds", "folder", "prepared"]
 )
 def test_read_upright(photo, sources, requested, name):
     split = sources[name].split("train")
