@@ -2,8 +2,8 @@
 
 The public names below are imported when they are first used (PEP 562), so
 `import cappa_tf` costs nothing: TensorFlow takes several seconds to load. The
-classes of a saved encoder are registered with Keras as soon as there is a
-Keras, before or after this import, so that `keras.saving.load_model` opens it.
+classes of saved models are registered with Keras as soon as there is a Keras,
+before or after this import, so that `keras.saving.load_model` opens them.
 """
 
 import importlib
@@ -17,6 +17,7 @@ _PUBLIC = {
     "Adafactor": "cappa_tf.training.optimizers.adafactor",
     "CaptionDataset": "cappa_tf.data.caption_dataset",
     "Captioner": "cappa_tf.models.captioner",
+    "Classifier": "cappa_tf.models.classifier",
     "Cosine": "cappa_tf.training.optimizers.schedules",
     "DatasetDescription": "cappa_tf.data.schema",
     "TextDecoder": "cappa_tf.models.text_decoder",
@@ -42,7 +43,7 @@ def __getattr__(name):
 
 @wrapt.when_imported("keras")
 def _register(keras):
-    """Lets Keras find the classes of a saved encoder by their names."""
+    """Lets Keras find the classes of saved models by their names."""
     del keras
     importlib.import_module("cappa_tf.models")
 

@@ -289,7 +289,7 @@ def _numbers(name, values, kind):
 
 def load_encoder(path, weights="auto"):
     """The vision encoder of a run, a .keras file or an npz."""
-    from cappa_tf.export import big_vision
+    from cappa_tf.saving import big_vision
     from cappa_tf.saving import run_folder
 
     if path.endswith(".npz"):

@@ -22,8 +22,9 @@ import os
 
 import numpy as np
 
-from cappa_tf.export.weights import to_numpy, variables_by_path
+from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.models.positions import sincos2d
+from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_extra
 
@@ -132,14 +133,12 @@ def check_installed():
 
 def _check(encoder):
     check_installed()
-    if encoder.pooling not in ("gap", "none") or (
-        encoder.rep_size or encoder.num_classes
-    ):
+    has_head = type(encoder) is not VisionEncoder
+    if has_head or encoder.pooling not in ("gap", "none"):
         raise ValueError(
             "Exported to PyTorch is an encoder with pooling 'gap' or 'none', "
-            "without `rep_size` and `num_classes`. Received: "
-            f"pooling={encoder.pooling!r}, rep_size={encoder.rep_size}, "
-            f"num_classes={encoder.num_classes}"
+            f"without a head. Received: a {type(encoder).__name__}"
+            + ("" if has_head else f" with pooling={encoder.pooling!r}")
         )
 
 

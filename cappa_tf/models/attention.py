@@ -42,7 +42,8 @@ class MultiHeadAttention(keras.layers.Layer):
         hidden_dim: Width D of queries and output.
         num_heads: Number of heads H; divides D.
         use_bias: Whether the four projections have biases.
-        kernel_initializer: Of the four kernels (fans as of a [D, D] matrix).
+        kernel_initializer: Of the four kernels, as `keras.initializers.get`
+            takes it (fans as of a [D, D] matrix).
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "hidden_dim": self.hidden_dim,
             "num_heads": self.num_heads,
             "use_bias": self.use_bias,
-            "kernel_initializer": self.kernel_initializer,
+            "kernel_initializer": _serialized(self.kernel_initializer),
         }
 
 
@@ -156,7 +157,11 @@ class _FlatFans(keras.initializers.Initializer):
     def __init__(self, name, projection):
         self.name = name
         self.projection = projection
-        self._initializer = keras.initializers.get(name)
+        # Four kernels that share one initializer would be equal.
+        is_made = isinstance(name, keras.initializers.Initializer)
+        self._initializer = (
+            name.clone() if is_made else keras.initializers.get(name)
+        )
 
     def __call__(self, shape, dtype=None):
         flat = (
@@ -167,4 +172,12 @@ class _FlatFans(keras.initializers.Initializer):
         return ops.reshape(self._initializer(flat, dtype=dtype), shape)
 
     def get_config(self):
-        return {"name": self.name, "projection": self.projection}
+        name = _serialized(self.name)
+        return {"name": name, "projection": self.projection}
+
+
+def _serialized(initializer):
+    """What a configuration holds of an initializer or its name."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return keras.initializers.serialize(initializer)
+    return initializer

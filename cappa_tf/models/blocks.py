@@ -48,12 +48,7 @@ class EncoderBlock(keras.layers.Layer):
             name="mlp",
             dtype=dtype,
         )
-        self._drops = [
-            StatelessDropout(
-                dropout, f"{self.name}/{place}", name=place, dtype=dtype
-            )
-            for place in ("attention_dropout", "mlp_dropout")
-        ]
+        self._drops = _dropouts(self, dropout, ("attention", "mlp"))
 
     def build(self, input_shape):
         """Creates the block for inputs [B, P, D]."""
@@ -72,9 +67,9 @@ class EncoderBlock(keras.layers.Layer):
         """
         y = self._attention_norm(x)
         y = self._attention(y, *self._attention.project(y))
-        x = x + self._drops[0](y, seeds, training=training)
+        x = x + self._drops["attention"](y, seeds, training=training)
         y = self._mlp(self._mlp_norm(x), seeds, training=training)
-        return x + self._drops[1](y, seeds, training=training)
+        return x + self._drops["mlp"](y, seeds, training=training)
 
     def compute_output_shape(self, input_shape, *unused, **also_unused):
         """The shape of the input."""
@@ -127,10 +122,10 @@ class DecoderBlock(keras.layers.Layer):
         self.use_bias = use_bias
         self.dropout = dropout
         dtype = self.dtype_policy
-        self._norms = [
-            layer_norm(f"{place}_norm", dtype, use_bias)
+        self._norms = {
+            place: layer_norm(f"{place}_norm", dtype, use_bias)
             for place in ("self_attention", "cross_attention", "mlp")
-        ]
+        }
         # flax's attention default, which the reference leaves in place.
         self.self_attention, self.cross_attention = (
             MultiHeadAttention(
@@ -151,17 +146,12 @@ class DecoderBlock(keras.layers.Layer):
             name="mlp",
             dtype=dtype,
         )
-        self._drops = [
-            StatelessDropout(
-                dropout, f"{self.name}/{place}", name=place, dtype=dtype
-            )
-            for place in ("self_dropout", "cross_dropout", "mlp_dropout")
-        ]
+        self._drops = _dropouts(self, dropout, ("self", "cross", "mlp"))
 
     def build(self, input_shape, memory_shape):
         """Creates the block for text [N, L, D] and patches [B, P, E]."""
         shape = (None, None, input_shape[-1])
-        for norm in self._norms:
+        for norm in self._norms.values():
             norm.build(shape)
         self.self_attention.build(shape)
         self.cross_attention.build(shape, (None, None, memory_shape[-1]))
@@ -192,18 +182,19 @@ class DecoderBlock(keras.layers.Layer):
             x [N, L, D], and the (keys, values) that were attended to: with a
             cache, the two [N, H, M, C] with this position written in.
         """
-        y = self._norms[0](x)
+        y = self._norms["self_attention"](x)
         keys, values = self.self_attention.project(y)
         if cache is not None:
             keys = _write(cache[0], keys, cache[2])
             values = _write(cache[1], values, cache[2])
         y = self.self_attention(y, keys, values, attention_mask)
-        x = x + self._drops[0](y, seeds, training=training)
+        x = x + self._drops["self"](y, seeds, training=training)
         if memory is not None:
-            y = self._attend_to_image(self._norms[1](x), memory)
-            x = x + self._drops[1](y, seeds, training=training)
-        y = self._mlp(self._norms[2](x), seeds, training=training)
-        x = x + self._drops[2](y, seeds, training=training)
+            y = self._norms["cross_attention"](x)
+            y = self._attend_to_image(y, memory)
+            x = x + self._drops["cross"](y, seeds, training=training)
+        y = self._mlp(self._norms["mlp"](x), seeds, training=training)
+        x = x + self._drops["mlp"](y, seeds, training=training)
         return x, (keys, values)
 
     def _attend_to_image(self, x, memory):
@@ -224,6 +215,19 @@ class DecoderBlock(keras.layers.Layer):
             "use_bias": self.use_bias,
             "dropout": self.dropout,
         }
+
+
+def _dropouts(block, rate, places):
+    """Dropout after each part of a block, by the part's name."""
+    return {
+        place: StatelessDropout(
+            rate,
+            f"{block.name}/{place}_dropout",
+            name=f"{place}_dropout",
+            dtype=block.dtype_policy,
+        )
+        for place in places
+    }
 
 
 def _write(cache, entry, index):

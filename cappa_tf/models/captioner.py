@@ -13,9 +13,6 @@ import keras
 import tensorflow as tf
 
 from cappa_tf.models import stateless_random
-
-# A saved captioner names its encoder's class; importing registers it.
-from cappa_tf.models import vision_encoder as _  # noqa: F401
 from cappa_tf.models.inference import Inference
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task

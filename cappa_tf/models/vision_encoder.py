@@ -2,7 +2,7 @@
 
 Abbreviations for dimensions:
     B: batch.  H, W: height and width of the image in pixels.
-    P: number of patches.  D: width.  C: number of classes.
+    P: number of patches.  D: width.
 """
 
 import functools
@@ -51,8 +51,6 @@ class VisionEncoder(keras.Model):
         pooling: What `pre_logits` is: "gap" (mean of the patches, CapPa's),
             "map" (attention pooling), "tok" (a class token) or "none" (no
             `pre_logits`).
-        rep_size: Width of a tanh layer on the pooled features, or None.
-        num_classes: Number of outputs of a linear head, or None for no head.
         remat: Whether training computes what lies inside a block again for
             the gradient, in place of keeping it: about a third more time,
             and one activation a block in memory.
@@ -65,8 +63,8 @@ class VisionEncoder(keras.Model):
 
     Returns:
         Dict with `encoded` [B, P, D] after the final LayerNorm (pooling
-        "tok": [B, 1 + P, D], class token first), `pre_logits` [B, D] and,
-        with a head, `logits` [B, C].
+        "tok": [B, 1 + P, D], class token first) and `pre_logits` [B, D].
+        Logits are a `Classifier`'s.
 
     Reference: big_vision models/vit.py; patch dropout is this project's own
     (the reference's captioner documents the option and never reads it).
@@ -85,8 +83,6 @@ class VisionEncoder(keras.Model):
         dropout=0.0,
         patch_dropout=0.0,
         pooling="gap",
-        rep_size=None,
-        num_classes=None,
         remat=False,
         **kwargs,
     ):
@@ -95,12 +91,6 @@ class VisionEncoder(keras.Model):
         check_counts(num_layers=num_layers, mlp_dim=mlp_dim)
         check_fraction(dropout=dropout, patch_dropout=patch_dropout)
         check_choice(POOLINGS, pooling=pooling)
-        for name, value in (
-            ("rep_size", rep_size),
-            ("num_classes", num_classes),
-        ):
-            if value is not None:
-                check_counts(**{name: value})
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -111,8 +101,6 @@ class VisionEncoder(keras.Model):
         self.dropout = dropout
         self.patch_dropout = patch_dropout
         self.pooling = pooling
-        self.rep_size = rep_size
-        self.num_classes = num_classes
         self.remat = remat
         self.grid = self._grid()
         self.set_salt_prefix("encoder")
@@ -154,21 +142,10 @@ class VisionEncoder(keras.Model):
             for i in range(self.num_layers)
         ]
         self._norm = layer_norm("encoder_norm", dtype)
-        self._pool = self._representation = self._head = None
+        self._pool = None
         if self.pooling == "map":
             self._pool = AttentionPooling(
                 self.num_heads, mlp_dim=self.mlp_dim, name="pool", dtype=dtype
-            )
-        if self.rep_size:
-            self._representation = keras.layers.Dense(
-                self.rep_size, "tanh", name="representation", dtype=dtype
-            )
-        if self.num_classes:
-            self._head = keras.layers.Dense(
-                self.num_classes,
-                kernel_initializer="zeros",
-                name="head",
-                dtype="float32",
             )
 
     def build(self, input_shape=None):
@@ -186,12 +163,6 @@ class VisionEncoder(keras.Model):
             layer.build(shape)
         if self._pool is not None:
             self._pool.build(shape)
-        width = self.hidden_dim
-        if self._representation is not None:
-            self._representation.build((None, width))
-            width = self.rep_size
-        if self._head is not None:
-            self._head.build((None, width))
         self.built = True
 
     def build_from_config(self, config):
@@ -251,21 +222,50 @@ class VisionEncoder(keras.Model):
             pooled = encoded[:, 0]
         else:
             pooled = self._pool(encoded)
-        if self._representation is not None:
-            pooled = self._representation(pooled)
         outputs["pre_logits"] = pooled
-        if self._head is not None:
-            outputs["logits"] = self._head(pooled)
         return outputs
+
+    def export(self, filepath, *args, **kwargs):
+        """As `keras.Model.export`; the input is images of any number.
+
+        Args:
+            filepath: As `keras.Model.export`, and the others, too.
+            *args: As there.
+            **kwargs: As there; `input_signature` is by default one float32
+                [None, H, W, 3].
+        """
+        image = keras.InputSpec(shape=(None, *self.image_size, 3))
+        image.dtype = "float32"
+        kwargs.setdefault("input_signature", [image])
+        super().export(filepath, *args, **kwargs)
 
     def get_config(self):
         """Returns the constructor's arguments."""
         names = (
             "hidden_dim num_layers num_heads mlp_dim patch_size image_size "
-            "position_embedding dropout patch_dropout pooling rep_size "
-            "num_classes remat"
+            "position_embedding dropout patch_dropout pooling remat"
         ).split()
         config = {name: getattr(self, name) for name in names}
         base = {"name": self.name, "trainable": self.trainable}
         dtype = keras.saving.serialize_keras_object(self.dtype_policy)
         return {**base, "dtype": dtype, **config}
+
+    @classmethod
+    def from_config(cls, config):
+        """Rebuilds an encoder, one of version 0.1.0 with a head included."""
+        heads = {
+            name: config[name]
+            for name in ("rep_size", "num_classes")
+            if config.get(name) is not None
+        }
+        config = {
+            name: value
+            for name, value in config.items()
+            if name not in ("rep_size", "num_classes")
+        }
+        if heads and cls is VisionEncoder:
+            # Imported here: it is built on this module.
+            from cappa_tf.models.classification_head import EncoderWithHead
+
+            return EncoderWithHead(**config, **heads)
+        return super().from_config({**config, **heads})

@@ -2,18 +2,23 @@
 
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import ROOT
 from harness import randomize
+from random_captioner import make_captioner
 
 import cappa_tf
 from cappa_tf.export import keras_backbone
+from cappa_tf.models.classification_head import EncoderWithHead
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.stateless_random import example_seeds
 from cappa_tf.models.vision_encoder import VisionEncoder
@@ -45,7 +50,7 @@ found = {f"plain_{k}": v for k, v in encoder(images).items()}
 resized = cappa_tf.load_backbone(f"{folder}/encoder.keras", (24, 40))
 found.update({f"resized_{k}": v for k, v in resized(larger).items()})
 dropping = keras.saving.load_model(f"{folder}/dropping.keras")
-from cappa_tf.models.random import example_seeds
+from cappa_tf.models.stateless_random import example_seeds
 
 seeds = example_seeds(3, np.array([7, 1000], "int32"))
 outputs = dropping(images, seeds=seeds, training=True)
@@ -61,7 +66,7 @@ import os
 import sys
 import traceback
 
-path, *orders = sys.argv[1:]
+folder, *orders = sys.argv[1:]
 sys.modules["keras"] = None
 import tensorflow
 
@@ -71,7 +76,9 @@ for order in orders:
     pid = os.fork()
     if pid == 0:
         try:
-            exec(order + "; keras.saving.load_model(path)")
+            exec(order)
+            for name in ("encoder", "captioner"):
+                keras.saving.load_model(f"{folder}/{name}.keras")
             print("loaded after", order, flush=True)
         except BaseException:
             traceback.print_exc()
@@ -115,6 +122,8 @@ def folder(tmp_path_factory):
         for name, value in named.items()
     }
     np.savez(folder / "expected.npz", **arrays)
+    captioner = make_captioner()
+    captioner.save(folder / "captioner.keras")
     return folder
 
 
@@ -155,16 +164,17 @@ def test_whatever_is_imported_first(folder):
         "import cappa_tf, keras",
         # Half imported when Keras comes and wants the encoder's classes.
         "import cappa_tf.models.attention, keras",
-        "import cappa_tf.export.weights, keras",
+        "import cappa_tf.saving.weights, keras",
+        "import cappa_tf.models.losses.cross_entropy, keras",
     ]
-    printed = python(IMPORT_ORDERS, folder / "encoder.keras", *orders)
+    printed = python(IMPORT_ORDERS, folder, *orders)
     assert printed.splitlines() == [f"loaded after {order}" for order in orders]
 
 
 def test_the_config_names_every_argument():
     parameters = inspect.signature(VisionEncoder.__init__).parameters
     arguments = {*parameters} - {"self", "kwargs"}
-    config = make_encoder(rep_size=5, num_classes=3).get_config()
+    config = make_encoder().get_config()
     assert {*config} == arguments | {"name", "trainable", "dtype"}
 
 
@@ -210,6 +220,40 @@ def test_what_is_no_encoder_is_named(tmp_path):
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path)
     with pytest.raises(ValueError, match=r"other\.keras.*Sequential"):
         cappa_tf.load_backbone(path)
+
+
+def test_a_saved_model_of_keras(folder, tmp_path):
+    """`Model.export` needs no signature: the images' size is known."""
+    encoder = make_encoder()
+    encoder.export(str(tmp_path / "exported"), verbose=False)
+    exported = tf.saved_model.load(str(tmp_path / "exported"))
+    served = exported.serve(images())
+    for name, value in encoder(images()).items():
+        np.testing.assert_allclose(served[name], value, atol=1e-6)
+
+
+def test_an_encoder_with_a_head_as_version_0_1_0_saved_it(tmp_path):
+    """Its layers lay among those of the encoder."""
+    old = EncoderWithHead(rep_size=6, num_classes=5, **SIZES)
+    old.build()
+    randomize(old)
+    old.save(tmp_path / "new.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "new.keras") as new,
+        zipfile.ZipFile(tmp_path / "old.keras", "w") as file,
+    ):
+        for name in new.namelist():
+            content = new.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                config["class_name"] = "VisionEncoder"
+                config["registered_name"] = "cappa_tf>VisionEncoder"
+                content = json.dumps(config)
+            file.writestr(name, content)
+    loaded = keras.saving.load_model(tmp_path / "old.keras")
+    for name, value in old(images()).items():
+        np.testing.assert_array_equal(loaded(images())[name], value)
+    assert loaded(images())["logits"].shape == (2, 5)
 
 
 def test_a_size_that_does_not_fit_is_named(folder):

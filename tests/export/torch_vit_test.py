@@ -157,14 +157,14 @@ def test_timm_finds_the_width_of_the_mlp(size):
     ("kwargs", "received"),
     [
         ({"pooling": "map"}, "pooling='map'"),
-        ({"rep_size": 5}, "rep_size=5"),
-        ({"num_classes": 5}, "num_classes=5"),
+        ({"num_classes": 5}, "EncoderWithHead"),
     ],
 )
 @pytest.mark.parametrize("save", [torch_vit.save_siglip, torch_vit.save_timm])
 def test_what_they_cannot_hold_is_named(save, kwargs, received, tmp_path):
+    encoder = VisionEncoder.from_config({**SIZES, **kwargs})
     with pytest.raises(ValueError, match=received):
-        save(make_encoder(**kwargs), tmp_path / "out")
+        save(encoder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

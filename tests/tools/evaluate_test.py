@@ -14,7 +14,7 @@ from cappa_tf.data import schema
 from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.evaluator import Report
 from cappa_tf.evaluation.labelled import LabelledImages, extract_features
-from cappa_tf.export import big_vision
+from cappa_tf.saving import big_vision
 from cappa_tf.utils import files
 from tools import evaluate
 

@@ -14,11 +14,12 @@ import os
 
 import numpy as np
 
-from cappa_tf.export import big_vision_arrays as files
-from cappa_tf.export import big_vision_names as names
-from cappa_tf.export.big_vision_arrays import read_arrays
-from cappa_tf.export.weights import to_numpy, variables_by_path
+from cappa_tf.saving import big_vision_arrays as files
+from cappa_tf.saving import big_vision_names as names
+from cappa_tf.saving.big_vision_arrays import read_arrays
+from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.classifier import Classifier
 from cappa_tf.models.positions import resample_positions, square_grid
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.text_decoder import TextDecoder
@@ -104,9 +105,9 @@ def load_vision_encoder(path_or_arrays, image_size=None):
     """Builds an encoder from weights of a big_vision ViT.
 
     Reads encoder-only files, the image tower (`img/...`) of a two-tower
-    model such as SigLIP, and the encoder of a captioner. A class token, a MAP
-    head, `pre_logits` and a classification head are part of the encoder
-    where the arrays have them. Pooling is then "tok" or "map", else "gap".
+    model such as SigLIP, and the encoder of a captioner. A class token and a
+    MAP head are part of the encoder where the arrays have them; pooling is
+    then "tok" or "map", else "gap".
 
     Args:
         path_or_arrays: Path of an npz file, or a mapping from name to array,
@@ -116,7 +117,8 @@ def load_vision_encoder(path_or_arrays, image_size=None):
             positions another size than that of training resamples them.
 
     Returns:
-        A built `VisionEncoder`.
+        A built `VisionEncoder`; where the arrays have a layer `pre_logits` or
+        a head, a built `Classifier` of it.
 
     Raises:
         ValueError: If arrays are missing, extra or misshapen (all of them
@@ -133,10 +135,12 @@ def load_vision_encoder(path_or_arrays, image_size=None):
     rows = names.vision_rows(**structure)
     sizes = names.read_sizes(rows, arrays)
     names.check_arrays(names.expected_shapes(rows, sizes), arrays, source)
-    encoder = _vision_encoder(structure, sizes, arrays, image_size)
-    encoder.build()
-    _load(rows, encoder, arrays)
-    return encoder
+    model = _vision_encoder(structure, sizes, arrays, image_size)
+    if structure["rep"] or structure["head"]:
+        model = Classifier(model, sizes.get("K"), sizes.get("R"))
+    model.build()
+    _load(rows, model, arrays)
+    return model
 
 
 def is_captioner(arrays):
@@ -157,14 +161,10 @@ def save_captioner(captioner, path, *, scan=False):
         ValueError: If the reference has no such model.
     """
     encoder = captioner.vision_encoder
-    if encoder.pooling not in ("gap", "none") or (
-        encoder.rep_size or encoder.num_classes
-    ):
+    if encoder.pooling not in ("gap", "none"):
         raise ValueError(
             "A captioner of big_vision has a vision encoder with pooling "
-            "'gap', without `rep_size` and `num_classes`. Received: "
-            f"pooling={encoder.pooling!r}, rep_size={encoder.rep_size}, "
-            f"num_classes={encoder.num_classes}"
+            f"'gap'. Received: pooling={encoder.pooling!r}"
         )
     decoder = captioner.text_decoder
     rows = names.text_rows(
@@ -182,21 +182,22 @@ def save_vision_encoder(encoder, path, *, scan=False):
     """Writes the weights of an encoder for big_vision (models/vit.py).
 
     Args:
-        encoder: A built `VisionEncoder`.
+        encoder: A built `VisionEncoder`, or a `Classifier` of one.
         path: npz file to write; names start with `params/`.
         scan: Whether to stack the blocks.
     """
     _write(path, _arrays(_vision_rows(encoder, scan), encoder))
 
 
-def _vision_rows(encoder, scan):
+def _vision_rows(model, scan):
+    encoder = getattr(model, "vision_encoder", model)
     return names.vision_rows(
         num_layers=encoder.num_layers,
         scanned=scan,
         learned=encoder.position_embedding == "learned",
         pooling=encoder.pooling,
-        rep=encoder.rep_size is not None,
-        head=encoder.num_classes is not None,
+        rep=getattr(model, "rep_size", None) is not None,
+        head=getattr(model, "num_classes", None) is not None,
     )
 
 
@@ -237,8 +238,6 @@ def _vision_encoder(structure, sizes, arrays, image_size):
         image_size=image_size,
         position_embedding="learned" if structure["learned"] else "sincos2d",
         pooling=structure["pooling"],
-        rep_size=sizes.get("R"),
-        num_classes=sizes.get("K"),
         name="vision_encoder",
     )
     if structure["learned"]:
@@ -277,7 +276,7 @@ def paired(rows, model):
 
     Args:
         rows: List of `names.Row`.
-        model: A built model with `num_layers`.
+        model: A built encoder, decoder or `Classifier`.
 
     Returns:
         List of (row, list of variables), one variable unless blocks are
@@ -286,10 +285,15 @@ def paired(rows, model):
     Raises:
         ValueError: If the model has weights that big_vision's has not.
     """
-    variables = variables_by_path(model)
+    # A classifier's encoder has the names of an encoder alone.
+    variables = {
+        path.removeprefix("vision_encoder/"): variable
+        for path, variable in variables_by_path(model).items()
+    }
+    blocks = getattr(model, "vision_encoder", model).num_layers
     pairs = []
     for row in rows:
-        count = 1 if row.axis is None else model.num_layers
+        count = 1 if row.axis is None else blocks
         pairs.append((row, [row.path.format(i) for i in range(count)]))
     wanted = {path for _, paths in pairs for path in paths}
     if wanted != variables.keys():

@@ -1,0 +1,168 @@
+"""A classifier: a vision encoder and a linear head on what it pools.
+
+Abbreviations for dimensions:
+    B: batch.  H, W: height and width of the image in pixels.
+    P: number of patches.  D: width.  R: `rep_size`.  C: number of classes.
+"""
+
+import keras
+import tensorflow as tf
+
+from cappa_tf.models import stateless_random
+from cappa_tf.models.classification_head import (
+    apply_head,
+    build_head,
+    head_layers,
+)
+from cappa_tf.models.losses.classification import softmax_cross_entropy
+from cappa_tf.models.task import ExampleLosses, Task
+from cappa_tf.utils.arguments import check_fraction
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class Classifier(Task):
+    """An encoder trained to name the class of an image.
+
+    Args:
+        vision_encoder: `VisionEncoder` that pools.
+        num_classes: Number of classes C; None for a model without a head,
+            which cannot be trained.
+        rep_size: Width R of a tanh layer on the pooled features, or None.
+        label_smoothing: Share of the target spread over all classes.
+        seed: Of what is dropped, together with each example's `index`.
+
+    Call arguments:
+        images: [B, H, W, 3] in [-1, 1].
+        seeds: As those of `VisionEncoder`.
+        training: Whether to drop.
+
+    Returns:
+        What the encoder returns, `pre_logits` [B, D or R], and `logits`
+        float32 [B, C].
+    """
+
+    short_names = {"accuracy": "acc"}
+
+    def __init__(
+        self,
+        vision_encoder,
+        num_classes=None,
+        rep_size=None,
+        *,
+        label_smoothing=0.0,
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_fraction(label_smoothing=label_smoothing)
+        if vision_encoder.pooling == "none":
+            raise ValueError(
+                "A classifier needs a vision encoder that pools. Received: "
+                "pooling='none'"
+            )
+        self.vision_encoder = vision_encoder
+        self.num_classes = num_classes
+        self.rep_size = rep_size
+        self.label_smoothing = label_smoothing
+        self.seed = seed
+        self.representation, self.head = head_layers(
+            rep_size, num_classes, self.dtype_policy
+        )
+
+    @property
+    def parts(self):
+        """See `Task.parts`."""
+        parts = {
+            "vision_encoder": self.vision_encoder,
+            "representation": self.representation,
+            "head": self.head,
+        }
+        return {k: v for k, v in parts.items() if v is not None}
+
+    def build(self, input_shape=None):
+        """Creates all weights; the sizes are known from the constructors."""
+        build_head(
+            self.representation, self.head, self.vision_encoder.hidden_dim
+        )
+        super().build(input_shape)
+
+    def call(self, images, seeds=None, training=False):
+        """Classifies images; see the class for shapes."""
+        outputs = self.vision_encoder(images, seeds=seeds, training=training)
+        return apply_head(self.representation, self.head, outputs)
+
+    def example_losses(self, batch, training):
+        """See `Task.example_losses`.
+
+        Args:
+            batch: Dict with `image` [B, H, W, 3]; `label` int64 [B], -1 where
+                there is none, which counts nowhere; in training `index`.
+            training: Whether to drop.
+        """
+        seeds = None
+        if training:
+            seeds = stateless_random.example_seeds(self.seed, batch["index"])
+        logits = self(batch["image"], seeds, training=training)["logits"]
+        labels = batch["label"]
+        known = tf.cast(labels >= 0, tf.float32)
+        loss = softmax_cross_entropy(logits, labels, self.label_smoothing)
+        loss = tf.where(known > 0, loss, 0.0)
+        best = tf.argmax(logits, axis=-1, output_type=labels.dtype)
+        right = tf.cast(best == labels, tf.float32)
+        return ExampleLosses(loss, {"accuracy": (right, known)}, {})
+
+    def batch_spec(self, size, captions=1):
+        """See `Task.batch_spec`."""
+        del captions
+        height, width = self.vision_encoder.image_size
+        return {
+            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            "label": tf.TensorSpec([size], tf.int64),
+            "index": tf.TensorSpec([size], tf.int64),
+        }
+
+    def shapes(self, size, captions=1):
+        """See `Task.shapes`."""
+        del captions
+        encoder = self.vision_encoder
+        patches = encoder.grid[0] * encoder.grid[1]
+        return {
+            "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
+            "logits": (size, self.num_classes),  # [B, C]
+        }
+
+    def check_data(self, data, name):
+        """Refuses data with captions in place of labels, or of another size."""
+        if data.tokenizer is not None:
+            raise ValueError(
+                "A classifier reads labels, which a data set gives without a "
+                f"tokenizer. Received: {name} of {data.path} with a tokenizer"
+            )
+        if tuple(data.image_size) != self.vision_encoder.image_size:
+            raise ValueError(
+                "`image_size` of model and data must agree. Received: "
+                f"VisionEncoder.image_size={self.vision_encoder.image_size}, "
+                f"image_size={tuple(data.image_size)} of {name}, {data.path}"
+            )
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        encoder = keras.saving.serialize_keras_object(self.vision_encoder)
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "vision_encoder": encoder,
+            "num_classes": self.num_classes,
+            "rep_size": self.rep_size,
+            "label_smoothing": self.label_smoothing,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Rebuilds the classifier with its encoder."""
+        encoder = keras.saving.deserialize_keras_object(
+            config["vision_encoder"]
+        )
+        return cls(**{**config, "vision_encoder": encoder})
