@@ -151,22 +151,19 @@ def _caption_all(arguments):
     """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data.images import image_files
-    from cappa_tf.evaluation import captioning, picture_captions
-    from cappa_tf.saving import run_folder
+    from cappa_tf.inference.image_files import caption_pictures
+    from cappa_tf.inference.predictor import GENERATE, Predictor
 
     paths = image_files.find_pictures(arguments)
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2
     with console.naming("checkpoint", FLAGS.checkpoint):
-        tokenizer, preprocessing = run_folder.load_preprocessing(
-            FLAGS.checkpoint
-        )
-        captioner = run_folder.load_captioner(FLAGS.checkpoint, FLAGS.weights)
-    captioner.tokenizer = tokenizer
-    generation = _generation(captioner)
+        predictor = Predictor.open(FLAGS.checkpoint, FLAGS.weights)
+        predictor.require("Captioning", GENERATE)
+    generation = _generation(predictor.model)
     if FLAGS.prefix is not None:
-        _, unknown = tokenizer.encode(FLAGS.prefix)
+        _, unknown = predictor.tokenizer.encode(FLAGS.prefix)
         if unknown:
             words = ", ".join(map(repr, dict.fromkeys(unknown)))
             print(
@@ -174,11 +171,11 @@ def _caption_all(arguments):
                 f"piece for {words}, which is unknown to it",
                 file=sys.stderr,
             )
-    rows = picture_captions.caption_pictures(
+    rows = caption_pictures(
         paths,
-        picture_captions.PictureReader(**preprocessing),
-        captioning.CaptionDecoder(
-            captioner, tokenizer, _batch_size(len(paths)), **generation
+        predictor.reader,
+        predictor.make_decoder(
+            batch_size=_batch_size(len(paths)), **generation
         ),
     )
     if FLAGS.format == "table":

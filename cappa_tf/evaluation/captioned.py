@@ -68,11 +68,11 @@ class CaptionedImages:
                 f"Received: split={self.split!r}"
             )
 
-    def batches(self, scorer):
+    def batches(self, predictor):
         """Reads the split in order, as a model takes it.
 
         Args:
-            scorer: `Scorer` with the model's preprocessing and B.
+            predictor: `Predictor` with the model's preprocessing and B.
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], their
@@ -85,7 +85,7 @@ class CaptionedImages:
         self.skipped = collections.Counter()
         read = self._of_records if self._is_records else self._of_folder
         empty = True
-        for images, examples in read(scorer):
+        for images, examples in read(predictor):
             empty = False
             yield images, examples
         if empty:
@@ -94,21 +94,24 @@ class CaptionedImages:
                 f"{self.split!r} of {self.path}, skipped={dict(self.skipped)}"
             )
 
-    def _of_records(self, scorer):
+    def _of_records(self, predictor):
         data = CaptionDataset(
-            self.path, self.split, scorer.tokenizer, **scorer.preprocessing
+            self.path,
+            self.split,
+            predictor.tokenizer,
+            **predictor.preprocessing,
         )
         for images, _, examples in captioning.batches(
-            data, scorer.batch_size, self._limit
+            data, predictor.batch_size, self._limit
         ):
             yield images.numpy(), examples
         self.skipped.update(data.skipped)
 
-    def _of_folder(self, scorer):
+    def _of_folder(self, predictor):
         noted = image_folder.Skipped()
         found = read_examples(self._rows, noted)
-        good = self._decoded(found, scorer.reader)
-        while some := list(itertools.islice(good, scorer.batch_size)):
+        good = self._decoded(found, predictor.reader)
+        while some := list(itertools.islice(good, predictor.batch_size)):
             images, examples = zip(*some)
             yield np.stack(images), list(examples)
         self.skipped.update(self._malformed + noted.counts)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cappa_tf.evaluation import labelled
 from cappa_tf.evaluation.evaluator import Evaluator, Report
+from cappa_tf.inference.predictor import FEATURES
 from cappa_tf.utils.arguments import check_choice
 
 DEFAULT_SHOTS = (1, 5, 10, 25)
@@ -196,6 +197,7 @@ class Fewshot(Evaluator):
         name: See `Evaluator`.
     """
 
+    needs = (FEATURES,)
     on_all_hosts = True
 
     def __init__(
@@ -224,29 +226,25 @@ class Fewshot(Evaluator):
         for split in self._splits.values():
             labelled.LabelledImages(self._path, split, 1, self._resize)
 
-    def evaluate(self, scorer):
-        """Measures the encoder of a captioner: see `measure`."""
-        return self.measure(scorer.captioner.vision_encoder, scorer.hosts)
-
-    def measure(self, encoder, hosts=None):
-        """Measures a `VisionEncoder`.
-
-        Args:
-            encoder: The encoder.
-            hosts: See `labelled.extract_features`.
+    def evaluate(self, predictor):
+        """Measures the features of a model.
 
         Returns:
             A `Report`; a metric is called `10_shot`, with more than one
             penalty `10_shot_l2_1024`, and is the mean over seeds.
         """
+        self.check(predictor)
         features, skipped = [], {}
         for name, split in self._splits.items():
             data = labelled.LabelledImages(
-                self._path, split, encoder.image_size, self._resize
+                self._path, split, predictor.image_size, self._resize
             )
             features.append(
                 labelled.extract_features(
-                    encoder, data, self._batch_size, hosts=hosts
+                    predictor.features,
+                    data,
+                    self._batch_size,
+                    hosts=predictor.hosts,
                 )
             )
             skipped[name] = dict(data.skipped)

@@ -184,11 +184,12 @@ def _central_crop(pictures, size):
     return pictures[:, top : top + h, left : left + w]
 
 
-def extract_features(encoder, data, batch_size=64, progress=None, hosts=None):
+def extract_features(encode, data, batch_size=64, progress=None, hosts=None):
     """Runs a frozen encoder over labelled pictures.
 
     Args:
-        encoder: A `VisionEncoder`.
+        encode: Maps images float32 [B, H, W, 3] to features float32 [B, D],
+            such as `Predictor.features`.
         data: `LabelledImages`.
         batch_size: Pictures at once.
         progress: Optional function called with the number of pictures after
@@ -197,24 +198,16 @@ def extract_features(encoder, data, batch_size=64, progress=None, hosts=None):
             processes encode a part each and all want the result.
 
     Returns:
-        (features float32 [N, D], labels int64 [N]), features being
-        `pre_logits`, or the mean of `encoded` for an encoder that pools not.
+        (features float32 [N, D], labels int64 [N]), in the order
+        of the data.
 
     Raises:
         ValueError: If no labelled picture is left.
     """
-
-    @tf.function(reduce_retracing=True)
-    def encode(pictures):
-        outputs = encoder(pictures, training=False)
-        if "pre_logits" in outputs:
-            return tf.cast(outputs["pre_logits"], tf.float32)
-        return tf.reduce_mean(tf.cast(outputs["encoded"], tf.float32), 1)
-
     rows = []  # (order, features, label)
     part = (0, 1) if hosts is None else (hosts.index, hosts.count)
     for pictures, labels, order in data.part(batch_size, *part):
-        encoded = encode(tf.constant(pictures)).numpy()
+        encoded = encode(pictures)
         rows += zip(order.tolist(), encoded, labels.tolist())
         if progress is not None:
             progress(len(labels))

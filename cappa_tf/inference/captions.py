@@ -1,4 +1,4 @@
-"""Captions of images, and how right they are on a data set.
+"""`CaptionDecoder`: images to captions with their probabilities.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
@@ -7,13 +7,10 @@ Abbreviations for dimensions:
 
 import dataclasses
 import functools
-import itertools
 import zlib
 
 import numpy as np
 import tensorflow as tf
-
-from cappa_tf.evaluation import caption_metrics
 
 
 @dataclasses.dataclass
@@ -47,14 +44,6 @@ class CaptionRow:
     def exact_match(self):
         """Whether the caption is, normalised, one of the references."""
         return normalize(self.caption) in map(normalize, self.references)
-
-
-@dataclasses.dataclass
-class CaptionResult:
-    """Captions of a data set (`rows`) and their figures (`metrics`)."""
-
-    rows: list
-    metrics: dict
 
 
 def normalize(caption):
@@ -189,72 +178,6 @@ class CaptionDecoder:
             for name in ("nll", "tokens")
         )
 
-    def evaluate(
-        self,
-        dataset,
-        limit=None,
-        *,
-        corpus_scores=False,
-        keep_images=0,
-        progress=None,
-        hosts=None,
-    ):
-        """Captions every image of a split and compares with its references.
-
-        Bad records, which the data set counts, are left out.
-
-        Args:
-            dataset: A `CaptionDataset`.
-            limit: Only the first `limit` records.
-            corpus_scores: Whether to add `caption_metrics.score_captions`.
-            keep_images: How many of the first rows keep their image's bytes.
-            progress: Optional function, called with the number of images done
-                after each batch.
-            hosts: Has `index`, `count` and `gather(value)`, where several
-                processes caption a part each and all want the result.
-
-        Returns:
-            A `CaptionResult`, its metrics being: `num_images`; `exact_match`,
-            the share of captions equal to one of their references;
-            `nll_per_token`, in nats, of the references, left to right, over
-            all their tokens; `distinct_captions`; `mean_words`, of a caption;
-            and `cider` and the like if asked for.
-
-        Raises:
-            ValueError: There is no image to caption.
-        """
-        rows, nll, tokens = [], 0.0, 0.0
-        most = dataset.max_captions
-        part = (0, 1) if hosts is None else (hosts.index, hosts.count)
-        for images, indices, examples in batches(
-            dataset, self.batch_size, limit, *part
-        ):
-            references = [example.captions for example in examples]
-            keys = [example.key for example in examples]
-            decoded = self.decode(images, keys, references)
-            for i, row, example in zip(indices, decoded, examples):
-                row.image = example.image if len(rows) < keep_images else None
-                rows.append((i, row))
-            sums = self.reference_nll(images, references, most)
-            nll, tokens = nll + sums[0], tokens + sums[1]
-            if progress is not None:
-                progress(len(rows))
-        parts = [(rows, nll, tokens)]
-        if hosts is not None:
-            parts = hosts.gather(parts[0])
-        rows = in_order(part[0] for part in parts)
-        nll, tokens = (sum(part[i] for part in parts) for i in (1, 2))
-        if not rows:
-            raise ValueError(
-                "Captioning needs at least one image that can be read. "
-                f"Received: split {dataset.split!r} of {dataset.path}, "
-                f"limit={limit}, skipped={dataset.skipped}"
-            )
-        metrics = summarize(rows) | {"nll_per_token": nll / tokens}
-        if corpus_scores:
-            metrics |= score_rows(rows).corpus
-        return CaptionResult(rows, metrics)
-
     def _fill(self, images):
         """The same images, padded to [B, H, W, 3] with grey ones."""
         images = tf.convert_to_tensor(images, tf.float32)
@@ -287,94 +210,3 @@ def _cut(labels, pad, multiple=8):
     """Drops positions at the end that are padding in all captions."""
     longest = int((labels != pad).sum(-1).max())
     return labels[..., : max(multiple * -(-longest // multiple), multiple)]
-
-
-def evaluate_captions(
-    captioner,
-    dataset,
-    tokenizer,
-    batch_size=64,
-    limit=None,
-    *,
-    max_length=None,
-    **options,
-):
-    """`CaptionDecoder.evaluate` of a model that is evaluated once.
-
-    Args:
-        captioner: A built `Captioner`.
-        dataset: A `CaptionDataset`.
-        tokenizer: The `Tokenizer` that the captioner was trained with.
-        batch_size: Images that go through at once.
-        limit: Only the first `limit` records.
-        max_length: Longest caption in tokens; the decoder's by default.
-        **options: See `CaptionDecoder.evaluate`.
-
-    Returns:
-        A `CaptionResult`.
-    """
-    decoder = CaptionDecoder(captioner, tokenizer, batch_size, max_length)
-    return decoder.evaluate(dataset, limit, **options)
-
-
-def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
-    """Pictures of a split in order, with all that is known of them.
-
-    Bad records, which the data set counts, are left out.
-
-    Args:
-        dataset: A `CaptionDataset`.
-        batch_size: B.
-        limit: Only the first `limit` records.
-        host: Which host's part is wanted.
-        num_hosts: Number of parts.
-
-    Yields:
-        (images [at most B, H, W, 3], their indices, their `Example`s).
-    """
-    # Example i of `read_examples` is index i of `evaluate`.
-    examples = dataset.read_examples(limit)
-    examples = itertools.islice(examples, host, None, num_hosts)
-    for batch in dataset.evaluate(batch_size, host, num_hosts):
-        some = list(itertools.islice(examples, batch_size))
-        good = np.flatnonzero(batch["_mask"].numpy()[: len(some)])
-        if good.size:
-            indices = batch["index"].numpy()[good].tolist()
-            images = tf.gather(batch["image"], good)
-            yield images, indices, [some[i] for i in good]
-        if len(some) < batch_size:
-            return
-
-
-def in_order(parts):
-    """One list of rows of the (index, row) that several hosts have."""
-    pairs = sorted(itertools.chain(*parts), key=lambda pair: pair[0])
-    return [row for _, row in pairs]
-
-
-def summarize(rows):
-    """Figures of captioned images that need no model.
-
-    Args:
-        rows: `CaptionRow`s, at least one.
-
-    Returns:
-        A dict: `num_images`, `exact_match`, `distinct_captions`, `mean_words`.
-    """
-    captions = [normalize(row.caption) for row in rows]
-    return {
-        "num_images": len(rows),
-        "exact_match": sum(row.exact_match for row in rows) / len(rows),
-        "distinct_captions": len(set(captions)),
-        "mean_words": sum(len(c.split()) for c in captions) / len(rows),
-    }
-
-
-def score_rows(rows, meteor=False):
-    """`caption_metrics.Scores` of rows, which are numbered from 0."""
-    # Numbered, because nothing keeps two images from having one key.
-    return caption_metrics.score_captions(
-        {i: row.caption for i, row in enumerate(rows)},
-        {i: row.references for i, row in enumerate(rows)},
-        meteor,
-    )

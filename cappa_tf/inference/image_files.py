@@ -1,4 +1,4 @@
-"""Captions of picture files, prepared exactly as the evaluation prepared them.
+"""Image files to what a model takes, and to captions.
 
 B: batch size.  H, W: height and width the model takes.
 """

@@ -1,28 +1,47 @@
-"""A trained captioner with its vocabulary and preprocessing: texts to scores.
+"""`Predictor`: a trained model in use, with its vocabulary and preprocessing.
+
+    predictor = Predictor.open("runs/mine")
+    predictor.capabilities  # ("features", "generate", "autoregressive", ...)
 
 Abbreviations for dimensions:
     B: images that go through at once.   H, W: of the image in pixels.
     T: texts, the same for all images.   K: texts of one image.
-    L: length of a text in tokens.
+    L: length of a text in tokens.       D: width of the features.
 """
 
 import functools
+import os
 
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.evaluation.captioning import CaptionDecoder
-from cappa_tf.evaluation.picture_captions import PictureReader
+from cappa_tf.inference.captions import CaptionDecoder
+from cappa_tf.inference.image_files import PictureReader
+from cappa_tf.saving import big_vision, run_folder
+from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice, check_counts
 
-# How a text is scored: left to right as captions are written; all tokens at
-# once from MASK tokens and the image; and left to right without any image,
-# which is what the model thinks of the text alone.
+# What a predictor can do, beside the kinds of scores that its model has.
+FEATURES = "features"
+GENERATE = "generate"
+SCORE = "score"  # of any kind
+
+# Kinds of scores of captioners: left to right as captions are written; all
+# tokens at once from MASK tokens and the image; and left to right without any
+# image, which is what the model thinks of the text alone.
 AUTOREGRESSIVE = "autoregressive"
 PARALLEL = "parallel"
 BLIND = "blind"
-MODES = (AUTOREGRESSIVE, PARALLEL, BLIND)
+MINUS_BLIND = "minus_blind"
 
+# Of a model that is not in the folder of a run: those of `CaptionDataset`.
+_PREPROCESSING = {
+    "resize": "squash",
+    "resize_small": None,
+    "antialias": False,
+    "reduced_decode": True,
+    "max_pixels": 25_000_000,
+}
 # Texts of an image that are scored at once, each by itself in memory.
 _TEXTS_PER_PASS = 16
 # Lengths are rounded up to these: few shapes, so few graphs.
@@ -31,53 +50,191 @@ _LENGTH_MULTIPLE = 8
 _GRAPHS = 4
 
 
-class Scorer:
-    """Log-likelihoods of texts, in nats, summed over tokens, eos included.
+class Predictor:
+    """Images and texts to features, captions and scores.
 
     Args:
-        captioner: A built `Captioner`.
-        tokenizer: The `Tokenizer` it was trained with.
+        model: A built `Task`, or a `VisionEncoder` alone.
+        tokenizer: The `Tokenizer` it was trained with; None where it reads no
+            texts, or its vocabulary is not there: such a model only gives
+            features.
         preprocessing: Arguments of `PictureReader` and `CaptionDataset` that
-            decide how pictures are prepared: `image_size`, `resize`,
+            decide how images are prepared: `image_size`, `resize`,
             `resize_small`, `antialias`, `reduced_decode`, `max_pixels`.
         batch_size: B.
         hosts: The `Hosts` of a run on several, for evaluators that share the
             work; None where there is one process.
+        name: What errors call the model: by default its class.
     """
 
     def __init__(
-        self, captioner, tokenizer, preprocessing, batch_size=32, hosts=None
+        self,
+        model,
+        tokenizer,
+        preprocessing,
+        batch_size=32,
+        hosts=None,
+        name=None,
     ):
         check_counts(batch_size=batch_size)
-        self.captioner = captioner
+        self.model = model
         self.tokenizer = tokenizer
         self.preprocessing = dict(preprocessing)
         self.batch_size = batch_size
         self.hosts = hosts
+        self.name = name or type(model).__name__
         self._graphs = {}
+
+    @classmethod
+    def open(cls, path, weights="auto", *, tokenizer=None, batch_size=32):
+        """Opens a trained model, wherever it comes from.
+
+        Args:
+            path: Folder of a run; a `.keras` file in it, or elsewhere, of a
+                task or of a vision encoder; or an npz of big_vision.
+            weights: Of a run, see `run_folder.load_model`.
+            tokenizer: The `Tokenizer` of a model whose vocabulary does not
+                lie beside it. That of a run is its own.
+            batch_size: B.
+
+        Returns:
+            A `Predictor`.
+
+        Raises:
+            ValueError: There is no model, it is damaged, or a run lacks a
+                file that belongs to it.
+        """
+        path = os.fspath(path)
+        preprocessing = None
+        if path.endswith(".npz"):
+            model = big_vision.load_vision_encoder(path)
+            if tokenizer is not None:
+                model = big_vision.load_captioner(
+                    path, max_length=tokenizer.max_length
+                )
+        else:
+            model = run_folder.load_model(path, weights)
+            folder = path if files.isdir(path) else os.path.dirname(path)
+            described = os.path.join(folder, "preprocessing.json")
+            # An encoder's file may lie in any folder, and reads no texts.
+            if hasattr(model, "parts") and files.exists(described):
+                tokenizer, preprocessing = run_folder.load_preprocessing(folder)
+        if tokenizer is not None and hasattr(model, "score_kinds"):
+            model.tokenizer = tokenizer
+        if preprocessing is None:
+            size = _encoder(model).image_size
+            preprocessing = {"image_size": tuple(size), **_PREPROCESSING}
+        name = f"{path} ({type(model).__name__})"
+        return cls(model, tokenizer, preprocessing, batch_size, name=name)
+
+    # What it can do.
+
+    @property
+    def score_kinds(self):
+        """Kinds of scores of texts, the one that rankings go by first."""
+        if self.tokenizer is None:
+            return ()
+        return getattr(self.model, "score_kinds", ())
+
+    @property
+    def capabilities(self):
+        """All that this model can do, a tuple of words."""
+        found = []
+        if self.encoder is not None:
+            found.append(FEATURES)
+        if self.tokenizer is not None and getattr(
+            self.model, "can_generate", False
+        ):
+            found.append(GENERATE)
+        return (*found, *self.score_kinds)
+
+    def can(self, capability):
+        """Whether this model can do something, such as "features"."""
+        if capability == SCORE:
+            return bool(self.score_kinds)
+        return capability in self.capabilities
+
+    def require(self, user, *capabilities):
+        """Refuses a model for what it lacks.
+
+        Args:
+            user: Who needs them, for the message.
+            *capabilities: What is needed; "score" is a score of any kind.
+
+        Raises:
+            ValueError: Naming the user and the model.
+        """
+        missing = [one for one in capabilities if not self.can(one)]
+        if not missing:
+            return
+        hint = ""
+        if self.tokenizer is None and missing != [FEATURES]:
+            hint = (
+                ": it has no tokenizer, as preprocessing.json and "
+                "tokenizer.model of a run are not beside it"
+            )
+        raise ValueError(
+            f"{user} needs a model that can: {', '.join(missing)}. Received: "
+            f"{self.name}, which can: {', '.join(self.capabilities)}{hint}"
+        )
+
+    # Images.
+
+    @property
+    def encoder(self):
+        """The vision encoder; None where the model has none."""
+        return _encoder(self.model)
+
+    @property
+    def image_size(self):
+        """(H, W) of the images that the model takes."""
+        return tuple(self.preprocessing["image_size"])
 
     @functools.cached_property
     def reader(self):
-        """Reads picture files as the model takes them."""
+        """Reads image files as the model takes them."""
         return PictureReader(**self.preprocessing)
 
     @functools.cached_property
     def decoder(self):
-        """Captions B images at once."""
-        return CaptionDecoder(self.captioner, self.tokenizer, self.batch_size)
+        """Captions B images at once, greedily."""
+        return self.make_decoder()
 
-    @property
-    def modes(self):
-        """The modes that mean something for this model.
+    def make_decoder(self, **options):
+        """A `CaptionDecoder` of this model with other options."""
+        self.require("Captioning", GENERATE)
+        options = {"batch_size": self.batch_size, **options}
+        return CaptionDecoder(self.model, self.tokenizer, **options)
 
-        A model that was never trained in parallel gives noise there.
+    def features(self, images):
+        """Pooled features of images.
+
+        Args:
+            images: float [any number, H, W, 3] in [-1, 1].
+
+        Returns:
+            float32 [images, D]: `pre_logits`, or the mean of `encoded` of an
+            encoder that does not pool.
         """
-        trained = self.captioner.masked_pred_prob > 0
-        return MODES if trained else (AUTOREGRESSIVE, BLIND)
+        return self._features(tf.convert_to_tensor(images)).numpy()
 
-    def check_mode(self, mode):
-        """Refuses a mode that this model does not have."""
-        check_choice(self.modes, mode=mode)
+    @functools.cached_property
+    def _features(self):
+        # AutoGraph would find nothing to convert, and take long over it.
+        return tf.function(
+            lambda images: _pooled(self.encoder(images, training=False)),
+            reduce_retracing=True,
+            autograph=False,
+        )
+
+    # Texts.
+
+    def _kind(self, kind):
+        """The kind asked for, by default the first; refuses what is none."""
+        self.require("A score", SCORE)
+        kind = self.score_kinds[0] if kind is None else kind
+        check_choice(self.score_kinds, kind=kind)
+        return kind
 
     def tokens(self, texts):
         """Token ids int32 [T, L], L the longest text rounded up to 8."""
@@ -90,62 +247,62 @@ class Scorer:
         """Tokens of each text, eos counted: int64 [T]."""
         return (self.tokens(texts) != self.tokenizer.pad_id).sum(-1)
 
-    def labels(self, images, texts, mode=AUTOREGRESSIVE):
+    def score(self, images, texts, kind=None):
         """Scores of every text for every image.
+
+        A captioner's are log-likelihoods in nats, summed over tokens, eos
+        included.
 
         Args:
             images: float32 [at most B, H, W, 3] in [-1, 1].
             texts: T strings.
-            mode: One of `modes`.
+            kind: One of `score_kinds`, by default the first.
 
         Returns:
             float64 [images, T].
         """
-        self.check_mode(mode)
+        kind = self._kind(kind)
         count, ids = len(images), self.tokens(texts)
-        if mode == BLIND:
-            scores = self.captioner.score(None, ids)  # -> [1, T]
+        if kind == BLIND:
+            scores = self.model.score_texts(None, ids, kind)  # -> [1, T]
             return np.repeat(np.asarray(scores, np.float64), count, axis=0)
-        scores = self._compiled(ids, mode == PARALLEL)(self._filled(images))
+        scores = self._compiled(ids, kind)(self._filled(images))
         return np.asarray(scores, np.float64)[:count]
 
-    def _compiled(self, ids, parallel):
+    def _compiled(self, ids, kind):
         """Scores of fixed texts: their prefixes are part of the graph."""
-        key = (ids.shape, ids.tobytes(), parallel)
+        key = (ids.shape, ids.tobytes(), kind)
         if key not in self._graphs:
             if len(self._graphs) >= _GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            # AutoGraph would find nothing to convert, and take long over it.
             self._graphs[key] = tf.function(
-                lambda images: self.captioner.score(
-                    images, ids, parallel=parallel
-                ),
+                lambda images: self.model.score_texts(images, ids, kind),
                 autograph=False,
             )
         return self._graphs[key]
 
     def blind(self, texts):
         """Scores of texts without any image: float64 [T]."""
-        return self.labels([None], texts, BLIND)[0]
+        return self.score([None], texts, BLIND)[0]
 
-    def captions(self, images, texts, mode=AUTOREGRESSIVE):
+    def score_captions(self, images, texts, kind=None):
         """Scores of each image's own texts.
 
         Args:
             images: float32 [at most B, H, W, 3] in [-1, 1].
             texts: A list of texts, at least one, for each image.
-            mode: One of `modes`.
+            kind: One of `score_kinds`, by default the first.
 
         Returns:
             A list of float64 [K], one array an image.
         """
-        self.check_mode(mode)
+        kind = self._kind(kind)
         if len(images) != len(texts) or not all(texts):
             raise ValueError(
                 "Each image needs a list of at least one text. Received: "
                 f"{len(images)} images, lists of {[*map(len, texts)]} texts"
             )
-        if mode == BLIND:
+        if kind == BLIND:
             flat = self.blind([text for some in texts for text in some])
             ends = np.cumsum([len(some) for some in texts])[:-1]
             return np.split(flat, ends)
@@ -154,8 +311,8 @@ class Scorer:
         parts = []
         for start in range(0, most, _TEXTS_PER_PASS):
             some = [t[start : start + _TEXTS_PER_PASS] for t in texts]
-            scores = self.captioner.score_captions(
-                images, self._padded(some), parallel=mode == PARALLEL
+            scores = self.model.score_own_texts(
+                images, self._padded(some), kind
             )
             parts.append(np.asarray(scores, np.float64))
         scores = np.concatenate(parts, axis=1)
@@ -182,3 +339,15 @@ class Scorer:
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+
+
+def _encoder(model):
+    """The vision encoder of a task, or the encoder itself; None for none."""
+    parts = getattr(model, "parts", None)
+    return model if parts is None else parts.get("vision_encoder")
+
+
+def _pooled(outputs):
+    if "pre_logits" in outputs:
+        return tf.cast(outputs["pre_logits"], tf.float32)
+    return tf.reduce_mean(tf.cast(outputs["encoded"], tf.float32), 1)

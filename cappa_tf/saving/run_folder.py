@@ -19,7 +19,6 @@ import keras
 import tensorflow as tf
 
 from cappa_tf.data.tokenizer import Tokenizer
-
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving.checkpoints import restore_model
@@ -101,7 +100,7 @@ def save_model(workdir, model):
 def _remove_old(workdir, name):
     path = os.path.join(workdir, name)
     if files.exists(path):
-        tf.io.gfile.remove(path)
+        files.remove(path)
 
 
 def _named(workdir, suffix):

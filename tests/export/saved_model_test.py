@@ -15,7 +15,8 @@ import grpc
 import serving
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation import captioning, picture_captions
+from cappa_tf.inference.captions import CaptionDecoder
+from cappa_tf.inference.image_files import PictureReader, caption_pictures
 from cappa_tf.saving import run_folder
 
 TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
@@ -54,7 +55,7 @@ def contents(pictures):
 
 @pytest.fixture(scope="module")
 def captioner(served):
-    model = run_folder.load_captioner(served.run)
+    model = run_folder.load_model(served.run)
     model.tokenizer = run_folder.load_preprocessing(served.run)[0]
     return model
 
@@ -75,17 +76,15 @@ def broken(contents):
 
 
 def _reader(run):
-    return picture_captions.PictureReader(
-        **run_folder.load_preprocessing(run)[1]
-    )
+    return PictureReader(**run_folder.load_preprocessing(run)[1])
 
 
 def _rows_of_the_tool(run, paths):
     """What tools/caption.py prints of each file."""
-    captioner = run_folder.load_captioner(run)
+    captioner = run_folder.load_model(run)
     tokenizer, _ = run_folder.load_preprocessing(run)
-    rows = picture_captions.caption_pictures(
-        paths, _reader(run), captioning.CaptionDecoder(captioner, tokenizer, 32)
+    rows = caption_pictures(
+        paths, _reader(run), CaptionDecoder(captioner, tokenizer, 32)
     )
     return [row for _, row, _ in rows]
 

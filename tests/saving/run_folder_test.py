@@ -16,21 +16,21 @@ def run_folder(tmp_path_factory):
     model = tiny.make_model(tiny.vocabulary(vocabulary)[1])
     model.build()
     saving.describe_run(str(folder), model, tiny.Data(vocabulary))
-    saving.save_captioner(str(folder), model)
+    saving.save_model(str(folder), model)
     return folder
 
 
 def _file(run_folder, tmp_path, change):
     """The run's model file, changed."""
     path = tmp_path / "model.keras"
-    content = (run_folder / "captioner.keras").read_bytes()
+    content = (run_folder / "model.keras").read_bytes()
     if change == "cut":
         path.write_bytes(content[: len(content) // 2])
     elif change == "text":
         path.write_text("no model")
     else:
         with (
-            zipfile.ZipFile(run_folder / "captioner.keras") as old,
+            zipfile.ZipFile(run_folder / "model.keras") as old,
             zipfile.ZipFile(path, "w") as new,
         ):
             for name in old.namelist():
@@ -55,11 +55,11 @@ def test_another_kind_of_model_is_refused(run_folder, tmp_path):
     keras.Sequential([keras.Input([2]), keras.layers.Dense(1)]).save(path)
     with pytest.raises(ValueError, match="which holds a Sequential"):
         saving.load_model(path)
-    encoder = saving.load_captioner(run_folder).vision_encoder
+    encoder = saving.load_model(run_folder).vision_encoder
     encoder.save(path)
     assert saving.load_model(path).image_size == encoder.image_size
     with pytest.raises(ValueError, match="encoder is not enough"):
-        saving.load_captioner(path)
+        saving.load_model(path)
 
 
 def test_a_damaged_description_is_named(run_folder, tmp_path):

@@ -12,7 +12,7 @@ from absl import flags
 from PIL import Image
 from tool_flags import defined
 
-from cappa_tf.evaluation import picture_captions
+from cappa_tf.inference import image_files
 from cappa_tf.saving import run_folder as saving
 from cappa_tf.utils import files
 from tools import caption
@@ -29,7 +29,7 @@ def run_folder(tmp_path_factory):
     head = model.text_decoder.head_weights[1]
     head.assign(tf.random.stateless_normal(head.shape, [1, 2]))
     saving.describe_run(folder, model, data)
-    saving.save_captioner(folder, model)
+    saving.save_model(folder, model)
     return folder
 
 
@@ -105,8 +105,8 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     assert code == 0
     row = json.loads(out)
     tokenizer, image = saving.load_preprocessing(run_folder)
-    captioner = saving.load_captioner(run_folder)
-    pixels = picture_captions.PictureReader(**image)(path)[None]
+    captioner = saving.load_model(run_folder)
+    pixels = image_files.PictureReader(**image)(path)[None]
     tokens = captioner.generate(pixels)["tokens"]
     score = captioner.score(pixels, tokens)
     assert row["log_likelihood"] == pytest.approx(float(score[0, 0]), rel=1e-4)

@@ -109,7 +109,7 @@ def test_what_is_not_defined_is_null(tmp_path, scheme):
     needed = ["--task=caption", f"--checkpoint={folder}", "--data=none"]
     flag_values(["evaluate", *needed])
     path = evaluate.default_output(folder, "caption")
-    evaluate.write_report(report, flag_values, path)
+    evaluate.write_report(report, "caption", flag_values, path)
 
     def strict(text):
         return json.loads(text, parse_constant=pytest.fail)
@@ -142,17 +142,17 @@ def test_two_hosts_have_the_features_of_one(folder, tmp_path):
     ]
     schema.write_dataset({"train": examples}, tmp_path, "colours")
 
-    def encoder(images, training):
-        return {"pre_logits": tf.reduce_mean(images, axis=1)[:, 0]}
+    def encode(images):
+        return images.mean(axis=1)[:, 0]
 
     for path in (folder, tmp_path):
         data = LabelledImages(path, "train", 7)
-        whole = extract_features(encoder, data, 5)
+        whole = extract_features(encode, data, 5)
         skipped = dict(data.skipped)
         second = _Part(1)
-        extract_features(encoder, data, 5, hosts=second)
+        extract_features(encode, data, 5, hosts=second)
         shared = extract_features(
-            encoder, data, 5, hosts=_Part(0, [second.given])
+            encode, data, 5, hosts=_Part(0, [second.given])
         )
         assert 0 < len(second.given[0]) < len(whole[1])
         for one, other in zip(whole, shared, strict=True):
@@ -218,7 +218,7 @@ def test_captions_leave_their_rows_and_sheets(run_folder, colours, monkeypatch):
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     report = run(
         "caption",
-        checkpoint=run_folder / "captioner.keras",
+        checkpoint=run_folder / "model.keras",
         data=colours / "captions",
         output=run_folder / "told.json",
     )

@@ -17,7 +17,8 @@ pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 import serving
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation import captioning, picture_captions
+from cappa_tf.inference.captions import CaptionDecoder
+from cappa_tf.inference.image_files import PictureReader, caption_pictures
 from cappa_tf.saving import run_folder
 from tools import serving_client
 
@@ -57,12 +58,10 @@ def pictures(tmp_path_factory):
 def captions(served, pictures):
     """What tools/caption.py says of them."""
     tokenizer, image = run_folder.load_preprocessing(served.run)
-    rows = picture_captions.caption_pictures(
+    rows = caption_pictures(
         image_files.find_pictures([str(pictures)]),
-        picture_captions.PictureReader(**image),
-        captioning.CaptionDecoder(
-            run_folder.load_captioner(served.run), tokenizer, 8
-        ),
+        PictureReader(**image),
+        CaptionDecoder(run_folder.load_model(served.run), tokenizer, 8),
     )
     return [row.caption for _, row, _ in rows]
 

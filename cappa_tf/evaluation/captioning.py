@@ -1,0 +1,153 @@
+"""How right captions are on a data set.
+
+Abbreviations for dimensions:
+    B: batch (of images).      H, W: height and width of the image in pixels.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.evaluation import caption_metrics
+from cappa_tf.inference.captions import normalize
+
+
+@dataclasses.dataclass
+class CaptionResult:
+    """Captions of a data set (`rows`) and their figures (`metrics`)."""
+
+    rows: list
+    metrics: dict
+
+
+def evaluate_captions(
+    decoder,
+    dataset,
+    limit=None,
+    *,
+    corpus_scores=False,
+    keep_images=0,
+    progress=None,
+    hosts=None,
+):
+    """Captions every image of a split and compares with its references.
+
+    Bad records, which the data set counts, are left out.
+
+    Args:
+        decoder: A `CaptionDecoder`.
+        dataset: A `CaptionDataset`.
+        limit: Only the first `limit` records.
+        corpus_scores: Whether to add `caption_metrics.score_captions`.
+        keep_images: How many of the first rows keep their image's bytes.
+        progress: Optional function, called with the number of images done
+            after each batch.
+        hosts: Has `index`, `count` and `gather(value)`, where several
+            processes caption a part each and all want the result.
+
+    Returns:
+        A `CaptionResult`, its metrics being: `num_images`; `exact_match`,
+        the share of captions equal to one of their references;
+        `nll_per_token`, in nats, of the references, left to right, over
+        all their tokens; `distinct_captions`; `mean_words`, of a caption;
+        and `cider` and the like if asked for.
+
+    Raises:
+        ValueError: There is no image to caption.
+    """
+    rows, nll, tokens = [], 0.0, 0.0
+    most = dataset.max_captions
+    part = (0, 1) if hosts is None else (hosts.index, hosts.count)
+    for images, indices, examples in batches(
+        dataset, decoder.batch_size, limit, *part
+    ):
+        references = [example.captions for example in examples]
+        keys = [example.key for example in examples]
+        decoded = decoder.decode(images, keys, references)
+        for i, row, example in zip(indices, decoded, examples):
+            row.image = example.image if len(rows) < keep_images else None
+            rows.append((i, row))
+        sums = decoder.reference_nll(images, references, most)
+        nll, tokens = nll + sums[0], tokens + sums[1]
+        if progress is not None:
+            progress(len(rows))
+    parts = [(rows, nll, tokens)]
+    if hosts is not None:
+        parts = hosts.gather(parts[0])
+    rows = in_order(part[0] for part in parts)
+    nll, tokens = (sum(part[i] for part in parts) for i in (1, 2))
+    if not rows:
+        raise ValueError(
+            "Captioning needs at least one image that can be read. "
+            f"Received: split {dataset.split!r} of {dataset.path}, "
+            f"limit={limit}, skipped={dataset.skipped}"
+        )
+    metrics = summarize(rows) | {"nll_per_token": nll / tokens}
+    if corpus_scores:
+        metrics |= score_rows(rows).corpus
+    return CaptionResult(rows, metrics)
+
+
+def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
+    """Pictures of a split in order, with all that is known of them.
+
+    Bad records, which the data set counts, are left out.
+
+    Args:
+        dataset: A `CaptionDataset`.
+        batch_size: B.
+        limit: Only the first `limit` records.
+        host: Which host's part is wanted.
+        num_hosts: Number of parts.
+
+    Yields:
+        (images [at most B, H, W, 3], their indices, their `Example`s).
+    """
+    # Example i of `read_examples` is index i of `evaluate`.
+    examples = dataset.read_examples(limit)
+    examples = itertools.islice(examples, host, None, num_hosts)
+    for batch in dataset.evaluate(batch_size, host, num_hosts):
+        some = list(itertools.islice(examples, batch_size))
+        good = np.flatnonzero(batch["_mask"].numpy()[: len(some)])
+        if good.size:
+            indices = batch["index"].numpy()[good].tolist()
+            images = tf.gather(batch["image"], good)
+            yield images, indices, [some[i] for i in good]
+        if len(some) < batch_size:
+            return
+
+
+def in_order(parts):
+    """One list of rows of the (index, row) that several hosts have."""
+    pairs = sorted(itertools.chain(*parts), key=lambda pair: pair[0])
+    return [row for _, row in pairs]
+
+
+def summarize(rows):
+    """Figures of captioned images that need no model.
+
+    Args:
+        rows: `CaptionRow`s, at least one.
+
+    Returns:
+        A dict: `num_images`, `exact_match`, `distinct_captions`, `mean_words`.
+    """
+    captions = [normalize(row.caption) for row in rows]
+    return {
+        "num_images": len(rows),
+        "exact_match": sum(row.exact_match for row in rows) / len(rows),
+        "distinct_captions": len(set(captions)),
+        "mean_words": sum(len(c.split()) for c in captions) / len(rows),
+    }
+
+
+def score_rows(rows, meteor=False):
+    """`caption_metrics.Scores` of rows, which are numbered from 0."""
+    # Numbered, because nothing keeps two images from having one key.
+    return caption_metrics.score_captions(
+        {i: row.caption for i, row in enumerate(rows)},
+        {i: row.references for i, row in enumerate(rows)},
+        meteor,
+    )
