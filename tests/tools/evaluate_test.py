@@ -25,7 +25,8 @@ def run(task="fewshot", **values):
     """Parses flags like the program; returns what the JSON file says."""
     flag_values = flags.FlagValues()
     evaluate.define_flags(flag_values)
-    values["task"] = task
+    if task is not None:
+        values["task"] = task
     arguments = [f"--{name}={value}" for name, value in values.items()]
     flag_values(["evaluate", *arguments])
     with open(evaluate.evaluate(flag_values)) as file:
@@ -265,3 +266,28 @@ def test_a_model_file_alone_cannot_score_texts(folder, colours):
             checkpoint=folder / "captioner.keras",
             data=colours / "captions",
         )
+
+
+def test_several_evaluators_of_a_gin_file(run_folder, colours, tmp_path):
+    values = {
+        "checkpoint": run_folder,
+        "data": colours / "labels",
+        "gin_file": "gin/evaluation/labelled.gin",
+    }
+    report = run(
+        None,
+        **values,
+        output=tmp_path / "found",
+        gin_param="fewshot.Fewshot.train_split='test'",
+    )
+    assert report["task"] == "zero_shot" and report["num_images"] == 6
+    few = json.loads((tmp_path / "found" / "fewshot.json").read_text())
+    assert [*few["metrics"]] == ["10_shot"]
+    # What the same file binds for training is not read here, nor refused;
+    # what nobody reads is.
+    with pytest.raises(ValueError, match="SHOT is set, but nothing"):
+        run(None, **values, gin_param="SHOT=[1]")
+    with pytest.raises(ValueError, match="--shots does not go with --gin_file"):
+        run(None, **values, shots="1")
+    with pytest.raises(ValueError, match="--task with --data, or --gin_file"):
+        run(None, checkpoint=run_folder)
