@@ -298,7 +298,7 @@ def test_a_file_of_version_0_1_0_means_what_it_did(include, tmp_path):
     optimizer = given["optimizer"]()
     assert (optimizer.epsilon, optimizer.beta_2) == (0.25, 0.5)
     data = given["train_data"]
-    assert (data.num_readers, data.antialias, data.path) == (
+    assert (data.num_readers, data.preprocessing.antialias, data.path) == (
         3,
         True,
         "data/pipeline.txt",

@@ -28,6 +28,7 @@ PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
 # What must be given, where a file leaves it open.
 GIVEN = ("DATA='here'",)
 GIVEN_FOR = {
+    "gin/data/folder.gin": ("TOKENIZER='here'",),
     "gin/data/img2dataset.gin": ("TOKENIZER='here'",),
     "gin/data/mixture.gin": ("WEB_DATA='{split}-*.tar'",),
     "gin/data/tfds.gin": ("TOKENIZER='here'",),

@@ -7,17 +7,11 @@ import tensorflow as tf
 import tiny
 from PIL import Image
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.inference.predictor import Predictor
 from cappa_tf.saving import run_folder
 
-PREPROCESSING = {
-    "image_size": (16, 16),
-    "resize": "squash",
-    "resize_small": 18,
-    "antialias": False,
-    "reduced_decode": False,
-    "max_pixels": None,
-}
+PREPROCESSING = ImagePreprocessing(16, reduced_decode=False, max_pixels=None)
 # As many colours as `tiny.WORDS` names.
 COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
 

@@ -87,14 +87,17 @@ def write_run(folder):
 
 def service(run, **options):
     """The `CaptionService` of a run."""
-    tokenizer, picture = run_folder.load_preprocessing(run)
+    tokenizer, preprocessing = run_folder.load_preprocessing(run)
     limits = {
         "max_batch_size": MAX_BATCH_SIZE,
         "max_texts": MAX_TEXTS,
         "max_pixels": MAX_PIXELS,
     }
     return saved_model.CaptionService(
-        run_folder.load_model(run), tokenizer, picture, **limits | options
+        run_folder.load_model(run),
+        tokenizer,
+        preprocessing,
+        **limits | options,
     )
 
 

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
@@ -44,11 +45,7 @@ class Data:
     """Pictures in a colour that their two words decide, made on the spot."""
 
     image_size = (16, 16)
-    resize = "squash"
-    resize_small = 18
-    antialias = False
-    reduced_decode = True
-    max_pixels = None
+    preprocessing = ImagePreprocessing(image_size, max_pixels=None)
 
     def __init__(self, folder, examples=32, poison=None):
         self.tokenizer = Tokenizer(vocabulary(folder)[0], max_length=LENGTH)

@@ -151,7 +151,6 @@ def _caption_all(arguments):
     """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data.images import image_files
-    from cappa_tf.inference.image_files import caption_pictures
     from cappa_tf.inference.predictor import GENERATE, Predictor
 
     paths = image_files.find_pictures(arguments)
@@ -171,13 +170,10 @@ def _caption_all(arguments):
                 f"piece for {words}, which is unknown to it",
                 file=sys.stderr,
             )
-    rows = caption_pictures(
-        paths,
-        predictor.reader,
-        predictor.make_decoder(
-            batch_size=_batch_size(len(paths)), **generation
-        ),
+    decoder = predictor.make_decoder(
+        batch_size=_batch_size(len(paths)), **generation
     )
+    rows = decoder.caption_files(paths, predictor.preprocessing)
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
     unreadable = 0

@@ -25,10 +25,10 @@ Tasks:
     scenes       the same for drawn scenes; --data is their folder
     judgments    Kendall's tau with people's judgments; --data is Flickr8k
 
---data of caption, perplexity and retrieval is a folder of TFRecords
-(tools/prepare_data.py) or of pictures with captions.jsonl; of zero_shot and
-fewshot, of TFRecords or of pictures with labels.jsonl, lines such as {"image":
-"a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
+--data is what training reads: a folder of TFRecords (tools/prepare_data.py) or
+of images, for caption, perplexity and retrieval with captions.jsonl or another
+table of captions, for zero_shot and fewshot with labels.jsonl, lines such as
+{"image": "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
 
 --checkpoint is the folder of a run or its .keras file; fewshot takes any
 .keras file (captioner or vision encoder) and an npz of big_vision, too. A

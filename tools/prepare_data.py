@@ -127,7 +127,7 @@ def prepare(beam_arguments):
     """Plans, converts and publishes, as the flags say."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data.prepare import conversion, dataset_writer
-    from cappa_tf.data.sources import image_folder
+    from cappa_tf.data.sources import image_rows
 
     if FLAGS.runner is not None:
         check_extra("--runner", "beam", "apache_beam")
@@ -137,7 +137,7 @@ def prepare(beam_arguments):
     output = files.absolute(FLAGS.output)
     name = FLAGS.name or os.path.basename(output)
     metadata = {"source": files.absolute(FLAGS.captions or FLAGS.input)}
-    options = image_folder.Options(
+    options = image_rows.Options(
         split_fractions=parse_fractions(FLAGS.split_fractions),
         resize=FLAGS.resize,
         min_side=FLAGS.min_side,
@@ -147,11 +147,11 @@ def prepare(beam_arguments):
     )
     dataset_writer.check_name("name", name)
     dataset_writer.check_output(output, name, metadata, FLAGS.overwrite)
-    skipped = image_folder.Skipped()
-    rows = image_folder.read_rows(
+    skipped = image_rows.Skipped()
+    rows = image_rows.read_rows(
         files.absolute(FLAGS.input), FLAGS.captions, skipped
     )
-    classes = image_folder.class_names(rows)
+    classes = image_rows.class_names(rows)
     if classes:
         metadata["classes"] = classes
     plans = conversion.plan(rows, output, FLAGS.num_shards, options, skipped)

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from cappa_tf.data import dataset_arguments
 from cappa_tf.data.images import augmentation, decode_resize
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.sources import base, prepared
 from cappa_tf.data.stream import bad_records, caching, decoding, shuffling
 from cappa_tf.utils import arguments
@@ -45,8 +46,9 @@ class CaptionDataset:
     size stays the position in the stream.
 
     Args:
-        path: Folder of the data set that tools/prepare_data.py wrote, or a
-            source: see `sources/base.py`.
+        path: Folder of the data set that tools/prepare_data.py wrote, folder
+            of images (`image_folder.ImageFolder`), or a source: see
+            `sources/base.py`.
         split: Name of the split.
         tokenizer: A `Tokenizer`, or None.
         image_size: H and W, one integer or a pair.
@@ -91,6 +93,9 @@ class CaptionDataset:
         max_skipped_fraction: Fraction of bad records above which reading
             stops with an error.
         num_parallel_calls: Threads for decoding; None lets tf.data decide.
+        preprocessing: The `ImagePreprocessing` of a model, in place of
+            image_size, resize, resize_small, antialias, reduced_decode and
+            max_pixels, which describe one.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class CaptionDataset:
         path: str | os.PathLike,
         split: str,
         tokenizer,
-        image_size: int | tuple | list,
+        image_size: int | tuple | list | None = None,
         *,
         batch_size=None,
         seed=0,
@@ -121,12 +126,21 @@ class CaptionDataset:
         max_pixels=25_000_000,
         max_skipped_fraction=0.001,
         num_parallel_calls=None,
+        preprocessing=None,
     ):
         self.source = prepared.as_source(path)
         self.path = self.source.name
         self.split = split
         self.tokenizer = tokenizer
-        self.image_size = arguments.height_width("image_size", image_size)
+        self.preprocessing = preprocessing or ImagePreprocessing(
+            image_size=image_size,
+            resize=resize,
+            resize_small=resize_small,
+            antialias=antialias,
+            reduced_decode=reduced_decode,
+            max_pixels=max_pixels,
+        )
+        self.image_size = self.preprocessing.image_size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -138,22 +152,15 @@ class CaptionDataset:
         self.crop_scale = crop_scale
         self.crop_aspect = crop_aspect
         self.shift = shift
-        self.resize = resize
-        self.antialias = antialias
-        self.reduced_decode = reduced_decode
         self.length_buckets = dataset_arguments.buckets(
             length_buckets, tokenizer
         )
         self.cache = cache
-        self.max_pixels = max_pixels
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
         dataset_arguments.caption_dataset(self)
         self.decode_size = dataset_arguments.decode_size(
             decode_size, self.image_size, crop_scale
-        )
-        self.resize_small = resize_small or round(
-            max(self.image_size) * 256 / 224
         )
         self._records = self._skips = self._pixels = None
         self._evaluations = {}
@@ -188,6 +195,11 @@ class CaptionDataset:
     def skipped(self):
         """A dict reason -> number of bad records met so far, at any time."""
         return {} if self._skips is None else self._skips.counts
+
+    @property
+    def noted(self):
+        """The part of `skipped` that was found when the split was listed."""
+        return {} if self._skips is None else self._skips.noted
 
     @property
     def failure(self):
@@ -321,18 +333,11 @@ class CaptionDataset:
 
     def _decoder(self, size, seed, num_captions=None, max_words=None):
         return decoding.RecordDecoder(
-            size=size,
-            resize=self.resize,
-            small=math.ceil(
-                self.resize_small * max(size) / max(self.image_size)
-            ),
-            antialias=self.antialias,
-            max_pixels=self.max_pixels,
+            self.preprocessing.scaled(size),
             num_captions=(
                 self.num_captions if num_captions is None else num_captions
             ),
             seed=seed,
-            reduced=self.reduced_decode,
             max_words=max_words,
             records=self.records,
         )

@@ -4,7 +4,6 @@ import math
 
 from cappa_tf.utils import arguments
 
-RESIZE_MODES = ("squash", "resize_small_central_crop")
 CACHES = (None, "stream", "records", "images")
 
 
@@ -40,14 +39,13 @@ def caption_dataset(data):
     for name in ("seed", "shuffle_buffer", "shift"):
         arguments.check_integer(name, getattr(data, name), 0)
     arguments.check_integer("num_readers", data.num_readers, 1)
-    for name in ("batch_size", "max_pixels", "max_words", "num_parallel_calls"):
+    for name in ("batch_size", "max_words", "num_parallel_calls"):
         if getattr(data, name) is not None:
             arguments.check_integer(name, getattr(data, name), 1)
     if data.captions_per_image != "all":
         arguments.check_integer(
             "captions_per_image", data.captions_per_image, 1
         )
-    arguments.check_choice(RESIZE_MODES, resize=data.resize)
     arguments.check_choice(CACHES, cache=data.cache)
     interval("crop_scale", data.crop_scale, 1.0)
     interval("crop_aspect", data.crop_aspect, math.inf)

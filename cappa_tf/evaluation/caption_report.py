@@ -6,13 +6,13 @@ B: images at once.
 import os
 
 from cappa_tf.evaluation import caption_metrics, captioning
-from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
     skipped_lines,
     table,
 )
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import GENERATE
 from cappa_tf.utils.arguments import check_choice, check_integer
 
@@ -21,7 +21,7 @@ class Captions(Evaluator):
     """Greedy captions against people's: CIDEr, BLEU, ROUGE-L, METEOR.
 
     Args:
-        path: See `CaptionedImages`.
+        path: See `EvaluationImages`.
         split: Name of the split.
         limit: Only the first pictures.
         meteor: Whether to compute METEOR, too; None where Java is found.
@@ -45,7 +45,7 @@ class Captions(Evaluator):
         super().__init__(name)
         check_choice((None, True, False), meteor=meteor)
         check_integer("sheet_images", sheet_images, 0)
-        self._data = CaptionedImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit)
         self._meteor, self._sheet_images = meteor, sheet_images
 
     def open(self):
@@ -63,7 +63,7 @@ class Captions(Evaluator):
         """
         self.check(predictor)
         rows = []
-        for images, examples in self._data.batches(predictor):
+        for images, examples in self._data.captioned(predictor):
             decoded = predictor.decoder.decode(
                 images,
                 [example.key for example in examples],

@@ -13,8 +13,9 @@ import os
 
 import numpy as np
 
-from cappa_tf.evaluation import labelled
 from cappa_tf.evaluation.evaluator import Evaluator, Report
+from cappa_tf.evaluation.features import RESIZES, extract_features
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import FEATURES
 from cappa_tf.utils.arguments import check_choice
 
@@ -186,13 +187,13 @@ class Fewshot(Evaluator):
     """Few-shot accuracy of the encoder's features on labelled pictures.
 
     Args:
-        path: See `LabelledImages`.
+        path: See `EvaluationImages`.
         train_split: Split that shots are drawn from.
         test_split: Split to test on.
         shots: Examples of each class.
         l2: Penalties.
         num_seeds: Draws of the shots.
-        resize: See `LabelledImages`.
+        resize: See `features.preprocessing`.
         batch_size: Pictures encoded at once.
         name: See `Evaluator`.
     """
@@ -214,17 +215,19 @@ class Fewshot(Evaluator):
         name="fewshot",
     ):
         super().__init__(name)
-        check_choice(labelled.RESIZES, resize=resize)
-        self._path = os.fspath(path)
-        self._splits = {"train": train_split, "test": test_split}
+        check_choice(RESIZES, resize=resize)
+        self._data = {
+            "train": EvaluationImages(path, train_split),
+            "test": EvaluationImages(path, test_split),
+        }
         self._settings = (shots, l2, num_seeds)
         self._resize = resize
         self._batch_size = batch_size
 
     def open(self):
         """See `Evaluator`."""
-        for split in self._splits.values():
-            labelled.LabelledImages(self._path, split, 1, self._resize)
+        for data in self._data.values():
+            data.open()
 
     def evaluate(self, predictor):
         """Measures the features of a model.
@@ -235,14 +238,12 @@ class Fewshot(Evaluator):
         """
         self.check(predictor)
         features, skipped = [], {}
-        for name, split in self._splits.items():
-            data = labelled.LabelledImages(
-                self._path, split, predictor.image_size, self._resize
-            )
+        for name, data in self._data.items():
             features.append(
-                labelled.extract_features(
-                    predictor.features,
+                extract_features(
+                    predictor,
                     data,
+                    self._resize,
                     self._batch_size,
                     hosts=predictor.hosts,
                 )
@@ -262,7 +263,7 @@ class Fewshot(Evaluator):
             ]
         details = {
             "classes": classes,
-            "examples": dict(zip(self._splits, counts)),
+            "examples": dict(zip(self._data, counts)),
             "skipped": skipped,
             "resize": self._resize,
             "results": [

@@ -24,8 +24,10 @@ import os
 import pathlib
 
 import numpy as np
+from absl import logging
 
 from cappa_tf.data.images import image_files
+from cappa_tf.data.sources import image_rows
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -33,7 +35,6 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
-from cappa_tf.evaluation.rows import list_rows
 from cappa_tf.inference.predictor import (
     AUTOREGRESSIVE,
     BLIND,
@@ -162,10 +163,11 @@ class Judgments(Evaluator):
 
     def _read(self, log=False):
         """(judgments by image, caption name -> text, image -> path)."""
-        rows = {
-            os.path.basename(row.path): row
-            for row in list_rows(self._path, log)[0]
-        }
+        skipped = image_rows.Skipped()
+        listed = image_rows.read_rows(self._path, skipped=skipped)
+        if log and skipped.counts:
+            logging.warning("%s: skipped %s", self._path, skipped)
+        rows = {os.path.basename(row.path): row for row in listed}
         captions = {
             f"{name}#{i}": text
             for name, row in rows.items()
@@ -199,7 +201,7 @@ class Judgments(Evaluator):
         skipped = collections.Counter()
         columns = collections.defaultdict(list)
         judged = []
-        pictures = _pictures(by_image, paths, predictor.reader, skipped)
+        pictures = _pictures(by_image, paths, predictor.preprocessing, skipped)
         while some := list(itertools.islice(pictures, predictor.batch_size)):
             images, judgments = zip(*some)
             judged += itertools.chain(*judgments)
@@ -256,10 +258,10 @@ class Judgments(Evaluator):
         return Report(metrics, lines, details, rows)
 
 
-def _pictures(by_image, paths, reader, skipped):
+def _pictures(by_image, paths, preprocessing, skipped):
     """Yields (image [H, W, 3], its judgments)."""
     for name, judgments in by_image.items():
         try:
-            yield reader(paths[name]), judgments
+            yield preprocessing.read(paths[name]), judgments
         except image_files.UnusableError as error:
             skipped[error.reason] += 1

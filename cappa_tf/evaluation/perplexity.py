@@ -7,7 +7,6 @@ perplexity its exponential per token.
 import math
 import os
 
-from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -15,6 +14,7 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import AUTOREGRESSIVE, BLIND
 
 
@@ -22,7 +22,7 @@ class Perplexity(Evaluator):
     """Perplexity of all captions of one split, left to right.
 
     Args:
-        path: See `CaptionedImages`.
+        path: See `EvaluationImages`.
         split: Name of the split.
         limit: Only the first pictures.
         blind: Whether to measure the captions without images, too, where the
@@ -42,7 +42,7 @@ class Perplexity(Evaluator):
         name="perplexity",
     ):
         super().__init__(name)
-        self._data = CaptionedImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit)
         self._blind = blind
 
     def open(self):
@@ -63,7 +63,7 @@ class Perplexity(Evaluator):
             modes.append(BLIND)
         totals = dict.fromkeys(modes, 0.0)
         tokens, rows = 0, []
-        for images, examples in self._data.batches(predictor):
+        for images, examples in self._data.captioned(predictor):
             texts = [example.captions for example in examples]
             row_nll = {}
             for mode in modes:

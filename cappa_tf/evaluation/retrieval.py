@@ -14,7 +14,6 @@ import os
 
 import numpy as np
 
-from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -22,6 +21,7 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
 
 RECALLS = (1, 5, 10)
@@ -72,7 +72,7 @@ class Retrieval(Evaluator):
     with the square of `limit`.
 
     Args:
-        path: See `CaptionedImages`.
+        path: See `EvaluationImages`.
         split: Name of the split.
         limit: Only the first pictures.
         captions_per_image: At most as many captions of each; None for all.
@@ -91,7 +91,7 @@ class Retrieval(Evaluator):
         name="retrieval",
     ):
         super().__init__(name)
-        self._data = CaptionedImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit)
         self._most = captions_per_image
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
 
@@ -105,7 +105,7 @@ class Retrieval(Evaluator):
         Those of the other scores have `minus_blind/` and `parallel/` in front.
         """
         self.check(predictor)
-        batches = list(self._data.batches(predictor))
+        batches = list(self._data.captioned(predictor))
         owned = [
             example.captions[: self._most]
             for _, examples in batches

@@ -19,7 +19,8 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
-from cappa_tf.evaluation.labelled import RESIZES, LabelledImages
+from cappa_tf.evaluation.features import RESIZES, preprocessing
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
 from cappa_tf.utils.arguments import check_choice, check_counts
 
@@ -100,7 +101,7 @@ class ZeroShot(Evaluator):
     """Zero-shot classification of a folder or data set of labelled pictures.
 
     Args:
-        path: See `LabelledImages`.
+        path: See `EvaluationImages`.
         split: Name of the split.
         class_names: C names by class number; None for those of the data.
         templates: M texts with {} where the name goes.
@@ -126,7 +127,7 @@ class ZeroShot(Evaluator):
         check_choice(RESIZES, resize=resize)
         check_counts(optional=True, limit=limit)
         prompts(["name"], templates)
-        self._path, self._split = os.fspath(path), split
+        self._data = EvaluationImages(path, split)
         self._class_names = class_names
         self._templates = templates
         self._resize = resize
@@ -135,19 +136,15 @@ class ZeroShot(Evaluator):
 
     def open(self):
         """See `Evaluator`."""
-        self._names(self._data(1))
+        self._data.open()
+        self._names()
 
-    def _data(self, image_size):
-        # All of the picture, as in training: no margin is cut off.
-        return LabelledImages(
-            self._path, self._split, image_size, self._resize, margin=1.0
-        )
-
-    def _names(self, data):
-        names = self._class_names or data.class_names
+    def _names(self):
+        names = self._class_names or self._data.class_names
         if not names:
             raise ValueError(
-                f"{self._path} does not name its classes: give `class_names`"
+                f"{self._data.path} does not name its classes: give "
+                "`class_names`"
             )
         return list(names)
 
@@ -158,14 +155,15 @@ class ZeroShot(Evaluator):
         of scores less that of the text without an image `minus_blind/...`.
         """
         self.check(predictor)
-        data = self._data(predictor.image_size)
-        names = self._names(data)
+        data, names = self._data, self._names()
+        # All of the image, as in training: no margin is cut off.
+        prepare = preprocessing(predictor.image_size, self._resize, margin=1.0)
         plain = predictor.score_kinds[0]
         kinds = (plain, *self.needs[1:])
         texts = prompts(names, self._templates)
         scores, labels = {kind: [] for kind in kinds}, []
-        for images, numbers in _first(
-            data.batches(predictor.batch_size), self._limit
+        for images, numbers, _ in _first(
+            data.labelled(prepare, predictor.batch_size), self._limit
         ):
             if numbers.max() >= len(names):
                 raise ValueError(
@@ -178,8 +176,8 @@ class ZeroShot(Evaluator):
                 parts.append(found.reshape(len(images), len(names), -1).mean(2))
         if not labels:
             raise ValueError(
-                f"No labelled picture in split {self._split!r} of "
-                f"{self._path}. Received: skipped={dict(data.skipped)}"
+                f"No labelled image in split {data.split!r} of "
+                f"{data.path}. Received: skipped={dict(data.skipped)}"
             )
         labels = np.concatenate(labels)
         scores = {kind: np.concatenate(scores[kind]) for kind in kinds}
@@ -227,9 +225,9 @@ def _confusion_lines(names, confusion):
 def _first(batches, limit):
     """The first `limit` pictures of batches, all without a limit."""
     left = float("inf") if limit is None else limit
-    for images, labels in batches:
-        count = int(min(left, len(labels)))
-        yield images[:count], labels[:count]
+    for batch in batches:
+        count = int(min(left, len(batch[0])))
+        yield tuple(values[:count] for values in batch)
         left -= count
         if not left:
             return

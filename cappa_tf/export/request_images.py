@@ -24,17 +24,17 @@ NOT_DECODED = " is not decoded here; send JPEG, PNG, GIF, BMP or WebP"
 BROKEN = "image cannot be decoded"
 
 
-def decode_request(image_bytes, decoder):
+def decode_request(image_bytes, preprocessing):
     """Decodes the images of a request; the bad ones become black.
 
     They are decoded as those that a model is trained on, which also turns
     photos as their EXIF data say.
     The size is read from the header first: an image of more pixels than
-    `decoder.max_pixels` takes no memory.
+    `max_pixels` takes no memory.
 
     Args:
         image_bytes: string [B], image files.
-        decoder: `RecordDecoder` with `max_pixels`.
+        preprocessing: `ImagePreprocessing` with `max_pixels`.
 
     Returns:
         pixels: uint8 [B, H, W, 3].
@@ -46,22 +46,17 @@ def decode_request(image_bytes, decoder):
         decode_resize.pixels_to_decode, image_bytes, tf.constant(0, tf.int64)
     )
 
-    def decode(encoded):
-        return decoder.fit(
-            decode_resize.decode(encoded, decoder.max_pixels, decoder.at_least)
-        )
-
     pixels, decoded = attempt(
-        decode,
+        lambda encoded: preprocessing.decode(encoded, in_python=False),
         image_bytes,
-        tf.zeros([*decoder.size, 3], tf.uint8),
+        tf.zeros([*preprocessing.image_size, 3], tf.uint8),
     )
     other = formats.other_name(image_bytes)
     reason = tf.where(
         formats.kind(image_bytes) != formats.OTHER,
         tf.where(
-            areas > decoder.max_pixels,
-            f"more than {decoder.max_pixels} pixels",
+            areas > preprocessing.max_pixels,
+            f"more than {preprocessing.max_pixels} pixels",
             BROKEN,
         ),
         tf.where(other == "", NOT_AN_IMAGE, other + NOT_DECODED),

@@ -11,13 +11,13 @@ Abbreviations for dimensions:
     L: length of a text in tokens.  P: patches.  D: width.
 """
 
+import dataclasses
 import os
 import re
 
 import tensorflow as tf
 
 from cappa_tf.data.images import decode_resize
-from cappa_tf.data.stream.decoding import RecordDecoder
 from cappa_tf.export import request_images, serving_files
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.utils import files
@@ -42,8 +42,7 @@ class CaptionService:
     Args:
         captioner: A built `Captioner`.
         tokenizer: The `Tokenizer` it was trained with.
-        picture: Dict of the arguments of `CaptionDataset` that decide how
-            pictures are prepared (`run_folder.load_preprocessing`).
+        preprocessing: Its `ImagePreprocessing`.
         max_length: Longest caption in tokens; the decoder's by default.
         max_batch_size: Most images a request may hold.
         max_texts: Most texts for each image.
@@ -55,7 +54,7 @@ class CaptionService:
         self,
         captioner,
         tokenizer,
-        picture,
+        preprocessing,
         *,
         max_length=None,
         max_batch_size=32,
@@ -71,19 +70,12 @@ class CaptionService:
                 f"Received: max_length={max_length}"
             )
         if max_pixels is None:
-            max_pixels = picture["max_pixels"] or MAX_PIXELS
+            max_pixels = preprocessing.max_pixels or MAX_PIXELS
         self._max_length = max_length
         self.max_batch_size = check_integer("max_batch_size", max_batch_size, 1)
         self.max_texts = check_integer("max_texts", max_texts, 1)
-        self._decoder = RecordDecoder(
-            size=tuple(picture["image_size"]),
-            resize=picture["resize"],
-            small=picture["resize_small"],
-            antialias=picture["antialias"],
-            max_pixels=check_integer("max_pixels", max_pixels, 1),
-            num_captions=0,
-            seed=None,
-            reduced=picture["reduced_decode"],
+        self._preprocessing = dataclasses.replace(
+            preprocessing, max_pixels=check_integer("max_pixels", max_pixels, 1)
         )
         self._captioner = captioner
         self._tokenizer = tokenizer
@@ -91,7 +83,7 @@ class CaptionService:
     @property
     def image_size(self):
         """(H, W) of the images that the model takes."""
-        return self._decoder.size
+        return self._preprocessing.image_size
 
     @property
     def num_bytes(self):
@@ -205,7 +197,7 @@ class CaptionService:
             f"image_bytes must be a list of 1 to {most} images.",
         )
         pixels, error = request_images.decode_request(
-            image_bytes, self._decoder
+            image_bytes, self._preprocessing
         )
         return decode_resize.to_model_range(pixels), error
 

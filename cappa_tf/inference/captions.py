@@ -12,6 +12,8 @@ import zlib
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.data.images.image_files import UnusableError
+
 
 @dataclasses.dataclass
 class CaptionRow:
@@ -154,6 +156,33 @@ class CaptionDecoder:
             else string.decode(errors="replace").replace("\u2581", " ")
             for token, string in zip(tokens, strings)
         ]
+
+    def caption_files(self, paths, preprocessing):
+        """Captions image files, a batch at a time.
+
+        Args:
+            paths: Files.
+            preprocessing: The model's `ImagePreprocessing`.
+
+        Yields:
+            (path, row, reason) in the order of `paths`: a `CaptionRow` and
+            None, or None and why the file could not be read.
+        """
+        for start in range(0, len(paths), self.batch_size):
+            some = paths[start : start + self.batch_size]
+            images, reasons = {}, {}
+            for path in some:
+                try:
+                    images[path] = preprocessing.read(path)
+                except UnusableError as error:
+                    reasons[path] = error.reason
+            rows = {}
+            if images:
+                stacked = np.stack(list(images.values()))  # [<= B, H, W, 3]
+                decoded = self.decode(stacked, list(images))
+                rows = {row.key: row for row in decoded}
+            for path in some:
+                yield path, rows.get(path), reasons.get(path)
 
     def reference_nll(self, images, references, most=None):
         """Likelihood of captions written by people, left to right.

@@ -15,8 +15,8 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.inference.captions import CaptionDecoder
-from cappa_tf.inference.image_files import PictureReader
 from cappa_tf.saving import big_vision, run_folder
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice, check_counts
@@ -34,14 +34,6 @@ PARALLEL = "parallel"
 BLIND = "blind"
 MINUS_BLIND = "minus_blind"
 
-# Of a model that is not in the folder of a run: those of `CaptionDataset`.
-_PREPROCESSING = {
-    "resize": "squash",
-    "resize_small": None,
-    "antialias": False,
-    "reduced_decode": True,
-    "max_pixels": 25_000_000,
-}
 # Texts of an image that are scored at once, each by itself in memory.
 _TEXTS_PER_PASS = 16
 # Lengths are rounded up to these: few shapes, so few graphs.
@@ -58,9 +50,7 @@ class Predictor:
         tokenizer: The `Tokenizer` it was trained with; None where it reads no
             texts, or its vocabulary is not there: such a model only gives
             features.
-        preprocessing: Arguments of `PictureReader` and `CaptionDataset` that
-            decide how images are prepared: `image_size`, `resize`,
-            `resize_small`, `antialias`, `reduced_decode`, `max_pixels`.
+        preprocessing: The model's `ImagePreprocessing`.
         batch_size: B.
         hosts: The `Hosts` of a run on several, for evaluators that share the
             work; None where there is one process.
@@ -79,7 +69,7 @@ class Predictor:
         check_counts(batch_size=batch_size)
         self.model = model
         self.tokenizer = tokenizer
-        self.preprocessing = dict(preprocessing)
+        self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.hosts = hosts
         self.name = name or type(model).__name__
@@ -122,8 +112,7 @@ class Predictor:
         if tokenizer is not None and hasattr(model, "score_kinds"):
             model.tokenizer = tokenizer
         if preprocessing is None:
-            size = _encoder(model).image_size
-            preprocessing = {"image_size": tuple(size), **_PREPROCESSING}
+            preprocessing = ImagePreprocessing(_encoder(model).image_size)
         name = f"{path} ({type(model).__name__})"
         return cls(model, tokenizer, preprocessing, batch_size, name=name)
 
@@ -188,12 +177,7 @@ class Predictor:
     @property
     def image_size(self):
         """(H, W) of the images that the model takes."""
-        return tuple(self.preprocessing["image_size"])
-
-    @functools.cached_property
-    def reader(self):
-        """Reads image files as the model takes them."""
-        return PictureReader(**self.preprocessing)
+        return self.preprocessing.image_size
 
     @functools.cached_property
     def decoder(self):

@@ -27,6 +27,11 @@ def layer_norm(name, dtype, use_bias=True):
     )
 
 
+def by_head(projected):
+    """Keys or values [B, S, H, C] as [B, H, S, C]."""
+    return ops.transpose(projected, (0, 2, 1, 3))
+
+
 @keras.saving.register_keras_serializable("cappa_tf")
 class MultiHeadAttention(keras.layers.Layer):
     """Multi-head dot-product attention with explicit keys and values.
@@ -103,28 +108,34 @@ class MultiHeadAttention(keras.layers.Layer):
             memory: [B, S, E].
 
         Returns:
-            Two tensors [B, H, S, C]: turned here, once, and not by each call
-            that attends to them.
+            Two tensors [B, S, H, C].
         """
-        keys, values = self._key(memory), self._value(memory)
-        return tuple(ops.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
+        return self._key(memory), self._value(memory)
 
-    def call(self, x, keys, values, attention_mask=None):
+    def call(self, x, keys, values, attention_mask=None, by_head=False):
         """Attends from x to the given keys and values.
 
         Call arguments:
             x: [B, T, D].
-            keys: [B, H, S, C], from `project`.
-            values: [B, H, S, C], from `project`.
+            keys: [B, S, H, C], from `project`.
+            values: [B, S, H, C], from `project`.
             attention_mask: Optional bool, broadcastable to [B, H, T, S];
                 True where a query may look.
+            by_head: Whether keys and values are [B, H, S, C], see
+                `by_head`: a loop that attends to the same ones again and
+                again need not turn them each time.
 
         Returns:
             [B, T, D].
         """
         query = self._query(x) * ops.cast(self._scale, self.compute_dtype)
         query = ops.transpose(query, (0, 2, 1, 3))  # -> [B, H, T, C]
-        scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
+        if by_head:
+            scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
+        else:
+            keys = ops.transpose(keys, (0, 2, 3, 1))  # -> [B, H, C, S]
+            values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
+            scores = ops.matmul(query, keys)
         scores = ops.cast(scores, "float32")
         if attention_mask is not None:
             scores = ops.where(attention_mask, scores, -1e30)

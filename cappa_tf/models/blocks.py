@@ -170,8 +170,9 @@ class DecoderBlock(keras.layers.Layer):
 
         Call arguments:
             x: [N, L, D]; L = 1 with a cache.
-            memory: Keys and values of the image, two [B, H, P, C] as
-                `cross_attention.project` gives; None leaves the image out.
+            memory: Keys and values of the image, two [B, P, H, C] as
+                `cross_attention.project` gives, with a cache [B, H, P, C];
+                None leaves the image out.
             attention_mask: Bool, broadcastable to [N, H, L, keys].
             cache: None, or (keys, values, index): two [N, H, M, C] of all
                 M positions and the scalar position that x stands at.
@@ -179,30 +180,33 @@ class DecoderBlock(keras.layers.Layer):
             training: Whether to drop.
 
         Returns:
-            x [N, L, D], and the (keys, values) that were attended to: with a
-            cache, the two [N, H, M, C] with this position written in.
+            x [N, L, D], and the (keys, values) that were attended to: two
+            [N, L, H, C], or the cache with this position written in.
         """
         y = self._norms["self_attention"](x)
         keys, values = self.self_attention.project(y)
         if cache is not None:
             keys = _write(cache[0], keys, cache[2])
             values = _write(cache[1], values, cache[2])
-        y = self.self_attention(y, keys, values, attention_mask)
+        in_loop = cache is not None
+        y = self.self_attention(
+            y, keys, values, attention_mask, by_head=in_loop
+        )
         x = x + self._drops["self"](y, seeds, training=training)
         if memory is not None:
             y = self._norms["cross_attention"](x)
-            y = self._attend_to_image(y, memory)
+            y = self._attend_to_image(y, memory, in_loop)
             x = x + self._drops["cross"](y, seeds, training=training)
         y = self._mlp(self._norms["mlp"](x), seeds, training=training)
         x = x + self._drops["mlp"](y, seeds, training=training)
         return x, (keys, values)
 
-    def _attend_to_image(self, x, memory):
+    def _attend_to_image(self, x, memory, by_head):
         """Cross-attention of [B * K, L, D] as [B, K * L, D]."""
         shape = ops.shape(x)
         images = ops.shape(memory[0])[0]
         x = ops.reshape(x, (images, -1, self.hidden_dim))
-        x = self.cross_attention(x, *memory)
+        x = self.cross_attention(x, *memory, by_head=by_head)
         return ops.reshape(x, shape)
 
     def get_config(self):
@@ -231,7 +235,7 @@ def _dropouts(block, rate, places):
 
 
 def _write(cache, entry, index):
-    """The cache [N, H, M, C] with the entry [N, H, 1, C] at position `index`.
+    """The cache [N, H, M, C] with the entry [N, 1, H, C] at position `index`.
 
     A scatter of rows writes into the cache itself where nothing else reads
     it. `ops.slice_update` would be an op of XLA alone, which a server that

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from cappa_tf.models.attention import by_head
 from cappa_tf.models.sampling import BANNED
 
 
@@ -57,6 +58,7 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
             temperature do not show), 0 after eos.
     """
     batch, sequences, length = size
+    memory = tf.nest.map_structure(by_head, memory)
     special = decoder.special_tokens
     forced = tf.pad(prefix, [[0, 0], [0, length - prefix.shape[1]]])
 

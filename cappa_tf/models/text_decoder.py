@@ -189,7 +189,7 @@ class TextDecoder(keras.Model):
             encoded: [B, P, E].
 
         Returns:
-            List of (keys, values), each [B, H, P, C].
+            List of (keys, values), each [B, P, H, C].
         """
         encoded = ops.cast(encoded, self.compute_dtype)
         return [block.cross_attention.project(encoded) for block in self.blocks]
@@ -288,7 +288,7 @@ class TextDecoder(keras.Model):
 
         Args:
             tokens: int [N, 1], input at position `index`.
-            memory: From `project_memory`, or None.
+            memory: From `project_memory`, each tensor `by_head`; or None.
             cache: From `empty_cache`, filled up to `index`.
             index: Scalar int, the position.
 

@@ -18,23 +18,15 @@ import zipfile
 import keras
 import tensorflow as tf
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
 
-# Arguments of `Tokenizer` and of `CaptionDataset` that decide what the model
-# is given in evaluation.
+# Arguments of `Tokenizer` that decide what the model is given.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
-PICTURE = (
-    "image_size",
-    "resize",
-    "resize_small",
-    "antialias",
-    "reduced_decode",
-    "max_pixels",
-)
 
 
 def open_workdir(path):
@@ -66,7 +58,7 @@ def describe_run(workdir, model, data):
         ValueError: If the folder holds a run with another vocabulary.
     """
     serialized = keras.saving.serialize_keras_object(model)
-    kept = {"image": {n: getattr(data, n) for n in PICTURE}}
+    kept = {"image": data.preprocessing.to_json()}
     if data.tokenizer is not None:
         _keep_vocabulary(workdir, data.tokenizer.path)
         kept["tokenizer"] = {n: getattr(data.tokenizer, n) for n in _CAPTION}
@@ -202,9 +194,9 @@ def load_preprocessing(workdir):
     """How a run's images and texts were prepared.
 
     Returns:
-        (tokenizer, image), a `Tokenizer` on the run's own vocabulary, None
-        where the model reads no texts, and a dict of the arguments of
-        `CaptionDataset` that decide how images are prepared in evaluation.
+        (tokenizer, preprocessing), a `Tokenizer` on the run's own vocabulary,
+        None where the model reads no texts, and the `ImagePreprocessing` of
+        its evaluation.
 
     Raises:
         ValueError: If the folder is not that of a run.
@@ -217,9 +209,15 @@ def load_preprocessing(workdir):
             "`workdir` must be the folder of a run, with preprocessing.json "
             f"and tokenizer.model. Received: {workdir!r} ({error})"
         ) from error
-    # Runs older than the option were trained on full decodes.
-    image = {"reduced_decode": False, **saved["image"]}
-    if "tokenizer" not in saved:
-        return None, image
     vocabulary = os.path.join(workdir, "tokenizer.model")
-    return Tokenizer(vocabulary, **saved["tokenizer"]), image
+    tokenizer = None
+    try:
+        image = ImagePreprocessing.from_json(saved["image"])
+        if "tokenizer" in saved:
+            tokenizer = Tokenizer(vocabulary, **saved["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "A run's preprocessing.json must have `image`, and `tokenizer` "
+            f"where texts are read. Received: {path} ({error!r})"
+        ) from error
+    return tokenizer, image

@@ -1,7 +1,6 @@
 """Evaluators (`evaluation/evaluator.py`) while a model is trained."""
 
 from cappa_tf.inference.predictor import Predictor
-from cappa_tf.saving.run_folder import PICTURE
 
 
 class Evaluators:
@@ -29,7 +28,7 @@ class Evaluators:
         self._predictor = Predictor(
             model,
             data.tokenizer,
-            {name: getattr(data, name) for name in PICTURE},
+            data.preprocessing,
             batch_size,
             hosts,
         )

@@ -34,7 +34,7 @@ UNFINISHED = ".incomplete-"
 
 def is_remote(path):
     """Whether a path is TensorFlow's to open: `gs://...`, `ram://...`."""
-    return bool(re.match(r"[A-Za-z][\w+.-]*://", os.fspath(path)))
+    return bool(re.match(r"[A-Za-z][\w+.-]*://", os.fsdecode(path)))
 
 
 def absolute(path):

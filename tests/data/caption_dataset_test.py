@@ -326,7 +326,7 @@ def test_missing_batch_size_and_split(data):
     "cache, instead", [("images", 'cache="records" or'), ("records", "stream")]
 )
 def test_too_much_for_memory_is_refused(data, monkeypatch, cache, instead):
-    monkeypatch.setattr(caption_dataset.memory, "MEMORY_FRACTION", 1e-9)
+    monkeypatch.setattr(caption_dataset.caching, "MEMORY_FRACTION", 1e-9)
     with pytest.raises(
         ValueError, match=rf'cache="{cache}" would take .* Use .*{instead}'
     ):

@@ -9,7 +9,8 @@ import tensorflow as tf
 from PIL import Image
 
 from cappa_tf.data import schema
-from cappa_tf.data.images import image_files
+from cappa_tf.data.images import decode_resize, image_files
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.sources import prepared, tfds_source, tfrecords, webdataset
 from cappa_tf.data.stream.decoding import RecordDecoder
 from cappa_tf.export import request_images
@@ -66,17 +67,14 @@ def sources(photo, tmp_path_factory):
     return found
 
 
-def _decoder(records=schema):
-    return RecordDecoder(
-        (W, H), "squash", None, False, 10_000, 1, None, True, records=records
-    )
+PREPROCESSING = ImagePreprocessing((W, H), max_pixels=10_000)
 
 
 @pytest.fixture(scope="module")
 def requested(photo):
     """What a server makes of it."""
     pixels, errors = request_images.decode_request(
-        tf.constant([photo]), _decoder()
+        tf.constant([photo]), PREPROCESSING
     )
     assert errors.numpy().tolist() == [b""]
     return pixels[0].numpy()
@@ -87,7 +85,8 @@ def requested(photo):
 )
 def test_read_upright(photo, sources, requested, name):
     split = sources[name].split("train")
-    batches = _decoder(split).batches(
+    decoder = RecordDecoder(PREPROCESSING, 1, None, records=split)
+    batches = decoder.batches(
         split.read(tf.constant(0, tf.int64), 0, 1).enumerate(), 1
     )
     (batch,) = batches.as_numpy_iterator()
@@ -98,3 +97,21 @@ def test_read_upright(photo, sources, requested, name):
     # Prepared, it has been a JPEG once more.
     assert np.abs(difference).max() <= (24 if name == "prepared" else 0)
     assert np.abs(difference).mean() < 4
+
+
+def test_a_file_is_read_upright(photo, requested, tmp_path):
+    """As tools/caption.py and the evaluation of files do."""
+    expected = decode_resize.to_model_range(tf.constant(requested))
+    (tmp_path / "1.jpg").write_bytes(photo)
+    for pixels in (
+        PREPROCESSING.read(tmp_path / "1.jpg"),
+        PREPROCESSING.read_bytes(photo),
+        PREPROCESSING(tf.constant(photo)),
+        # A box is in pixels of the image as it is to be seen.
+        PREPROCESSING.read_bytes(photo, (0, 0, H, W)),
+    ):
+        np.testing.assert_array_equal(pixels, expected)
+    top = PREPROCESSING.read_bytes(photo, (-3, -5, H + 3, W // 2 + 5))
+    half = decode_resize.resize(requested[: W // 2], (W, H))
+    expected = decode_resize.to_model_range(half)
+    np.testing.assert_array_equal(top, expected)

@@ -14,6 +14,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from cappa_tf.data.images import decode_resize, formats, image_files
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.stream.decoding import RecordDecoder
 from cappa_tf.export import request_images
 
@@ -515,11 +516,11 @@ def test_what_is_refused_is_refused_everywhere(decode, name):
 
 def test_a_server_decodes_the_same_and_names_what_it_does_not():
     """In one request, so that the graph is made once."""
-    decoder = RecordDecoder(
-        (H, W), "squash", None, False, 10_000, 0, None, False
+    preprocessing = ImagePreprocessing(
+        (H, W), reduced_decode=False, max_pixels=10_000
     )
     decode = tf.function(
-        lambda contents: request_images.decode_request(contents, decoder),
+        lambda contents: request_images.decode_request(contents, preprocessing),
         input_signature=[tf.TensorSpec([None], tf.string)],
         autograph=False,
     )
@@ -529,7 +530,7 @@ def test_a_server_decodes_the_same_and_names_what_it_does_not():
         error = errors[number].numpy().decode()
         if name in IN_GRAPH:
             assert not error
-            expected = decoder.fit(decode_resize.decode(content))
+            expected = preprocessing.fit(decode_resize.decode(content))
             np.testing.assert_array_equal(pixels[number], expected)
         elif name in OTHERS:
             kind = "compressed BMP" if "run" in name else name.split(",")[0]
@@ -567,7 +568,7 @@ def test_a_bad_record_says_what_it_was():
     from cappa_tf.data import schema
 
     decoder = RecordDecoder(
-        (4, 4), "squash", None, False, 10_000, 0, None, False
+        ImagePreprocessing(4, reduced_decode=False, max_pixels=10_000), 0, None
     )
     for name in ("float", "no tiff", "cut png"):
         content, reason = REFUSED[name]

@@ -53,7 +53,10 @@ def test_it_says_what_it_can(predictor):
 @pytest.mark.parametrize(
     "make, perfect",
     [
-        (lambda f: ZeroShot(f / "labels"), "top_1"),
+        (
+            lambda f: ZeroShot(f / "labels", templates=["{} square"]),
+            "top_1",
+        ),
         (lambda f: Fewshot(f / "labels", shots=[2], num_seeds=1), "2_shot"),
         (
             lambda f: Retrieval(f / "captions", limit=3),

@@ -8,7 +8,7 @@ import scoring
 import tensorflow as tf
 
 from cappa_tf.data import schema
-from cappa_tf.evaluation.captioned import CaptionedImages
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.evaluation.perplexity import Perplexity
 
 
@@ -21,8 +21,8 @@ def test_figures_are_those_of_the_losses(folder, tmp_path):
     predictor = scoring.tiny_predictor(tmp_path)
     report = Perplexity(folder / "captions", blind=True).evaluate(predictor)
     nll = tokens = 0.0
-    data = CaptionedImages(folder / "captions", "test")
-    for images, examples in data.batches(predictor):
+    data = EvaluationImages(folder / "captions", "test")
+    for images, examples in data.captioned(predictor):
         labels = predictor.tokenizer([e.captions for e in examples])
         batch = {"image": tf.constant(images), "labels": labels}
         losses = predictor.model.compute_losses(batch, training=False)
@@ -50,7 +50,7 @@ def test_records_and_folder_give_the_same(folder, tmp_path):
     predictor = scoring.tiny_predictor(tmp_path)
     read = []
     for path in (tmp_path / "records", folder / "captions"):
-        batches = CaptionedImages(path, "test", 5).batches(predictor)
+        batches = EvaluationImages(path, "test", 5).captioned(predictor)
         read.append(np.concatenate([images for images, _ in batches]))
     np.testing.assert_allclose(read[0], read[1], atol=1e-6)
     report = Perplexity(tmp_path / "records", limit=3).evaluate(predictor)
@@ -63,8 +63,8 @@ def test_bad_pictures_are_counted(folder, tmp_path):
     lines = lines.replace("../", f"{folder}/")
     extra = '\n{"image": "bad.jpg", "captions": ["red"], "split": "test"}'
     (tmp_path / "captions.jsonl").write_text(lines + extra)
-    data = CaptionedImages(tmp_path, "test")
-    list(data.batches(scoring.tiny_predictor(tmp_path)))
+    data = EvaluationImages(tmp_path, "test")
+    list(data.captioned(scoring.tiny_predictor(tmp_path)))
     assert data.skipped == {"image cannot be decoded": 1}
     with pytest.raises(ValueError, match="split='nowhere'"):
-        CaptionedImages(tmp_path, "nowhere").open()
+        EvaluationImages(tmp_path, "nowhere").open()

@@ -5,7 +5,8 @@ import pytest
 import scoring
 from conftest import shared_data
 
-from cappa_tf.evaluation import labelled, zero_shot
+from cappa_tf.evaluation import features, zero_shot
+from cappa_tf.evaluation.images import EvaluationImages
 
 
 def test_prompts_go_class_by_class():
@@ -76,8 +77,7 @@ def test_the_prior_of_a_name_is_taken_off(folder, tmp_path):
 
 def test_all_of_the_picture_is_seen(folder):
     """Without a margin the crop is the whole, squashed picture."""
-    data = labelled.LabelledImages(folder / "labels", "test", 9, margin=1.0)
-    assert data._decode_size == (9, 9)
+    assert features.preprocessing(9, margin=1.0).squash_size is None
 
 
 def test_limit_and_bad_names(folder, tmp_path):
@@ -92,6 +92,6 @@ def test_limit_and_bad_names(folder, tmp_path):
 
 
 def test_names_of_the_clothing_set():
-    data = labelled.LabelledImages(shared_data("clothing_small"), "test", 8)
+    data = EvaluationImages(shared_data("clothing_small"), "test")
     assert len(data.class_names) == 10
     assert data.class_names[0] == "dress"

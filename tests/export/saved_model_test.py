@@ -16,7 +16,6 @@ import serving
 
 from cappa_tf.data.images import image_files
 from cappa_tf.inference.captions import CaptionDecoder
-from cappa_tf.inference.image_files import PictureReader, caption_pictures
 from cappa_tf.saving import run_folder
 
 TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
@@ -75,17 +74,16 @@ def broken(contents):
     return {k: f"image_bytes: {reason}" for k, reason in reasons.items()}
 
 
-def _reader(run):
-    return PictureReader(**run_folder.load_preprocessing(run)[1])
+def _preprocessing(run):
+    return run_folder.load_preprocessing(run)[1]
 
 
 def _rows_of_the_tool(run, paths):
     """What tools/caption.py prints of each file."""
     captioner = run_folder.load_model(run)
     tokenizer, _ = run_folder.load_preprocessing(run)
-    rows = caption_pictures(
-        paths, _reader(run), CaptionDecoder(captioner, tokenizer, 32)
-    )
+    decoder = CaptionDecoder(captioner, tokenizer, 32)
+    rows = decoder.caption_files(paths, _preprocessing(run))
     return [row for _, row, _ in rows]
 
 
@@ -142,8 +140,8 @@ def test_caption_is_the_default(served, contents):
 
 
 def test_scores_are_the_captioners(served, captioner, pictures, contents):
-    reader = _reader(served.run)
-    images = np.stack([reader(path) for path in pictures[:3]])
+    preprocessing = _preprocessing(served.run)
+    images = np.stack([preprocessing.read(path) for path in pictures[:3]])
     expected = captioner.score(images, TEXTS).numpy()
     shared = served.predict(
         "score",
@@ -173,8 +171,8 @@ def test_scores_do_not_depend_on_the_passes(served, captioner, contents):
 
 
 def test_embeddings_are_the_encoders(served, captioner, pictures, contents):
-    reader = _reader(served.run)
-    images = np.stack([reader(path) for path in pictures[:3]])
+    preprocessing = _preprocessing(served.run)
+    images = np.stack([preprocessing.read(path) for path in pictures[:3]])
     expected = captioner.vision_encoder(images)["pre_logits"]
     answer = served.predict("embed", image_bytes=contents[:3])
     np.testing.assert_allclose(answer["embedding"], expected, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from harness import check_layer, randomize
 from keras import ops
 
-from cappa_tf.models.attention import MultiHeadAttention
+from cappa_tf.models.attention import MultiHeadAttention, by_head
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.mlp import MLP
 from cappa_tf.models.patch_embedding import PatchEmbedding
@@ -64,7 +64,7 @@ def test_contract_of_attention(use_bias, tmp_path):
     layer, _ = check_layer(
         MultiHeadAttention,
         {"hidden_dim": 8, "num_heads": 2, "use_bias": use_bias},
-        [array(2, 5, 8), array(2, 2, 7, 4), array(2, 2, 7, 4, seed=1)],
+        [array(2, 5, 8), array(2, 7, 2, 4), array(2, 7, 2, 4, seed=1)],
         (2, 5, 8),
         tmp_path,
         build_shapes=((None, 5, 8), (None, 7, 6)),
@@ -80,7 +80,10 @@ def test_attention_equals_its_formula():
     x, memory = array(2, 5, 8), array(2, 7, 6, seed=1)
     mask = np.random.default_rng(2).random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    actual = layer(x, *layer.project(memory), mask)
+    projected = layer.project(memory)
+    actual = layer(x, *projected, mask)
+    turned = layer(x, *map(by_head, projected), mask, by_head=True)
+    np.testing.assert_allclose(turned, actual, atol=1e-6)
     wq, bq, wk, bk, wv, bv, wo, bo = (float64(w) for w in layer.weights)
     query = np.einsum("btd,dhc->bthc", x, wq) + bq
     keys = np.einsum("bsd,dhc->bshc", memory, wk) + bk

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from harness import check_layer, randomize
 
+from cappa_tf.models.attention import by_head
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.stateless_random import StatelessDropout, example_seeds
@@ -102,10 +103,11 @@ def test_cached_equals_uncached(length):
     ids = tokens(length=length)
     memory = model.project_memory(patches())
     wanted = model(ids, memory)
+    turned = [tuple(map(by_head, pair)) for pair in memory]
     cache = model.empty_cache(3, length)
     for i in range(length):
         hidden, cache = model.call_with_cache(
-            ids[:, i : i + 1], memory, cache, tf.constant(i)
+            ids[:, i : i + 1], turned, cache, tf.constant(i)
         )
         np.testing.assert_allclose(hidden[:, 0], wanted[:, i], atol=1e-5)
 

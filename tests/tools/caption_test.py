@@ -12,7 +12,6 @@ from absl import flags
 from PIL import Image
 from tool_flags import defined
 
-from cappa_tf.inference import image_files
 from cappa_tf.saving import run_folder as saving
 from cappa_tf.utils import files
 from tools import caption
@@ -104,9 +103,9 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     )
     assert code == 0
     row = json.loads(out)
-    tokenizer, image = saving.load_preprocessing(run_folder)
+    tokenizer, preprocessing = saving.load_preprocessing(run_folder)
     captioner = saving.load_model(run_folder)
-    pixels = image_files.PictureReader(**image)(path)[None]
+    pixels = preprocessing.read(path)[None]
     tokens = captioner.generate(pixels)["tokens"]
     score = captioner.score(pixels, tokens)
     assert row["log_likelihood"] == pytest.approx(float(score[0, 0]), rel=1e-4)

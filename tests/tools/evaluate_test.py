@@ -1,6 +1,7 @@
 """tools/evaluate.py measures features on folders and TFRecords alike."""
 
 import json
+import types
 
 import numpy as np
 import numpy_reference as reference
@@ -13,7 +14,8 @@ from PIL import Image
 from cappa_tf.data import schema
 from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.evaluator import Report
-from cappa_tf.evaluation.labelled import LabelledImages, extract_features
+from cappa_tf.evaluation.features import extract_features, preprocessing
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.saving import big_vision
 from cappa_tf.utils import files
 from tools import evaluate
@@ -85,8 +87,9 @@ def test_records_give_the_same_pictures(folder, tmp_path):
     schema.write_dataset({"test": examples}, tmp_path / "records", "colours")
     both = []
     for path in (folder, tmp_path / "records"):
-        data = LabelledImages(path, "test", (8, 6))
-        both.append([np.concatenate(p) for p in zip(*data.batches(5))])
+        data = EvaluationImages(path, "test")
+        read = zip(*data.labelled(preprocessing((8, 6)), 5))
+        both.append([np.concatenate(part) for part in read][:2])
     assert both[0][0].shape == (12, 8, 6, 3)
     assert -1 <= both[0][0].min() < both[0][0].max() <= 1
     # Shards are read one after the other: bring both into one order.
@@ -146,14 +149,16 @@ def test_two_hosts_have_the_features_of_one(folder, tmp_path):
     def encode(images):
         return images.mean(axis=1)[:, 0]
 
+    model = types.SimpleNamespace(features=encode, image_size=(7, 7))
+
     for path in (folder, tmp_path):
-        data = LabelledImages(path, "train", 7)
-        whole = extract_features(encode, data, 5)
+        data = EvaluationImages(path, "train")
+        whole = extract_features(model, data, batch_size=5)
         skipped = dict(data.skipped)
         second = _Part(1)
-        extract_features(encode, data, 5, hosts=second)
+        extract_features(model, data, batch_size=5, hosts=second)
         shared = extract_features(
-            encode, data, 5, hosts=_Part(0, [second.given])
+            model, data, batch_size=5, hosts=_Part(0, [second.given])
         )
         assert 0 < len(second.given[0]) < len(whole[1])
         for one, other in zip(whole, shared, strict=True):
@@ -162,8 +167,8 @@ def test_two_hosts_have_the_features_of_one(folder, tmp_path):
 
 
 def test_middle_of_the_picture_keeps_its_aspect_ratio(folder):
-    data = LabelledImages(folder, "test", 7, "resize_small")
-    images, _ = next(data.batches(12))
+    data = EvaluationImages(folder, "test")
+    images, *_ = next(data.labelled(preprocessing(7, "resize_small"), 12))
     # 14 x 9 becomes 12 x 8, of which rows 2-8 and columns 0-6 are kept.
     with Image.open(folder / "24.png") as picture:
         pixels = tf.constant(np.asarray(picture))

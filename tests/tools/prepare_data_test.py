@@ -14,7 +14,7 @@ from tool_flags import defined
 
 from cappa_tf.data import schema
 from cappa_tf.data.prepare import conversion
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 from cappa_tf.utils import files
 from tools import prepare_data
 
@@ -136,7 +136,7 @@ def _is_as_uninterrupted(run, photos, output, *more):
 def test_interrupted_in_a_shard_goes_on_with_the_next(
     run, photos, tmp_path, monkeypatch, capsys
 ):
-    real = image_folder.read_example
+    real = image_rows.read_example
 
     def interrupted(row, *arguments):
         if row.key == "5.jpg":
@@ -144,11 +144,11 @@ def test_interrupted_in_a_shard_goes_on_with_the_next(
         return real(row, *arguments)
 
     output = tmp_path / "out"
-    monkeypatch.setattr(image_folder, "read_example", interrupted)
+    monkeypatch.setattr(image_rows, "read_example", interrupted)
     with pytest.raises(SystemExit, match="interrupted; run it again"):
         run(f"--input={photos}", f"--output={output}")
     assert not _contents(output)
-    monkeypatch.setattr(image_folder, "read_example", real)
+    monkeypatch.setattr(image_rows, "read_example", real)
     _is_as_uninterrupted(run, photos, output)
     assert "5 shards taken over" in capsys.readouterr().out
 

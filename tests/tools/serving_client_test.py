@@ -18,7 +18,6 @@ import serving
 
 from cappa_tf.data.images import image_files
 from cappa_tf.inference.captions import CaptionDecoder
-from cappa_tf.inference.image_files import PictureReader, caption_pictures
 from cappa_tf.saving import run_folder
 from tools import serving_client
 
@@ -57,11 +56,10 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captions(served, pictures):
     """What tools/caption.py says of them."""
-    tokenizer, image = run_folder.load_preprocessing(served.run)
-    rows = caption_pictures(
-        image_files.find_pictures([str(pictures)]),
-        PictureReader(**image),
-        CaptionDecoder(run_folder.load_model(served.run), tokenizer, 8),
+    tokenizer, preprocessing = run_folder.load_preprocessing(served.run)
+    decoder = CaptionDecoder(run_folder.load_model(served.run), tokenizer, 8)
+    rows = decoder.caption_files(
+        image_files.find_pictures([str(pictures)]), preprocessing
     )
     return [row.caption for _, row, _ in rows]
 

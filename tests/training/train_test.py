@@ -63,7 +63,7 @@ def test_a_run_leaves_what_tools_need(finished, folder):
     tokenizer, image = workdir_module.load_preprocessing(workdir)
     assert tokenizer.path.startswith(workdir)
     assert tokenizer.vocabulary_size == tiny.vocabulary(folder)[1]
-    assert tuple(image["image_size"]) == (16, 16)
+    assert image.image_size == (16, 16)
     final = workdir_module.load_model(workdir, "final")
     latest = workdir_module.load_model(workdir, "latest")
     for a, b in zip(final.weights, latest.weights, strict=True):

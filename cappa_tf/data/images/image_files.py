@@ -37,16 +37,18 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
 
 
-class UnusableError(Exception):
+class UnusableError(ValueError):
     """An image that is left out.
 
     Attributes:
         reason: Why, in words to count by.
+        name: Which, where that is known.
     """
 
-    def __init__(self, reason):
+    def __init__(self, reason, name=""):
         super().__init__(reason)
         self.reason = reason
+        self.name = name
 
 
 def find_pictures(paths):
@@ -99,18 +101,29 @@ def read(path, resize=None, min_side=1, max_pixels=None):
     Raises:
         UnusableError: The picture is to be left out.
     """
+    return check(read_bytes(path), resize, min_side, max_pixels)
+
+
+def read_bytes(path):
+    """The bytes of a file, whatever they are.
+
+    Args:
+        path: The file, local or in a bucket.
+
+    Raises:
+        UnusableError: It is not there or cannot be read.
+    """
     path = os.fspath(path)
     try:
         # TensorFlow refuses names that are not UTF-8; as many are not where
         # the locale is ASCII.
         opened = tf.io.gfile.GFile if "://" in path else open
         with opened(path, "rb") as file:
-            content = file.read()
+            return file.read()
     except (FileNotFoundError, tf.errors.NotFoundError):
         raise UnusableError("image missing") from None
     except (OSError, tf.errors.OpError):
         raise UnusableError("image unreadable") from None
-    return check(content, resize, min_side, max_pixels)
 
 
 def check(content, resize=None, min_side=1, max_pixels=None):
@@ -186,31 +199,42 @@ def decode_other(encoded, max_pixels):
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def cut(content, box):
-    """Cuts a part out of an image.
+def why_unusable(content, min_side=1, max_pixels=None):
+    """What is wrong with a file that could not be decoded, in words.
 
     Args:
-        content: Bytes that `read` gave.
+        content: Its bytes.
+        min_side: As `read`.
+        max_pixels: As there.
+    """
+    try:
+        check(content, min_side=min_side, max_pixels=max_pixels)
+    except UnusableError as error:
+        return error.reason
+    return "image cannot be decoded"
+
+
+def part(image, box):
+    """Cuts a part out of a decoded image.
+
+    Args:
+        image: uint8 [h, w, 3].
         box: (left, top, width, height) in pixels; what lies outside of the
             image is left out.
 
     Returns:
-        Bytes of a PNG.
+        uint8 [height, width, 3].
 
     Raises:
         UnusableError: Nothing of the box lies on the image.
     """
     left, top, width, height = box
-    with tf.device("CPU:0"):
-        image = Image.fromarray(decode_resize.decode(content).numpy())
-    right = min(left + width, image.width)
-    bottom = min(top + height, image.height)
-    left, top = max(left, 0), max(top, 0)
-    if left >= right or top >= bottom:
+    image = image[
+        max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)
+    ]
+    if 0 in image.shape:
         raise UnusableError("box outside of the image")
-    stored = io.BytesIO()
-    image.crop((left, top, right, bottom)).save(stored, "PNG")
-    return stored.getvalue()
+    return image
 
 
 def _check_size(size, pixels, resize, min_side, max_pixels):

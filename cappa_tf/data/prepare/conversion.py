@@ -31,7 +31,7 @@ import tensorflow as tf
 
 from cappa_tf.data import description, schema
 from cappa_tf.data.prepare import dataset_writer
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 from cappa_tf.data.text import is_text
 from cappa_tf.utils import files
 
@@ -79,11 +79,11 @@ def plan(rows, output_dir, num_shards, options, skipped):
     A row whose key another row had before, or is no text, is skipped here.
 
     Args:
-        rows: A list of `image_folder.Row`s.
+        rows: A list of `image_rows.Row`s.
         output_dir: Folder of the data set.
         num_shards: Shards of a split; one with fewer rows gets one for each.
-        options: `image_folder.Options`.
-        skipped: A `image_folder.Skipped` that takes what is left out.
+        options: `image_rows.Options`.
+        skipped: A `image_rows.Skipped` that takes what is left out.
 
     Returns:
         A list of `Plan`s.
@@ -100,7 +100,7 @@ def plan(rows, output_dir, num_shards, options, skipped):
             skipped.add("repeated key", row.key)
         else:
             seen.add(row.key)
-            split = image_folder.choose_split(row, options.split_fractions)
+            split = image_rows.choose_split(row, options.split_fractions)
             split_rows.setdefault(split, []).append((number, row))
     for split in split_rows:
         dataset_writer.check_split(split)
@@ -108,7 +108,7 @@ def plan(rows, output_dir, num_shards, options, skipped):
     tf.io.gfile.makedirs(folder)
     header = {
         "options": dataclasses.asdict(options),
-        "classes": image_folder.class_names(rows),
+        "classes": image_rows.class_names(rows),
         "maker": _MAKER,
     }
     plans = []
@@ -144,14 +144,14 @@ def convert(plan_path, workers=None, on_row=None):
             for _ in rows:
                 on_row()
             return found
-        options = image_folder.Options(**header["options"])
+        options = image_rows.Options(**header["options"])
         classes = {name: i for i, name in enumerate(header["classes"])}
         read = _ordered_map(
             pool,
             lambda numbered: (
                 numbered[0],
                 _stamp(numbered[1].path),
-                *image_folder.read_example(numbered[1], options, classes),
+                *image_rows.read_example(numbered[1], options, classes),
             ),
             rows,
             ahead=4 * workers,
@@ -167,7 +167,7 @@ def finish(plans, output_dir, name, metadata, skipped):
         output_dir: Folder of the data set.
         name: Its name.
         metadata: Kept in the description.
-        skipped: The `image_folder.Skipped` of `plan`; takes what the shards
+        skipped: The `image_rows.Skipped` of `plan`; takes what the shards
             left out, in the order of the source.
 
     Returns:
@@ -266,7 +266,7 @@ def _read_plan(path):
     """Header and (number, `Row`) pairs of a plan."""
     with tf.io.gfile.GFile(path) as file:
         header, *lines = map(json.loads, file.read().splitlines())
-    return header, [(number, image_folder.Row(**row)) for number, row in lines]
+    return header, [(number, image_rows.Row(**row)) for number, row in lines]
 
 
 def _load_result(plan_path):

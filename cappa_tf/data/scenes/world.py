@@ -37,6 +37,9 @@ from cappa_tf.data import schema, tokenizer
 from cappa_tf.data.scenes import render
 from cappa_tf.data.scenes.render import COLORS, RELATIONS, SHAPES, SIZES
 
+# In the description of each data set, those that exist included.
+_SOURCE = "cappa_tf.data.scenes"
+
 # fmt: off
 WORDS = (
     "ant", "boat", "cake", "dog", "fish", "hat", "king", "lamp", "moon",
@@ -275,7 +278,7 @@ def prepare(
         output_dir,
         name=NAME,
         num_shards={"train": num_shards, "validation": 1, "heldout": 1},
-        metadata={"source": __name__, "arguments": arguments},
+        metadata={"source": _SOURCE, "arguments": arguments},
     )
 
 
@@ -301,7 +304,7 @@ def _find(output_dir, arguments):
         return None
     found = schema.DatasetDescription.load(output_dir)
     present = found.metadata.get("arguments")
-    if found.metadata.get("source") != __name__ or present != arguments:
+    if found.metadata.get("source") != _SOURCE or present != arguments:
         raise ValueError(
             f"{output_dir} holds another data set: {found.name!r} of "
             f"{present}. Remove it or name another folder. "

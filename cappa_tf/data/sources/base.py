@@ -2,7 +2,8 @@
 
 A source says what pictures there are and how they are stored:
 
-    PreparedData        what tools/prepare_data.py wrote (here)
+    prepared.PreparedData      what tools/prepare_data.py wrote
+    image_folder.ImageFolder   images with captions or labels, as they are
     webdataset.WebDataset, img2dataset.TFRecords, tfds.TFDS
     mixture.Mixture     several of them, by weight
 
@@ -61,7 +62,12 @@ class Records:
     Args:
         name: What to call them in messages.
         shards: List of objects with `path`, `num_examples` and `num_bytes`.
+
+    Attributes:
+        min_side: An image with a shorter side below this is a bad record.
     """
+
+    min_side = 1
 
     def __init__(self, name, shards):
         self.name = name

@@ -280,7 +280,7 @@ def open_binary(path):
     A file on disk by Python's own `open`, which scans of many seeks went
     through faster than TensorFlow's.
     """
-    if "://" in path:
+    if files.is_remote(path):
         return _Remote(path, "rb")
     return open(path, "rb")
 

@@ -36,6 +36,7 @@ class SkipCounter:
         self._num_examples = num_examples
         self._name = name
         self._counts = collections.Counter()
+        self._noted = collections.Counter()
         self._calls = collections.Counter()
         self._positions = set()
         self._seen = 0
@@ -46,12 +47,28 @@ class SkipCounter:
     def counts(self):
         """A dict reason -> number."""
         with self._lock:
-            return dict(self._counts)
+            return dict(self._counts + self._noted)
+
+    @property
+    def noted(self):
+        """The part of `counts` that `note` was told of."""
+        return dict(self._noted)
 
     @property
     def total(self):
         """Number of all skipped records."""
         return sum(self.counts.values())
+
+    def note(self, reason, name):
+        """Counts what is not a record: a malformed row, one caption of many.
+
+        Args:
+            reason: What is wrong with it.
+            name: Where it is.
+        """
+        with self._lock:
+            self._noted[reason] += 1
+        self._log(reason, name)
 
     def add(self, reason, name, seen=0, count=1):
         """Counts one record, or several that are lost together.
@@ -67,20 +84,12 @@ class SkipCounter:
         """
         with self._lock:
             self._counts[reason] += count
-            # Calls, not records: each gives a name.
-            self._calls[reason] += 1
-            calls = self._calls[reason]
             total = sum(self._counts.values())
             # Batches are decoded side by side and may report out of order;
             # what came of the later one stays read.
             self._seen = max(self._seen, seen)
             allowed = self.allowed(self._seen)
-        if calls <= self.MOST_NAMES:
-            last = " (no more names)" if calls == self.MOST_NAMES else ""
-            times = f"{count} x " if count > 1 else ""
-            logging.warning(
-                "%s: skipped %s: %s%s%s", self._name, name, times, reason, last
-            )
+        self._log(reason, name, count)
         if total > allowed:
             self.failure = ValueError(
                 f"{self._name}: {total} records were skipped, more than "
@@ -88,6 +97,18 @@ class SkipCounter:
                 f"({allowed}): {self.counts}. The last one: {name}"
             )
             raise self.failure
+
+    def _log(self, reason, name, count=1):
+        with self._lock:
+            # Calls, not records: each gives a name.
+            self._calls[reason] += 1
+            calls = self._calls[reason]
+        if calls <= self.MOST_NAMES:
+            last = " (no more names)" if calls == self.MOST_NAMES else ""
+            times = f"{count} x " if count > 1 else ""
+            logging.warning(
+                "%s: skipped %s: %s%s%s", self._name, name, times, reason, last
+            )
 
     def report(self, batch, diagnose, stream, start_index=0, num_hosts=1):
         """Counts the bad records of a batch, in a tf.data graph.

@@ -82,13 +82,14 @@ class DecodedImages:
 
     def __init__(self, shards, decoder, tokenizer, name):
         num_examples = sum(shard.num_examples for shard in shards)
-        needed = num_examples * decoder.size[0] * decoder.size[1] * 3
+        height, width = decoder.preprocessing.image_size
+        needed = num_examples * height * width * 3
         if tokenizer is not None:
             captions = num_examples * decoder.num_captions
             needed += captions * tokenizer.max_length * 4
         _check_memory("images", needed, name, 'cache="records" or "stream"')
         logging.info("%s: decoding %d images once", name, num_examples)
-        shape = (num_examples, *decoder.size, 3)
+        shape = (num_examples, height, width, 3)
         self._pixels = np.empty(shape, np.uint8)
         parts = {"label": [], "count": [], "ok": [], "raw": []}
         tokens = []

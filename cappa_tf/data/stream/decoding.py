@@ -29,16 +29,10 @@ class RecordDecoder:
     """Decodes chunks of serialized records in a tf.data graph.
 
     Args:
-        size: (H, W) of the pictures that come out.
-        resize: "squash" or "resize_small_central_crop".
-        small: Length of the shorter side for the latter.
-        antialias: Whether shrinking averages over all pixels.
-        max_pixels: Larger pictures are bad records.
+        preprocessing: The `ImagePreprocessing`.
         num_captions: K; 0 where captions are not wanted, and then a record
             without any is a good one.
         seed: Seed of the choice of captions, or None for the first K.
-        reduced: Whether a JPEG is decoded at the smallest scale that still
-            covers what it is resized to (`decode_resize.decode`).
         max_words: Captions of more words are not chosen, but where a record
             has none else its shortest ones are; None for no such limit.
         records: The `base.Records` to be decoded, which know how to parse
@@ -47,30 +41,18 @@ class RecordDecoder:
 
     def __init__(
         self,
-        size,
-        resize,
-        small,
-        antialias,
-        max_pixels,
+        preprocessing,
         num_captions,
         seed,
-        reduced,
         max_words=None,
         records=schema,
     ):
-        self.size = size
-        self.resize = resize
-        self.small = small
-        self.antialias = antialias
-        self.max_pixels = max_pixels
+        self.preprocessing = preprocessing
         self.num_captions = num_captions
         self.seed = seed
         self.max_words = max_words
-        self.at_least = None
-        if reduced:
-            squash = resize == "squash"
-            self.at_least = size if squash else (small, small)
         self.records = records
+        self._min_side = getattr(records, "min_side", 1)
 
     def decode_one(self, serialized):
         """Decodes one record; fails where it is a bad one.
@@ -83,14 +65,10 @@ class RecordDecoder:
             "label" int64 (-1 for none).
         """
         record = self.records.parse(serialized)
-        image = decode_resize.decode(
-            record["image/encoded"],
-            self.max_pixels,
-            self.at_least,
-            image_files.decode_other,
-        )
         return {
-            "image": self.fit(image),
+            "image": self.preprocessing.decode(
+                record["image/encoded"], min_side=self._min_side
+            ),
             "captions": record["captions"],
             "label": record["label"],
         }
@@ -194,19 +172,11 @@ class RecordDecoder:
 
     def _blank(self, number):
         return {
-            "image": tf.zeros([*self.size, 3], tf.uint8),
+            "image": tf.zeros([*self.preprocessing.image_size, 3], tf.uint8),
             "captions": tf.constant([""]),
             "label": tf.constant(-1, tf.int64),
             "number": tf.constant(number),
         }
-
-    def fit(self, image):
-        """Brings a decoded picture [h, w, 3] to uint8 [H, W, 3]."""
-        if self.resize == "squash":
-            return decode_resize.resize(image, self.size, self.antialias)
-        return decode_resize.resize_small_central_crop(
-            image, self.small, self.size, self.antialias
-        )
 
     def diagnose(self, raw):
         """Says in Python what is wrong with a record that failed.
@@ -222,28 +192,30 @@ class RecordDecoder:
             return "lost record", raw.removeprefix(shuffling.LOST).decode()
         try:
             example = self.records.deserialize(raw)
+        except image_files.UnusableError as error:
+            return error.reason, error.name
         except ValueError as error:
             return "not a record of this schema", str(error)
         name = example.key or "a record without key"
         if self.num_captions and not any(c.strip() for c in example.captions):
             return "no caption", name
-        if self._is_too_large(example.image):
-            return f"more than {self.max_pixels} pixels", name
-        try:
-            image_files.check(example.image, max_pixels=self.max_pixels)
-        except image_files.UnusableError as error:
-            return error.reason, name
-        return "image cannot be decoded", name
+        max_pixels = self.preprocessing.max_pixels
+        if _is_too_large(example.image, max_pixels):
+            return f"more than {max_pixels} pixels", name
+        reason = image_files.why_unusable(
+            example.image, self._min_side, max_pixels
+        )
+        return reason, name
 
-    def _is_too_large(self, encoded):
-        try:
-            with tf.device("CPU:0"):
-                pixels = decode_resize.pixels_to_decode(
-                    tf.constant(encoded)
-                ).numpy()
-        except tf.errors.OpError:
-            return False
-        return self.max_pixels is not None and pixels > self.max_pixels
+
+def _is_too_large(encoded, max_pixels):
+    if max_pixels is None:
+        return False
+    try:
+        with tf.device("CPU:0"):
+            return int(decode_resize.pixels_to_decode(encoded)) > max_pixels
+    except tf.errors.OpError:
+        return False
 
 
 def _are_short(captions, real, max_words):

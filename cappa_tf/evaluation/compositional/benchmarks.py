@@ -17,10 +17,10 @@ import os
 import numpy as np
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation.captioned import CaptionedImages
 from cappa_tf.evaluation.compositional import choices as choice_files
 from cappa_tf.evaluation.compositional import scene_choices
 from cappa_tf.evaluation.evaluator import Evaluator, Report, table
+from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, SCORE
 from cappa_tf.utils.arguments import check_counts
 
@@ -188,12 +188,12 @@ class FileChoices(Compositional):
     def batches(self, predictor):
         """See `Compositional`."""
         self._missing.clear()
-        pictures = self._read_pictures(predictor.reader)
+        pictures = self._read_pictures(predictor.preprocessing)
         while some := list(itertools.islice(pictures, predictor.batch_size)):
             images, choices = zip(*some)
             yield np.stack(images), list(choices)
 
-    def _read_pictures(self, reader):
+    def _read_pictures(self, preprocessing):
         """Yields (image, its choices), most choices first."""
         by_part = collections.defaultdict(list)
         for choice in self.read():
@@ -203,7 +203,7 @@ class FileChoices(Compositional):
         for choices in sorted(parts, key=len, reverse=True):
             try:
                 path, box = self._path(choices[0]), choices[0].box
-                yield reader(path, box), choices
+                yield preprocessing.read(path, box), choices
             except image_files.UnusableError as error:
                 self._missing[error.reason] += len(choices)
 
@@ -290,7 +290,7 @@ class Scenes(Compositional):
         name="scenes",
     ):
         super().__init__(name)
-        self._data = CaptionedImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit)
         self._seed = seed
         self._others = 0
 
@@ -306,7 +306,7 @@ class Scenes(Compositional):
     def batches(self, predictor):
         """See `Compositional`."""
         self._others = 0
-        for images, examples in self._data.batches(predictor):
+        for images, examples in self._data.captioned(predictor):
             choices = [
                 scene_choices.choices(e.captions[0], e.key, self._seed)
                 for e in examples

@@ -7,9 +7,9 @@ from PIL import Image
 
 from cappa_tf.data import schema
 from cappa_tf.data.prepare import conversion
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 
-OPTIONS = image_folder.Options(split_fractions={"train": 1})
+OPTIONS = image_rows.Options(split_fractions={"train": 1})
 
 
 def make_rows(folder, count, bad=()):
@@ -22,18 +22,18 @@ def make_rows(folder, count, bad=()):
             path.write_text("no picture")
         elif not path.exists():
             Image.new("RGB", (8 + i, 9), (i, 0, 0)).save(path)
-        rows.append(image_folder.Row(f"k{i}", str(path), [f"caption {i}"]))
+        rows.append(image_rows.Row(f"k{i}", str(path), [f"caption {i}"]))
     return rows
 
 
 def plan(rows, output, num_shards=4, options=OPTIONS, skipped=None):
-    skipped = skipped or image_folder.Skipped()
+    skipped = skipped or image_rows.Skipped()
     return conversion.plan(rows, str(output), num_shards, options, skipped)
 
 
 def convert_all(rows, output, num_shards=4, options=OPTIONS, workers=3):
     """Plans, converts and publishes; returns description and skips."""
-    skipped = image_folder.Skipped()
+    skipped = image_rows.Skipped()
     plans = plan(rows, output, num_shards, options, skipped)
     for one in plans:
         conversion.convert(one.path, workers)
@@ -83,7 +83,7 @@ def test_a_shard_without_usable_picture_is_left_out(tmp_path):
 def test_order_and_threads_do_not_matter(tmp_path):
     rows = make_rows(tmp_path / "in", 30, bad=(3, 7))
     convert_all(rows, tmp_path / "one", workers=1)
-    skipped = image_folder.Skipped()
+    skipped = image_rows.Skipped()
     plans = plan(rows, tmp_path / "two", skipped=skipped)
     for one in reversed(plans):
         conversion.convert(one.path, workers=5)
@@ -106,8 +106,8 @@ def test_a_bucket_is_written_like_a_folder(tmp_path):
 
 def test_repeated_and_unreadable_names_are_skipped(tmp_path):
     rows = make_rows(tmp_path / "in", 3)
-    rows.append(image_folder.Row("k1", rows[2].path, ["again"]))
-    rows.append(image_folder.Row("\udcff", rows[2].path, ["no name"]))
+    rows.append(image_rows.Row("k1", rows[2].path, ["again"]))
+    rows.append(image_rows.Row("\udcff", rows[2].path, ["no name"]))
     description, skipped = convert_all(rows, tmp_path / "out", 1)
     assert keys(description) == [["k0", "k1", "k2"]]
     assert skipped.counts == {
@@ -137,7 +137,7 @@ def test_what_holds_is_taken_over_and_what_changed_is_not(tmp_path):
     result.unlink()
     assert reused() == [True, True, False, False]
     found, taken = conversion.finish(
-        plan(rows, output), str(output), "d", {}, image_folder.Skipped()
+        plan(rows, output), str(output), "d", {}, image_rows.Skipped()
     )
     assert taken == 2
     convert_all(rows, tmp_path / "whole")
@@ -148,7 +148,7 @@ def test_other_options_make_other_shards(tmp_path):
     rows = make_rows(tmp_path / "in", 4)
     (first,) = plan(rows, tmp_path / "out", 1)
     conversion.convert(first.path)
-    options = image_folder.Options(split_fractions={"train": 1}, resize=8)
+    options = image_rows.Options(split_fractions={"train": 1}, resize=8)
     (second,) = plan(rows, tmp_path / "out", 1, options)
     assert not conversion.convert(second.path).reused
 
@@ -169,7 +169,7 @@ def test_nothing_is_published_before_all_shards_are_made(tmp_path):
     rows = make_rows(tmp_path / "in", 4)
     output = tmp_path / "out"
     plans = plan(rows, output)
-    arguments = (str(output), "d", {}, image_folder.Skipped())
+    arguments = (str(output), "d", {}, image_rows.Skipped())
     for one in plans[:3]:
         conversion.convert(one.path)
     with pytest.raises(ValueError, match="1 of 4 .*train-00003-.*plan"):
@@ -181,7 +181,7 @@ def test_errors_come_before_any_picture_is_read(tmp_path):
     rows = make_rows(tmp_path / "in", 2)
     rows[1].split = "a/b"
     with pytest.raises(ValueError, match="split='a/b'"):
-        plan(rows, tmp_path / "out", options=image_folder.Options())
+        plan(rows, tmp_path / "out", options=image_rows.Options())
     bad = make_rows(tmp_path / "bad", 2, bad=(0, 1))
     with pytest.raises(ValueError, match="No usable example.* 2 x image"):
         convert_all(bad, tmp_path / "out")
@@ -213,7 +213,7 @@ def test_two_workers_of_beam_make_and_count_the_same(
     rows[5].captions = []
     rows[6].path = str(tmp_path / "gone.png")
     _, expected = convert_all(rows, tmp_path / "one")
-    skipped = image_folder.Skipped()
+    skipped = image_rows.Skipped()
     output = tmp_path / "two"
     plans = plan(rows, output, skipped=skipped)
     counters = beam_conversion.convert(

@@ -136,9 +136,12 @@ def test_same_arguments_same_bytes_and_no_second_drawing(tmp_path, monkeypatch):
     counts = {s: description.num_examples(s) for s in description.splits}
     assert counts == {"train": 40, "validation": 12, "heldout": 12}
 
-    monkeypatch.setattr(world.tfrecord, "write_dataset", None)
+    monkeypatch.setattr(world.schema, "write_dataset", None)
     again = world.prepare(tmp_path / "a", **SMALL)
     assert again.content == description.content
+
+    # As version 0.1.0 wrote it, too.
+    assert description.metadata["source"] == "cappa_tf.data.scenes"
 
     before = _digests(tmp_path / "a")
     (tmp_path / "a" / "tokenizer.model").unlink()

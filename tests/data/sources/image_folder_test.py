@@ -1,260 +1,141 @@
-"""Promises of reading users' folders: three forms, nothing dropped silently."""
+"""A plain folder of images is a source like any other."""
 
-import io
 import json
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cappa_tf.data.images import decode_resize, image_files
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.caption_dataset import CaptionDataset
+from cappa_tf.data.sources import image_folder, image_rows, mixture
+from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
+
+COUNT = 7
 
 
-def picture(path, size=(20, 12), mode="RGB", file_format=None, **options):
-    """Writes an image file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.linear_gradient("L").resize(size).convert(mode)
-    image.save(path, file_format, **options)
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("vocabulary") / "v.model")
+    words = [f"{a} square {b}" for a in "ab" for b in range(COUNT)]
+    train_tokenizer(words, path, 30)
+    return Tokenizer(path, max_length=8)
 
 
-def write_jsonl(path, rows):
-    """Writes a captions file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven noisy images of "train"; one is missing, one has no caption."""
+    path = tmp_path_factory.mktemp("folder")
+    random, rows = np.random.RandomState(0), []
+    for i in range(COUNT):
+        name = f"{i}.{'jpg' if i % 2 else 'png'}"
+        pixels = random.randint(256, size=(12, 16, 3)).astype("uint8")
+        if i != 3:
+            Image.fromarray(pixels).save(path / name)
+        captions = [] if i == 5 else [f"a square {i}", f"b square {i}"]
+        rows.append({"image": name, "captions": captions, "label": "ab"[i % 2]})
+    rows[0]["captions"].append(" ")
+    rows = [row | {"split": "train"} for row in rows]
+    lines = [json.dumps(row) for row in rows] + ["{"]
+    (path / "captions.jsonl").write_text("\n".join(lines))
+    return path
 
 
-def read(path, options=None, **arguments):
-    """Usable (row, example) pairs and what was skipped."""
-    skipped = image_folder.Skipped()
-    rows = image_folder.read_rows(path, skipped=skipped, **arguments)
-    classes = {name: i for i, name in enumerate(image_folder.class_names(rows))}
-    pairs = []
-    for row in rows:
-        example, reasons = image_folder.read_example(
-            row, options or image_folder.Options(), classes
-        )
-        for reason, name in reasons:
-            skipped.add(reason, name)
-        if example is not None:
-            pairs.append((row, example))
-    return pairs, skipped
+def make(path, tokenizer, **options):
+    options = {"max_skipped_fraction": 1.0, "batch_size": 4, **options}
+    return CaptionDataset(path, "train", tokenizer, 12, **options)
 
 
-def summary(pairs):
-    """(split, key, captions, label) of each pair."""
-    return [(row.split, e.key, e.captions, e.label) for row, e in pairs]
-
-
-def test_jsonl(tmp_path):
-    picture(tmp_path / "a/1.jpg")
-    picture(tmp_path / "2.png")
-    write_jsonl(
-        tmp_path / "captions.jsonl",
-        [
-            {"image": "a/1.jpg", "captions": [" one ", "two"], "split": "x"},
-            {
-                "image": "2.png",
-                "caption": "three",
-                "split": "y",
-                "label": 7,
-                "key": "second",
-            },
-        ],
-    )
-    (tmp_path / "captions_extra.jsonl").write_text("{}")
-    pairs, skipped = read(tmp_path)
-    assert summary(pairs) == [
-        ("x", "a/1.jpg", ["one", "two"], None),
-        ("y", "second", ["three"], 7),
-    ]
-    assert pairs[0][1].image == (tmp_path / "a/1.jpg").read_bytes()
-    assert not skipped.counts
-
-
-@pytest.mark.parametrize("header", ["image,caption,label\n", ""])
-def test_csv_rows_of_one_image_belong_together(tmp_path, header):
-    for name in ("1.jpg", "2.jpg"):
-        picture(tmp_path / name)
-    rows = ['1.jpg,"a, b"', "2.jpg,c", "1.jpg,d"]
-    if header:
-        rows = [row + ",cat" for row in rows]
-    (tmp_path / "some.csv").write_text(header + "\n".join(rows) + "\n")
-    pairs, _ = read(tmp_path)
-    label = 0 if header else None
-    assert [row[1:] for row in summary(pairs)] == [
-        ("1.jpg", ["a, b", "d"], label),
-        ("2.jpg", ["c"], label),
-    ]
-
-
-def test_text_beside_images(tmp_path):
-    picture(tmp_path / "b/2.JPG", file_format="JPEG")
-    picture(tmp_path / "1.webp")
-    picture(tmp_path / "3.png")
-    (tmp_path / "b/2.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "1.txt").write_text("zero")
-    (tmp_path / "notes.md").write_text("no image")
-    pairs, skipped = read(tmp_path)
-    assert [row[1:3] for row in summary(pairs)] == [
-        ("1.webp", ["zero"]),
-        ("b/2.JPG", ["one", "two"]),
-    ]
-    assert skipped.lines == ["no caption\t3.png"]
-
-
-def test_each_kind_of_bad_input_is_skipped_and_counted(tmp_path):
-    picture(tmp_path / "good.jpg")
-    content = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "truncated.jpg").write_bytes(content[:-80])
-    (tmp_path / "corrupt.jpg").write_bytes(b"\xff\xd8\xff" + b"x" * 99)
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    picture(tmp_path / "dot.png", size=(1, 1))
-    picture(tmp_path / "huge.png", size=(6000, 5000))
-    names = ["truncated", "corrupt", "text", "empty"]
-    rows = [{"image": f"{n}.jpg", "caption": "c"} for n in names]
-    rows += [{"image": f"{n}.png", "caption": "c"} for n in ("dot", "huge")]
-    rows += [
-        {"image": "absent.jpg", "caption": "c"},
-        {"image": "good.jpg", "key": "none"},
-        {"image": "good.jpg", "key": "blank", "captions": ["", " "]},
-        {"image": "good.jpg", "key": "long", "caption": "c" * 1001},
-        {"image": "good.jpg", "captions": ["", "kept", "c" * 1001]},
-        {"caption": "no image"},
-        ["a list"],
-    ]
-    write_jsonl(tmp_path / "captions.jsonl", rows)
-    with open(tmp_path / "captions.jsonl", "a") as file:
-        file.write("{not json\n")
-    pairs, skipped = read(tmp_path)
-    assert [row[1:3] for row in summary(pairs)] == [("good.jpg", ["kept"])]
-    assert skipped.counts == {
-        "malformed row": 3,
-        "image cannot be decoded": 4,
-        "image with a side below 8 pixels": 1,
-        "image of more than 25000000 pixels": 1,
+def test_bad_ones_are_skipped_and_counted(folder, tokenizer):
+    data = make(str(folder), tokenizer)
+    assert (data.num_examples, data.max_captions) == (COUNT, 2)
+    batches = list(data.evaluate().as_numpy_iterator())
+    mask = np.concatenate([batch["_mask"] for batch in batches])
+    assert mask.tolist() == [1, 1, 1, 0, 1, 0, 1, 0]
+    assert data.skipped == {
+        "malformed row": 1,
+        "empty caption": 1,
         "image missing": 1,
         "no caption": 1,
-        "empty caption": 3,
-        "caption of more than 1000 characters": 2,
     }
-    assert "image cannot be decoded\ttruncated.jpg" in skipped.lines
-    assert any("captions.jsonl:14" in line for line in skipped.lines)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
-def test_pictures_of_every_kind_are_stored_readable(tmp_path, mode):
-    suffix = "jpg" if mode == "CMYK" else "png"
-    path = tmp_path / f"x.{suffix}"
-    picture(path, mode=mode)
-    stored = image_files.read(path)
-    assert stored == path.read_bytes()
-    assert decode_resize.decode(stored).shape == (12, 20, 3)
-    small = image_files.read(path, resize=6)
-    assert decode_resize.decode(small).shape == (6, 10, 3)
-
-
-def test_turned_photos_become_jpeg_and_foreign_pictures_png(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    picture(tmp_path / "turned.jpg", exif=exif)
-    picture(tmp_path / "x.tiff", mode="RGBA")
-    for name, file_format, size in (
-        ("turned.jpg", "JPEG", (12, 20)),
-        ("x.tiff", "PNG", (20, 12)),
-    ):
-        stored = Image.open(io.BytesIO(image_files.read(tmp_path / name)))
-        assert (stored.format, stored.size) == (file_format, size)
-
-
-def test_resize_shrinks_only(tmp_path):
-    picture(tmp_path / "x.jpg", size=(300, 200))
-    stored = image_files.read(tmp_path / "x.jpg", resize=50, max_pixels=100)
-    assert Image.open(io.BytesIO(stored)).size == (75, 50)
-    same = image_files.read(tmp_path / "x.jpg", resize=200)
-    assert same == (tmp_path / "x.jpg").read_bytes()
-
-
-def test_splits(tmp_path):
-    rows = [image_folder.Row(str(i), tmp_path, ["c"]) for i in range(2000)]
-    drawn = [image_folder.choose_split(row) for row in rows]
-    assert 0.88 < drawn.count("train") / 2000 < 0.92
-    assert set(drawn) == {"train", "validation"}
-    own = image_folder.Row("k", tmp_path, ["c"], split="dev")
-    assert image_folder.choose_split(own) == "dev"
-    assert image_folder.choose_split(own, {"all": 2}) == "all"
-    # A picture stays where it was when others come.
-    assert drawn[:9] == [image_folder.choose_split(row) for row in rows[:9]]
-
-
-def test_class_names_become_numbers(tmp_path):
-    picture(tmp_path / "1.jpg")
-    rows = [
-        {"image": "1.jpg", "key": str(i), "label": label}
-        for i, label in enumerate(["dog", "cat", "dog"])
+    assert data.noted == {"malformed row": 1, "empty caption": 1}
+    examples = list(data.read_examples())
+    assert [bool(e.captions) for e in examples] == [
+        i not in (3, 5) for i in range(COUNT)
     ]
-    write_jsonl(tmp_path / "labels.jsonl", rows)
-    options = image_folder.Options(require_captions=False)
-    pairs, skipped = read(tmp_path, options)
-    assert [e.label for _, e in pairs] == [1, 0, 1]
-    assert not skipped.counts
+    assert examples[0].key == "0.png"
+    assert examples[0].captions == ["a square 0", "b square 0"]
+    with Image.open(folder / "0.png") as image:
+        expected = tf.image.resize(np.asarray(image), (12, 12))
+    found = (batches[0]["image"][0] + 1) * 127.5
+    np.testing.assert_allclose(found, expected, atol=0.51)
+    # Few may be skipped in training, by default.
+    with pytest.raises(Exception, match="max_skipped_fraction"):
+        list(make(folder, tokenizer, max_skipped_fraction=0.001).evaluate())
 
 
-def test_errors_name_the_input(tmp_path):
-    with pytest.raises(ValueError, match="holds no images"):
-        image_folder.read_rows(tmp_path)
-    with pytest.raises(ValueError, match="nowhere, which does not exist"):
-        image_folder.read_rows(tmp_path / "nowhere")
-    (tmp_path / "captions.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="lists none in captions.jsonl"):
-        image_folder.read_rows(tmp_path)
-    write_jsonl(tmp_path / "captions.jsonl", [{"image": "x", "caption": "c"}])
-    (tmp_path / "captions.csv").write_text("")
-    with pytest.raises(ValueError, match=r"captions.csv, captions.jsonl"):
-        image_folder.read_rows(tmp_path)
-    with pytest.raises(ValueError, match="captions="):
-        image_folder.read_rows(tmp_path, tmp_path / "gone.csv")
+def test_labels_are_those_of_all_splits(folder):
+    source = image_folder.ImageFolder(folder)
+    assert source.class_names == ["a", "b"]
+    batch = next(make(source, None).evaluate().as_numpy_iterator())
+    assert batch["label"][[0, 1, 2]].tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="splits .'train'.*Received: .*'test'"):
+        source.split("test")
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv", "txt"])
-def test_a_bucket_is_read_like_a_folder(tmp_path, form):
-    picture(tmp_path / "a/1.jpg")
-    if form == "jsonl":
-        row = {"image": "a/1.jpg", "caption": "één, two"}
-        write_jsonl(tmp_path / "captions.jsonl", [row])
-    elif form == "csv":
-        (tmp_path / "captions.csv").write_text('a/1.jpg,"één, two"\n')
-    else:
-        (tmp_path / "a/1.txt").write_text("één, two\n")
-    # A file system of TensorFlow's that Python's own functions cannot read.
-    bucket = f"ram://bucket-{form}"
-    for path in filter(lambda p: p.is_file(), tmp_path.rglob("*")):
-        copy = f"{bucket}/{path.relative_to(tmp_path)}"
-        tf.io.gfile.makedirs(copy.rpartition("/")[0])
-        tf.io.gfile.copy(str(path), copy)
-    (here,), _ = read(tmp_path)
-    (there,), skipped = read(bucket)
-    assert here[1] == there[1]
-    assert here[1].captions == ["één, two"]
-    assert there[0].path == f"{bucket}/a/1.jpg"
-    with pytest.raises(ValueError, match="nowhere, which does not exist"):
-        image_folder.read_rows("ram://nowhere")
-    gone = image_folder.Row("k", f"{bucket}/gone.jpg", ["c"])
-    _, reasons = image_folder.read_example(gone, image_folder.Options(), {})
-    assert reasons == [("image missing", "k")]
+def _stream(data, count, **options):
+    batches = data.train(**options).take(count).as_numpy_iterator()
+    return [batch["image"] for batch in batches]
 
 
-def test_what_is_no_unicode_is_skipped_and_named(tmp_path):
-    picture(tmp_path / "1.jpg")
-    (tmp_path / "captions.jsonl").write_bytes(
-        b'{"image": "1.jpg", "captions": ["caf\xe9", "\\ud800", "kept"]}\n'
-        b'{"image": "caf\xe9.jpg", "caption": "c"}\n'
-        b'{"image": "1.jpg", "key": "2", "caption": "c", "label": "\\ud800"}\n'
-    )
-    pairs, skipped = read(tmp_path)
-    assert [row[2] for row in summary(pairs)] == [["kept"]]
-    assert skipped.counts == {
-        "caption is not valid Unicode": 2,
-        "malformed row": 2,
-    }
-    assert "captions.jsonl:2" in skipped.lines[0]
+def test_the_stream_is_a_function_of_the_position(folder, tokenizer):
+    """Whatever the cache, wherever it starts, and on several hosts."""
+    whole = _stream(make(folder, tokenizer), 4)
+    for cache in ("records", "images"):
+        again = _stream(make(folder, tokenizer, cache=cache), 4)
+        np.testing.assert_array_equal(whole, again)
+    later = _stream(make(folder, tokenizer), 1, start_index=8)
+    np.testing.assert_array_equal(later[0], whole[2])
+    parts = [
+        _stream(make(folder, tokenizer, batch_size=2), 1, host=h, num_hosts=2)
+        for h in (0, 1)
+    ]
+    first = np.stack([part[0] for part in parts], 1).reshape(whole[0].shape)
+    good = (whole[0] == first).all((1, 2, 3))
+    # A bad one is replaced by a neighbour of its own batch.
+    assert good.sum() >= 2
+
+
+def test_the_cells_of_a_parquet_file_are_images(tmp_path, folder, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    content = (folder / "0.png").read_bytes()
+    image = [{"bytes": content, "path": "x.png"}] * 2
+    table = pyarrow.table({"image": image, "caption": ["a 1", "b 2"]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    data = make(tmp_path / "train.parquet", tokenizer)
+    rows = image_rows.read_rows(tmp_path / "train.parquet")
+    data.split = image_rows.choose_split(rows[0])
+    batch = next(data.evaluate().as_numpy_iterator())
+    expected = next(make(folder, tokenizer).evaluate().as_numpy_iterator())
+    np.testing.assert_array_equal(batch["image"][0], expected["image"][0])
+
+
+def test_in_a_mixture(folder, tokenizer):
+    sources = [image_folder.ImageFolder(folder)] * 2
+    data = make(mixture.Mixture(sources, [1, 1]), tokenizer)
+    (images,) = _stream(data, 1)
+    assert images.shape == (4, 12, 12, 3)
+
+
+def test_a_small_image_is_a_bad_record(tmp_path):
+    Image.new("RGB", (30, 7)).save(tmp_path / "small.jpg")
+    Image.new("RGB", (30, 8)).save(tmp_path / "large.jpg")
+    rows = [{"image": f"{n}.jpg", "split": "train"} for n in ("small", "large")]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "captions.jsonl").write_text(lines)
+    data = make(tmp_path, None)
+    batch = next(data.evaluate().as_numpy_iterator())
+    assert batch["_mask"].tolist() == [0, 1, 0, 0]
+    assert data.skipped == {"image with a side below 8 pixels": 1}

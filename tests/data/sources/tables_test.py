@@ -9,7 +9,7 @@ from PIL import Image
 
 from cappa_tf.data import text
 from cappa_tf.data.images import image_files
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_rows
 
 NAMES = [f"{i}.jpg" for i in range(4)]
 
@@ -24,8 +24,8 @@ def folder(tmp_path):
 
 def read(path, captions=None):
     """{key: (captions, split, label)} and the `Skipped`."""
-    skipped = image_folder.Skipped()
-    rows = image_folder.read_rows(path, captions, skipped)
+    skipped = image_rows.Skipped()
+    rows = image_rows.read_rows(path, captions, skipped)
     for row in rows:
         for reason, name in row.refused:
             skipped.add(reason, name)
@@ -415,10 +415,10 @@ def parquet(path, **columns):
 def images_of(path):
     """{key: (captions, the stored image)} as they would be converted."""
     found = {}
-    skipped = image_folder.Skipped()
-    for row in image_folder.read_rows(path, skipped=skipped):
-        example, reasons = image_folder.read_example(
-            row, image_folder.Options(), {}
+    skipped = image_rows.Skipped()
+    for row in image_rows.read_rows(path, skipped=skipped):
+        example, reasons = image_rows.read_example(
+            row, image_rows.Options(), {}
         )
         for reason, name in reasons:
             skipped.add(reason, name)

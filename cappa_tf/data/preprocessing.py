@@ -1,0 +1,242 @@
+"""`ImagePreprocessing`: image files to what a model takes, everywhere alike.
+
+One object for training, evaluation, captioning of files and serving: it is
+saved with a model, and what is rebuilt from that reads the same pixels.
+
+Dimensions:
+    h, w: height and width of an image as it is stored.
+    H, W: height and width the model takes.
+"""
+
+import dataclasses
+import functools
+import math
+
+import tensorflow as tf
+
+from cappa_tf.data.images import decode_resize, image_files
+from cappa_tf.utils import arguments
+
+RESIZE_MODES = ("squash", "resize_small_central_crop")
+# The length that is resized to for a crop of 224, where the shorter side is
+# resized (and in the paper's evaluations of frozen features).
+MARGIN = 256 / 224
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePreprocessing:
+    """Decodes, turns (EXIF), resizes and crops images; sets the value range.
+
+    Attributes:
+        image_size: (H, W); one integer for both.
+        resize: "squash" (the aspect ratio is lost, as in the recipe) or
+            "resize_small_central_crop".
+        resize_small: Length of the shorter side for the latter; by default
+            256 / 224 of the longer side of image_size.
+        antialias: Whether shrinking averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8,
+            the smallest that covers the size wanted. False decodes all pixels
+            and takes the four nearest ones, as the recipe does.
+        max_pixels: An image with more is refused by its header; None for any.
+        squash_size: (H, W) that "squash" resizes to before the middle is cut
+            out; None for image_size, so that nothing is cut off.
+    """
+
+    image_size: int | tuple | list
+    resize: str = "squash"
+    resize_small: int | None = None
+    antialias: bool = False
+    reduced_decode: bool = True
+    max_pixels: int | None = 25_000_000
+    squash_size: tuple | list | None = None
+
+    def __post_init__(self):
+        size = arguments.height_width("image_size", self.image_size)
+        arguments.check_choice(RESIZE_MODES, resize=self.resize)
+        arguments.check_counts(
+            optional=True,
+            resize_small=self.resize_small,
+            max_pixels=self.max_pixels,
+        )
+        small = self.resize_small or round(max(size) * MARGIN)
+        squash_size = self.squash_size
+        if squash_size is not None:
+            squash_size = arguments.height_width("squash_size", squash_size)
+            if squash_size[0] < size[0] or squash_size[1] < size[1]:
+                raise ValueError(
+                    "`squash_size` must be at least image_size. Received: "
+                    f"squash_size={squash_size}, image_size={size}"
+                )
+            squash_size = None if squash_size == size else squash_size
+        for name, value in (
+            ("image_size", size),
+            ("resize_small", small),
+            ("squash_size", squash_size),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_json(cls, values):
+        """The object that `to_json` described.
+
+        Args:
+            values: A dict; "reduced_decode" is missing in those of runs older
+                than the option, which were trained on full decodes.
+
+        Raises:
+            ValueError: It describes none.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if (
+            not isinstance(values, dict)
+            or "image_size" not in values
+            or not values.keys() <= names
+        ):
+            raise ValueError(
+                "Image preprocessing must be an object with `image_size` and "
+                f"some of {sorted(names)}. Received: {values!r}"
+            )
+        return cls(**{"reduced_decode": False, **values})
+
+    def to_json(self):
+        """A dict of JSON values, for `from_json`."""
+        values = dataclasses.asdict(self)
+        for name in ("image_size", "squash_size"):
+            if values[name] is None:
+                del values[name]  # As in the files of runs without it.
+            else:
+                values[name] = list(values[name])
+        return values
+
+    def with_margin(self, margin):
+        """The same, but only the middle of each image is taken.
+
+        Args:
+            margin: Length resized to, in those of the crop; 1 leaves out no
+                more than the aspect ratio asks for. Rounded down, as in the
+                reference (big_vision configs/proj/cappa/pretrain.py).
+
+        Returns:
+            An `ImagePreprocessing` of the same image_size.
+        """
+        arguments.check_number("margin", margin, 1.0)
+        size = tuple(int(side * margin) for side in self.image_size)
+        if self.resize == "squash":
+            return dataclasses.replace(self, squash_size=size)
+        return dataclasses.replace(self, resize_small=max(size))
+
+    def scaled(self, size):
+        """The same for another image size, `resize_small` in proportion.
+
+        Args:
+            size: (H, W), as augmentation wants images before it crops.
+
+        Returns:
+            An `ImagePreprocessing`.
+        """
+        if size == self.image_size:
+            return self
+        return dataclasses.replace(
+            self,
+            image_size=size,
+            resize_small=math.ceil(
+                self.resize_small * max(size) / max(self.image_size)
+            ),
+            squash_size=None,
+        )
+
+    def decode(self, encoded, in_python=True, min_side=1):
+        """Decodes an image file in a graph.
+
+        Args:
+            encoded: Scalar string tensor.
+            in_python: Whether Python may decode what is neither JPEG nor PNG;
+                False for a graph that leaves this process, which then does
+                not know the formats that only Pillow reads.
+            min_side: Least length of the shorter side.
+
+        Returns:
+            uint8 [H, W, 3]. What cannot be decoded, or is too large or too
+            small, raises `tf.errors.InvalidArgumentError`.
+        """
+        at_least = None
+        if self.reduced_decode:
+            # Not smaller than what is compared with `min_side`.
+            at_least = [max(side, min_side) for side in self._resized]
+        image = decode_resize.decode(
+            encoded,
+            self.max_pixels,
+            at_least,
+            image_files.decode_other if in_python else None,
+        )
+        if min_side > 1:
+            check = tf.debugging.assert_greater_equal(
+                tf.reduce_min(tf.shape(image)[:2]), min_side
+            )
+            with tf.control_dependencies([check] if check is not None else []):
+                image = tf.identity(image)
+        return self.fit(image)
+
+    @property
+    def _resized(self):
+        """(height, width) that no side is resized below."""
+        if self.resize == "squash":
+            return self.squash_size or self.image_size
+        return (self.resize_small, self.resize_small)
+
+    def fit(self, image):
+        """Resizes and crops a decoded image [h, w, 3] to uint8 [H, W, 3]."""
+        if self.resize == "resize_small_central_crop":
+            return decode_resize.resize_small_central_crop(
+                image, self.resize_small, self.image_size, self.antialias
+            )
+        image = decode_resize.resize(image, self._resized, self.antialias)
+        (h, w), (height, width) = self._resized, self.image_size
+        top, left = (h - height) // 2, (w - width) // 2
+        return image[top : top + height, left : left + width]
+
+    def __call__(self, encoded):
+        """`decode`, as the model takes it: float32 [H, W, 3] in [-1, 1]."""
+        return decode_resize.to_model_range(self.decode(encoded))
+
+    def read(self, path, box=None):
+        """Reads an image file, outside of any graph.
+
+        Args:
+            path: The file, local or in a bucket.
+            box: (left, top, width, height) in pixels of the only part to
+                take, or None for all of it.
+
+        Returns:
+            float32 [H, W, 3] in [-1, 1], a NumPy array.
+
+        Raises:
+            image_files.UnusableError: It cannot be used.
+        """
+        return self.read_bytes(image_files.read_bytes(path), box)
+
+    def read_bytes(self, content, box=None):
+        """As `read`, of the bytes of an image file."""
+        try:
+            with tf.device("CPU:0"):
+                if box is None:
+                    return self._compiled(content).numpy()
+                image = decode_resize.decode(
+                    content, self.max_pixels, None, image_files.decode_other
+                )
+                part = image_files.part(image, box)
+                return decode_resize.to_model_range(self.fit(part)).numpy()
+        except tf.errors.OpError as error:
+            reason = image_files.why_unusable(
+                content, max_pixels=self.max_pixels
+            )
+            raise image_files.UnusableError(reason) from error
+
+    @functools.cached_property
+    def _compiled(self):
+        # AutoGraph would find nothing to convert, and take long over it.
+        return tf.function(
+            self.__call__,
+            input_signature=[tf.TensorSpec([], tf.string)],
+            autograph=False,
+        )

@@ -1,0 +1,120 @@
+"""`EvaluationImages`: one split of any source, as evaluators read it.
+
+Dimensions:
+    B: images at once.
+    H, W: height and width the model takes.
+"""
+
+import collections
+import os
+
+from cappa_tf.data.caption_dataset import CaptionDataset
+from cappa_tf.data.sources import prepared
+from cappa_tf.evaluation import captioning
+from cappa_tf.utils.arguments import check_counts
+
+
+class EvaluationImages:
+    """One split of a folder of images, of prepared data or of a source.
+
+    Args:
+        path: As `path` of `CaptionDataset`.
+        split: Name of the split.
+        limit: Only the first `limit` images, bad ones included.
+
+    Attributes:
+        skipped: Counter of what the last reading left out, by reason.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, split: str, limit: int | None = None
+    ):
+        check_counts(optional=True, limit=limit)
+        self._source = prepared.as_source(path)
+        self.path, self.split = self._source.name, split
+        self._limit = limit
+        self.skipped = collections.Counter()
+
+    @property
+    def class_names(self):
+        """Names of the classes by number, an empty list where it has none."""
+        return list(getattr(self._source, "class_names", []))
+
+    def open(self):
+        """Looks whether there is such a split.
+
+        Raises:
+            ValueError: There is none.
+        """
+        self._source.split(self.split)
+
+    def _data(self, tokenizer, preprocessing):
+        self.skipped = collections.Counter()
+        # An evaluation says what it left out. Prepared data were checked when
+        # they were written: what cannot be read now is damage.
+        source = getattr(self._source, "source", self._source)
+        strict = isinstance(source, prepared.PreparedData)
+        return CaptionDataset(
+            source,
+            self.split,
+            tokenizer,
+            preprocessing=preprocessing,
+            **({} if strict else {"max_skipped_fraction": 1.0}),
+        )
+
+    def captioned(self, predictor):
+        """Reads images with captions in order.
+
+        Args:
+            predictor: `Predictor` with the model's preprocessing and B.
+
+        Yields:
+            (images float32 [at most B, H, W, 3] in [-1, 1], their
+            `schema.Example`s).
+
+        Raises:
+            ValueError: Nothing was left to read.
+        """
+        data = self._data(predictor.tokenizer, predictor.preprocessing)
+        empty = True
+        for images, _, examples in captioning.batches(
+            data, predictor.batch_size, self._limit
+        ):
+            empty = False
+            yield images.numpy(), examples
+        self.skipped = collections.Counter(data.skipped)
+        if empty:
+            raise ValueError(
+                "Nothing to evaluate on. Received: split "
+                f"{self.split!r} of {self.path}, skipped={data.skipped}"
+            )
+
+    def labelled(self, preprocessing, batch_size, host=0, num_hosts=1):
+        """Reads images with labels in order.
+
+        Args:
+            preprocessing: `ImagePreprocessing`.
+            batch_size: B.
+            host: Which of several parts.
+            num_hosts: Number of parts.
+
+        Yields:
+            (images float32 [at most B, H, W, 3] in [-1, 1], labels int64 [at
+            most B], their positions in the split).
+        """
+        data = self._data(None, preprocessing)
+        without = 0
+        part = data.evaluate(batch_size, host, num_hosts)
+        for batch in part.as_numpy_iterator():
+            real = batch["_mask"] > 0
+            known = real & (batch["label"] >= 0)
+            without += int((real & ~known).sum())
+            if known.any():
+                yield tuple(
+                    batch[name][known] for name in ("image", "label", "index")
+                )
+        self.skipped = collections.Counter(data.skipped)
+        self.skipped["no label"] += without
+        if host:  # The first one tells of it.
+            self.skipped -= collections.Counter(data.noted)
+        self.skipped = +self.skipped
