@@ -28,6 +28,9 @@ from cappa_tf import config_checks
 from cappa_tf.utils import files
 
 ROOT = "cappa_tf.training.train.train"
+EVALUATION_ROOT = "cappa_tf.evaluation.evaluate.evaluate"
+# A file may serve several roots: what it binds for another is not a mistake.
+_ROOTS = (ROOT, EVALUATION_ROOT)
 
 # gin has no public way to list bindings; the version is bounded for it.
 _BINDINGS = gin.config._CONFIG
@@ -63,15 +66,19 @@ class ConfigError(ValueError):
     """A configuration that cannot be run, and which binding is at fault."""
 
 
-def define_flags(runs=True):
+def define_flags(runs=True, flag_values=flags.FLAGS):
     """Defines --gin_file, --gin_param and, for runs, --workdir, --dry_run."""
     flags.DEFINE_multi_string(
-        "gin_file", [], "Such as gin/quickstart.gin; repeatable, later wins."
+        "gin_file",
+        [],
+        "Such as gin/quickstart.gin; repeatable, later wins.",
+        flag_values=flag_values,
     )
     flags.DEFINE_multi_string(
         "gin_param",
         [],
         "Such as \"DATA='data/mine'\"; repeatable, wins over files.",
+        flag_values=flag_values,
     )
     if not runs:
         return
@@ -129,7 +136,8 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
     for path in gin_files:
         _parse_file(path)
         # What a later file replaces (another optimizer) had a use before.
-        used |= _Walk(root).used
+        for one in {root, *_ROOTS}:
+            used |= _Walk(one).used
     params = list(gin_params)
     if workdir is not None:
         params.append(f"WORKDIR = {str(workdir)!r}")

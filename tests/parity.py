@@ -3,8 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.export import big_vision
-from cappa_tf.export import big_vision_names as names
+from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision_names as names
 
 MODES = ("autoregressive", "parallel")
 KEY_BIAS = "/key/bias"

@@ -8,7 +8,7 @@ import tiny
 from PIL import Image
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
-from cappa_tf.evaluation.scorer import Scorer
+from cappa_tf.inference.predictor import Predictor
 from cappa_tf.saving import run_folder
 
 PREPROCESSING = ImagePreprocessing(16, reduced_decode=False, max_pixels=None)
@@ -24,23 +24,25 @@ class Knowing:
     which is what it thinks of a text without a picture.
     """
 
-    masked_pred_prob = 0.75
+    score_kinds = ("autoregressive", "parallel", "blind")
+    parts = {}
 
     def __init__(self, tokenizer, prior=0.0):
         self._tokenizer, self._prior = tokenizer, prior
 
-    def score(self, images, labels, *, parallel=False):
+    def score_texts(self, images, labels, kind):
+        images = None if kind == "blind" else images
         count = 1 if images is None else images.shape[0]
         labels = np.repeat(np.asarray(labels)[None], count, axis=0)
         if images is None:
-            return self.score_captions(None, labels)
+            return self.score_own_texts(None, labels, kind)
         return tf.numpy_function(
-            lambda pictures: self.score_captions(pictures, labels),
+            lambda pictures: self.score_own_texts(pictures, labels, kind),
             [images],
             tf.float64,
         )
 
-    def score_captions(self, images, labels, *, parallel=False):
+    def score_own_texts(self, images, labels, kind):
         scores = np.zeros(labels.shape[:2])
         for b, rows in enumerate(np.asarray(labels)):
             for k, text in enumerate(self._tokenizer.detokenize(rows)):
@@ -59,10 +61,10 @@ def _match(image, text):
     )
 
 
-def tiny_scorer(folder, batch_size=4):
+def tiny_predictor(folder, batch_size=4):
     """A model with random weights, its vocabulary, and what it sees."""
     data = tiny.Data(folder)
-    return Scorer(
+    return Predictor(
         random_model(folder), data.tokenizer, PREPROCESSING, batch_size
     )
 
@@ -77,10 +79,10 @@ def random_model(folder):
     return model
 
 
-def knowing_scorer(folder, prior=0.0, batch_size=4):
+def knowing_predictor(folder, prior=0.0, batch_size=4):
     """Scores by `Knowing`."""
     tokenizer = tiny.Data(folder).tokenizer
-    return Scorer(
+    return Predictor(
         Knowing(tokenizer, prior), tokenizer, PREPROCESSING, batch_size
     )
 
@@ -89,7 +91,7 @@ def save_run(folder, vocabulary):
     """The folder of a run that has not learnt anything."""
     model, data = random_model(vocabulary), tiny.Data(vocabulary)
     run_folder.describe_run(str(folder), model, data)
-    run_folder.save_captioner(str(folder), model)
+    run_folder.save_model(str(folder), model)
     return folder
 
 

@@ -81,7 +81,7 @@ def write_run(folder):
     run = str(folder / "run")
     run_folder.open_workdir(run)
     run_folder.describe_run(run, model, data)
-    run_folder.save_captioner(run, model)
+    run_folder.save_model(run, model)
     return run
 
 
@@ -94,7 +94,7 @@ def service(run, **options):
         "max_pixels": MAX_PIXELS,
     }
     return saved_model.CaptionService(
-        run_folder.load_captioner(run),
+        run_folder.load_model(run),
         tokenizer,
         preprocessing,
         **limits | options,

@@ -151,22 +151,18 @@ def _caption_all(arguments):
     """Captions what the arguments name; returns the exit code."""
     # TensorFlow takes seconds to load: --help should not.
     from cappa_tf.data.images import image_files
-    from cappa_tf.evaluation import captioning
-    from cappa_tf.saving import run_folder
+    from cappa_tf.inference.predictor import GENERATE, Predictor
 
     paths = image_files.find_pictures(arguments)
     if not paths:
         print("Nothing to caption: give pictures or folders.", file=sys.stderr)
         return 2
     with console.naming("checkpoint", FLAGS.checkpoint):
-        tokenizer, preprocessing = run_folder.load_preprocessing(
-            FLAGS.checkpoint
-        )
-        captioner = run_folder.load_captioner(FLAGS.checkpoint, FLAGS.weights)
-    captioner.tokenizer = tokenizer
-    generation = _generation(captioner)
+        predictor = Predictor.open(FLAGS.checkpoint, FLAGS.weights)
+        predictor.require("Captioning", GENERATE)
+    generation = _generation(predictor.model)
     if FLAGS.prefix is not None:
-        _, unknown = tokenizer.encode(FLAGS.prefix)
+        _, unknown = predictor.tokenizer.encode(FLAGS.prefix)
         if unknown:
             words = ", ".join(map(repr, dict.fromkeys(unknown)))
             print(
@@ -174,10 +170,10 @@ def _caption_all(arguments):
                 f"piece for {words}, which is unknown to it",
                 file=sys.stderr,
             )
-    decoder = captioning.CaptionDecoder(
-        captioner, tokenizer, _batch_size(len(paths)), **generation
+    decoder = predictor.make_decoder(
+        batch_size=_batch_size(len(paths)), **generation
     )
-    rows = decoder.caption_files(paths, preprocessing)
+    rows = decoder.caption_files(paths, predictor.preprocessing)
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
     unreadable = 0

@@ -129,7 +129,7 @@ def _read(options):
 
 
 def _read_big_vision(options):
-    from cappa_tf.export import big_vision
+    from cappa_tf.saving import big_vision
 
     arrays = big_vision.read_arrays(options.input)
     size = parse_height_width("image_size", options.image_size)
@@ -146,7 +146,7 @@ def _read_big_vision(options):
 
 
 def _write_big_vision(model, options):
-    from cappa_tf.export import big_vision
+    from cappa_tf.saving import big_vision
 
     if hasattr(model, "text_decoder"):
         big_vision.save_captioner(model, options.output, scan=options.scan)

@@ -6,6 +6,11 @@
         --data=pets --templates="a photo of a {}" --parallel
     python tools/evaluate.py --task=sugar_crepe --checkpoint=runs/mine \
         --data=sugar_crepe --pictures=coco/val2017
+    python tools/evaluate.py --gin_file=gin/evaluation/zero_shot.gin \
+        --checkpoint=runs/mine --data=pets
+
+A gin file may have several evaluators, the same as while a model trains;
+--data is its macro DATA. --task and the flags after it are short forms.
 
 Tasks:
     caption      greedy captions: CIDEr, BLEU, ROUGE-L, METEOR (with Java);
@@ -27,10 +32,11 @@ table of captions, for zero_shot and fewshot with labels.jsonl, lines such as
 
 --checkpoint is the folder of a run or its .keras file; fewshot takes any
 .keras file (captioner or vision encoder) and an npz of big_vision, too. A
+model that cannot do what is asked for is refused before any data is read. A
 table is printed; the figures are written as JSON to --output, by default
-beside the checkpoint, results one by one (of an image, a choice) to .jsonl
-and sheets to .png files of the same name. A figure that is not defined is
-null.
+beside the checkpoint (of several evaluators, --output is a folder), results
+one by one (of an image, a choice) to .jsonl and sheets to .png files of the
+same name. A figure that is not defined is null.
 """
 
 import json
@@ -42,15 +48,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
+from cappa_tf import config
 from cappa_tf.utils import console, files
 
 
 def define_flags(flag_values=flags.FLAGS):
     """Defines the flags of this tool."""
     where = {"flag_values": flag_values}
-    flags.DEFINE_enum(
-        "task", None, sorted(TASKS), "What to measure.", required=True, **where
-    )
+    config.define_flags(runs=False, **where)
+    flags.DEFINE_enum("task", None, sorted(TASKS), "What to measure.", **where)
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -66,9 +72,7 @@ def define_flags(flag_values=flags.FLAGS):
         "newest checkpoint, or the first of these that is there.",
         **where,
     )
-    flags.DEFINE_string(
-        "data", None, "What to measure on, see above.", required=True, **where
-    )
+    flags.DEFINE_string("data", None, "What to measure on, see above.", **where)
     flags.DEFINE_string(
         "test_split",
         None,
@@ -256,8 +260,6 @@ TASKS = {
     "scenes": _scenes,
     "judgments": _judgments,
 }
-# Tasks that ask the encoder only.
-_OF_ENCODERS = ("fewshot",)
 
 
 def _split(options, default="test"):
@@ -287,66 +289,78 @@ def _numbers(name, values, kind):
     return numbers
 
 
-def load_encoder(path, weights="auto"):
-    """The vision encoder of a run, a .keras file or an npz."""
-    from cappa_tf.export import big_vision
-    from cappa_tf.saving import run_folder
-
-    if path.endswith(".npz"):
-        return big_vision.load_vision_encoder(path)
-    model = run_folder.load_model(path, weights)
-    return getattr(model, "vision_encoder", model)
+# Flags that only --task reads.
+_OF_TASKS = (
+    "test_split limit parallel templates class_names train_split shots l2 "
+    "num_seeds resize pictures judgments"
+).split()
 
 
-def load_scorer(path, weights="auto", batch_size=32):
-    """The captioner of a run with its vocabulary and preprocessing.
-
-    Args:
-        path: The run's folder or a .keras file in it.
-        weights: See `run_folder.load_captioner`.
-        batch_size: Images at once.
-
-    Returns:
-        A `Scorer`.
-    """
-    from cappa_tf.evaluation.scorer import Scorer
-    from cappa_tf.saving import run_folder
-
-    folder = path if files.isdir(path) else os.path.dirname(path)
-    tokenizer, preprocessing = run_folder.load_preprocessing(folder or ".")
-    captioner = run_folder.load_captioner(path, weights)
-    return Scorer(captioner, tokenizer, preprocessing, batch_size)
+def _evaluators(options):
+    """The evaluators that --task or the gin files ask for."""
+    if not options.gin_file:
+        if options.task is None or options.data is None:
+            raise ValueError(
+                "Give --task with --data, or --gin_file. Received: "
+                f"--task={options.task}, --data={options.data}"
+            )
+        if options.gin_param:
+            raise ValueError(
+                "--gin_param goes with --gin_file. Received: "
+                f"--gin_param={options.gin_param[0]}"
+            )
+        return [TASKS[options.task](options)]
+    vain = [n for n in ("task", *_OF_TASKS) if options[n].present]
+    if vain:
+        raise ValueError(
+            f"--{vain[0]} does not go with --gin_file: a --gin_param sets what "
+            f"the file binds. Received: --{vain[0]}={options[vain[0]].value}"
+        )
+    params = list(options.gin_param)
+    if options.data is not None:
+        params.append(f"DATA = {options.data!r}")
+    config.parse(options.gin_file, params, root=config.EVALUATION_ROOT)
+    return config.arguments(config.EVALUATION_ROOT)["evaluators"]
 
 
 def evaluate(options):
-    """Runs the task; prints its table and writes its files.
+    """Runs what is asked for; prints tables and writes files.
 
     Returns:
-        Path of the JSON file.
+        Path of the (last) JSON file.
     """
-    output = options.output or default_output(options.checkpoint, options.task)
+    evaluators = _evaluators(options)
+    outputs = [
+        _output(options, one.name, len(evaluators)) for one in evaluators
+    ]
     if files.exists(options.checkpoint):
-        files.check_output("output", output)
-    evaluator = TASKS[options.task](options)
-    # Before the model is loaded: what is missing is known at once.
-    evaluator.open()
+        for output in outputs:
+            files.check_output("output", output)
+    # TensorFlow takes seconds to load: wrong flags need not wait for it.
+    from cappa_tf.evaluation import evaluate as evaluation
+    from cappa_tf.inference.predictor import Predictor
+
     with console.naming("checkpoint", options.checkpoint):
-        if options.task in _OF_ENCODERS:
-            model = load_encoder(options.checkpoint, options.weights)
-        else:
-            model = load_scorer(
-                options.checkpoint, options.weights, options.batch_size
-            )
-    if options.task in _OF_ENCODERS:
-        report = evaluator.measure(model)
-    else:
-        report = evaluator.evaluate(model)
-    print("\n".join(report.lines))
-    write_report(report, options, output)
-    return output
+        predictor = Predictor.open(
+            options.checkpoint, options.weights, batch_size=options.batch_size
+        )
+    reports = evaluation.evaluate(predictor, evaluators)
+    for output, (one, report) in zip(outputs, reports):
+        print("\n".join(report.lines))
+        write_report(report, one.name, options, output)
+    return outputs[-1]
 
 
-def write_report(report, options, path):
+def _output(options, name, count):
+    """Path of the JSON file of an evaluator, one of `count`."""
+    if options.output is None:
+        return default_output(options.checkpoint, name)
+    if count == 1:
+        return options.output
+    return os.path.join(options.output, f"{name}.json")
+
+
+def write_report(report, name, options, path):
     """Writes a `Report`: its JSON to `path`, all else beside it."""
     from cappa_tf.evaluation.evaluator import json_value
     from cappa_tf.evaluation.sheet import write_sheet
@@ -354,7 +368,7 @@ def write_report(report, options, path):
     stem = os.path.splitext(path)[0]
     written = [path]
     content = {
-        "task": options.task,
+        "task": name,
         "checkpoint": options.checkpoint,
         "data": options.data,
         "split": options.test_split,

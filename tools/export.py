@@ -133,7 +133,7 @@ def _timm(options):
 def _saved_model(options):
     _refuse(options, ["image_size"])
     from cappa_tf.export import saved_model, serving_files
-    from cappa_tf.saving import run_folder
+    from cappa_tf.inference.predictor import GENERATE
 
     serving_files.check_protos()
     files.check_output("output", options.output, is_folder=True)
@@ -142,17 +142,11 @@ def _saved_model(options):
         values = {name: options[name].value for name in names}
         return {k: v for k, v in values.items() if v is not None}
 
-    with console.naming("checkpoint", options.checkpoint):
-        tokenizer, preprocessing = run_folder.load_preprocessing(
-            options.checkpoint
-        )
-        captioner = run_folder.load_captioner(
-            options.checkpoint, options.weights
-        )
+    predictor = _opened(options, GENERATE)
     service = saved_model.CaptionService(
-        captioner,
-        tokenizer,
-        preprocessing,
+        predictor.model,
+        predictor.tokenizer,
+        predictor.preprocessing,
         **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
     )
     path = saved_model.export_saved_model(
@@ -188,14 +182,22 @@ def _refuse(options, names):
             )
 
 
+def _opened(options, capability):
+    """The `Predictor` of --checkpoint, which must be able to do this."""
+    from cappa_tf.inference.predictor import Predictor
+
+    with console.naming("checkpoint", options.checkpoint):
+        predictor = Predictor.open(options.checkpoint, options.weights)
+        predictor.require(f"--what={options.what}", capability)
+    return predictor
+
+
 def _encoder(options):
     """The vision encoder of --checkpoint, at --image_size."""
     from cappa_tf.export import keras_backbone
-    from cappa_tf.saving import run_folder
+    from cappa_tf.inference.predictor import FEATURES
 
-    with console.naming("checkpoint", options.checkpoint):
-        model = run_folder.load_model(options.checkpoint, options.weights)
-    encoder = getattr(model, "vision_encoder", model)
+    encoder = _opened(options, FEATURES).encoder
     size = parse_height_width("image_size", options.image_size)
     if size is None:
         return encoder

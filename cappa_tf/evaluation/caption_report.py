@@ -13,6 +13,7 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.images import EvaluationImages
+from cappa_tf.inference.predictor import GENERATE
 from cappa_tf.utils.arguments import check_choice, check_integer
 
 
@@ -28,6 +29,8 @@ class Captions(Evaluator):
             the highest CIDEr.
         name: See `Evaluator`.
     """
+
+    needs = (GENERATE,)
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Captions(Evaluator):
         caption_metrics.check_installed(bool(self._meteor))
         self._data.open()
 
-    def evaluate(self, scorer):
+    def evaluate(self, predictor):
         """Captions every picture.
 
         Returns:
@@ -58,9 +61,10 @@ class Captions(Evaluator):
             `captioning.summarize`, a row an image with its own `cider`, and
             the sheets "worst" and "best".
         """
+        self.check(predictor)
         rows = []
-        for images, examples in self._data.captioned(scorer):
-            decoded = scorer.decoder.decode(
+        for images, examples in self._data.captioned(predictor):
+            decoded = predictor.decoder.decode(
                 images,
                 [example.key for example in examples],
                 [example.captions for example in examples],

@@ -4,10 +4,9 @@ An evaluator is made of data and settings alone, so that one object measures
 a model again and again while it is trained, and many models after that.
 """
 
+import collections
 import dataclasses
 import math
-
-from cappa_tf.evaluation.scorer import AUTOREGRESSIVE
 
 
 @dataclasses.dataclass
@@ -21,7 +20,7 @@ class Report:
             that are no single number.
         rows: Results one by one (of an image, a pair), JSON objects for a
             file of their own; may be empty.
-        sheets: Name -> (title, `captioning.CaptionRow`s with images): picture
+        sheets: Name -> (title, `captions.CaptionRow`s with images): picture
             sheets to be drawn; may be empty.
     """
 
@@ -40,7 +39,10 @@ class Evaluator:
             write into one place.
     """
 
-    # Whether several hosts of a run share the work, by `scorer.hosts`; the
+    # What the model must be able to do: names of `Predictor.capabilities`, or
+    # "score", a score of any kind.
+    needs = ()
+    # Whether several hosts of a run share the work, by `predictor.hosts`; the
     # first does it for all otherwise.
     on_all_hosts = False
 
@@ -56,20 +58,46 @@ class Evaluator:
             ValueError: It is not, or is not what it should be.
         """
 
-    def evaluate(self, scorer):
-        """Measures a model.
+    def check(self, predictor):
+        """Refuses a model that cannot do what this needs.
+
+        Raises:
+            ValueError: Naming the evaluator and the model.
+        """
+        who = f"{type(self).__name__} ({self.name})"
+        predictor.require(who, *self.needs)
+
+    def evaluate(self, predictor):
+        """Measures a model, which is checked before any data is read.
 
         Args:
-            scorer: The model and what belongs to it, a `Scorer`.
+            predictor: The model and what belongs to it, a `Predictor`.
 
         Returns:
             A `Report`.
         """
         raise NotImplementedError
 
-    def run(self, scorer):
+    def run(self, predictor):
         """Yields (name, number) of each metric."""
-        yield from self.evaluate(scorer).metrics.items()
+        yield from self.evaluate(predictor).metrics.items()
+
+
+def check_evaluators(evaluators):
+    """Refuses what is not a list of evaluators with names of their own."""
+    for one in evaluators:
+        if not (callable(getattr(one, "run", None)) and hasattr(one, "name")):
+            raise ValueError(
+                "`evaluators` must have a `name`, `open()` and "
+                "`run(predictor)`, as evaluation.evaluator.Evaluator has. "
+                f"Received: {one!r}"
+            )
+    names = collections.Counter(one.name for one in evaluators)
+    if any(count > 1 for count in names.values()):
+        raise ValueError(
+            "Each evaluator must have its own `name`. Received: "
+            f"{[*names.elements()]}"
+        )
 
 
 def table(header, rows):
@@ -118,13 +146,13 @@ def skipped_lines(skipped):
     return [f"skipped: {n} x {reason}" for reason, n in skipped.items()]
 
 
-def named(mode, figures):
+def named(kind, figures, plain):
     """Figures of one kind of score, by the name of their metric.
 
-    Those of the plain, autoregressive score have their own name; others the
-    score's in front: "parallel/top_1".
+    Those of the plain kind, a model's first, have their own name; others the
+    kind's in front: "parallel/top_1".
     """
-    prefix = "" if mode == AUTOREGRESSIVE else f"{mode}/"
+    prefix = "" if kind == plain else f"{kind}/"
     return {prefix + name: value for name, value in figures.items()}
 
 

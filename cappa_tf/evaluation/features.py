@@ -6,7 +6,6 @@ B: batch.  H, W: height and width the encoder takes.  N: examples.
 import collections
 
 import numpy as np
-import tensorflow as tf
 
 from cappa_tf.data.preprocessing import MARGIN, ImagePreprocessing
 
@@ -36,12 +35,12 @@ def preprocessing(image_size, resize="squash", margin=MARGIN):
 
 
 def extract_features(
-    encoder, data, resize="squash", batch_size=64, progress=None, hosts=None
+    predictor, data, resize="squash", batch_size=64, progress=None, hosts=None
 ):
-    """Runs a frozen encoder over labelled images.
+    """Features of labelled images.
 
     Args:
-        encoder: A `VisionEncoder`.
+        predictor: A `Predictor` with features, which are frozen.
         data: `EvaluationImages`.
         resize: As `preprocessing`.
         batch_size: B.
@@ -51,26 +50,18 @@ def extract_features(
             processes encode a part each and all want the result.
 
     Returns:
-        (features float32 [N, D], labels int64 [N]), features being
-        `pre_logits`, or the mean of `encoded` for an encoder that pools not.
+        (features float32 [N, D], labels int64 [N]), in the order
+        of the data.
 
     Raises:
         ValueError: If no labelled image is left.
     """
-
-    @tf.function(reduce_retracing=True)
-    def encode(pictures):
-        outputs = encoder(pictures, training=False)
-        if "pre_logits" in outputs:
-            return tf.cast(outputs["pre_logits"], tf.float32)
-        return tf.reduce_mean(tf.cast(outputs["encoded"], tf.float32), 1)
-
     rows = []  # (order, features, label)
     part = (0, 1) if hosts is None else (hosts.index, hosts.count)
     for pictures, labels, order in data.labelled(
-        preprocessing(encoder.image_size, resize), batch_size, *part
+        preprocessing(predictor.image_size, resize), batch_size, *part
     ):
-        encoded = encode(tf.constant(pictures)).numpy()
+        encoded = predictor.features(pictures)
         rows += zip(order.tolist(), encoded, labels.tolist())
         if progress is not None:
             progress(len(labels))

@@ -16,6 +16,7 @@ import numpy as np
 from cappa_tf.evaluation.evaluator import Evaluator, Report
 from cappa_tf.evaluation.features import RESIZES, extract_features
 from cappa_tf.evaluation.images import EvaluationImages
+from cappa_tf.inference.predictor import FEATURES
 from cappa_tf.utils.arguments import check_choice
 
 DEFAULT_SHOTS = (1, 5, 10, 25)
@@ -197,6 +198,7 @@ class Fewshot(Evaluator):
         name: See `Evaluator`.
     """
 
+    needs = (FEATURES,)
     on_all_hosts = True
 
     def __init__(
@@ -227,26 +229,23 @@ class Fewshot(Evaluator):
         for data in self._data.values():
             data.open()
 
-    def evaluate(self, scorer):
-        """Measures the encoder of a captioner: see `measure`."""
-        return self.measure(scorer.captioner.vision_encoder, scorer.hosts)
-
-    def measure(self, encoder, hosts=None):
-        """Measures a `VisionEncoder`.
-
-        Args:
-            encoder: The encoder.
-            hosts: See `extract_features`.
+    def evaluate(self, predictor):
+        """Measures the features of a model.
 
         Returns:
             A `Report`; a metric is called `10_shot`, with more than one
             penalty `10_shot_l2_1024`, and is the mean over seeds.
         """
+        self.check(predictor)
         features, skipped = [], {}
         for name, data in self._data.items():
             features.append(
                 extract_features(
-                    encoder, data, self._resize, self._batch_size, hosts=hosts
+                    predictor,
+                    data,
+                    self._resize,
+                    self._batch_size,
+                    hosts=predictor.hosts,
                 )
             )
             skipped[name] = dict(data.skipped)

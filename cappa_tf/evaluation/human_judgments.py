@@ -35,7 +35,12 @@ from cappa_tf.evaluation.evaluator import (
     skipped_lines,
     table,
 )
-from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
+from cappa_tf.inference.predictor import (
+    AUTOREGRESSIVE,
+    BLIND,
+    MINUS_BLIND,
+    SCORE,
+)
 from cappa_tf.utils.arguments import check_choice, check_counts, check_extra
 
 FILES = {
@@ -135,6 +140,8 @@ class Judgments(Evaluator):
         name: See `Evaluator`.
     """
 
+    needs = (SCORE,)
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -180,7 +187,7 @@ class Judgments(Evaluator):
         some = dict(itertools.islice(by_image.items(), self._limit))
         return some, captions, {name: row.path for name, row in rows.items()}
 
-    def evaluate(self, scorer):
+    def evaluate(self, predictor):
         """Scores every judged caption for its image.
 
         Returns:
@@ -189,40 +196,47 @@ class Judgments(Evaluator):
             (`parallel/`), of the text without the image (`blind/`) and less
             that (`minus_blind/`).
         """
+        self.check(predictor)
         by_image, captions, paths = self._read()
         skipped = collections.Counter()
         columns = collections.defaultdict(list)
         judged = []
-        pictures = _pictures(by_image, paths, scorer.preprocessing, skipped)
-        while some := list(itertools.islice(pictures, scorer.batch_size)):
+        pictures = _pictures(by_image, paths, predictor.preprocessing, skipped)
+        while some := list(itertools.islice(pictures, predictor.batch_size)):
             images, judgments = zip(*some)
             judged += itertools.chain(*judgments)
             texts = [[captions[j.caption] for j in each] for each in judgments]
-            for mode in scorer.modes:
-                found = scorer.captions(np.stack(images), texts, mode)
-                columns[mode] += np.concatenate(found).tolist()
+            for kind in predictor.score_kinds:
+                found = predictor.score_captions(np.stack(images), texts, kind)
+                columns[kind] += np.concatenate(found).tolist()
         if not judged:
             raise ValueError(
                 f"No judged picture can be read. Received: {dict(skipped)}"
             )
-        columns = {mode: np.array(values) for mode, values in columns.items()}
-        counts = scorer.count_tokens([captions[j.caption] for j in judged])
-        columns["per_token"] = columns[AUTOREGRESSIVE] / counts
-        columns["minus_blind"] = columns[AUTOREGRESSIVE] - columns[BLIND]
+        columns = {kind: np.array(values) for kind, values in columns.items()}
+        plain = predictor.score_kinds[0]
+        if plain == AUTOREGRESSIVE:  # A sum over tokens.
+            texts = [captions[j.caption] for j in judged]
+            counts = predictor.count_tokens(texts)
+            columns["per_token"] = columns[plain] / counts
+        if BLIND in columns:
+            columns[MINUS_BLIND] = columns[plain] - columns[BLIND]
         return self._report(columns, judged, len(by_image), skipped)
 
     def _report(self, columns, judged, num_images, skipped):
         ratings = [judgment.ratings for judgment in judged]
         metrics, body = {}, []
-        for mode, values in columns.items():
+        head = "log-likelihood" if "per_token" in columns else "score"
+        plain = next(iter(columns))
+        for kind, values in columns.items():
             found = correlations(values, ratings)
-            metrics |= named(mode, found)
-            body.append((mode, *found.values()))
+            metrics |= named(kind, found, plain)
+            body.append((kind, *found.values()))
         count = sum(map(len, ratings))
         lines = [
             f"{self._which}: {count} ratings of {len(judged)} captions of "
             f"{num_images} images",
-            *table(("log-likelihood", *found), body),
+            *table((head, *found), body),
             *skipped_lines(skipped),
         ]
         details = {
@@ -237,7 +251,7 @@ class Judgments(Evaluator):
                 "image": judgment.image,
                 "caption": judgment.caption,
                 "ratings": judgment.ratings,
-                **{mode: values[i] for mode, values in columns.items()},
+                **{kind: values[i] for kind, values in columns.items()},
             }
             for i, judgment in enumerate(judged)
         ]

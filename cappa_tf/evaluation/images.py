@@ -62,11 +62,11 @@ class EvaluationImages:
             **({} if strict else {"max_skipped_fraction": 1.0}),
         )
 
-    def captioned(self, scorer):
+    def captioned(self, predictor):
         """Reads images with captions in order.
 
         Args:
-            scorer: `Scorer` with the model's preprocessing and B.
+            predictor: `Predictor` with the model's preprocessing and B.
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], their
@@ -75,10 +75,10 @@ class EvaluationImages:
         Raises:
             ValueError: Nothing was left to read.
         """
-        data = self._data(scorer.tokenizer, scorer.preprocessing)
+        data = self._data(predictor.tokenizer, predictor.preprocessing)
         empty = True
         for images, _, examples in captioning.batches(
-            data, scorer.batch_size, self._limit
+            data, predictor.batch_size, self._limit
         ):
             empty = False
             yield images.numpy(), examples

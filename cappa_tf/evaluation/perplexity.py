@@ -15,7 +15,7 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
+from cappa_tf.inference.predictor import AUTOREGRESSIVE, BLIND
 
 
 class Perplexity(Evaluator):
@@ -25,10 +25,12 @@ class Perplexity(Evaluator):
         path: See `EvaluationImages`.
         split: Name of the split.
         limit: Only the first pictures.
-        blind: Whether to measure the captions without images, too: how much
-            of the likelihood is owed to language alone.
+        blind: Whether to measure the captions without images, too, where the
+            model can: how much of the likelihood is owed to language alone.
         name: See `Evaluator`.
     """
+
+    needs = (AUTOREGRESSIVE,)
 
     def __init__(
         self,
@@ -41,13 +43,13 @@ class Perplexity(Evaluator):
     ):
         super().__init__(name)
         self._data = EvaluationImages(path, split, limit)
-        self._modes = (AUTOREGRESSIVE, BLIND)[: 1 + blind]
+        self._blind = blind
 
     def open(self):
         """See `Evaluator`."""
         self._data.open()
 
-    def evaluate(self, scorer):
+    def evaluate(self, predictor):
         """Sums over all tokens of all captions, eos counted.
 
         Returns:
@@ -55,18 +57,22 @@ class Perplexity(Evaluator):
             exponential) and `nll_per_caption`, the same with `blind/` in
             front if asked for; rows have each image's captions and nll.
         """
-        totals = dict.fromkeys(self._modes, 0.0)
+        self.check(predictor)
+        modes = [AUTOREGRESSIVE]
+        if self._blind and predictor.can(BLIND):
+            modes.append(BLIND)
+        totals = dict.fromkeys(modes, 0.0)
         tokens, rows = 0, []
-        for images, examples in self._data.captioned(scorer):
+        for images, examples in self._data.captioned(predictor):
             texts = [example.captions for example in examples]
             row_nll = {}
-            for mode in self._modes:
-                row_nll[mode] = scorer.captions(images, texts, mode)
+            for mode in modes:
+                row_nll[mode] = predictor.score_captions(images, texts, mode)
                 totals[mode] -= sum(float(s.sum()) for s in row_nll[mode])
             for i, example in enumerate(examples):
-                counts = scorer.count_tokens(example.captions)
+                counts = predictor.count_tokens(example.captions)
                 tokens += int(counts.sum())
-                nll = {m: (-row_nll[m][i]).tolist() for m in self._modes}
+                nll = {m: (-row_nll[m][i]).tolist() for m in modes}
                 rows.append(
                     {
                         "key": example.key,
@@ -86,7 +92,7 @@ class Perplexity(Evaluator):
                 "perplexity": math.exp(nll / tokens),
                 "nll_per_caption": nll / captions,
             }
-            metrics |= named(mode, found)
+            metrics |= named(mode, found, AUTOREGRESSIVE)
             image = "with image" if mode == AUTOREGRESSIVE else "without"
             lines.append((image, *found.values()))
         skipped = dict(self._data.skipped)

@@ -22,7 +22,7 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
+from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
 
 RECALLS = (1, 5, 10)
 
@@ -93,18 +93,19 @@ class Retrieval(Evaluator):
         super().__init__(name)
         self._data = EvaluationImages(path, split, limit)
         self._most = captions_per_image
-        self._parallel = parallel
+        self.needs = (SCORE, PARALLEL)[: 1 + parallel]
 
     def open(self):
         """See `Evaluator`."""
         self._data.open()
 
-    def evaluate(self, scorer):
+    def evaluate(self, predictor):
         """Scores all pairs; see `recalls` for the metrics.
 
         Those of the other scores have `minus_blind/` and `parallel/` in front.
         """
-        batches = list(self._data.captioned(scorer))
+        self.check(predictor)
+        batches = list(self._data.captioned(predictor))
         owned = [
             example.captions[: self._most]
             for _, examples in batches
@@ -112,21 +113,23 @@ class Retrieval(Evaluator):
         ]
         texts = list(itertools.chain(*owned))
         owners = np.repeat(np.arange(len(owned)), [*map(len, owned)])
+        plain = predictor.score_kinds[0]
         scores = {
-            mode: np.concatenate(
-                [scorer.labels(images, texts, mode) for images, _ in batches]
+            kind: np.concatenate(
+                [predictor.score(images, texts, kind) for images, _ in batches]
             )
-            for mode in (AUTOREGRESSIVE, PARALLEL)[: 1 + self._parallel]
+            for kind in (plain, *self.needs[1:])
         }
-        scores["minus_blind"] = scores[AUTOREGRESSIVE] - scorer.blind(texts)
+        if predictor.can(BLIND):
+            scores[MINUS_BLIND] = scores[plain] - predictor.blind(texts)
         metrics, rows = {}, []
-        for mode, values in scores.items():
+        for kind, values in scores.items():
             found = recalls(values, owners)
-            metrics |= named(mode, found)
+            metrics |= named(kind, found, plain)
             both = np.split(np.array([*found.values()]), 2)
-            rows.append((f"{mode}, image to text", *map(float, both[0])))
-            if mode != "minus_blind":  # the same order of images
-                rows.append((f"{mode}, text to image", *map(float, both[1])))
+            rows.append((f"{kind}, image to text", *map(float, both[0])))
+            if kind != MINUS_BLIND:  # the same order of images
+                rows.append((f"{kind}, text to image", *map(float, both[1])))
         skipped = dict(self._data.skipped)
         lines = [
             f"{len(owned)} images, {len(texts)} captions",

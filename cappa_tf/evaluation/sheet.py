@@ -36,7 +36,7 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
 
     Args:
         path: The file; its folder is made if need be.
-        rows: `captioning.CaptionRow`s with images, at least one.
+        rows: `captions.CaptionRow`s with images, at least one.
         title: Text above all, or None.
         columns: Tiles side by side.
         marks: Whether to show which captions are exactly a reference, which

@@ -21,11 +21,10 @@ from cappa_tf.evaluation.evaluator import (
 )
 from cappa_tf.evaluation.features import RESIZES, preprocessing
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, PARALLEL
+from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
 from cappa_tf.utils.arguments import check_choice, check_counts
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
-MINUS_BLIND = "minus_blind"
 _MOST_COLUMNS = 20
 
 
@@ -132,7 +131,8 @@ class ZeroShot(Evaluator):
         self._class_names = class_names
         self._templates = templates
         self._resize = resize
-        self._parallel, self._limit = parallel, limit
+        self.needs = (SCORE, PARALLEL)[: 1 + parallel]
+        self._limit = limit
 
     def open(self):
         """See `Evaluator`."""
@@ -148,22 +148,22 @@ class ZeroShot(Evaluator):
             )
         return list(names)
 
-    def evaluate(self, scorer):
+    def evaluate(self, predictor):
         """Classifies every picture; see `figures` for the metrics.
 
         The parallel mode's are called `parallel/top_1` and so on, and those
         of scores less that of the text without an image `minus_blind/...`.
         """
+        self.check(predictor)
         data, names = self._data, self._names()
         # All of the image, as in training: no margin is cut off.
-        prepare = preprocessing(
-            scorer.preprocessing.image_size, self._resize, margin=1.0
-        )
-        modes = (AUTOREGRESSIVE, PARALLEL)[: 1 + self._parallel]
+        prepare = preprocessing(predictor.image_size, self._resize, margin=1.0)
+        plain = predictor.score_kinds[0]
+        kinds = (plain, *self.needs[1:])
         texts = prompts(names, self._templates)
-        scores, labels = {mode: [] for mode in modes}, []
+        scores, labels = {kind: [] for kind in kinds}, []
         for images, numbers, _ in _first(
-            data.labelled(prepare, scorer.batch_size), self._limit
+            data.labelled(prepare, predictor.batch_size), self._limit
         ):
             if numbers.max() >= len(names):
                 raise ValueError(
@@ -171,8 +171,8 @@ class ZeroShot(Evaluator):
                     f"with the {len(names)} names {names}"
                 )
             labels.append(numbers)
-            for mode, parts in scores.items():
-                found = scorer.labels(images, texts, mode)  # -> [B, C * M]
+            for kind, parts in scores.items():
+                found = predictor.score(images, texts, kind)  # -> [B, C * M]
                 parts.append(found.reshape(len(images), len(names), -1).mean(2))
         if not labels:
             raise ValueError(
@@ -180,29 +180,31 @@ class ZeroShot(Evaluator):
                 f"{data.path}. Received: skipped={dict(data.skipped)}"
             )
         labels = np.concatenate(labels)
-        scores = {mode: np.concatenate(scores[mode]) for mode in modes}
-        blind = scorer.blind(texts).reshape(len(names), -1).mean(1)
-        scores[MINUS_BLIND] = scores[AUTOREGRESSIVE] - blind
+        scores = {kind: np.concatenate(scores[kind]) for kind in kinds}
+        if predictor.can(BLIND):
+            blind = predictor.blind(texts).reshape(len(names), -1).mean(1)
+            scores[MINUS_BLIND] = scores[plain] - blind
         return self._report(scores, labels, names, data.skipped)
 
     def _report(self, scores, labels, names, skipped):
         metrics, rows, confusions = {}, [], {}
-        for mode, values in scores.items():
+        plain = next(iter(scores))
+        for kind, values in scores.items():
             found, confusion = figures(values, labels)
-            confusions[mode] = confusion.tolist()
-            metrics |= named(mode, found)
-            rows.append((mode, *found.values()))
+            confusions[kind] = confusion.tolist()
+            metrics |= named(kind, found, plain)
+            rows.append((kind, *found.values()))
         lines = [
             f"{len(labels)} pictures, {len(names)} classes",
             *table(("score", *found), rows),
-            *_confusion_lines(names, confusions[AUTOREGRESSIVE]),
+            *_confusion_lines(names, confusions[plain]),
             *skipped_lines(skipped),
         ]
         details = {
             "num_images": len(labels),
             "class_names": names,
             "templates": list(self._templates),
-            "confusion": confusions[AUTOREGRESSIVE],
+            "confusion": confusions[plain],
             "skipped": dict(skipped),
         }
         return Report(metrics, lines, details)

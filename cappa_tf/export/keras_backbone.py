@@ -9,9 +9,9 @@ where TensorFlow is not installed.
 
 import keras
 
-from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils.arguments import height_width
 from cappa_tf.utils.files import replacing
 

@@ -22,9 +22,9 @@ import os
 
 import numpy as np
 
-from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.positions import sincos2d
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_extra
 

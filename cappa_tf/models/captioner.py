@@ -46,6 +46,7 @@ class Captioner(Inference, Task):
     """
 
     selection_metric = "nll_per_token"
+    can_generate = True
     # Cap is autoregressive, Pa parallel prediction.
     short_names = {
         "autoregressive/loss": "cap",
@@ -341,6 +342,26 @@ class Captioner(Inference, Task):
             chunk_size=self.chunk_size,
         )
         return tf.reshape(loss, shape), tf.reshape(nll, shape)
+
+    # Scores.
+
+    @property
+    def score_kinds(self):
+        """See `Task`; "blind" is the decoder without any image.
+
+        A model that was never trained in parallel gives noise there.
+        """
+        parallel = ("parallel",) if self.masked_pred_prob > 0.0 else ()
+        return ("autoregressive", *parallel, "blind")
+
+    def score_texts(self, images, labels, kind):
+        """Log-likelihoods; `Task` has the shapes."""
+        images = None if kind == "blind" else images
+        return self.score(images, labels, parallel=kind == "parallel")
+
+    def score_own_texts(self, images, labels, kind):
+        """Log-likelihoods; `Task` has the shapes."""
+        return self.score_captions(images, labels, parallel=kind == "parallel")
 
     # Serialization.
 

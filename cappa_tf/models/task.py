@@ -45,11 +45,14 @@ class Task(keras.Model):
         selection_mode: "min" or "max": which value of it is best.
         short_names: Name of a figure -> the name it has in a line of the
             terminal; None leaves it out there.
+        can_generate: Whether there is `generate`, which writes captions of
+            images.
     """
 
     selection_metric = "loss"
     selection_mode = "min"
     short_names = {}
+    can_generate = False
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -121,6 +124,43 @@ class Task(keras.Model):
         if best is None:
             return True
         return value < best if self.selection_mode == "min" else value > best
+
+    # What a trained model is used for, by `inference.predictor.Predictor`.
+
+    @property
+    def score_kinds(self):
+        """Kinds of scores of texts for images that mean something here.
+
+        The first is the one that a ranking of texts goes by.
+        """
+        return ()
+
+    def score_texts(self, images, labels, kind):
+        """Scores of every text for every image.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1]; for "blind" they may be
+                None, which scores as one image.
+            labels: int32 [T, L] token ids, padded.
+            kind: One of `score_kinds`.
+
+        Returns:
+            float32 [B, T]; for "blind" [1, T].
+        """
+        raise NotImplementedError
+
+    def score_own_texts(self, images, labels, kind):
+        """Scores of each image's own texts.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1].
+            labels: int32 [B, K, L] token ids, padded.
+            kind: One of `score_kinds`, but "blind".
+
+        Returns:
+            float32 [B, K].
+        """
+        raise NotImplementedError
 
     # Keras' own loop.
 

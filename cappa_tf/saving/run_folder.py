@@ -1,10 +1,14 @@
-"""The folder of a run: all a captioner needs, without any configuration.
+"""The folder of a run: all a model needs, without any configuration.
 
-captioner.json       the model's constructor arguments (Keras)
-tokenizer.model      its vocabulary
+model.json           the model's constructor arguments (Keras)
+tokenizer.model      its vocabulary, if it reads texts
 preprocessing.json   how pictures and captions become its input
 checkpoints/ best/   see checkpoints.py
-captioner.keras      the model at the end of the run
+model.keras          the model at the end of the run
+
+Version 0.1.0 wrote captioner.json and captioner.keras. They are read where
+the new ones are missing, and removed once a resumed run has written these:
+an old file must not be taken for the newest weights.
 """
 
 import json
@@ -16,9 +20,8 @@ import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
-
-# Keras finds the classes of a saved model by their registered names.
-from cappa_tf.models import captioner, text_decoder, vision_encoder  # noqa: F401
+from cappa_tf.models.task import Task
+from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
 
@@ -47,23 +50,21 @@ def describe_run(workdir, model, data):
 
     Args:
         workdir: The run's folder.
-        model: The captioner.
-        data: A caption data set; its tokenizer and its evaluation
+        model: A `Task`.
+        data: A data set; its tokenizer, if it has one, and its evaluation
             preprocessing are kept.
 
     Raises:
         ValueError: If the folder holds a run with another vocabulary.
     """
-    _keep_vocabulary(workdir, data.tokenizer.path)
     serialized = keras.saving.serialize_keras_object(model)
-    files.write_json(os.path.join(workdir, "captioner.json"), serialized)
-    files.write_json(
-        os.path.join(workdir, "preprocessing.json"),
-        {
-            "tokenizer": {n: getattr(data.tokenizer, n) for n in _CAPTION},
-            "image": data.preprocessing.to_json(),
-        },
-    )
+    kept = {"image": data.preprocessing.to_json()}
+    if data.tokenizer is not None:
+        _keep_vocabulary(workdir, data.tokenizer.path)
+        kept["tokenizer"] = {n: getattr(data.tokenizer, n) for n in _CAPTION}
+    files.write_json(os.path.join(workdir, "model.json"), serialized)
+    _remove_old(workdir, "captioner.json")
+    files.write_json(os.path.join(workdir, "preprocessing.json"), kept)
 
 
 def _keep_vocabulary(workdir, path):
@@ -79,39 +80,44 @@ def _keep_vocabulary(workdir, path):
         )
 
 
-def save_captioner(workdir, model):
-    """Writes `captioner.keras` (atomically) and returns its path."""
-    path = os.path.join(workdir, "captioner.keras")
+def save_model(workdir, model):
+    """Writes `model.keras` (atomically) and returns its path."""
+    path = os.path.join(workdir, "model.keras")
     with files.replacing(path) as unfinished:
         model.save(unfinished)
+    _remove_old(workdir, "captioner.keras")
     return path
 
 
-def load_captioner(path, weights="auto"):
-    """Loads a captioner from the folder of a run, without its configuration.
+def _remove_old(workdir, name):
+    path = os.path.join(workdir, name)
+    if files.exists(path):
+        files.remove(path)
+
+
+def _named(workdir, suffix):
+    """Path of model.json or model.keras, under whichever name it is there."""
+    path = os.path.join(workdir, f"model{suffix}")
+    old = os.path.join(workdir, f"captioner{suffix}")
+    return old if files.exists(old) and not files.exists(path) else path
+
+
+def load_model(path, weights="auto"):
+    """Loads a model without its configuration.
 
     Args:
-        path: Folder of a run, or a file that `captioner.save` wrote.
-        weights: "final" (captioner.keras), "best" (by validation), "latest"
+        path: Folder of a run, or a `.keras` file of a task (such as a
+            captioner) or of a vision encoder.
+        weights: "final" (model.keras), "best" (by validation), "latest"
             (newest checkpoint), or "auto": the first of these that is there.
 
     Returns:
-        The captioner, built.
+        The `Task` or `VisionEncoder`, built.
 
     Raises:
         ValueError: If there is no such thing at `path`, or it cannot be read.
     """
-    model = load_model(path, weights)
-    if not isinstance(model, captioner.Captioner):
-        raise ValueError(
-            "`path` must hold a captioner, for which a vision encoder is not "
-            f"enough. Received: {str(path)!r}"
-        )
-    return model
-
-
-def load_model(path, weights="auto"):
-    """Loads a captioner as `load_captioner`, or a file of a vision encoder."""
+    path = os.fspath(path)
     choices = ("auto", "final", "best", "latest")
     if weights not in choices:
         raise ValueError(
@@ -119,7 +125,7 @@ def load_model(path, weights="auto"):
         )
     if files.isfile(path):
         return _read_keras(path)
-    final = os.path.join(path, "captioner.keras")
+    final = _named(path, ".keras")
     if weights in ("auto", "final") and files.exists(final):
         return _read_keras(final)
     folders = {"auto": ("best", "checkpoints"), "best": ("best",)}
@@ -128,14 +134,13 @@ def load_model(path, weights="auto"):
         if latest and weights != "final":
             return _restored(path, latest)
     raise ValueError(
-        "`path` must be the folder of a run (with captioner.keras, best/ or "
+        "`path` must be the folder of a run (with model.keras, best/ or "
         f"checkpoints/) or a .keras file. Received: {path!r} with "
         f"weights={weights!r}"
     )
 
 
 def _read_keras(path):
-    known = (captioner.Captioner, vision_encoder.VisionEncoder)
     with files.on_disk(path) as local:
         if not zipfile.is_zipfile(local):  # Keras says that there is no file.
             raise ValueError(
@@ -152,16 +157,17 @@ def _read_keras(path):
                 "A model file must be one that Keras has saved whole. "
                 f"Received: {str(path)!r} ({type(error).__name__}: {reason})"
             ) from error
-    if not isinstance(model, known):
+    if not isinstance(model, Task | VisionEncoder):
         raise ValueError(
-            "A model file must hold a captioner or a vision encoder. "
+            "A model file must hold a captioner or another task, or a vision "
+            "encoder. "
             f"Received: {str(path)!r}, which holds a {type(model).__name__}"
         )
     return model
 
 
 def _restored(workdir, checkpoint):
-    path = os.path.join(workdir, "captioner.json")
+    path = _named(workdir, ".json")
     model = keras.saving.deserialize_keras_object(_read_json(path))
     if not model.built:
         model.build()
@@ -185,11 +191,12 @@ def _read_json(path):
 
 
 def load_preprocessing(workdir):
-    """How a run's pictures and captions were prepared.
+    """How a run's images and texts were prepared.
 
     Returns:
-        (tokenizer, preprocessing), a `Tokenizer` on the run's own vocabulary
-        and the `ImagePreprocessing` of its evaluation.
+        (tokenizer, preprocessing), a `Tokenizer` on the run's own vocabulary,
+        None where the model reads no texts, and the `ImagePreprocessing` of
+        its evaluation.
 
     Raises:
         ValueError: If the folder is not that of a run.
@@ -203,11 +210,14 @@ def load_preprocessing(workdir):
             f"and tokenizer.model. Received: {workdir!r} ({error})"
         ) from error
     vocabulary = os.path.join(workdir, "tokenizer.model")
+    tokenizer = None
     try:
         image = ImagePreprocessing.from_json(saved["image"])
-        return Tokenizer(vocabulary, **saved["tokenizer"]), image
+        if "tokenizer" in saved:
+            tokenizer = Tokenizer(vocabulary, **saved["tokenizer"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "A run's preprocessing.json must have `tokenizer` and `image`. "
-            f"Received: {path} ({error!r})"
+            "A run's preprocessing.json must have `image`, and `tokenizer` "
+            f"where texts are read. Received: {path} ({error!r})"
         ) from error
+    return tokenizer, image

@@ -1,24 +1,6 @@
 """Evaluators (`evaluation/evaluator.py`) while a model is trained."""
 
-import collections
-
-from cappa_tf.evaluation.scorer import Scorer
-
-
-def check_evaluators(evaluators):
-    """Refuses what is no list of evaluators with names of their own."""
-    for one in evaluators:
-        if not (callable(getattr(one, "run", None)) and hasattr(one, "name")):
-            raise ValueError(
-                "`evaluators` must have a `name`, `open()` and `run(scorer)`, "
-                f"as evaluation.evaluator.Evaluator has. Received: {one!r}"
-            )
-    names = collections.Counter(one.name for one in evaluators)
-    if any(count > 1 for count in names.values()):
-        raise ValueError(
-            "Each evaluator must have its own `name`. Received: "
-            f"{[*names.elements()]}"
-        )
+from cappa_tf.inference.predictor import Predictor
 
 
 class Evaluators:
@@ -29,26 +11,30 @@ class Evaluators:
 
     Args:
         evaluators: A list of evaluators; may be empty.
-        model: The captioner.
+        model: The `Task`.
         data: Data set whose tokenizer and preprocessing the model has.
         batch_size: Pictures at once.
         hosts: The run's `Hosts`.
 
     Raises:
-        ValueError: What an evaluator measures on is not there.
+        ValueError: The model lacks what an evaluator needs, or what it
+            measures on is not there.
     """
 
     def __init__(self, evaluators, model, data, batch_size, hosts):
         self._evaluators = evaluators
         self._hosts = hosts
         # One for the whole run: it keeps what was traced.
-        self._scorer = Scorer(
+        self._predictor = Predictor(
             model,
             data.tokenizer,
             data.preprocessing,
             batch_size,
             hosts,
         )
+        for one in evaluators:
+            if hasattr(one, "check"):
+                one.check(self._predictor)
         if hosts.is_chief:
             for one in evaluators:
                 one.open()
@@ -64,7 +50,7 @@ class Evaluators:
         for one in self._evaluators:
             shared = getattr(one, "on_all_hosts", False)
             if shared or self._hosts.is_chief:
-                for metric, value in one.run(self._scorer):
+                for metric, value in one.run(self._predictor):
                     figures[f"evaluation/{one.name}/{metric}"] = value
         # None goes on while the chief still reads its weights.
         return self._hosts.first(figures) if self._evaluators else figures

@@ -4,10 +4,11 @@ import os
 
 import tqdm
 
-from cappa_tf.evaluation.captioning import CaptionDecoder
+from cappa_tf.evaluation.captioning import evaluate_captions
 from cappa_tf.evaluation.evaluator import json_value
 from cappa_tf.evaluation.sheet import write_sheet
-from cappa_tf.saving.run_folder import save_captioner
+from cappa_tf.inference.captions import CaptionDecoder
+from cappa_tf.saving.run_folder import save_model
 from cappa_tf.training.distribution.strategies import on_replicas
 from cappa_tf.utils import files
 
@@ -28,7 +29,7 @@ def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
         What `results.json` holds: `step` and the figures.
     """
     if hosts.is_chief:
-        save_captioner(settings.workdir, model)
+        save_model(settings.workdir, model)
     figures = {"step": step}
     if data is not None:
         figures.update(_evaluate(model, data, settings, strategy, hosts))
@@ -53,7 +54,8 @@ def _evaluate(model, data, settings, strategy, hosts):
         leave=False,
         disable=not hosts.is_chief,
     ) as bar:
-        result = decoder.evaluate(
+        result = evaluate_captions(
+            decoder,
             data,
             corpus_scores=settings.caption_metrics,
             keep_images=settings.sheet_images,

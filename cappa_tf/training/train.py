@@ -20,6 +20,7 @@ import contextlib
 import tensorflow as tf
 
 from cappa_tf.evaluation.caption_metrics import check_installed
+from cappa_tf.evaluation.evaluator import check_evaluators
 from cappa_tf.saving.run_lock import RunLock, WorkdirInUseError
 from cappa_tf.training import memory_estimate
 from cappa_tf.training.construct import (
@@ -32,7 +33,6 @@ from cappa_tf.training.distribution.strategies import (
     check_batch_size,
     make_strategy,
 )
-from cappa_tf.training.evaluators import check_evaluators
 from cappa_tf.training.settings import RunSettings
 from cappa_tf.training.trainer import Run, plain_data_errors
 from cappa_tf.utils import arguments

@@ -13,13 +13,13 @@ def report(tmp_path_factory):
     pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     folder = tmp_path_factory.mktemp("colours")
     scoring.write_colours(folder)
-    scorer = scoring.tiny_scorer(folder)
+    predictor = scoring.tiny_predictor(folder)
     # A caption generator that knows: red and green right, blue wrong.
     texts = {0: "red square", 1: "green square", 2: "left above"}
 
     def generate(images):
         tokens = [
-            scorer.tokenizer([texts[int(image.mean((0, 1)).argmax())]])[0]
+            predictor.tokenizer([texts[int(image.mean((0, 1)).argmax())]])[0]
             for image in images.numpy()
         ]
         tokens = np.stack(tokens)
@@ -31,10 +31,10 @@ def report(tmp_path_factory):
             )
         }
 
-    scorer.decoder._generate = generate
+    predictor.decoder._generate = generate
     evaluator = Captions(folder / "captions", meteor=False, sheet_images=2)
     evaluator.open()
-    return evaluator.evaluate(scorer)
+    return evaluator.evaluate(predictor)
 
 
 class _Tensor:

@@ -66,7 +66,7 @@ def test_a_model_that_knows_agrees_with_people(folder, tmp_path):
     pytest.importorskip("scipy", reason="pip install '.[test]'")
     evaluator = human_judgments.Judgments(folder)
     evaluator.open()
-    report = evaluator.evaluate(scoring.knowing_scorer(tmp_path))
+    report = evaluator.evaluate(scoring.knowing_predictor(tmp_path))
     # The caption of the image itself is left out.
     assert report.details["num_captions"] == 4
     assert report.details["num_ratings"] == 12
@@ -74,7 +74,8 @@ def test_a_model_that_knows_agrees_with_people(folder, tmp_path):
     assert report.metrics["parallel/tau_b"] == report.metrics["tau_b"]
     crowd = human_judgments.Judgments(folder, "crowdflower", limit=1)
     assert (
-        crowd.evaluate(scoring.knowing_scorer(tmp_path)).metrics["tau_b"] == 1
+        crowd.evaluate(scoring.knowing_predictor(tmp_path)).metrics["tau_b"]
+        == 1
     )
     assert [row["ratings"] for row in report.rows][0] == (1, 1, 2)
 

@@ -18,14 +18,14 @@ def folder(tmp_path_factory):
 
 
 def test_figures_are_those_of_the_losses(folder, tmp_path):
-    scorer = scoring.tiny_scorer(tmp_path)
-    report = Perplexity(folder / "captions", blind=True).evaluate(scorer)
+    predictor = scoring.tiny_predictor(tmp_path)
+    report = Perplexity(folder / "captions", blind=True).evaluate(predictor)
     nll = tokens = 0.0
     data = EvaluationImages(folder / "captions", "test")
-    for images, examples in data.captioned(scorer):
-        labels = scorer.tokenizer([e.captions for e in examples])
+    for images, examples in data.captioned(predictor):
+        labels = predictor.tokenizer([e.captions for e in examples])
         batch = {"image": tf.constant(images), "labels": labels}
-        losses = scorer.captioner.compute_losses(batch, training=False)
+        losses = predictor.model.compute_losses(batch, training=False)
         nll += float(tf.reduce_sum(losses["nll"]))
         tokens += float(tf.reduce_sum(losses["tokens"]))
     metrics = report.metrics
@@ -47,13 +47,13 @@ def test_records_and_folder_give_the_same(folder, tmp_path):
         for i in range(5)
     ]
     schema.write_dataset({"test": examples}, tmp_path / "records", "colours")
-    scorer = scoring.tiny_scorer(tmp_path)
+    predictor = scoring.tiny_predictor(tmp_path)
     read = []
     for path in (tmp_path / "records", folder / "captions"):
-        batches = EvaluationImages(path, "test", 5).captioned(scorer)
+        batches = EvaluationImages(path, "test", 5).captioned(predictor)
         read.append(np.concatenate([images for images, _ in batches]))
     np.testing.assert_allclose(read[0], read[1], atol=1e-6)
-    report = Perplexity(tmp_path / "records", limit=3).evaluate(scorer)
+    report = Perplexity(tmp_path / "records", limit=3).evaluate(predictor)
     assert report.details["num_images"] == 3
 
 
@@ -64,7 +64,7 @@ def test_bad_pictures_are_counted(folder, tmp_path):
     extra = '\n{"image": "bad.jpg", "captions": ["red"], "split": "test"}'
     (tmp_path / "captions.jsonl").write_text(lines + extra)
     data = EvaluationImages(tmp_path, "test")
-    list(data.captioned(scoring.tiny_scorer(tmp_path)))
+    list(data.captioned(scoring.tiny_predictor(tmp_path)))
     assert data.skipped == {"image cannot be decoded": 1}
     with pytest.raises(ValueError, match="split='nowhere'"):
         EvaluationImages(tmp_path, "nowhere").open()

@@ -51,14 +51,14 @@ def test_the_prior_of_captions_is_taken_off(tmp_path):
     folder = scoring.write_colours(tmp_path / "colours")
     evaluator = retrieval.Retrieval(folder / "captions", limit=3, parallel=True)
     evaluator.open()
-    knowing = evaluator.evaluate(scoring.knowing_scorer(tmp_path))
+    knowing = evaluator.evaluate(scoring.knowing_predictor(tmp_path))
     assert knowing.details["num_captions"] == 6
     assert set(knowing.metrics.values()) == {1.0}
-    biased = evaluator.evaluate(scoring.knowing_scorer(tmp_path, prior=50.0))
+    biased = evaluator.evaluate(scoring.knowing_predictor(tmp_path, prior=50.0))
     assert biased.metrics["image_to_text/recall@1"] == pytest.approx(2 / 3)
     assert biased.metrics["minus_blind/image_to_text/recall@1"] == 1.0
     assert biased.metrics["text_to_image/recall@1"] == 1.0
     whole = retrieval.Retrieval(folder / "captions", captions_per_image=1)
-    twins = whole.evaluate(scoring.knowing_scorer(tmp_path)).metrics
+    twins = whole.evaluate(scoring.knowing_predictor(tmp_path)).metrics
     assert twins["image_to_text/recall@1"] == 0.0
     assert twins["image_to_text/recall@5"] == 1.0

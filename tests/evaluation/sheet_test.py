@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cappa_tf.evaluation import sheet
-from cappa_tf.evaluation.captioning import CaptionRow
+from cappa_tf.inference.captions import CaptionRow
 
 
 def _png(size=(64, 64), mode="RGB", color=None):

@@ -54,13 +54,14 @@ def test_a_model_that_knows_names_every_colour(folder, tmp_path):
         parallel=True,
         resize="resize_small",
     )
-    report = evaluator.evaluate(scoring.knowing_scorer(tmp_path))
+    report = evaluator.evaluate(scoring.knowing_predictor(tmp_path))
     assert report.metrics["top_1"] == report.metrics["parallel/top_1"] == 1.0
     assert report.details["class_names"] == ["red", "green", "blue"]
     wanted = (2 * np.eye(3, dtype=int)).tolist()
     assert report.details["confusion"] == wanted
     assert (
-        dict(evaluator.run(scoring.knowing_scorer(tmp_path))) == report.metrics
+        dict(evaluator.run(scoring.knowing_predictor(tmp_path)))
+        == report.metrics
     )
 
 
@@ -68,7 +69,7 @@ def test_the_prior_of_a_name_is_taken_off(folder, tmp_path):
     """A model that dislikes each "e": "green" has two, the others one."""
     evaluator = zero_shot.ZeroShot(folder / "labels", templates=["{}"])
     metrics = evaluator.evaluate(
-        scoring.knowing_scorer(tmp_path, prior=50.0)
+        scoring.knowing_predictor(tmp_path, prior=50.0)
     ).metrics
     assert metrics["top_1"] == pytest.approx(2 / 3)
     assert metrics["minus_blind/top_1"] == 1.0
@@ -80,12 +81,12 @@ def test_all_of_the_picture_is_seen(folder):
 
 
 def test_limit_and_bad_names(folder, tmp_path):
-    scorer = scoring.knowing_scorer(tmp_path)
-    some = zero_shot.ZeroShot(folder / "labels", limit=5).evaluate(scorer)
+    predictor = scoring.knowing_predictor(tmp_path)
+    some = zero_shot.ZeroShot(folder / "labels", limit=5).evaluate(predictor)
     assert some.details["num_images"] == 5
     few = zero_shot.ZeroShot(folder / "labels", class_names=["a", "b"])
     with pytest.raises(ValueError, match="label 2 with the 2 names"):
-        few.evaluate(scorer)
+        few.evaluate(predictor)
     with pytest.raises(ValueError, match="'nowhere'"):
         zero_shot.ZeroShot(folder / "labels", "nowhere").open()
 

@@ -164,7 +164,7 @@ def test_whatever_is_imported_first(folder):
         "import cappa_tf, keras",
         # Half imported when Keras comes and wants the encoder's classes.
         "import cappa_tf.models.attention, keras",
-        "import cappa_tf.export.weights, keras",
+        "import cappa_tf.saving.weights, keras",
         "import cappa_tf.models.losses.cross_entropy, keras",
     ]
     printed = python(IMPORT_ORDERS, folder, *orders)

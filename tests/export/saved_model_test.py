@@ -15,7 +15,7 @@ import grpc
 import serving
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation import captioning
+from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.saving import run_folder
 
 TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
@@ -54,7 +54,7 @@ def contents(pictures):
 
 @pytest.fixture(scope="module")
 def captioner(served):
-    model = run_folder.load_captioner(served.run)
+    model = run_folder.load_model(served.run)
     model.tokenizer = run_folder.load_preprocessing(served.run)[0]
     return model
 
@@ -80,9 +80,9 @@ def _preprocessing(run):
 
 def _rows_of_the_tool(run, paths):
     """What tools/caption.py prints of each file."""
-    captioner = run_folder.load_captioner(run)
+    captioner = run_folder.load_model(run)
     tokenizer, _ = run_folder.load_preprocessing(run)
-    decoder = captioning.CaptionDecoder(captioner, tokenizer, 32)
+    decoder = CaptionDecoder(captioner, tokenizer, 32)
     rows = decoder.caption_files(paths, _preprocessing(run))
     return [row for _, row, _ in rows]
 

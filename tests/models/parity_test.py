@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from conftest import shared_reference
 
-from cappa_tf.export import big_vision
+from cappa_tf.saving import big_vision
 from cappa_tf.training.optimizers.adafactor import Adafactor
 from cappa_tf.training.optimizers.schedules import Cosine, Linear, Rsqrt
 

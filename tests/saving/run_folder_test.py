@@ -1,5 +1,6 @@
 """What is no model, or no longer a whole one, is named."""
 
+import shutil
 import zipfile
 
 import keras
@@ -16,21 +17,21 @@ def run_folder(tmp_path_factory):
     model = tiny.make_model(tiny.vocabulary(vocabulary)[1])
     model.build()
     saving.describe_run(str(folder), model, tiny.Data(vocabulary))
-    saving.save_captioner(str(folder), model)
+    saving.save_model(str(folder), model)
     return folder
 
 
 def _file(run_folder, tmp_path, change):
     """The run's model file, changed."""
     path = tmp_path / "model.keras"
-    content = (run_folder / "captioner.keras").read_bytes()
+    content = (run_folder / "model.keras").read_bytes()
     if change == "cut":
         path.write_bytes(content[: len(content) // 2])
     elif change == "text":
         path.write_text("no model")
     else:
         with (
-            zipfile.ZipFile(run_folder / "captioner.keras") as old,
+            zipfile.ZipFile(run_folder / "model.keras") as old,
             zipfile.ZipFile(path, "w") as new,
         ):
             for name in old.namelist():
@@ -55,14 +56,27 @@ def test_another_kind_of_model_is_refused(run_folder, tmp_path):
     keras.Sequential([keras.Input([2]), keras.layers.Dense(1)]).save(path)
     with pytest.raises(ValueError, match="which holds a Sequential"):
         saving.load_model(path)
-    encoder = saving.load_captioner(run_folder).vision_encoder
+    encoder = saving.load_model(run_folder).vision_encoder
     encoder.save(path)
     assert saving.load_model(path).image_size == encoder.image_size
-    with pytest.raises(ValueError, match="encoder is not enough"):
-        saving.load_captioner(path)
 
 
 def test_a_damaged_description_is_named(run_folder, tmp_path):
     (tmp_path / "preprocessing.json").write_text('{"image": ')
     with pytest.raises(ValueError, match="must be JSON.*preprocessing.json"):
         saving.load_preprocessing(str(tmp_path))
+
+
+def test_a_run_of_version_0_1_0_opens_and_takes_the_new_names(
+    run_folder, tmp_path
+):
+    shutil.copytree(run_folder, tmp_path, dirs_exist_ok=True)
+    for suffix in ("json", "keras"):
+        (tmp_path / f"model.{suffix}").rename(tmp_path / f"captioner.{suffix}")
+    old = saving.load_model(tmp_path)
+    model = saving.load_model(run_folder)
+    assert len(old.weights) == len(model.weights)
+    # What a resumed run writes: the old file must not hide its weights.
+    saving.save_model(str(tmp_path), model)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "model.keras" in names and "captioner.keras" not in names

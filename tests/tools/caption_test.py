@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory):
     head = model.text_decoder.head_weights[1]
     head.assign(tf.random.stateless_normal(head.shape, [1, 2]))
     saving.describe_run(folder, model, data)
-    saving.save_captioner(folder, model)
+    saving.save_model(folder, model)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     assert code == 0
     row = json.loads(out)
     tokenizer, preprocessing = saving.load_preprocessing(run_folder)
-    captioner = saving.load_captioner(run_folder)
+    captioner = saving.load_model(run_folder)
     pixels = preprocessing.read(path)[None]
     tokens = captioner.generate(pixels)["tokens"]
     score = captioner.score(pixels, tokens)

@@ -1,6 +1,7 @@
 """tools/evaluate.py measures features on folders and TFRecords alike."""
 
 import json
+import types
 
 import numpy as np
 import numpy_reference as reference
@@ -15,7 +16,7 @@ from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.evaluator import Report
 from cappa_tf.evaluation.features import extract_features, preprocessing
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.export import big_vision
+from cappa_tf.saving import big_vision
 from cappa_tf.utils import files
 from tools import evaluate
 
@@ -26,7 +27,8 @@ def run(task="fewshot", **values):
     """Parses flags like the program; returns what the JSON file says."""
     flag_values = flags.FlagValues()
     evaluate.define_flags(flag_values)
-    values["task"] = task
+    if task is not None:
+        values["task"] = task
     arguments = [f"--{name}={value}" for name, value in values.items()]
     flag_values(["evaluate", *arguments])
     with open(evaluate.evaluate(flag_values)) as file:
@@ -111,7 +113,7 @@ def test_what_is_not_defined_is_null(tmp_path, scheme):
     needed = ["--task=caption", f"--checkpoint={folder}", "--data=none"]
     flag_values(["evaluate", *needed])
     path = evaluate.default_output(folder, "caption")
-    evaluate.write_report(report, flag_values, path)
+    evaluate.write_report(report, "caption", flag_values, path)
 
     def strict(text):
         return json.loads(text, parse_constant=pytest.fail)
@@ -144,19 +146,19 @@ def test_two_hosts_have_the_features_of_one(folder, tmp_path):
     ]
     schema.write_dataset({"train": examples}, tmp_path, "colours")
 
-    def encoder(images, training):
-        return {"pre_logits": tf.reduce_mean(images, axis=1)[:, 0]}
+    def encode(images):
+        return images.mean(axis=1)[:, 0]
 
-    encoder.image_size = (7, 7)
+    model = types.SimpleNamespace(features=encode, image_size=(7, 7))
 
     for path in (folder, tmp_path):
         data = EvaluationImages(path, "train")
-        whole = extract_features(encoder, data, batch_size=5)
+        whole = extract_features(model, data, batch_size=5)
         skipped = dict(data.skipped)
         second = _Part(1)
-        extract_features(encoder, data, batch_size=5, hosts=second)
+        extract_features(model, data, batch_size=5, hosts=second)
         shared = extract_features(
-            encoder, data, batch_size=5, hosts=_Part(0, [second.given])
+            model, data, batch_size=5, hosts=_Part(0, [second.given])
         )
         assert 0 < len(second.given[0]) < len(whole[1])
         for one, other in zip(whole, shared, strict=True):
@@ -222,7 +224,7 @@ def test_captions_leave_their_rows_and_sheets(run_folder, colours, monkeypatch):
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     report = run(
         "caption",
-        checkpoint=run_folder / "captioner.keras",
+        checkpoint=run_folder / "model.keras",
         data=colours / "captions",
         output=run_folder / "told.json",
     )
@@ -269,3 +271,28 @@ def test_a_model_file_alone_cannot_score_texts(folder, colours):
             checkpoint=folder / "captioner.keras",
             data=colours / "captions",
         )
+
+
+def test_several_evaluators_of_a_gin_file(run_folder, colours, tmp_path):
+    values = {
+        "checkpoint": run_folder,
+        "data": colours / "labels",
+        "gin_file": "gin/evaluation/labelled.gin",
+    }
+    report = run(
+        None,
+        **values,
+        output=tmp_path / "found",
+        gin_param="fewshot.Fewshot.train_split='test'",
+    )
+    assert report["task"] == "zero_shot" and report["num_images"] == 6
+    few = json.loads((tmp_path / "found" / "fewshot.json").read_text())
+    assert [*few["metrics"]] == ["10_shot"]
+    # What the same file binds for training is not read here, nor refused;
+    # what nobody reads is.
+    with pytest.raises(ValueError, match="SHOT is set, but nothing"):
+        run(None, **values, gin_param="SHOT=[1]")
+    with pytest.raises(ValueError, match="--shots does not go with --gin_file"):
+        run(None, **values, shots="1")
+    with pytest.raises(ValueError, match="--task with --data, or --gin_file"):
+        run(None, checkpoint=run_folder)

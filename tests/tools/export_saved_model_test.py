@@ -65,6 +65,6 @@ def test_a_file_without_its_vocabulary_is_not_enough(served, tmp_path):
     with pytest.raises(ValueError, match="must be the folder of a run"):
         _export(
             "--what=saved_model",
-            f"--checkpoint={served.run}/captioner.keras",
+            f"--checkpoint={served.run}/model.keras",
             f"--output={tmp_path}",
         )

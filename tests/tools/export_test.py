@@ -35,7 +35,7 @@ def captioner():
 @pytest.fixture(scope="module")
 def run_folder(captioner, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    saving.save_captioner(str(folder), captioner)
+    saving.save_model(str(folder), captioner)
     return folder
 
 
@@ -68,7 +68,7 @@ def test_another_size_at_export_or_on_load(run_folder, tmp_path):
 def test_a_run_in_a_bucket_to_a_bucket(captioner, tmp_path):
     needs_safetensors()
     bucket = f"ram:/{tmp_path}"
-    saving.save_captioner(f"{bucket}/run", captioner)
+    saving.save_model(f"{bucket}/run", captioner)
     run(what="siglip", checkpoint=f"{bucket}/run", output=f"{bucket}/siglip")
     assert sorted(files.listdir(f"{bucket}/siglip")) == [
         "config.json",

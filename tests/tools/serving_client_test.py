@@ -17,7 +17,7 @@ pytest.importorskip("tensorflow_serving", reason="pip install '.[serving]'")
 import serving
 
 from cappa_tf.data.images import image_files
-from cappa_tf.evaluation import captioning
+from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.saving import run_folder
 from tools import serving_client
 
@@ -57,9 +57,7 @@ def pictures(tmp_path_factory):
 def captions(served, pictures):
     """What tools/caption.py says of them."""
     tokenizer, preprocessing = run_folder.load_preprocessing(served.run)
-    decoder = captioning.CaptionDecoder(
-        run_folder.load_captioner(served.run), tokenizer, 8
-    )
+    decoder = CaptionDecoder(run_folder.load_model(served.run), tokenizer, 8)
     rows = decoder.caption_files(
         image_files.find_pictures([str(pictures)]), preprocessing
     )

@@ -94,7 +94,7 @@ def test_sigterm_in_the_middle_of_a_loop_saves_and_resumes(tmp_path):
     assert results["nll_per_token"] > 0.0
     names = set(os.listdir(run))
     assert names >= {
-        "captioner.keras",
+        "model.keras",
         "config.gin",
         "sheet.png",
         "samples.png",

@@ -21,8 +21,8 @@ class Steps(Evaluator):
         super().__init__(name)
         self.blind = []
 
-    def evaluate(self, scorer):
-        self.blind.append(float(scorer.blind(["red circle"])[0]))
+    def evaluate(self, predictor):
+        self.blind.append(float(predictor.blind(["red circle"])[0]))
         return Report({"blind": self.blind[-1]}, [])
 
 

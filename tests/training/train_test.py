@@ -50,7 +50,7 @@ def finished(folder, tmp_path_factory):
 
 
 def _weights(workdir):
-    model = workdir_module.load_captioner(workdir)
+    model = workdir_module.load_model(workdir)
     return [v.numpy() for v in model.weights]
 
 
@@ -64,11 +64,11 @@ def test_a_run_leaves_what_tools_need(finished, folder):
     assert tokenizer.path.startswith(workdir)
     assert tokenizer.vocabulary_size == tiny.vocabulary(folder)[1]
     assert image.image_size == (16, 16)
-    final = workdir_module.load_captioner(workdir, "final")
-    latest = workdir_module.load_captioner(workdir, "latest")
+    final = workdir_module.load_model(workdir, "final")
+    latest = workdir_module.load_model(workdir, "latest")
     for a, b in zip(final.weights, latest.weights, strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
-    workdir_module.load_captioner(workdir, "best")
+    workdir_module.load_model(workdir, "best")
 
 
 def test_figures_reach_file_and_tensorboard(finished):
@@ -167,7 +167,7 @@ def test_a_remote_workdir_holds_what_a_local_one_does(finished, resumed):
     assert [word for word in words if word in log] == list(words)
     assert len(files.listdir(os.path.join(resumed, "tensorboard"))) == 2
     best = [
-        workdir_module.load_captioner(folder, "best").weights
+        workdir_module.load_model(folder, "best").weights
         for folder in (finished[0], resumed)
     ]
     for a, b in zip(*best, strict=True):
@@ -196,7 +196,7 @@ def test_not_finite_stops_and_keeps_the_last_checkpoint(folder, tmp_path):
         FloatingPointError, match=r"between steps 2 and 4.*step-2"
     ):
         tiny.run(folder, workdir=workdir, train_data=poisoned)
-    model = workdir_module.load_captioner(workdir)
+    model = workdir_module.load_model(workdir)
     assert all(np.isfinite(v.numpy()).all() for v in model.weights)
 
 

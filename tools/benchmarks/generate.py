@@ -111,7 +111,7 @@ def run():
     """Prints the time of each way, and its ratio to cached greedy."""
     from cappa_tf.saving import run_folder
 
-    captioner = run_folder.load_captioner(flags.FLAGS.checkpoint)
+    captioner = run_folder.load_model(flags.FLAGS.checkpoint)
     size = captioner.vision_encoder.image_size[0]
     ways = make_ways(captioner)
     for batch_size in flags.FLAGS.batch_size:

@@ -21,10 +21,8 @@ from cappa_tf.evaluation.compositional import choices as choice_files
 from cappa_tf.evaluation.compositional import scene_choices
 from cappa_tf.evaluation.evaluator import Evaluator, Report, table
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.evaluation.scorer import AUTOREGRESSIVE, BLIND
+from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, SCORE
 from cappa_tf.utils.arguments import check_counts
-
-MINUS_BLIND = "minus_blind"
 
 
 class Compositional(Evaluator):
@@ -38,28 +36,31 @@ class Compositional(Evaluator):
     and a wrong caption into the same tokens.
     """
 
+    needs = (SCORE,)
     groups = True
 
-    def batches(self, scorer):
+    def batches(self, predictor):
         """Yields (images [at most B, H, W, 3], a list of `Choice`s of each).
 
         Args:
-            scorer: `Scorer`.
+            predictor: `Predictor`.
         """
         raise NotImplementedError
 
-    def evaluate(self, scorer):
+    def evaluate(self, predictor):
         """Scores every text of every choice; see the class for the metrics."""
+        self.check(predictor)
+        plain = predictor.score_kinds[0]
         won = collections.defaultdict(lambda: collections.defaultdict(list))
         tied = collections.defaultdict(lambda: collections.defaultdict(list))
         rows, num_images = [], 0
-        for images, choices in self.batches(scorer):
+        for images, choices in self.batches(predictor):
             num_images += len(images)
-            for scores, choice in _scored(scorer, images, choices):
+            for scores, choice in _scored(predictor, images, choices):
                 row = {"subset": choice.subset, "texts": list(choice.texts)}
                 if choice.image:
                     row["image"] = choice.image
-                possible = _can_be_right(scorer, choice.texts)
+                possible = _can_be_right(predictor, choice.texts)
                 won["ceiling"][choice.subset].append(possible)
                 for mode, values in scores.items():
                     best = values[1:].max()
@@ -72,14 +73,14 @@ class Compositional(Evaluator):
                 f"No picture of {self.name} can be read. Received: "
                 f"{self.missing()}"
             )
-        return self._report(won, tied, rows, num_images)
+        return self._report(plain, won, tied, rows, num_images)
 
     def missing(self):
         """Counts of what was left out, by reason."""
         return {}
 
-    def _report(self, won, tied, rows, num_images):
-        subsets = {s: len(h) for s, h in sorted(won[AUTOREGRESSIVE].items())}
+    def _report(self, plain, won, tied, rows, num_images):
+        subsets = {s: len(h) for s, h in sorted(won[plain].items())}
         shares = {mode: self._shares(hits) for mode, hits in won.items()}
         ties = {
             mode: float(np.mean([*itertools.chain(*hits.values())]))
@@ -89,7 +90,7 @@ class Compositional(Evaluator):
         lines += [f"left out: {n} x {why}" for why, n in self.missing().items()]
         body = [
             (name, subsets.get(name), *(shares[mode][name] for mode in shares))
-            for name in shares[AUTOREGRESSIVE]
+            for name in shares[plain]
         ]
         body.append(("ties", None, *(ties.get(mode) for mode in shares)))
         lines += table(("", "choices", *shares), body)
@@ -123,7 +124,7 @@ class Compositional(Evaluator):
         }
 
 
-def _scored(scorer, images, choices):
+def _scored(predictor, images, choices):
     """Yields (dict mode -> float64 [texts of the choice], choice)."""
     # A text that several choices of an image share is scored once.
     texts = [
@@ -131,20 +132,23 @@ def _scored(scorer, images, choices):
         for some in choices
     ]
     found = {
-        mode: scorer.captions(images, texts, mode) for mode in scorer.modes
+        kind: predictor.score_captions(images, texts, kind)
+        for kind in predictor.score_kinds
     }
     for i, some in enumerate(choices):
         position = {text: k for k, text in enumerate(texts[i])}
         for choice in some:
             chosen = [position[text] for text in choice.texts]
             scores = {mode: rows[i][chosen] for mode, rows in found.items()}
-            scores[MINUS_BLIND] = scores[AUTOREGRESSIVE] - scores[BLIND]
+            if BLIND in scores:
+                plain = scores[predictor.score_kinds[0]]
+                scores[MINUS_BLIND] = plain - scores[BLIND]
             yield scores, choice
 
 
-def _can_be_right(scorer, texts):
+def _can_be_right(predictor, texts):
     """Whether the right text's tokens are not those of a wrong one."""
-    right, *wrong = scorer.tokens(texts)
+    right, *wrong = predictor.tokens(texts)
     return not any(np.array_equal(right, other) for other in wrong)
 
 
@@ -181,11 +185,11 @@ class FileChoices(Compositional):
         """See `Compositional`."""
         return dict(self._missing)
 
-    def batches(self, scorer):
+    def batches(self, predictor):
         """See `Compositional`."""
         self._missing.clear()
-        pictures = self._read_pictures(scorer.preprocessing)
-        while some := list(itertools.islice(pictures, scorer.batch_size)):
+        pictures = self._read_pictures(predictor.preprocessing)
+        while some := list(itertools.islice(pictures, predictor.batch_size)):
             images, choices = zip(*some)
             yield np.stack(images), list(choices)
 
@@ -299,10 +303,10 @@ class Scenes(Compositional):
         others = {"caption of another kind": self._others}
         return +(collections.Counter(others) + self._data.skipped)
 
-    def batches(self, scorer):
+    def batches(self, predictor):
         """See `Compositional`."""
         self._others = 0
-        for images, examples in self._data.captioned(scorer):
+        for images, examples in self._data.captioned(predictor):
             choices = [
                 scene_choices.choices(e.captions[0], e.key, self._seed)
                 for e in examples

@@ -7,8 +7,9 @@ import os
 
 import tensorflow as tf
 
-from cappa_tf.evaluation.captioning import CaptionDecoder, in_order
+from cappa_tf.evaluation.captioning import in_order
 from cappa_tf.evaluation.sheet import write_sheet
+from cappa_tf.inference.captions import CaptionDecoder
 
 
 class Samples:

@@ -12,8 +12,8 @@ from cappa_tf.evaluation.compositional import benchmarks
 
 
 @pytest.fixture
-def scorer(tmp_path):
-    return scoring.knowing_scorer(tmp_path)
+def predictor(tmp_path):
+    return scoring.knowing_predictor(tmp_path)
 
 
 def write_sugar_crepe(folder):
@@ -40,11 +40,11 @@ def write_sugar_crepe(folder):
         (folder / f"{subset}.json").write_text(json.dumps(content))
 
 
-def test_sugar_crepe_by_hand(tmp_path, scorer):
+def test_sugar_crepe_by_hand(tmp_path, predictor):
     write_sugar_crepe(tmp_path)
     evaluator = benchmarks.SugarCrepe(tmp_path, tmp_path)
     evaluator.open()
-    report = evaluator.evaluate(scorer)
+    report = evaluator.evaluate(predictor)
     wanted = {
         "swap_att": 1 / 2,
         "swap_obj": 1.0,
@@ -72,7 +72,7 @@ def test_sugar_crepe_by_hand(tmp_path, scorer):
     assert report.lines[0] == "5 choices of 2 pictures"
 
 
-def test_aro_takes_the_part_that_is_meant(tmp_path, scorer):
+def test_aro_takes_the_part_that_is_meant(tmp_path, predictor):
     picture = Image.new("RGB", (20, 10), scoring.COLOURS["red"])
     picture.paste(scoring.COLOURS["green"], (10, 0, 20, 10))
     picture.save(tmp_path / "both.png")
@@ -90,14 +90,14 @@ def test_aro_takes_the_part_that_is_meant(tmp_path, scorer):
     ]
     (tmp_path / "relations.json").write_text(json.dumps(content))
     aro = benchmarks.Aro(tmp_path / "relations.json", tmp_path)
-    report = aro.evaluate(scorer)
+    report = aro.evaluate(predictor)
     assert report.metrics["autoregressive/above"] == 1.0
     assert report.metrics["autoregressive/left"] == 0.0
     assert report.metrics["autoregressive/macro"] == 0.5
     assert report.details["left_out"] == {"box outside of the image": 1}
 
 
-def test_aros_order_has_several_wrong_ones(tmp_path, scorer):
+def test_aros_order_has_several_wrong_ones(tmp_path, predictor):
     Image.new("RGB", (8, 8), scoring.COLOURS["red"]).save(tmp_path / "a.png")
     options = [
         ["red square", "blue square", "green square"],
@@ -106,20 +106,20 @@ def test_aros_order_has_several_wrong_ones(tmp_path, scorer):
     content = [{"image_path": "a.png", "caption_options": o} for o in options]
     (tmp_path / "coco_order.json").write_text(json.dumps(content))
     aro = benchmarks.Aro(tmp_path / "coco_order.json", tmp_path)
-    metrics = aro.evaluate(scorer).metrics
+    metrics = aro.evaluate(predictor).metrics
     assert metrics["autoregressive/coco_order"] == 0.5
 
 
 def test_scenes_are_read_from_their_records(tmp_path):
     world.prepare(str(tmp_path / "scenes"), 60, 12, 32)
-    scorer = scoring.tiny_scorer(tmp_path)
+    predictor = scoring.tiny_predictor(tmp_path)
     evaluator = benchmarks.Scenes(tmp_path / "scenes", limit=10)
-    report = evaluator.evaluate(scorer)
+    report = evaluator.evaluate(predictor)
     assert report.details["num_images"] == 10
     assert {"autoregressive/swap_color", "blind/replace", "parallel/macro"} <= {
         *report.metrics
     }
-    again = evaluator.evaluate(scorer)
+    again = evaluator.evaluate(predictor)
     assert again.metrics == report.metrics and again.rows == report.rows
 
 
@@ -151,7 +151,7 @@ def test_sugar_crepe_as_published(tmp_path):
     pictures = shared_data("coco_mini/images")
     evaluator = benchmarks.SugarCrepe(shared_data("sugar_crepe"), pictures)
     assert len(evaluator.read()) == 7511
-    report = evaluator.evaluate(scoring.tiny_scorer(tmp_path, batch_size=16))
+    report = evaluator.evaluate(scoring.tiny_predictor(tmp_path, batch_size=16))
     assert report.details["num_images"] == 47
     assert report.details["num_choices"] == 211
     assert set(report.details["choices"]) == {

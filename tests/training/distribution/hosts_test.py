@@ -134,7 +134,7 @@ def test_two_hosts_are_the_same_run_whatever_befalls_them(
     assert "going on from" in outputs[0] and "step-10" in outputs[0]
     # A process that writes leaves a file of TensorBoard's.
     assert len(os.listdir(os.path.join(run, "tensorboard"))) == 3
-    for name in ("sheet.png", "samples.png", "captioner.keras"):
+    for name in ("sheet.png", "samples.png", "model.keras"):
         assert os.path.getsize(os.path.join(run, name)) > 0
     _assert_same_run(one_device, run)
 

@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from conftest import shared_reference
 
-from cappa_tf.export import big_vision
-from cappa_tf.export import big_vision_names as names
 from cappa_tf.models.positions import resample_positions
+from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision_names as names
 
 SIZES = reference.Sizes(
     width=12,

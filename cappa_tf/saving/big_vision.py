@@ -14,16 +14,16 @@ import os
 
 import numpy as np
 
-from cappa_tf.export import big_vision_arrays as files
-from cappa_tf.export import big_vision_names as names
-from cappa_tf.export.big_vision_arrays import read_arrays
-from cappa_tf.export.weights import to_numpy, variables_by_path
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.classifier import Classifier
 from cappa_tf.models.positions import resample_positions, square_grid
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.saving import big_vision_arrays as files
+from cappa_tf.saving import big_vision_names as names
+from cappa_tf.saving.big_vision_arrays import read_arrays
+from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils.arguments import height_width
 
 # Number of positions where sincos2d leaves no array to tell it: the paper's.

@@ -11,6 +11,7 @@ from cappa_tf.data.scenes import world
 from cappa_tf.data.schema import Example, write_dataset
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation import captioning
+from cappa_tf.inference.captions import CaptionDecoder, CaptionRow
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
@@ -90,12 +91,12 @@ def dataset(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(captioner, tokenizer):
-    return captioning.CaptionDecoder(captioner, tokenizer, batch_size=2)
+    return CaptionDecoder(captioner, tokenizer, batch_size=2)
 
 
 @pytest.fixture(scope="module")
 def result(decoder, dataset):
-    return decoder.evaluate(dataset, keep_images=3)
+    return captioning.evaluate_captions(decoder, dataset, keep_images=3)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,9 @@ def test_every_image_once_though_the_last_batch_is_padded(result, dataset):
 
 
 def test_the_batch_size_changes_nothing(captioner, tokenizer, dataset, result):
-    other = captioning.evaluate_captions(captioner, dataset, tokenizer, 5)
+    other = captioning.evaluate_captions(
+        CaptionDecoder(captioner, tokenizer, 5), dataset
+    )
     captions = [row.caption for row in result.rows]
     # Some untrained captions are equal, which ones the CPU's rounding decides.
     assert len(set(captions)) > 1
@@ -129,7 +132,7 @@ def test_the_batch_size_changes_nothing(captioner, tokenizer, dataset, result):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
 def test_limit(decoder, dataset, result, limit):
-    some = decoder.evaluate(dataset, limit)
+    some = captioning.evaluate_captions(decoder, dataset, limit)
     captions = [row.caption for row in result.rows[:limit]]
     assert [row.caption for row in some.rows] == captions
 
@@ -168,7 +171,7 @@ def test_a_bad_record_is_left_out(
     damaged = CaptionDataset(
         tmp_path, "test", tokenizer, SIZE, max_skipped_fraction=0.5
     )
-    some = decoder.evaluate(damaged, keep_images=2)
+    some = captioning.evaluate_captions(decoder, damaged, keep_images=2)
     left = [row for i, row in enumerate(result.rows) if i != 1]
     assert [row.key for row in some.rows] == [row.key for row in left]
     assert [row.caption for row in some.rows] == [row.caption for row in left]
@@ -193,7 +196,7 @@ def test_rows_end_at_eos(tokenizer):
         ]
     )
     log_probs = np.where(tokens == 0, 0, np.log(0.5)).astype(np.float32)
-    decoder = captioning.CaptionDecoder(
+    decoder = CaptionDecoder(
         FakeCaptioner(tokens, log_probs), tokenizer, batch_size=4
     )
     images = np.arange(3.0)[:, None, None, None] * np.ones((1, 2, 2, 3))
@@ -213,7 +216,7 @@ def test_rows_end_at_eos(tokenizer):
 
 def test_exact_match_and_counts():
     def row(caption, references):
-        return captioning.CaptionRow("k", caption, 0.0, [], [], references)
+        return CaptionRow("k", caption, 0.0, [], [], references)
 
     rows = [
         row("a red  ring", ["A Red ring", "b"]),
@@ -233,7 +236,9 @@ def test_exact_match_and_counts():
 def test_corpus_scores_and_progress(decoder, dataset, result):
     pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
     done = []
-    scored = decoder.evaluate(dataset, corpus_scores=True, progress=done.append)
+    scored = captioning.evaluate_captions(
+        decoder, dataset, corpus_scores=True, progress=done.append
+    )
     assert done == [2, 4, 5]
     added = set(scored.metrics) - set(result.metrics)
     assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= added
@@ -241,6 +246,6 @@ def test_corpus_scores_and_progress(decoder, dataset, result):
 
 def test_nothing_to_caption(captioner, tokenizer, decoder, dataset):
     with pytest.raises(ValueError, match="at least one image.*limit=0"):
-        decoder.evaluate(dataset, limit=0)
+        captioning.evaluate_captions(decoder, dataset, limit=0)
     with pytest.raises(ValueError, match="batch_size=0"):
-        captioning.CaptionDecoder(captioner, tokenizer, batch_size=0)
+        CaptionDecoder(captioner, tokenizer, batch_size=0)
