@@ -280,7 +280,8 @@ def test_a_file_of_version_0_1_0_means_what_it_did(include, tmp_path):
     ]
     config.parse([str(path)], params, workdir="w")
     given = config.arguments()
-    assert (given["sheet_images"], given["sample_images"]) == (7, 8)
+    evaluation = given["evaluation"]
+    assert (evaluation.sheet_images, evaluation.sample_images) == (7, 8)
     optimizer = given["optimizer"]()
     assert (optimizer.epsilon, optimizer.beta_2) == (0.25, 0.5)
     data = given["train_data"]

@@ -57,15 +57,18 @@ def describe_run(workdir, model, data):
 
     Args:
         workdir: The run's folder.
-        model: The captioner.
-        data: A caption data set; its tokenizer and its evaluation
+        model: The `Task` that is trained.
+        data: Its data set; where it has a tokenizer, that and the evaluation
             preprocessing are kept.
 
     Raises:
         ValueError: If the folder holds a run with another vocabulary.
     """
-    _keep_vocabulary(workdir, data.tokenizer.path)
     serialized = keras.saving.serialize_keras_object(model)
+    if getattr(data, "tokenizer", None) is None:
+        write_json(os.path.join(workdir, "captioner.json"), serialized)
+        return
+    _keep_vocabulary(workdir, data.tokenizer.path)
     write_json(os.path.join(workdir, "captioner.json"), serialized)
     write_json(
         os.path.join(workdir, "preprocessing.json"),

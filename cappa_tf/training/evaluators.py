@@ -30,28 +30,36 @@ class Evaluators:
 
     Args:
         evaluators: A list of evaluators; may be empty.
-        model: The captioner.
+        model: The model that is trained.
         data: Data set whose tokenizer and preprocessing the model has.
-        batch_size: Pictures at once.
+        batch_size: Images at once.
         hosts: The run's `Hosts`.
-
-    Raises:
-        ValueError: What an evaluator measures on is not there.
     """
 
     def __init__(self, evaluators, model, data, batch_size, hosts):
         self._evaluators = evaluators
-        self._hosts = hosts
+        self._model, self._data = model, data
+        self._batch_size, self._hosts = batch_size, hosts
+        self._scorer = None
+
+    def open(self):
+        """Opens what the evaluators measure on, if there are any.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        if not self._evaluators:
+            return
         # One for the whole run: it keeps what was traced.
         self._scorer = Scorer(
-            model,
-            data.tokenizer,
-            {name: getattr(data, name) for name in PICTURE},
-            batch_size,
-            hosts,
+            self._model,
+            self._data.tokenizer,
+            {name: getattr(self._data, name) for name in PICTURE},
+            self._batch_size,
+            self._hosts,
         )
-        if hosts.is_chief:
-            for one in evaluators:
+        if self._hosts.is_chief:
+            for one in self._evaluators:
                 one.open()
 
     def __call__(self):

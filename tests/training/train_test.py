@@ -103,14 +103,14 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(
     finished, folder, tmp_path, monkeypatch
 ):
     workdir = str(tmp_path)
-    real = run_module.Run._run_loop
+    real = run_module.Trainer._run_loop
 
     def interrupted(self, *args):
         stopped = real(self, *args)
         signal.raise_signal(signal.SIGTERM)
         return stopped
 
-    monkeypatch.setattr(run_module.Run, "_run_loop", interrupted)
+    monkeypatch.setattr(run_module.Trainer, "_run_loop", interrupted)
     figures = tiny.run(folder, workdir=workdir)
     assert figures == {"step": 1, "interrupted": "SIGTERM"}
     assert not os.path.exists(os.path.join(workdir, "results.json"))
