@@ -13,16 +13,20 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "AdamW": "cappa_tf.training.optimizers.adamw",
     "Adafactor": "cappa_tf.training.optimizers.adafactor",
+    "AdamW": "cappa_tf.training.optimizers.adamw",
     "CaptionDataset": "cappa_tf.data.caption_dataset",
     "Captioner": "cappa_tf.models.captioner",
     "Classifier": "cappa_tf.models.classifier",
+    "ComputeSettings": "cappa_tf.training.settings",
     "Cosine": "cappa_tf.training.optimizers.schedules",
     "DatasetDescription": "cappa_tf.data.schema",
+    "EvaluationSettings": "cappa_tf.training.settings",
+    "RunSettings": "cappa_tf.training.settings",
     "TextDecoder": "cappa_tf.models.text_decoder",
     "Tokenizer": "cappa_tf.data.tokenizer",
     "VisionEncoder": "cappa_tf.models.vision_encoder",
+    "WeightSettings": "cappa_tf.training.settings",
     "load_backbone": "cappa_tf.export.keras_backbone",
     "train": "cappa_tf.training.train",
     "variant": "cappa_tf.models.sizes",

@@ -62,6 +62,24 @@ _MOVED = {
 }
 
 
+# Arguments of the root function in version 0.1.0 that are fields of a settings
+# object now: its class, the root's argument that takes it, the fields.
+_SETTINGS = "cappa_tf.training.settings"
+_MOVED_ARGUMENTS = {
+    ("RunSettings", "settings"): (
+        "total_steps batch_size accumulation_steps steps_per_loop log_steps "
+        "checkpoint_steps keep_checkpoints seed"
+    ),
+    ("EvaluationSettings", "evaluation"): (
+        "eval_steps evaluator_steps eval_batch_size sample_images "
+        "final_evaluation final_weights caption_metrics sheet_images"
+    ),
+    ("ComputeSettings", "compute"): (
+        "strategy devices precision jit_compile deterministic"
+    ),
+}
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run, and which binding is at fault."""
 
@@ -241,20 +259,34 @@ def _shipped():
 
 def _moved(text):
     """A gin file with the modules that have moved by their new names."""
-    names = {}
+    # What imports nothing knows the names by the files that it includes.
+    names = {} if "dynamic_registration" in text else _new_names()
 
     def imported(found):
-        package, name = found.groups()
+        package, name, alias = found.groups()
         if name not in _MOVED.get(package, ()):
             return found[0]
         package, _, new = f"{package}.{_MOVED[package][name]}".rpartition(".")
-        names[name] = new
-        return f"from {package} import {new}"
+        if not alias:
+            names[name] = new
+        return f"from {package} import {new}{alias or ''}"
 
     text = re.sub(
-        r"^from (cappa_tf\.\w+) import (\w+)$", imported, text, flags=re.M
+        r"^from (cappa_tf\.\w+) import (\w+)( as \w+)?(?=\s*(?:#|$))",
+        imported,
+        text,
+        flags=re.M,
     )
     return _renamed(text, names)
+
+
+def _new_names():
+    """Old name of a module -> the new one, where one is as good as a path."""
+    return {
+        old: new.rpartition(".")[2]
+        for moved in _MOVED.values()
+        for old, new in moved.items()
+    }
 
 
 def _renamed(text, names):
@@ -266,6 +298,48 @@ def _renamed(text, names):
         text,
         flags=re.M,
     )
+
+
+_parse_key = gin.config.ParsedBindingKey.parse
+
+
+def _parse_moved_key(key):
+    """A binding's key; of a moved argument, the one that it has now.
+
+    gin calls this for each binding of a file, in a block or not, and of the
+    command line. The old name was an argument of the root function, so no
+    file of version 0.1.0 names the object that has it now: it is bound here.
+
+    Args:
+        key: "scope/module.name.argument", or these three apart.
+    """
+    if isinstance(key, str):
+        key = gin.config_parser.parse_binding_key(key)
+    name = key[-1]
+    configurable = gin.config._parse_context().get_configurable(key[1])
+    if configurable is not None and configurable.selector == ROOT:
+        for (cls, argument), moved in _MOVED_ARGUMENTS.items():
+            if name in moved.split():
+                _bind_settings(cls, argument)
+                selector = f"{_SETTINGS}.{cls}"
+                return gin.config.ParsedBindingKey(
+                    key[0], key[1], selector, name
+                )
+    return _parse_key(key)
+
+
+def _bind_settings(cls, argument):
+    """Makes sure that the root function is given an object of that class."""
+    if argument not in _BINDINGS.get(("", ROOT), {}):
+        gin.parse_config(
+            "from __gin__ import dynamic_registration\n"
+            "from cappa_tf.training import settings\n"
+            "from cappa_tf.training import train\n"
+            f"train.train.{argument} = @settings.{cls}()"
+        )
+
+
+gin.config.ParsedBindingKey.parse = _parse_moved_key
 
 
 class _GinFile(io.StringIO):
@@ -293,12 +367,7 @@ def _parse_file(path):
 
 def _parse_param(param):
     """Parses one "NAME = VALUE"; returns the key of what it binds."""
-    names = {
-        old: new.rpartition(".")[2]
-        for moved in _MOVED.values()
-        for old, new in moved.items()
-    }
-    param = _renamed(param, names)
+    param = _renamed(param, _new_names())
     name, equals, value = param.partition("=")
     name = name.strip()
     if not (name and equals and value.strip()):

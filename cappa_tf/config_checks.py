@@ -16,6 +16,7 @@ import typing
 UNKNOWN = object()
 
 _NUMBERS = {int: "an integer", float: "a number"}
+_PHRASES = {**_NUMBERS, bool: "True or False", str: "a string"}
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
 
 
@@ -124,7 +125,7 @@ def expected(parameter, value):
     if hint is not parameter.empty:
         if value is default or fits(value, hint):
             return None
-        return _NUMBERS.get(hint) or inspect.formatannotation(hint)
+        return _PHRASES.get(hint) or inspect.formatannotation(hint)
     if default is parameter.empty or default is None or value is None:
         return None
     # A number stands for a pair of numbers too (image_size=224).

@@ -294,7 +294,8 @@ def test_a_file_of_version_0_1_0_means_what_it_did(include, tmp_path):
     ]
     config.parse([str(path)], params, workdir="w")
     given = config.arguments()
-    assert (given["sheet_images"], given["sample_images"]) == (7, 8)
+    evaluation = given["evaluation"]
+    assert (evaluation.sheet_images, evaluation.sample_images) == (7, 8)
     optimizer = given["optimizer"]()
     assert (optimizer.epsilon, optimizer.beta_2) == (0.25, 0.5)
     data = given["train_data"]
@@ -303,3 +304,99 @@ def test_a_file_of_version_0_1_0_means_what_it_did(include, tmp_path):
         True,
         "data/pipeline.txt",
     )
+
+
+OLD_ARGUMENTS = """
+trainer.train:
+    # In a block, between others.
+    devices = [
+        'CPU:0',
+    ]
+    total_steps = 5
+    final_weights = 'best'  # Kept.
+    test_data = None
+trainer.train.keep_checkpoints = %KEPT
+KEPT = 7
+"""
+
+
+@pytest.mark.parametrize(
+    "imported",
+    [
+        "from cappa_tf.training import trainer\n",
+        "from cappa_tf.training import trainer as old  # An alias.\n",
+        None,  # The names are those of the file before.
+    ],
+)
+def test_arguments_that_became_settings_keep_their_names(imported, tmp_path):
+    path = tmp_path / "mine.gin"
+    text = OLD_ARGUMENTS
+    if imported:
+        text = "from __gin__ import dynamic_registration\n" + imported + text
+        if " as old" in imported:
+            text = text.replace("trainer.train", "old.train")
+    path.write_text(text)
+    params = ["train.eval_steps=3", "trainer.train.jit_compile=False"]
+    config.parse(["gin/quickstart.gin", str(path)], params, workdir="w")
+    given = config.arguments()
+    assert given["settings"].total_steps == 5
+    assert given["settings"].keep_checkpoints == 7
+    assert given["settings"].batch_size == 64  # As the file says.
+    assert given["evaluation"].final_weights == "best"
+    assert given["evaluation"].eval_steps == 3
+    assert given["compute"].devices == ["CPU:0"]
+    assert given["compute"].jit_compile is False
+    assert given["test_data"] is None
+
+
+def test_a_whole_file_of_version_0_1_0_needs_no_settings(tmp_path):
+    """Such as a run's config.gin, where nothing names the new objects."""
+    path = tmp_path / "config.gin"
+    path.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from cappa_tf.models import captioner\n"
+        "from cappa_tf.training import optimizers\n"
+        "from cappa_tf.training import trainer\n"
+        "SEED = 3\n"
+        "trainer.train.batch_size = 8\n"
+        "trainer.train.model = @captioner.Captioner\n"
+        "trainer.train.optimizer = @optimizers.AdamW\n"
+        "trainer.train.precision = 'float32'\n"
+        "trainer.train.seed = %SEED\n"
+        "trainer.train.total_steps = 10\n"
+        "trainer.train.train_data = None\n"
+        "trainer.train.workdir = %WORKDIR\n"
+        "WORKDIR = 'old'\n"
+    )
+    found = config.load_run(tmp_path)
+    settings = found["settings"]
+    assert (settings.total_steps, settings.batch_size) == (10, 8)
+    assert settings.seed == 3
+    assert found["compute"].precision == "float32"
+    assert found["workdir"] == str(tmp_path)
+    # It is saved by the new names.
+    config.save_config(tmp_path / "again")
+    text = (tmp_path / "again" / "config.gin").read_text()
+    assert "settings.RunSettings.total_steps = 10" in text
+    config.parse([str(tmp_path / "again" / "config.gin")])
+    assert config.arguments()["settings"] == settings
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trainer.train.total_stepz = 5", "(?s)total_stepz.*line 4"),
+        ("trainer.train.total_steps = 1.5", "total_steps.*an integer"),
+        ("trainer.train.final_weights = 'x'", "`final_weights` must be one of"),
+    ],
+)
+def test_a_mistake_in_an_old_argument_is_named(line, message, tmp_path):
+    path = tmp_path / "mine.gin"
+    path.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from cappa_tf.training import trainer\n"
+        "include 'gin/quickstart.gin'\n" + line
+    )
+    with pytest.raises(ValueError, match=message):
+        config.parse([str(path)], workdir="w")
+        config.arguments()

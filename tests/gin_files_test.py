@@ -75,7 +75,7 @@ def test_a_runnable_file_builds_parts_that_fit(path):
     found = parse(path)
     model = build(found["model"])
     optimizer = found["optimizer"]()
-    assert optimizer.schedule.total_steps == found["total_steps"]
+    assert optimizer.schedule.total_steps == found["settings"].total_steps
     for name in ("train_data", "eval_data"):
         data = found[name]
         assert data.path == "here"
@@ -122,7 +122,8 @@ def test_a_part_may_be_laid_over_a_runnable_file(path):
 def test_the_papers_recipe(path):
     found = parse(path)
     optimizer = found["optimizer"]()
-    assert (found["total_steps"], found["batch_size"]) == (366_500, 8_192)
+    settings = found["settings"]
+    assert (settings.total_steps, settings.batch_size) == (366_500, 8_192)
     assert optimizer.schedule.warmup_steps == 10_000
     assert optimizer.get_config()["learning_rate"] == 1e-3
     assert optimizer.get_config()["weight_decay"] == 1e-4
@@ -219,7 +220,7 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
     (operative,) = (tmp_path / "run").glob("operative_config-*.gin")
     found = config.load_run(tmp_path / "run")
     again = parse(str(operative), params=(), workdir=None)
-    for name in ("total_steps", "batch_size", "workdir", "seed", "precision"):
+    for name in ("workdir", "settings", "evaluation", "compute", "weights"):
         assert found[name] == again[name]
     sizes = [build(values["model"]).count_params() for values in (found, again)]
     assert sizes[0] == sizes[1]

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import tensorflow as tf
+import tiny
 from PIL import Image
 
 from cappa_tf.data import schema
@@ -90,8 +91,8 @@ def run(folder, workdir, **overrides):
     Args:
         folder: Of the data.
         workdir: Of the run.
-        **overrides: Arguments of `train`, and `evaluate`: whether to measure
-            perplexity while it trains.
+        **overrides: Arguments and settings of `train`, and `evaluate`:
+            whether to measure perplexity while it trains.
     """
     folder, workdir = str(folder), str(workdir)
     arguments = {
@@ -118,7 +119,8 @@ def run(folder, workdir, **overrides):
     if overrides.pop("evaluate", False):
         arguments["evaluators"] = [Perplexity(folder, "val", blind=True)]
         arguments["evaluator_steps"] = 10
-    return train(workdir=workdir, **arguments | overrides)
+    arguments = tiny.with_settings(**arguments | overrides)
+    return train(workdir=workdir, **arguments)
 
 
 def plain_run(folder, workdir):
@@ -156,7 +158,7 @@ def worker(index, folder, workdir, blow=None, sample_images=0):
         workdir: Of the run.
         blow: Optional (host, step, signal): what that host sends itself after
             that step.
-        sample_images: See `train`.
+        sample_images: See `EvaluationSettings`.
     """
     if blow is not None and blow[0] == index:
         signal_after(*blow[1:])
@@ -172,14 +174,14 @@ def worker(index, folder, workdir, blow=None, sample_images=0):
 
 def signal_after(step, number):
     """Makes this process send itself a signal once `step` steps are made."""
-    real = run_module.Run._between_loops
+    real = run_module.Trainer._between_loops
 
     def between(self, interval):
         if self.step == step:
             os.kill(os.getpid(), number)
         real(self, interval)
 
-    run_module.Run._between_loops = between
+    run_module.Trainer._between_loops = between
 
 
 def logged(workdir, tag):

@@ -1,5 +1,6 @@
 """The smallest captioner and data set that can be trained, for tests."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -10,6 +11,7 @@ from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.training import settings
 from cappa_tf.training.optimizers.adafactor import Adafactor
 from cappa_tf.training.train import train
 
@@ -88,7 +90,7 @@ class Data:
 
 
 def arguments(folder, **overrides):
-    """Arguments of `train` for a run of four steps."""
+    """Arguments and settings of `train` for a run of four steps."""
     size = vocabulary(folder)[1]
     return {
         "model": lambda: make_model(size),
@@ -105,6 +107,22 @@ def arguments(folder, **overrides):
     }
 
 
+def with_settings(**flat):
+    """Arguments of `train`, where each setting is in its object."""
+    objects = {
+        "settings": settings.RunSettings,
+        "evaluation": settings.EvaluationSettings,
+        "compute": settings.ComputeSettings,
+        "weights": settings.WeightSettings,
+    }
+    found = {}
+    for argument, cls in objects.items():
+        names = [field.name for field in dataclasses.fields(cls)]
+        given = {name: flat.pop(name) for name in names if name in flat}
+        found[argument] = cls(**given)
+    return {**found, **flat}
+
+
 def run(folder, **overrides):
     """Trains; returns what `train` does."""
-    return train(**arguments(folder, **overrides))
+    return train(**with_settings(**arguments(folder, **overrides)))

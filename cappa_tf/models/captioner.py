@@ -106,6 +106,7 @@ class Captioner(Inference, Task):
 
     def encode(self, images, seeds=None, training=False):
         """Encoded patches [B, P, D] of images [B, H, W, 3]."""
+        training = self.trains("vision_encoder", training)
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return outputs["encoded"]
 
@@ -139,6 +140,7 @@ class Captioner(Inference, Task):
             everywhere = tf.fill(tf.shape(flat)[:1], True)
         else:
             tokens, everywhere = decoder.shift_right(flat), None
+        training = self.trains("text_decoder", training)
         hidden = decoder(tokens, memory, parallel=everywhere, training=training)
         logits = decoder.logits(hidden)
         shape = tf.concat([tf.shape(labels), logits.shape[-1:]], axis=0)
@@ -190,7 +192,7 @@ class Captioner(Inference, Task):
             self.text_decoder.project_memory(encoded),
             parallel=repeated,
             seeds=caption_seeds,
-            training=training,
+            training=self.trains("text_decoder", training),
         )
         loss, nll = self._token_losses(hidden, flat)
         real = labels != self.text_decoder.special_tokens.pad

@@ -88,6 +88,7 @@ class Classifier(Task):
 
     def call(self, images, seeds=None, training=False):
         """Classifies images; see the class for shapes."""
+        training = self.trains("vision_encoder", training)
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return apply_head(self.representation, self.head, outputs)
 

@@ -46,13 +46,16 @@ class Task(keras.Model):
         short_names: Name of a figure -> the name it has in a line of the
             terminal; None leaves it out there.
         can_generate: Whether there is `generate`, which writes captions of
-            images.
+            images: a run then keeps captions of sample images and of the test
+            split.
+        frozen_parts: Names of parts that are not trained, see `freeze`.
     """
 
     selection_metric = "loss"
     selection_mode = "min"
     short_names = {}
     can_generate = False
+    frozen_parts = ()
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -72,6 +75,54 @@ class Task(keras.Model):
         """Builds a model that is being loaded."""
         del config
         self.build()
+
+    def freeze(self, names):
+        """Leaves parts out of training, until the next call.
+
+        Their weights are no longer among the trainable ones, so they get no
+        gradient, decay or optimizer state; their layers compute as in
+        inference. Nothing of it is saved: a file of the model, or of a part,
+        can be trained as a whole.
+
+        Args:
+            names: Names of `parts`. To be called before the optimizer is
+                built.
+
+        Raises:
+            ValueError: A name is unknown, or nothing is left to train.
+        """
+        parts = self.parts
+        unknown = [name for name in names if name not in parts]
+        if unknown:
+            raise ValueError(
+                f"`frozen_parts` must be among the parts of the model, "
+                f"{list(parts)}. Received: {unknown}"
+            )
+        self.frozen_parts = tuple(names)
+        if not self.trainable_variables:
+            raise ValueError(
+                "`frozen_parts` must leave something to train. Received: "
+                f"frozen_parts={list(names)}"
+            )
+
+    @property
+    def trainable_variables(self):
+        """The variables to train: those of frozen parts are left out."""
+        frozen = {
+            id(variable)
+            for name in self.frozen_parts
+            for variable in self.parts[name].variables
+        }
+        return [v for v in super().trainable_variables if id(v) not in frozen]
+
+    def trains(self, part, training):
+        """Whether the layers of a part compute as in training.
+
+        Args:
+            part: Its name.
+            training: Whether the model as a whole is being trained.
+        """
+        return training and part not in self.frozen_parts
 
     def example_losses(self, batch, training):
         """Losses and figures of a batch, example by example.

@@ -61,6 +61,7 @@ class Checkpoints:
 
     def __init__(self, folder, model, optimizer, keep=3, writes=True):
         self.state = RunState()
+        self._folder = folder
         self._everything = named_variables(model, optimizer)
         self._weights = named_variables(model)
         self._all = tf.train.Checkpoint(
@@ -89,7 +90,7 @@ class Checkpoints:
     @property
     def latest(self):
         """Path of the newest checkpoint, or None."""
-        return tf.train.latest_checkpoint(self._folders[0])
+        return latest_checkpoint(self._folder)
 
     @property
     def best(self):
@@ -160,6 +161,15 @@ class Checkpoints:
                 f"{manager.latest_checkpoint}; free some space and run the "
                 "same command to go on from there."
             ) from error
+
+
+def latest_checkpoint(folder):
+    """Path of the newest checkpoint of a run, None where it has none.
+
+    Args:
+        folder: The run's folder.
+    """
+    return tf.train.latest_checkpoint(os.path.join(folder, "checkpoints"))
 
 
 def restore_model(path, model):

@@ -7,7 +7,9 @@ import keras
 import tensorflow as tf
 
 
-def build_model(model, optimizer, strategy, seed=0, precision=None):
+def build_model(
+    model, optimizer, strategy, seed=0, precision=None, frozen_parts=()
+):
     """Creates all weights and optimizer state where the strategy wants them.
 
     Variables that come to life inside the traced step fail under
@@ -20,6 +22,7 @@ def build_model(model, optimizer, strategy, seed=0, precision=None):
         seed: Decides the initial weights (of a constructed model).
         precision: Dtype policy such as "mixed_bfloat16"; None keeps the
             policy that is set.
+        frozen_parts: Names of the parts to leave out of training.
 
     Returns:
         (model, optimizer), both built.
@@ -31,6 +34,7 @@ def build_model(model, optimizer, strategy, seed=0, precision=None):
         model = constructed(model, "model", "example_losses", "weights")
         if not model.built:
             model.build()
+        model.freeze(frozen_parts)
         several = strategy.num_replicas_in_sync > 1
         if several and isinstance(optimizer, keras.optimizers.Optimizer):
             raise ValueError(

@@ -13,30 +13,40 @@ class Evaluators:
         evaluators: A list of evaluators; may be empty.
         model: The `Task`.
         data: Data set whose tokenizer and preprocessing the model has.
-        batch_size: Pictures at once.
+        batch_size: Images at once.
         hosts: The run's `Hosts`.
 
     Raises:
-        ValueError: The model lacks what an evaluator needs, or what it
-            measures on is not there.
+        ValueError: The model lacks what an evaluator needs.
     """
 
     def __init__(self, evaluators, model, data, batch_size, hosts):
         self._evaluators = evaluators
-        self._hosts = hosts
+        self._model, self._data = model, data
+        self._batch_size, self._hosts = batch_size, hosts
+        self._predictor = None
+
+    def open(self):
+        """Opens what the evaluators measure on, if there are any.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        if not self._evaluators:
+            return
         # One for the whole run: it keeps what was traced.
         self._predictor = Predictor(
-            model,
-            data.tokenizer,
-            data.preprocessing,
-            batch_size,
-            hosts,
+            self._model,
+            self._data.tokenizer,
+            self._data.preprocessing,
+            self._batch_size,
+            self._hosts,
         )
-        for one in evaluators:
+        for one in self._evaluators:
             if hasattr(one, "check"):
                 one.check(self._predictor)
-        if hosts.is_chief:
-            for one in evaluators:
+        if self._hosts.is_chief:
+            for one in self._evaluators:
                 one.open()
 
     def __call__(self):

@@ -1,4 +1,4 @@
-"""The end of a run: captions, figures, a picture sheet, the model as a file."""
+"""The end of a run: figures, captions and their sheet, the model as a file."""
 
 import os
 
@@ -10,42 +10,59 @@ from cappa_tf.evaluation.sheet import write_sheet
 from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.saving.run_folder import save_model
 from cappa_tf.training.distribution.strategies import on_replicas
+from cappa_tf.training.validation import Validation
 from cappa_tf.utils import files
 
 
-def finish(model, data, settings, step, strategy, hosts, evaluate=dict):
-    """Evaluates the trained captioner and writes what it is judged by.
+def finish(
+    model,
+    data,
+    workdir,
+    step,
+    evaluation,
+    batch_size,
+    strategy,
+    hosts,
+    evaluate=dict,
+):
+    """Evaluates the trained model and writes what it is judged by.
 
     Args:
-        model: The captioner, with the weights to keep.
-        data: Data set whose pictures are captioned, or None to only export.
-        settings: `RunSettings`.
+        model: The `Task`, with the weights to keep.
+        data: Data set of the final evaluation, or None to only export.
+        workdir: The run's folder.
         step: Number of finished steps.
+        evaluation: `EvaluationSettings`.
+        batch_size: Examples at once, over all devices of all hosts.
         strategy: The run's strategy.
-        hosts: The run's `Hosts`: each captions its part, the chief writes.
+        hosts: The run's `Hosts`: each evaluates its part, the chief writes.
         evaluate: Gives further figures, a dict by name.
 
     Returns:
         What `results.json` holds: `step` and the figures.
     """
     if hosts.is_chief:
-        save_model(settings.workdir, model)
+        save_model(workdir, model)
     figures = {"step": step}
-    if data is not None:
-        figures.update(_evaluate(model, data, settings, strategy, hosts))
-    figures.update(evaluate())
+    if data is not None and model.can_generate:
+        figures |= _caption(
+            model, data, workdir, evaluation, batch_size, strategy, hosts
+        )
+    elif data is not None:
+        figures |= Validation(strategy, hosts, model, data, batch_size)()
+    figures |= evaluate()
     if hosts.is_chief:
-        path = os.path.join(settings.workdir, "results.json")
+        path = os.path.join(workdir, "results.json")
         files.write_json(path, json_value(figures))
     return figures
 
 
-def _evaluate(model, data, settings, strategy, hosts):
-    """Captions all pictures of a split; draws the first ones on a sheet."""
+def _caption(model, data, workdir, evaluation, batch_size, strategy, hosts):
+    """Captions all images of a split; puts the first ones on a sheet."""
     decoder = CaptionDecoder(
         model,
         data.tokenizer,
-        settings.evaluation_batch // hosts.count,
+        batch_size // hosts.count,
         compiled=lambda f: on_replicas(strategy, f, hosts.count),
     )
     with tqdm.tqdm(
@@ -57,16 +74,16 @@ def _evaluate(model, data, settings, strategy, hosts):
         result = evaluate_captions(
             decoder,
             data,
-            corpus_scores=settings.caption_metrics,
-            keep_images=settings.sheet_images,
+            corpus_scores=evaluation.caption_metrics,
+            keep_images=evaluation.sheet_images,
             progress=lambda done: bar.update(done - bar.n),
             hosts=hosts,
         )
-    if settings.sheet_images and hosts.is_chief:
+    if evaluation.sheet_images and hosts.is_chief:
         write_sheet(
-            os.path.join(settings.workdir, "sheet.png"),
-            result.rows[: settings.sheet_images],
-            title=f"{settings.workdir}, {data.path} {data.split}",
+            os.path.join(workdir, "sheet.png"),
+            result.rows[: evaluation.sheet_images],
+            title=f"{workdir}, {data.path} {data.split}",
             # Hardly any caption of a photo is word for word a reference.
             marks=result.metrics["exact_match"] > 0.05,
         )

@@ -2,15 +2,21 @@
 
 import collections
 import contextlib
+import dataclasses
 import math
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 
+from cappa_tf.models.task import Task
 from cappa_tf.saving.checkpoints import Checkpoints
 from cappa_tf.saving.run_folder import describe_run
 from cappa_tf.training import results
 from cappa_tf.training.construct import parameter_counts
+from cappa_tf.training.distribution.hosts import Hosts
 from cappa_tf.training.distribution.interruption import Interruption
 from cappa_tf.training.distribution.strategies import training_iterator, use_xla
 from cappa_tf.training.evaluators import Evaluators
@@ -19,6 +25,11 @@ from cappa_tf.training.reporting.metrics import Interval, Stopwatch
 from cappa_tf.training.reporting.progress import Progress
 from cappa_tf.training.reporting.samples import Samples
 from cappa_tf.training.reporting.summaries import Summaries
+from cappa_tf.training.settings import (
+    ComputeSettings,
+    EvaluationSettings,
+    RunSettings,
+)
 from cappa_tf.training.step import TrainLoop
 from cappa_tf.training.validation import Validation
 
@@ -40,79 +51,116 @@ def plain_data_errors(*datasets):
         raise
 
 
-class Run:
-    """Trains a built model on opened data, from where its folder stands.
+class Data(NamedTuple):
+    """The opened data sets of a run; all but the first may be None."""
+
+    train: object
+    eval: object
+    test: object
+
+
+@dataclasses.dataclass(kw_only=True)
+class Trainer:
+    """Trains a built task on opened data, from where its folder stands.
+
+    `with Trainer(...) as trainer: trainer.run()`: what reads and writes
+    happens inside the block, nothing of it in the constructor.
 
     Args:
+        model: Built `Task`.
+        optimizer: Built optimizer; its `iterations` is the step.
+        data: `Data`.
+        workdir: The run's folder.
         settings: `RunSettings`.
+        evaluation: `EvaluationSettings`.
+        compute: `ComputeSettings`.
         strategy: The strategy the model was built under.
         hosts: The `Hosts` of that strategy. The chief alone writes.
-        model: Built captioner.
-        optimizer: Built optimizer; its `iterations` is the step.
-        train_data: Data set to train on.
-        eval_data: Data set for validation, or None.
-        test_data: Data set for the final evaluation, or None.
         evaluators: List of evaluators, see `train.train`.
         check_claim: Called between loops; raises an error once the folder is
             another run's.
+        origin: Line of the log about the first weights, or None.
     """
 
-    def __init__(
-        self,
-        settings,
-        strategy,
-        hosts,
-        model,
-        optimizer,
-        train_data,
-        eval_data,
-        test_data,
-        evaluators=(),
-        check_claim=lambda: None,
-    ):
-        self._check_claim = check_claim
-        self._settings, self._hosts = settings, hosts
-        self._strategy, self._model = strategy, model
-        self._optimizer = optimizer
-        self._train_data, self._test_data = train_data, test_data
+    model: Task
+    optimizer: keras.optimizers.Optimizer
+    data: Data
+    workdir: str
+    settings: RunSettings
+    evaluation: EvaluationSettings
+    compute: ComputeSettings
+    strategy: tf.distribute.Strategy
+    hosts: Hosts
+    evaluators: list | tuple = ()
+    check_claim: Callable = lambda: None
+    origin: str | None = None
+
+    @property
+    def step(self):
+        """Optimizer steps made so far."""
+        return int(self.optimizer.iterations.numpy())
+
+    def __enter__(self):
+        """Resumes, if there is a checkpoint; opens all the loop needs."""
+        self._resume()
+        if self.hosts.is_chief:
+            describe_run(self.workdir, self.model, self.data.train)
+        batch_size = self.evaluation.batch_size(self.settings)
+        self._evaluators = Evaluators(
+            self.evaluators, self.model, self.data.train, batch_size, self.hosts
+        )
+        self._evaluators.open()
+        self._validation = self._samples = None
+        if self.data.eval is not None:
+            self._validation = Validation(
+                self.strategy,
+                self.hosts,
+                self.model,
+                self.data.eval,
+                batch_size,
+            )
+            if self.model.can_generate and self.evaluation.sample_images:
+                self._samples = Samples(
+                    self.workdir,
+                    self.model,
+                    self.data.eval,
+                    self.evaluation.sample_images,
+                    self.hosts,
+                )
+                self._samples.open()
+        chief = self.hosts.is_chief
+        folder = self.workdir if chief else None
+        self._progress = Progress(
+            folder,
+            self.settings.total_steps,
+            self.step,
+            shown=chief,
+            short_names=self.model.short_names,
+        )
+        self._summaries = Summaries(folder)
+        return self
+
+    def __exit__(self, *exception):
+        self._progress.close()
+        self._summaries.close()
+
+    def _resume(self):
         self._checkpoints = Checkpoints(
-            settings.workdir,
-            model,
-            optimizer,
-            settings.keep_checkpoints,
-            writes=hosts.is_chief,
+            self.workdir,
+            self.model,
+            self.optimizer,
+            self.settings.keep_checkpoints,
+            writes=self.hosts.is_chief,
         )
         self._resumed = self._checkpoints.restore()
-        hosts.check_same("the same checkpoint", self._checkpoints.latest)
+        self.hosts.check_same("the same checkpoint", self._checkpoints.latest)
         state = self._checkpoints.state.values
         # Counted in examples: the batch size may change between two starts.
         self._examples = state.get("examples", 0)
         # "best_nll" in checkpoints of version 0.1.0.
         self._best = state.get("best", state.get("best_nll"))
-        if hosts.is_chief:
-            describe_run(settings.workdir, model, train_data)
-        self._evaluators = Evaluators(
-            evaluators, model, train_data, settings.evaluation_batch, hosts
-        )
-        self._validation = self._samples = None
-        if eval_data is not None:
-            self._validation = Validation(
-                strategy, hosts, model, eval_data, settings.evaluation_batch
-            )
-            self._samples = Samples(
-                settings.workdir,
-                model,
-                eval_data,
-                settings.sample_images,
-                hosts,
-            )
 
-    @property
-    def step(self):
-        """Optimizer steps made so far."""
-        return int(self._optimizer.iterations.numpy())
-
-    def __call__(self, on_first_step=None):
+    def run(self, on_first_step=None):
         """Trains to the end or to an interruption.
 
         Args:
@@ -121,71 +169,59 @@ class Run:
         Returns:
             As `train.train`.
         """
-        chief = self._hosts.is_chief
-        folder = self._settings.workdir if chief else None
-        self._progress = Progress(
-            folder,
-            self._settings.total_steps,
-            self.step,
-            shown=chief,
-            short_names=self._model.short_names,
-        )
-        self._summaries = Summaries(folder)
-        try:
-            self._announce()
-            with Interruption() as interruption:
+        self._announce()
+        with Interruption() as interruption:
+            if self.step < self.settings.total_steps:
                 self._train(interruption, on_first_step)
-            figures = {"step": self.step}
-            figures["interrupted"] = self._hosts.first(interruption.signal)
-            if figures["interrupted"]:
-                self._progress.line(
-                    f"{figures['interrupted']} at step {self.step}: saved; the "
-                    "same command goes on from here"
-                )
-            else:
-                figures |= self._finish()
-            # None leaves while the chief may still be writing.
-            self._hosts.wait()
-            return figures
-        finally:
-            self._progress.close()
-            self._summaries.close()
+        figures = {"step": self.step}
+        figures["interrupted"] = self.hosts.first(interruption.signal)
+        if figures["interrupted"]:
+            self._progress.line(
+                f"{figures['interrupted']} at step {self.step}: saved; the "
+                "same command goes on from here"
+            )
+        else:
+            figures |= self._finish()
+        # None leaves while the chief may still be writing.
+        self.hosts.wait()
+        return figures
 
     def _announce(self):
-        counts = parameter_counts(self._model)
+        counts = parameter_counts(self.model)
         parts = ", ".join(
             f"{name.replace('_', ' ')} {count:,}"
+            + (" frozen" if name in self.model.frozen_parts else "")
             for name, count in counts.items()
             if name != "total"
         )
         self._progress.line(
             f"{counts['total']:,} parameters ({parts}) on "
-            f"{self._strategy.num_replicas_in_sync} device(s) of "
-            f"{self._hosts.count} host(s)"
+            f"{self.strategy.num_replicas_in_sync} device(s) of "
+            f"{self.hosts.count} host(s)"
         )
         if self._resumed:
             self._progress.line(
                 f"going on from {self._checkpoints.latest}, example "
                 f"{self._examples}"
             )
+        elif self.origin:
+            self._progress.line(self.origin)
 
     # The loop.
 
     def _train(self, interruption, on_first_step):
-        settings = self._settings
-        if self.step >= settings.total_steps:
-            return
+        settings, compute = self.settings, self.compute
         iterator = self._open_iterator()
         loop = TrainLoop(
-            self._strategy,
-            self._model,
-            self._optimizer,
+            self.strategy,
+            self.model,
+            self.optimizer,
             settings.batch_size,
             settings.accumulation_steps,
-            use_xla(settings.jit_compile),
+            use_xla(compute.jit_compile),
             interruption.stop,
-            measure_wait=not settings.deterministic,
-            num_hosts=self._hosts.count,
+            measure_wait=not compute.deterministic,
+            num_hosts=self.hosts.count,
         )
         interval = Interval(settings.batch_size)
         first, stopped = True, self._knows_to_stop(interruption)
@@ -193,8 +229,8 @@ class Run:
             # The first call traces and compiles: one step, and not timed.
             steps = 1 if first else self._steps_to_next_event()
             stopped = self._run_loop(loop, iterator, steps, interval, not first)
-            if first and on_first_step is not None and self._hosts.is_chief:
-                on_first_step(settings.workdir, self.step)
+            if first and on_first_step is not None and self.hosts.is_chief:
+                on_first_step(self.workdir, self.step)
             first = False
             self._between_loops(interval)
             stopped = stopped or self._knows_to_stop(interruption)
@@ -205,30 +241,30 @@ class Run:
 
         Several must agree, which they do in every step.
         """
-        return self._hosts.count == 1 and interruption.signal is not None
+        return self.hosts.count == 1 and interruption.signal is not None
 
     def _open_iterator(self):
-        seed, start = self._settings.seed, self._examples
+        seed, start = self.settings.seed, self._examples
         return training_iterator(
-            self._strategy,
-            lambda size, host, num_hosts: self._train_data.train(
+            self.strategy,
+            lambda size, host, num_hosts: self.data.train.train(
                 size,
                 start_index=start,
                 seed=seed,
                 host=host,
                 num_hosts=num_hosts,
             ),
-            self._settings.batch_size,
+            self.settings.batch_size,
         )
 
     def _steps_to_next_event(self):
         """Steps until something happens between two, at most a loop's."""
-        s, step = self._settings, self.step
+        s, step = self.settings, self.step
         periods = [
             s.log_steps,
             s.checkpoint_steps,
-            s.eval_steps,
-            s.evaluator_steps,
+            self.evaluation.eval_steps,
+            self.evaluation.evaluator_steps,
         ]
         ahead = [period - step % period for period in periods if period]
         return min(s.steps_per_loop, s.total_steps - step, *ahead)
@@ -248,22 +284,23 @@ class Run:
                 "more, and start again from it."
             )
         interval.add(sums, done, watch.seconds, waited, timed)
-        self._examples += done * self._settings.batch_size
+        self._examples += done * self.settings.batch_size
         self._progress.advance(done)
         return stopped
 
     def _between_loops(self, interval):
-        self._check_claim()
-        settings, step = self._settings, self.step
+        self.check_claim()
+        settings, evaluation = self.settings, self.evaluation
+        step = self.step
         last = step == settings.total_steps
         if step % settings.log_steps == 0 or last:
             self._log(interval.result())
-        if settings.eval_steps and step % settings.eval_steps == 0 or last:
+        if evaluation.eval_steps and step % evaluation.eval_steps == 0 or last:
             self._validate()
         # At the end they run with the weights that are kept: `_finish`.
-        every = settings.evaluator_steps
+        every = evaluation.evaluator_steps
         if every and step % every == 0 and not last:
-            with averaged_weights(self._model, self._optimizer):
+            with averaged_weights(self.model, self.optimizer):
                 self._evaluate()
         if step % settings.checkpoint_steps == 0:
             self._save()
@@ -277,9 +314,9 @@ class Run:
 
     def _log(self, figures):
         figures["weight_norm"] = self._weight_norm
-        figures["learning_rate"] = float(self._optimizer.learning_rate)
+        figures["learning_rate"] = float(self.optimizer.learning_rate)
         skipped = collections.Counter()
-        for part in self._hosts.gather(dict(self._train_data.skipped)):
+        for part in self.hosts.gather(dict(self.data.train.skipped)):
             skipped.update(part)
         self._summaries.scalars(self.step, figures, "train/")
         self._summaries.scalars(self.step, skipped, "data/skipped/")
@@ -290,11 +327,12 @@ class Run:
     def _validate(self):
         if self._validation is None:
             return
-        with averaged_weights(self._model, self._optimizer):
+        with averaged_weights(self.model, self.optimizer):
             figures = self._validation()
-            self._samples.write(self.step, self._summaries)
-            value = figures[self._model.selection_metric]
-            if self._model.better(value, self._best):
+            if self._samples is not None:
+                self._samples.write(self.step, self._summaries)
+            value = figures[self.model.selection_metric]
+            if self.model.better(value, self._best):
                 self._best = value
                 self._checkpoints.save_best(self.step, best=value)
         self._summaries.scalars(self.step, figures, "validation/")
@@ -311,22 +349,24 @@ class Run:
 
     def _finish(self):
         """Final evaluation and export, with the weights that were asked for."""
-        settings = self._settings
-        with averaged_weights(self._model, self._optimizer):
-            if settings.final_weights == "best":
-                self._hosts.wait()  # for the chief to have written them
+        evaluation = self.evaluation
+        with averaged_weights(self.model, self.optimizer):
+            if evaluation.final_weights == "best":
+                self.hosts.wait()  # for the chief to have written them
                 self._checkpoints.restore_best()
             figures = results.finish(
-                self._model,
-                self._test_data if settings.final_evaluation else None,
-                settings,
+                self.model,
+                self.data.test if evaluation.final_evaluation else None,
+                self.workdir,
                 self.step,
-                self._strategy,
-                self._hosts,
+                evaluation,
+                evaluation.batch_size(self.settings),
+                self.strategy,
+                self.hosts,
                 self._evaluate,
             )
         for name, value in figures.items():
             self._progress.line(f"{name} {value}")
-        path = os.path.join(settings.workdir, "results.json")
+        path = os.path.join(self.workdir, "results.json")
         self._progress.line(f"results in {path}")
         return figures

@@ -95,6 +95,20 @@ def check_choice(choices, **values):
             )
 
 
+def check_names(**values):
+    """Refuses what is not a list of strings, each of them once."""
+    for name, value in values.items():
+        if not (
+            isinstance(value, list | tuple)
+            and all(isinstance(one, str) for one in value)
+            and len(set(value)) == len(value)
+        ):
+            raise ValueError(
+                f"`{name}` must be a list of names, each of them once. "
+                f"Received: {name}={value!r}"
+            )
+
+
 def check_callable(**values):
     """Refuses what is neither None nor callable."""
     for name, value in values.items():

@@ -110,7 +110,7 @@ def resumed(folder):
     reach it.
     """
     workdir = "ram://bucket/runs/tiny"
-    real = run_module.Run._run_loop
+    real = run_module.Trainer._run_loop
 
     def interrupted(self, *args):
         stopped = real(self, *args)
@@ -119,11 +119,11 @@ def resumed(folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_lock, "SETTLE", 0.0)
-        patch.setattr(run_module.Run, "_run_loop", interrupted)
+        patch.setattr(run_module.Trainer, "_run_loop", interrupted)
         figures = tiny.run(folder, workdir=workdir)
         assert figures == {"step": 1, "interrupted": "SIGTERM"}
         assert not files.exists(os.path.join(workdir, "results.json"))
-        patch.setattr(run_module.Run, "_run_loop", real)
+        patch.setattr(run_module.Trainer, "_run_loop", real)
         starts = _record_starts(patch)
         figures = tiny.run(
             folder,

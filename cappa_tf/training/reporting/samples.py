@@ -19,35 +19,34 @@ class Samples:
         folder: The run's folder: the newest sheet is its samples.png.
         model: Built captioner.
         data: Evaluation data set.
-        count: How many pictures; 0 for none.
+        count: How many pictures.
         hosts: The run's `Hosts`, each of which captions its part of them.
     """
 
     def __init__(self, folder, model, data, count, hosts):
-        self._count = count
-        self._hosts = hosts
         self._path = os.path.join(folder, "samples.png")
-        self._tokenizer = data.tokenizer
-        if count:
-            share = -(-count // hosts.count)
-            self._decoder = CaptionDecoder(model, data.tokenizer, share)
-            batches = data.evaluate(share, hosts.index, hosts.count)
-            self._take(next(iter(batches)))
+        self._data, self._count, self._hosts = data, count, hosts
+        self._share = -(-count // hosts.count)
+        self._decoder = CaptionDecoder(model, data.tokenizer, self._share)
+
+    def open(self):
+        """Reads this host's part of the pictures."""
+        hosts = self._hosts
+        batches = self._data.evaluate(self._share, hosts.index, hosts.count)
+        self._take(next(iter(batches)))
 
     def _take(self, batch):
         real = batch["_mask"].numpy() > 0
         real &= batch["index"].numpy() < self._count
         # One reference is enough here.
         labels = batch["labels"].numpy()[real][:, 0]
-        texts = self._tokenizer.detokenize(labels)
+        texts = self._data.tokenizer.detokenize(labels)
         self._references = [[text] for text in texts]
         self._images = batch["image"].numpy()[real]  # [B, H, W, 3]
         self._indices = batch["index"].numpy()[real].tolist()
 
     def write(self, step, summaries):
         """Captions the pictures with the weights as they are."""
-        if not self._count:
-            return
         keys = [str(i) for i in range(len(self._images))]
         rows = self._decoder.decode(self._images, keys, self._references)
         for row, image in zip(rows, self._images, strict=True):
