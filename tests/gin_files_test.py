@@ -195,7 +195,7 @@ def test_no_file_binds_a_name_twice(path):
 
 
 def test_quickstart_runs_and_records_what_it_ran(tmp_path):
-    """Two steps of the real thing, with the smallest model and few pictures."""
+    """Two steps of the real thing, with the smallest model and few images."""
     params = [
         f"DATA={str(tmp_path / 'scenes')!r}",
         "scenes.prepare.num_train=300",

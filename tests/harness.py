@@ -119,7 +119,7 @@ def check_optimizer(optimizer_cls, init_kwargs, tmp_path):
     """Checks an optimizer against the contract of this project.
 
     It refuses unknown arguments; its config rebuilds it; a compiled model
-    saved in mid-run goes on with the same next step; XLA changes nothing.
+    saved in mid-run resumes with the same next step; XLA changes nothing.
 
     Args:
         optimizer_cls: Class under test.

@@ -1,4 +1,4 @@
-"""A tiny captioner whose every weight is random, and pictures for it."""
+"""A tiny captioner whose every weight is random, and images for it."""
 
 import keras
 import numpy as np

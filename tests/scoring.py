@@ -17,11 +17,11 @@ COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
 
 
 class Knowing:
-    """In place of a captioner: says how red, green or blue a picture is.
+    """In place of a captioner: says how red, green or blue an image is.
 
     A text with a colour's name scores the logarithm of how much of the
-    picture has that colour, less `prior` for each letter "e" of the text,
-    which is what it thinks of a text without a picture.
+    image has that colour, less `prior` for each letter "e" of the text,
+    which is what it thinks of a text without an image.
     """
 
     score_kinds = ("autoregressive", "parallel", "blind")
@@ -53,7 +53,7 @@ class Knowing:
 
 
 def _match(image, text):
-    """Log share of the colours that the text names, in the picture."""
+    """Log share of the colours that the text names, in the image."""
     level = (image.mean((0, 1)) + 1) / 2
     share = level / max(level.sum(), 1e-6) + 1e-6
     return sum(
@@ -96,9 +96,9 @@ def save_run(folder, vocabulary):
 
 
 def write_colours(folder, count=6):
-    """Pictures in one colour each; labels.jsonl and captions.jsonl.
+    """Images in one colour each; labels.jsonl and captions.jsonl.
 
-    Picture i has colour i % 3, the captions "<colour> square" and "square
+    Image i has colour i % 3, the captions "<colour> square" and "square
     <colour>", and the split "test" (the first six) or "train".
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def arrays(response):
 
 
 def write_run(folder):
-    """The folder of a run whose captions differ from picture to picture."""
+    """The folder of a run whose captions differ from image to image."""
     vocabulary = folder / "vocabulary"
     vocabulary.mkdir()
     data = tiny.Data(vocabulary)

@@ -193,7 +193,7 @@ def test_rest_answers(model):
     columns = {key: [value] for key, value in answer.items()}
     assert _post(model, {"inputs": [["\u00e9"]]}) == {"outputs": columns}
     numbers = {"only": np.array([1.5, np.nan], np.float32)}
-    # As the server does, though it is no JSON.
+    # As the server does, though it is not JSON.
     text = json.dumps(serving_rest.write_outputs(numbers, rows=True))
     assert text == '{"predictions": [1.5, NaN]}'
 

@@ -28,7 +28,7 @@ def vocabulary(folder):
 
 
 def make_model(size, **kwargs):
-    """A captioner of width 16 for pictures of 16 x 16 pixels."""
+    """A captioner of width 16 for images of 16 x 16 pixels."""
     small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
     encoder = {"patch_size": 8, "image_size": 16, **small, **kwargs}
     return Captioner(
@@ -44,7 +44,7 @@ def make_model(size, **kwargs):
 
 
 class Data:
-    """Pictures in a colour that their two words decide, made on the spot."""
+    """Images in a colour that their two words decide, made on the spot."""
 
     image_size = (16, 16)
     preprocessing = ImagePreprocessing(image_size, max_pixels=None)

@@ -1,4 +1,4 @@
-"""Captions pictures with a trained model.
+"""Captions images with a trained model.
 
     python tools/caption.py --checkpoint=runs/quickstart photo.jpg folder/
     python tools/caption.py --checkpoint=runs/flickr8k --format=jsonl photos/
@@ -7,11 +7,11 @@
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=top_p \
         --top_p=0.9 --temperature=0.8 --num_captions=5 --seed=1 photo.jpg
 
-One line per caption, the best of a picture first: its log-likelihood (the sum
+One line per caption, the best of an image first: its log-likelihood (the sum
 over its tokens, in nats), the number of tokens, the end of the caption
 counted, and the caption; jsonl has the log-probability of each token, too.
-A picture that cannot be read is named on stderr (and is an `error` row of
-jsonl), and the others go on. Exit code 0 if all were captioned, 1 if some
+An image that cannot be read is named on stderr (and is an `error` row of
+jsonl), and the others continue. Exit code 0 if all were captioned, 1 if some
 could not be read, 2 if there was nothing to caption.
 """
 
@@ -78,7 +78,7 @@ def _define_generation_flags():
     flags.DEFINE_integer(
         "no_repeat_ngram", 0, "Size of n-grams that occur only once; 0: any."
     )
-    flags.DEFINE_integer("num_captions", 1, "Captions of a picture.")
+    flags.DEFINE_integer("num_captions", 1, "Captions of an image.")
 
 
 def _generation(captioner):
@@ -142,7 +142,7 @@ def _sampler(
 
 
 def main(argv):
-    """Loads the model and prints a line per picture."""
+    """Loads the model and prints a line per image."""
     with console.errors_as_lines("caption"):
         return _caption_all(argv[1:])
 
@@ -155,7 +155,7 @@ def _caption_all(arguments):
 
     paths = image_files.find_pictures(arguments)
     if not paths:
-        print("Nothing to caption: give pictures or folders.", file=sys.stderr)
+        print("Nothing to caption: give images or folders.", file=sys.stderr)
         return 2
     with console.naming("checkpoint", FLAGS.checkpoint):
         predictor = Predictor.open(FLAGS.checkpoint, FLAGS.weights)
@@ -175,7 +175,7 @@ def _caption_all(arguments):
     )
     rows = decoder.caption_files(paths, predictor.preprocessing)
     if FLAGS.format == "table":
-        print(f"{'log-lik.':>9} {'tok.':>4}  picture  caption")
+        print(f"{'log-lik.':>9} {'tok.':>4}  image  caption")
     unreadable = 0
     with tqdm.tqdm(total=len(paths), unit="image", miniters=1) as bar:
         for path, row, reason in rows:

@@ -14,7 +14,7 @@ A gin file may have several evaluators, the same as while a model trains;
 
 Tasks:
     caption      greedy captions: CIDEr, BLEU, ROUGE-L, METEOR (with Java);
-                 each image's own result, and picture sheets of the worst and
+                 each image's own result, and image sheets of the worst and
                  the best
     perplexity   likelihood of people's captions, with and without the image
     retrieval    which caption, which image, by likelihood: Recall@1, 5, 10
@@ -82,12 +82,12 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_integer(
         "limit",
         None,
-        "Only so many pictures; all by default, of retrieval 100.",
+        "Only so many images; all by default, of retrieval 100.",
         lower_bound=1,
         **where,
     )
     flags.DEFINE_integer(
-        "batch_size", 32, "Pictures at once.", lower_bound=1, **where
+        "batch_size", 32, "Images at once.", lower_bound=1, **where
     )
     flags.DEFINE_string(
         "output",
@@ -105,7 +105,7 @@ def _define_benchmark_flags(where):
     flags.DEFINE_string(
         "pictures",
         None,
-        "Folder of the pictures that sugar_crepe's and aro's files name.",
+        "Folder of the images that sugar_crepe's and aro's files name.",
         **where,
     )
     flags.DEFINE_enum(
@@ -159,7 +159,7 @@ def _define_fewshot_flags(where):
         "resize",
         "squash",
         ["squash", "resize_small"],
-        "zero_shot, fewshot: the whole picture (as the paper's numbers are "
+        "zero_shot, fewshot: the whole image (as the paper's numbers are "
         "taken) or its middle. fewshot also cuts a margin off: 224 of 256.",
         **where,
     )
@@ -270,7 +270,7 @@ def _pictures(options):
     if options.pictures is None:
         raise ValueError(
             f"--task={options.task} needs --pictures, the folder of the "
-            "pictures that its files name"
+            "images that its files name"
         )
     return options.pictures
 
@@ -292,7 +292,7 @@ def _numbers(name, values, kind):
 # Flags that only --task reads.
 _OF_TASKS = (
     "test_split limit parallel templates class_names train_split shots l2 "
-    "num_seeds resize pictures judgments"
+    "num_seeds resize images judgments"
 ).split()
 
 

@@ -21,10 +21,10 @@ The image's column may be called image, file_name, filename, filepath, path,
 put together. Text is UTF-8, or UTF-16 with a byte order mark.
 
 Splits keep the names the captions file gives them ("train", "dev", "test",
-...); without any, --split_fractions draws them. Unusable pictures and captions
+...); without any, --split_fractions draws them. Unusable images and captions
 are skipped, counted, and listed in OUTPUT/prepare_data.log.
 
-A conversion that was killed goes on with the same command. --runner converts
+A conversion that was killed resumes with the same command. --runner converts
 on Apache Beam, to the same bytes; Beam's own options come after --:
 
     python tools/prepare_data.py --input=photos --output=photos_prepared \
@@ -70,22 +70,22 @@ def define_flags():
         "split_fractions",
         None,
         "For example train=0.9,test=0.1; replaces the splits of the captions "
-        "file. Pictures without a split go by train=0.9,validation=0.1.",
+        "file. Images without a split go by train=0.9,validation=0.1.",
     )
     flags.DEFINE_integer(
         "resize",
         None,
-        "Shrink pictures so that the shorter side is at most this long, and "
+        "Shrink images so that the shorter side is at most this long, and "
         "store them as JPEG. By default files are stored as they are.",
         lower_bound=1,
     )
     flags.DEFINE_integer(
-        "min_side", 8, "Skip pictures with a shorter side.", lower_bound=1
+        "min_side", 8, "Skip images with a shorter side.", lower_bound=1
     )
     flags.DEFINE_integer(
         "max_pixels",
         25_000_000,
-        "Skip pictures of more pixels, unless --resize shrinks them.",
+        "Skip images of more pixels, unless --resize shrinks them.",
         lower_bound=1,
     )
     flags.DEFINE_integer(
@@ -95,7 +95,7 @@ def define_flags():
         lower_bound=1,
     )
     flags.DEFINE_bool(
-        "require_captions", True, "Skip pictures without a caption."
+        "require_captions", True, "Skip images without a caption."
     )
     flags.DEFINE_integer(
         "workers",
@@ -173,9 +173,7 @@ def convert(plans, beam_arguments):
 
     if FLAGS.runner is None:
         total = sum(plan.num_rows for plan in plans)
-        with tqdm.tqdm(
-            total=total, unit=" pictures", smoothing=0.05
-        ) as progress:
+        with tqdm.tqdm(total=total, unit=" images", smoothing=0.05) as progress:
             for plan in plans:
                 conversion.convert(plan.path, FLAGS.workers, progress.update)
         return
@@ -208,7 +206,7 @@ def parse_fractions(items):
 
 def print_table(description, skipped):
     """Prints the splits written and what was skipped, by reason."""
-    print(f"{'split':<24}{'pictures':>10}{'captions':>10}{'shards':>8}")
+    print(f"{'split':<24}{'images':>10}{'captions':>10}{'shards':>8}")
     for split in description.splits:
         content = description.split(split)
         print(

@@ -1,4 +1,4 @@
-"""Asks a server for captions, scores or features of pictures.
+"""Asks a server for captions, scores or features of images.
 
     python tools/serving_client.py photo.jpg folder/
     python tools/serving_client.py --signature=score \
@@ -8,11 +8,11 @@
     python tools/serving_client.py --concurrency=8 --batch_size=4 --repeat=10 \
         folder/
 
-For models that `tools/export.py --what=saved_model` wrote. One line per picture
-on stdout; on stderr what failed, and at the end pictures a second and the
+For models that `tools/export.py --what=saved_model` wrote. One line per image
+on stdout; on stderr what failed, and at the end images a second and the
 percentiles of a request's latency. gRPC needs the extra `serving` (`pip install
 'cappa-tf[serving]'`), REST nothing more than this project. Exit code 0 if all
-pictures were answered, 1 if some were not, 2 if there was nothing to send.
+images were answered, 1 if some were not, 2 if there was nothing to send.
 """
 
 import concurrent.futures
@@ -61,7 +61,7 @@ def define_flags(flag_values=flags.FLAGS):
         **where,
     )
     flags.DEFINE_integer(
-        "batch_size", 1, "Pictures of a request.", lower_bound=1, **where
+        "batch_size", 1, "Images of a request.", lower_bound=1, **where
     )
     flags.DEFINE_integer(
         "concurrency", 1, "Requests at a time.", lower_bound=1, **where
@@ -191,8 +191,8 @@ def summary(latencies, pictures, failed, seconds):
         f"{name} {value:.0f}" for name, value in zip(names, milliseconds)
     )
     return (
-        f"{pictures} pictures in {len(latencies)} requests, {failed} failed; "
-        f"{pictures / seconds:.1f} pictures/s; latency in ms: {percentiles}"
+        f"{pictures} images in {len(latencies)} requests, {failed} failed; "
+        f"{pictures / seconds:.1f} images/s; latency in ms: {percentiles}"
     )
 
 
@@ -229,7 +229,7 @@ def _print(row, table):
 
 
 def main(argv):
-    """Sends the pictures and prints the answers."""
+    """Sends the images and prints the answers."""
     with console.errors_as_lines("serving_client"):
         return _send_and_print(flags.FLAGS, argv[1:])
 
@@ -244,7 +244,7 @@ def _send_and_print(options, arguments):
 
     paths = image_files.find_pictures(arguments)
     if not paths:
-        print("Nothing to send: give pictures or folders.", file=sys.stderr)
+        print("Nothing to send: give images or folders.", file=sys.stderr)
         return 2
     address = options.address or f"localhost:{PORTS[options.protocol]}"
     try:

@@ -1,11 +1,11 @@
-"""Trains a captioner as a gin file says; run again, it goes on.
+"""Trains a captioner as a gin file says; run again, it resumes.
 
     python tools/train.py --gin_file=gin/quickstart.gin
     python tools/train.py --gin_file=gin/cappa_l16.gin --workdir=runs/l16 \
         --gin_param="DATA='data/mine'"
 
 Ctrl-C and SIGTERM write a checkpoint and end the program with exit code 0;
-the same command then goes on with the next batch. What cannot be run (a wrong
+the same command then resumes with the next batch. What cannot be run (a wrong
 configuration, data that does not fit, a loss that is not finite) ends it with
 a message and exit code 1.
 """

@@ -143,7 +143,7 @@ def read_captions(records):
     """Captions of a split's `Records`."""
     examples = records.read_examples()
     for example in tqdm.tqdm(
-        examples, total=records.num_examples, unit=" pictures"
+        examples, total=records.num_examples, unit=" images"
     ):
         yield from example.captions
 

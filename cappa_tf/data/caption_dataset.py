@@ -1,4 +1,4 @@
-"""Records of captioned pictures to batches: what training and evaluation read.
+"""Records of captioned images to batches: what training and evaluation read.
 
 Dimensions:
     B: batch size.
@@ -66,13 +66,13 @@ class CaptionDataset:
         max_words: Words, as spaces part them, of the longest caption `train`
             draws; of an image that has only longer ones, its shortest. None
             for no such limit. `evaluate` has all.
-        flip: Whether `train` mirrors half of the pictures.
+        flip: Whether `train` mirrors half of the images.
         crop_scale: (least, most) fraction of the area `train` cuts out, or
-            None for the whole picture.
+            None for the whole image.
         crop_aspect: (least, most) width / height of the cut, relative to the
-            picture's.
-        shift: Pixels `train` moves the picture at most; not with crop_scale.
-        decode_size: Pictures are first resized to this (H, W) and the crop is
+            image's.
+        shift: Pixels `train` moves the image at most; not with crop_scale.
+        decode_size: Images are first resized to this (H, W) and the crop is
             taken from there; by default image_size, or with crop_scale 1.15
             times it.
         resize: "squash" (aspect ratio is lost, as in the recipe) or
@@ -89,7 +89,7 @@ class CaptionDataset:
             their bytes in memory; "images" holds pixels (decoded and resized,
             uint8) and token ids, and costs nearly nothing after its first
             pass. None decides between the first two by the split's size.
-        max_pixels: A picture with more is a bad record.
+        max_pixels: An image with more is a bad record.
         max_skipped_fraction: Fraction of bad records above which reading
             stops with an error.
         num_parallel_calls: Threads for decoding; None lets tf.data decide.

@@ -57,7 +57,7 @@ def caption_dataset(data):
         )
     if data.shift >= min(data.image_size):
         raise ValueError(
-            "`shift` must be smaller than the picture. Received: "
+            "`shift` must be smaller than the image. Received: "
             f"shift={data.shift}, image_size={data.image_size}"
         )
 
@@ -78,7 +78,7 @@ def buckets(length_buckets, tokenizer):
 
 
 def decode_size(size, image_size, crop_scale):
-    """The (H, W) pictures are held at before cropping; None means by default.
+    """The (H, W) images are held at before cropping; None means by default.
 
     Args:
         size: As the user gave it.

@@ -1,6 +1,6 @@
 """The record schema and the sharded, atomic writer.
 
-One record is one picture with all its captions:
+One record is one image with all its captions:
 
     image/encoded  bytes        JPEG, PNG, GIF, BMP or WebP file contents
     captions       bytes list   UTF-8, one or many
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclasses.dataclass
 class Example:
-    """One picture and what is said about it.
+    """One image and what is said about it.
 
     Attributes:
         key: Unique name, for logs, sheets and results.

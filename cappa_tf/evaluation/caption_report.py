@@ -23,9 +23,9 @@ class Captions(Evaluator):
     Args:
         path: See `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first pictures.
+        limit: Only the first images.
         meteor: Whether to compute METEOR, too; None where Java is found.
-        sheet_images: Pictures on each of the two sheets, of the lowest and of
+        sheet_images: Images on each of the two sheets, of the lowest and of
             the highest CIDEr.
         name: See `Evaluator`.
     """
@@ -54,7 +54,7 @@ class Captions(Evaluator):
         self._data.open()
 
     def evaluate(self, predictor):
-        """Captions every picture.
+        """Captions every image.
 
         Returns:
             A `Report`: the metrics of `caption_metrics.Scores` and

@@ -91,7 +91,7 @@ def evaluate_captions(
 
 
 def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
-    """Pictures of a split in order, with all that is known of them.
+    """Images of a split in order, with all that is known of them.
 
     Bad records, which the data set counts, are left out.
 

@@ -20,7 +20,7 @@ class Report:
             that are no single number.
         rows: Results one by one (of an image, a pair), JSON objects for a
             file of their own; may be empty.
-        sheets: Name -> (title, `captions.CaptionRow`s with images): picture
+        sheets: Name -> (title, `captions.CaptionRow`s with images): image
             sheets to be drawn; may be empty.
     """
 

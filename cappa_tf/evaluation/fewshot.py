@@ -184,7 +184,7 @@ def evaluate(
 
 
 class Fewshot(Evaluator):
-    """Few-shot accuracy of the encoder's features on labelled pictures.
+    """Few-shot accuracy of the encoder's features on labelled images.
 
     Args:
         path: See `EvaluationImages`.
@@ -194,7 +194,7 @@ class Fewshot(Evaluator):
         l2: Penalties.
         num_seeds: Draws of the shots.
         resize: See `features.preprocessing`.
-        batch_size: Pictures encoded at once.
+        batch_size: Images encoded at once.
         name: See `Evaluator`.
     """
 
@@ -253,7 +253,7 @@ class Fewshot(Evaluator):
         counts = [len(labels) for _, labels in features]
         classes = max(int(labels.max()) for _, labels in features) + 1
         lines = [
-            f"{classes} classes, {counts[0]} pictures to draw from, "
+            f"{classes} classes, {counts[0]} images to draw from, "
             f"{counts[1]} to test on",
             *_table(results),
         ]

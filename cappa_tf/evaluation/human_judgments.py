@@ -133,10 +133,10 @@ class Judgments(Evaluator):
     """Correlation of the model's likelihood with people's judgments.
 
     Args:
-        path: Folder of Flickr8k: its captions file, its pictures and, in
+        path: Folder of Flickr8k: its captions file, its images and, in
             `judgments`, the files above.
         which: "expert" or "crowdflower".
-        limit: Only the first pictures.
+        limit: Only the first images.
         name: See `Evaluator`.
     """
 
@@ -211,7 +211,7 @@ class Judgments(Evaluator):
                 columns[kind] += np.concatenate(found).tolist()
         if not judged:
             raise ValueError(
-                f"No judged picture can be read. Received: {dict(skipped)}"
+                f"No judged image can be read. Received: {dict(skipped)}"
             )
         columns = {kind: np.array(values) for kind, values in columns.items()}
         plain = predictor.score_kinds[0]

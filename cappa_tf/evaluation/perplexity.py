@@ -24,7 +24,7 @@ class Perplexity(Evaluator):
     Args:
         path: See `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first pictures.
+        limit: Only the first images.
         blind: Whether to measure the captions without images, too, where the
             model can: how much of the likelihood is owed to language alone.
         name: See `Evaluator`.

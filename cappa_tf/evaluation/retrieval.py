@@ -66,7 +66,7 @@ def recalls(scores, owners, at=RECALLS):
 
 
 class Retrieval(Evaluator):
-    """Retrieval in one split of captioned pictures.
+    """Retrieval in one split of captioned images.
 
     Every caption is scored for every image: I * T passes' worth, which grows
     with the square of `limit`.
@@ -74,7 +74,7 @@ class Retrieval(Evaluator):
     Args:
         path: See `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first pictures.
+        limit: Only the first images.
         captions_per_image: At most as many captions of each; None for all.
         parallel: Whether to score in parallel mode, too.
         name: See `Evaluator`.

@@ -1,4 +1,4 @@
-"""Picture sheet: images in a grid, under each what was said of it and how sure.
+"""Image sheet: images in a grid, under each what was said of it and how sure.
 
 Every tile has the image; the caption, beside it a green bar where it is one of
 the references, a red one where not; the first reference in grey; and the

@@ -5,7 +5,7 @@ evaluators/proj/cappa/scoring_classifier.py. A class's score is the
 log-likelihood of its prompt, summed over the tokens and not divided by their
 number. With several templates it is the mean of their log-likelihoods.
 
-Letters: N pictures, C classes, B pictures at once, M templates.
+Letters: N images, C classes, B images at once, M templates.
 """
 
 import os
@@ -98,16 +98,16 @@ def figures(scores, labels):
 
 
 class ZeroShot(Evaluator):
-    """Zero-shot classification of a folder or data set of labelled pictures.
+    """Zero-shot classification of a folder or data set of labelled images.
 
     Args:
         path: See `EvaluationImages`.
         split: Name of the split.
         class_names: C names by class number; None for those of the data.
         templates: M texts with {} where the name goes.
-        resize: "squash" or "resize_small", the whole picture or its middle.
+        resize: "squash" or "resize_small", the whole image or its middle.
         parallel: Whether to score in parallel mode, too.
-        limit: Only the first pictures.
+        limit: Only the first images.
         name: See `Evaluator`.
     """
 
@@ -149,7 +149,7 @@ class ZeroShot(Evaluator):
         return list(names)
 
     def evaluate(self, predictor):
-        """Classifies every picture; see `figures` for the metrics.
+        """Classifies every image; see `figures` for the metrics.
 
         The parallel mode's are called `parallel/top_1` and so on, and those
         of scores less that of the text without an image `minus_blind/...`.
@@ -195,7 +195,7 @@ class ZeroShot(Evaluator):
             metrics |= named(kind, found, plain)
             rows.append((kind, *found.values()))
         lines = [
-            f"{len(labels)} pictures, {len(names)} classes",
+            f"{len(labels)} images, {len(names)} classes",
             *table(("score", *found), rows),
             *_confusion_lines(names, confusions[plain]),
             *skipped_lines(skipped),
@@ -223,7 +223,7 @@ def _confusion_lines(names, confusion):
 
 
 def _first(batches, limit):
-    """The first `limit` pictures of batches, all without a limit."""
+    """The first `limit` images of batches, all without a limit."""
     left = float("inf") if limit is None else limit
     for batch in batches:
         count = int(min(left, len(batch[0])))

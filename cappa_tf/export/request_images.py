@@ -1,7 +1,7 @@
 """Image bytes of a request to pixels, inside the graph of a server.
 
 Requests of several clients share a batch, so a bad image must not fail it:
-the image is flagged and the others go on. TensorFlow has no try, but a small
+the image is flagged and the others continue. TensorFlow has no try, but a small
 data set inside the graph drops the elements that fail (as in
 data/stream/decoding.py), and those that are missing afterwards are the bad
 ones.

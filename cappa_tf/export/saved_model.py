@@ -35,7 +35,7 @@ class CaptionService:
 
     All take `image_bytes` string [B] and return `ok` bool [B] and `error`
     string [B]. An image that cannot be used has `ok` false, the reason in
-    `error`, an empty caption and zeros elsewhere (NaN is no JSON); the other
+    `error`, an empty caption and zeros elsewhere (NaN is not JSON); the other
     images of the request are answered. A request that is wrong as a whole
     fails with the name of the input.
 

@@ -183,7 +183,7 @@ def warmup_records(service, name):
 
     picture = _noise(service.image_size)
     records = []
-    for images in ([picture], [picture, picture, b"not a picture"]):
+    for images in ([picture], [picture, picture, b"not an image"]):
         texts = np.array([["a photo", "a longer text"]] * len(images), object)
         for signature in service.signatures():
             inputs = {"image_bytes": images}

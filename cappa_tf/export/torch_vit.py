@@ -123,7 +123,7 @@ def save_timm(encoder, folder):
 
 
 def check_installed():
-    """Refuses to go on without what writes the tensors' file.
+    """Refuses to continue without what writes the tensors' file.
 
     Raises:
         ImportError: With the command that installs it.

@@ -28,7 +28,7 @@ class CaptionRow:
             that was not cut; a leading space where a word begins.
         probabilities: Of each piece, given the image and those before it.
         references: Captions written by people; empty where there are none.
-        image: Encoded bytes of the image, for the picture sheet, or None.
+        image: Encoded bytes of the image, for the image sheet, or None.
         others: Further `CaptionRow`s of the image, best first, where several
             captions are asked for.
     """

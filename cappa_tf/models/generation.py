@@ -77,7 +77,7 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
         if prefix.shape[1] > 0:
             only = _only(log_probs, tf.repeat(forced[:, i], sequences))
             scores = tf.where(i < prefix.shape[1], only, scores)
-        # Ended captions go on with pad, for nothing.
+        # Ended captions continue with pad, which counts for nothing.
         vocabulary = scores.shape[-1]
         is_pad = tf.range(vocabulary) == special.pad
         after = tf.where(is_pad, 0.0, BANNED)
@@ -172,7 +172,7 @@ def _only(scores, tokens):
 
 
 def _follow(state, parents):
-    """Sequences go on from `parents`, int32 [B, S]."""
+    """Sequences continue from `parents`, int32 [B, S]."""
     sequences = parents.shape[1]
 
     def gather(x):

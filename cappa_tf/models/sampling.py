@@ -114,7 +114,7 @@ class BeamSearch:
             uniform: float32 [B, S] in [0, 1), to draw with.
 
         Returns:
-            Which sequence each goes on from, int32 [B, S] or None (its own),
+            Which sequence each continues, int32 [B, S] or None (its own),
             and the token, int32 [B, S].
         """
         del uniform

@@ -45,7 +45,7 @@ class TextDecoder(keras.Model):
         embedding_stddev: Spread of the token embeddings at the start. The
             reference's 1.0 drowns what attention adds to the residual stream
             until long training has shrunk it; 0.05 makes runs of some
-            thousand steps see the picture from the first hundred on.
+            thousand steps see the image from the first hundred on.
         remat: Whether training computes what lies inside a block again for
             the gradient, in place of keeping it: about a third more time,
             and one activation a block in memory.

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on, and the best weights so far.
+"""Checkpoints: what a run resumes from, and the best weights so far.
 
 Layout below the run's folder:
 
@@ -159,7 +159,7 @@ class Checkpoints:
                 f"Cannot write a checkpoint of step {step} to "
                 f"{manager.directory}: {error}. The last good checkpoint is "
                 f"{manager.latest_checkpoint}; free some space and run the "
-                "same command to go on from there."
+                "same command to resume from there."
             ) from error
 
 

@@ -2,7 +2,7 @@
 
 model.json           the model's constructor arguments (Keras)
 tokenizer.model      its vocabulary, if it reads texts
-preprocessing.json   how pictures and captions become its input
+preprocessing.json   how images and captions become its input
 checkpoints/ best/   see checkpoints.py
 model.keras          the model at the end of the run
 

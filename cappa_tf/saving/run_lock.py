@@ -128,7 +128,7 @@ class RunLock:
         return WorkdirInUseError(
             "`workdir` must be of one run at a time. Wait for the other one, "
             "stop it, or choose another folder. Received: "
-            f"workdir={str(self._workdir)!r}, which has a run going on: "
+            f"workdir={str(self._workdir)!r}, which another run has: "
             f"process {record.get('pid', 'unknown')} on host "
             f"{record.get('host', 'unknown')}, started "
             f"{record.get('started', 'unknown')}"

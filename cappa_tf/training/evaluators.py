@@ -62,5 +62,5 @@ class Evaluators:
             if shared or self._hosts.is_chief:
                 for metric, value in one.run(self._predictor):
                     figures[f"evaluation/{one.name}/{metric}"] = value
-        # None goes on while the chief still reads its weights.
+        # No host continues while the chief still reads its weights.
         return self._hosts.first(figures) if self._evaluators else figures

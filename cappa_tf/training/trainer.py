@@ -178,7 +178,7 @@ class Trainer:
         if figures["interrupted"]:
             self._progress.line(
                 f"{figures['interrupted']} at step {self.step}: saved; the "
-                "same command goes on from here"
+                "same command resumes from here"
             )
         else:
             figures |= self._finish()
@@ -201,7 +201,7 @@ class Trainer:
         )
         if self._resumed:
             self._progress.line(
-                f"going on from {self._checkpoints.latest}, example "
+                f"resuming from {self._checkpoints.latest}, example "
                 f"{self._examples}"
             )
         elif self.origin:

@@ -69,7 +69,7 @@ def check_counts(optional=False, **values):
 
 
 def check_fraction(**values):
-    """Refuses what is no number from 0 to 1."""
+    """Refuses what is not a number from 0 to 1."""
     for name, value in values.items():
         check_number(name, value, 0.0, 1.0)
 

@@ -181,7 +181,7 @@ def write_text(path, text, errors="strict"):
 
 
 def write_json(path, value, indent=2):
-    """Writes JSON with a line end; refuses NaN, which is no JSON."""
+    """Writes JSON with a line end; refuses NaN, which is not JSON."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 

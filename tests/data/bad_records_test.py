@@ -32,7 +32,7 @@ def _png(value, side=4):
 def _record(i):
     """A record whose grey value is 6 times its number, or a bad one."""
     image = {
-        5: b"not a picture",
+        5: b"not an image",
         6: _png(9, 30)[:40],
         17: _png(9, 40),
         39: b"\xff\xd8\xff",

@@ -80,7 +80,7 @@ def test_training_batches(data, cache):
     for epoch in (batches[:3], batches[3:]):
         seen = np.concatenate([numbers(batch) for batch in epoch])
         assert sorted(seen) == list(range(COUNT))
-    # Picture and caption stay together.
+    # Image and caption stay together.
     for batch in batches:
         texts = dataset.tokenizer.detokenize(batch["labels"][:, 0])
         said = [text.split(" ") for text in texts]

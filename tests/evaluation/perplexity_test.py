@@ -58,7 +58,7 @@ def test_records_and_folder_give_the_same(folder, tmp_path):
 
 
 def test_bad_pictures_are_counted(folder, tmp_path):
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     lines = (folder / "captions" / "captions.jsonl").read_text()
     lines = lines.replace("../", f"{folder}/")
     extra = '\n{"image": "bad.jpg", "captions": ["red"], "split": "test"}'

@@ -1,4 +1,4 @@
-"""The picture sheet: all there, readable, marked, for any image and text."""
+"""The image sheet: all there, readable, marked, for any image and text."""
 
 import io
 import os

@@ -76,7 +76,7 @@ def test_the_prior_of_a_name_is_taken_off(folder, tmp_path):
 
 
 def test_all_of_the_picture_is_seen(folder):
-    """Without a margin the crop is the whole, squashed picture."""
+    """Without a margin the crop is the whole, squashed image."""
     assert features.preprocessing(9, margin=1.0).squash_size is None
 
 

@@ -102,7 +102,7 @@ def images(height=16, width=24):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of two encoders, pictures, and what the encoders give."""
+    """Files of two encoders, images, and what the encoders give."""
     folder = tmp_path_factory.mktemp("backbone")
     np.savez(folder / "in.npz", images=images(), larger=images(24, 40))
     encoder = make_encoder()

@@ -1,4 +1,4 @@
-"""Captions from a run's folder alone, whatever the pictures are like."""
+"""Captions from a run's folder alone, whatever the images are like."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def pictures(tmp_path_factory):
     Image.fromarray(pixels).save(folder / "a.png")
     Image.fromarray(pixels[..., 0]).save(folder / "b.jpg")
     Image.fromarray(pixels).save(folder / "below" / "c.webp")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
     (folder / "notes.txt").write_text("not looked at")
     return folder
 

@@ -37,7 +37,7 @@ def run(task="fewshot", **values):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures in the colour of their class, some bad ones, a checkpoint."""
+    """Images in the colour of their class, some bad ones, a checkpoint."""
     folder = tmp_path_factory.mktemp("labelled")
     rng, lines = np.random.default_rng(0), []
     for i in range(36):
@@ -214,7 +214,7 @@ def test_zero_shot_of_a_run(run_folder, colours, capsys):
     assert {"top_1", "parallel/top_1", "minus_blind/top_1"} <= {
         *report["metrics"]
     }
-    assert "4 pictures, 3 classes" in capsys.readouterr().out
+    assert "4 images, 3 classes" in capsys.readouterr().out
     assert (run_folder / "zero_shot.json").exists()
 
 

@@ -58,7 +58,7 @@ def run(tool):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve pictures in three splits, two more that are no good."""
+    """Twelve images in three splits, two more that are no good."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rows = []
@@ -66,7 +66,7 @@ def photos(tmp_path):
         Image.new("RGB", (40, 30), (i, i, i)).save(folder / f"{i}.jpg")
         split = ("train", "dev", "test")[max(0, i - 9)]
         rows.append({"image": f"{i}.jpg", "caption": f"c {i}", "split": split})
-    (folder / "bad.jpg").write_text("no picture")
+    (folder / "bad.jpg").write_text("no image")
     rows.append({"image": "bad.jpg", "caption": "c", "split": "train"})
     rows.append({"image": "1.jpg", "key": "silent", "split": "train"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -209,7 +209,7 @@ def test_killed_in_the_middle_of_a_shard(run, photos, tmp_path, runner):
         pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
         more.append(f"--runner={runner}")
     output = tmp_path / "out"
-    # A pipe in place of a picture: the reader waits until it is written.
+    # A pipe in place of an image: the reader waits until it is written.
     content = (photos / "7.jpg").read_bytes()
     (photos / "7.jpg").unlink()
     os.mkfifo(photos / "7.jpg")

@@ -40,7 +40,7 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Six pictures, one of them lying on its side."""
+    """Six images, one of them lying on its side."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.RandomState(0)
     for number in range(6):
@@ -93,7 +93,7 @@ def test_captions_are_those_of_the_tool(
     assert [row["caption"] for row in rows] == captions
     names = [pathlib.Path(row["image"]).name for row in rows]
     assert names == [f"{number}.jpg" for number in range(6)]
-    assert "30 pictures in 10 requests, 0 failed" in err
+    assert "30 images in 10 requests, 0 failed" in err
     latencies = re.findall(r"p\d\d (\d+)", err)
     assert len(latencies) == 3 and latencies == sorted(latencies, key=int)
 
@@ -149,7 +149,7 @@ def test_what_fails_is_named_and_the_rest_answered(
     large = tmp_path / "large.png"
     Image.new("L", (1001, 1000)).save(large)
     notes = tmp_path / "notes.txt"
-    notes.write_text("no picture")
+    notes.write_text("no image")
     missing = tmp_path / "missing.jpg"
     code, out, err = run(
         *_server(served, protocol),
@@ -166,7 +166,7 @@ def test_what_fails_is_named_and_the_rest_answered(
     assert f"{missing}: image missing" in err
     rows = _rows(out)
     assert ["error" in row for row in rows] == [True, True, False, True]
-    assert "4 pictures in 1 requests, 3 failed" in err
+    assert "4 images in 1 requests, 3 failed" in err
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "rest"])

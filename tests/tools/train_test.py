@@ -1,4 +1,4 @@
-"""The program: one command trains, a signal saves, the same command goes on."""
+"""The program: one command trains, a signal saves, the same command resumes."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_sigterm_in_the_middle_of_a_loop_saves_and_resumes(tmp_path):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "run.lock" not in output and not (run / "run.lock").exists()
-    assert f"going on from run/checkpoints/step-{step}" in output
+    assert f"resuming from run/checkpoints/step-{step}" in output
     results = json.loads((run / "results.json").read_text())
     assert results["step"] == step + 2
     assert 0.0 <= results["exact_match"] <= 1.0

@@ -129,5 +129,5 @@ def test_a_run_starts_from_another_and_resumes_from_itself(tmp_path):
     (tmp_path / "first").rename(tmp_path / "gone")
     tiny.run(tmp_path, total_steps=4, **options)
     log = (tmp_path / "second" / "train.log").read_text()
-    assert log.count("initialized from") == 1 and "going on from" in log
+    assert log.count("initialized from") == 1 and "resuming from" in log
     assert_same(load_model(second).vision_encoder, encoder)

@@ -92,7 +92,7 @@ def test_it_trains_validates_resumes_and_finishes(tmp_path):
     figures = _run(tmp_path, 30)
     run = tmp_path / "run"
     log = (run / "train.log").read_text()
-    assert "going on from" in log and "validation/accuracy" in log
+    assert "resuming from" in log and "validation/accuracy" in log
     saved = json.loads((run / "results.json").read_text())
     assert saved["accuracy"] == figures["accuracy"] > 0.9
     assert saved["examples"] == 21

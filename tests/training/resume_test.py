@@ -1,4 +1,4 @@
-"""Killed at any moment, a run goes on as if nothing had happened."""
+"""Killed at any moment, a run resumes as if nothing had happened."""
 
 import os
 import random
@@ -131,7 +131,7 @@ def test_killed_twice_is_never_interrupted_bit_by_bit(
     folder = str(tmp_path / "run")
     moments = [_while_saving, _after_steps(3, 0.005)]
     output = _survive(data, folder, moments)
-    assert "going on from" in output
+    assert "resuming from" in output
     _assert_same_bits(uninterrupted, folder)
     left = os.listdir(os.path.join(folder, "checkpoints"))
     assert not [name for name in left if "temp" in name]

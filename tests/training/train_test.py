@@ -1,4 +1,4 @@
-"""What a run promises: it goes on exactly, and stops with a reason."""
+"""What a run promises: it resumes exactly, and stops with a reason."""
 
 import glob
 import json

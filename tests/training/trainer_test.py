@@ -33,7 +33,7 @@ def test_other_errors_pass():
 
 
 def test_before_the_first_step(tmp_path):
-    """Where the pictures of the samples are read."""
+    """Where the images of the samples are read."""
 
     class Bad(tiny.Data):
         failure = None

@@ -68,7 +68,7 @@ def define_flags():
     flags.DEFINE_integer("batch_size", 32, "Images of a batch.", **count)
     flags.DEFINE_integer("rounds", 5, "Timings of each way, in turns.", **count)
     flags.DEFINE_integer(
-        "threads", os.cpu_count(), "Pictures decoded at a time.", **count
+        "threads", os.cpu_count(), "Images decoded at a time.", **count
     )
     flags.DEFINE_list(
         "records", ["10000", "200000"], "Sizes of the sets to read."
@@ -150,7 +150,7 @@ def _jpeg(picture, quality):
 
 
 def write(folder, encoded, shards=4):
-    """Writes pictures with captions as a data set with a vocabulary."""
+    """Writes images with captions as a data set with a vocabulary."""
     examples = (
         schema.Example(f"{i:06d}", picture, [f"{c} {i % 7}" for c in _CAPTIONS])
         for i, picture in enumerate(encoded)
@@ -176,10 +176,10 @@ def _dataset(folder, size, **options):
 
 
 def decoder(way, size):
-    """The function of one way: encoded picture to uint8 [H, W, 3]."""
+    """The function of one way: encoded image to uint8 [H, W, 3]."""
     size = (size, size)
     if way == "floor":
-        # One pixel, as pictures of several shapes make no batch.
+        # One pixel, as images of several shapes make no batch.
         return lambda e: tf.io.decode_jpeg(e, channels=3, ratio=8)[:1, :1]
     if way == "decode":
         return lambda encoded: decode_resize.resize(
@@ -236,7 +236,7 @@ def _print_speed(sets, folder):
         }
 
     found = benchmarks.in_turns(streams, flags.FLAGS.rounds, measure)
-    print(f"{'pictures':12}{'way':12}{'images/s':>10}{'CPU ms':>10}")
+    print(f"{'images':12}{'way':12}{'images/s':>10}{'CPU ms':>10}")
     for (name, way), result in found.items():
         print(f"{name:12}{way:12}{result['speed']:10.0f}{result['ms']:10.2f}")
     for one, other, comment in _RATIOS:
@@ -251,7 +251,7 @@ def _print_speed(sets, folder):
 def _print_difference(sets):
     """How far each way's pixels are from a full antialiased shrink."""
     size = flags.FLAGS.image_size
-    print(f"{'pictures':12}{'way':12}{'mean':>8}{'99%':>8} grey levels off")
+    print(f"{'images':12}{'way':12}{'mean':>8}{'99%':>8} grey levels off")
     for name, encoded in sets.items():
         exact = np.array(
             [

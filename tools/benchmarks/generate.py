@@ -4,7 +4,7 @@
 
 Greedy decoding with cached keys and values against greedy decoding that runs
 the decoder over all positions at every step, the captions of the parallel
-mode, and four beams. Pictures are scenes drawn on the spot.
+mode, and four beams. Images are scenes drawn on the spot.
 """
 
 import time
@@ -17,7 +17,7 @@ from tools import benchmarks
 def define_flags():
     """Defines the flags of this benchmark."""
     flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)
-    flags.DEFINE_multi_integer("batch_size", [1, 32], "Pictures at once.")
+    flags.DEFINE_multi_integer("batch_size", [1, 32], "Images at once.")
     flags.DEFINE_integer("rounds", 5, "Runs of each way.", lower_bound=1)
 
 
@@ -35,7 +35,7 @@ def draw_pictures(count, image_size):
 
 
 def make_ways(captioner):
-    """A dict: way -> function of pictures to tokens and number of passes."""
+    """A dict: way -> function of images to tokens and number of passes."""
     import tensorflow as tf
 
     from cappa_tf.models import generation, sampling
@@ -83,7 +83,7 @@ def make_ways(captioner):
 
 
 def measure(ways, images, rounds):
-    """Times the ways in turns, on the same pictures.
+    """Times the ways in turns, on the same images.
 
     Returns:
         A dict: way -> `seconds` of a call (median), `passes` of the decoder,

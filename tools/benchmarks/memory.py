@@ -6,7 +6,7 @@
    plain way that holds all logits; by default 512 captions of 64 positions, 12
    of them real, and a vocabulary of 32,000.
 2. The step: PRECISION and REMAT, all four ways; by default S/16 at 224 px and
-   16 pictures, beside what `--dry_run` estimates for it.
+   16 images, beside what `--dry_run` estimates for it.
 
 Each way runs in processes of its own, in turns.
 """
@@ -39,8 +39,8 @@ def define_flags():
     flags.DEFINE_integer("width", 384, "Width of the decoder.", **count)
     flags.DEFINE_integer("rounds", 3, "Runs of each way, in turns.", **count)
     flags.DEFINE_string("variant", "S/16", "Model of the training step.")
-    flags.DEFINE_integer("image_size", 224, "Side of its pictures.", **count)
-    flags.DEFINE_integer("images", 16, "Pictures of its batch.", **count)
+    flags.DEFINE_integer("image_size", 224, "Side of its images.", **count)
+    flags.DEFINE_integer("images", 16, "Images of its batch.", **count)
     ways = (*_WAYS, *_STEPS)
     flags.DEFINE_enum("way", None, ways, "Measure one way in this process.")
 
@@ -226,7 +226,7 @@ def _print_losses(found):
 
 
 def _print_steps(found):
-    sizes = f"{flags.FLAGS.variant}, {flags.FLAGS.images} pictures"
+    sizes = f"{flags.FLAGS.variant}, {flags.FLAGS.images} images"
     print(
         f"{'step of ' + sizes:30}{'peak MiB':>10}{'estimate':>10}"
         f"{'seconds':>10}{'loss':>10}{'saved':>8}"

@@ -1,8 +1,8 @@
-"""What is done to pictures in training, each by draws of its own.
+"""What is done to images in training, each by draws of its own.
 
 Dimensions:
     B: batch size.
-    h, w: height and width of a picture as it is held.
+    h, w: height and width of an image as it is held.
     H, W: height and width the model takes.
 """
 
@@ -23,7 +23,7 @@ def augment(
 ):
     """Random crop, shift and flip of a batch, each example by its own draws.
 
-    Crop and shift choose a box of the picture, flips turn it around, and one
+    Crop and shift choose a box of the image, flips turn it around, and one
     bilinear operation cuts the boxes out. Without boxes nothing is resampled.
 
     Args:
@@ -34,8 +34,8 @@ def augment(
         flip: Whether to mirror every second example, on average.
         crop_scale: (least, most) fraction of the area to cut out, or None.
         crop_aspect: (least, most) width / height of the cut, where 1 is the
-            picture's own.
-        shift: Most pixels to move the picture in either direction; what
+            image's own.
+        shift: Most pixels to move the image in either direction; what
             comes in at the border is mirrored. Not together with crop_scale.
 
     Returns:
@@ -72,7 +72,7 @@ def augment(
             tf.where(flips, left, right),
         )
     # The hair's breadth keeps rounding from putting a border pixel outside
-    # the picture, where the operation would fill in a constant.
+    # the image, where the operation would fill in a constant.
     boxes = tf.stack([top, left, bottom, right], axis=1) * (1 - 1e-6)  # [B, 4]
     return tf.image.crop_and_resize(images, boxes, tf.range(batch), size)
 
@@ -91,7 +91,7 @@ def _random_boxes(seed, index, scale, aspect):
 
 
 def _random_shift(images, seed, index, shift):
-    """Mirrors a margin around the pictures and draws whole-pixel boxes."""
+    """Mirrors a margin around the images and draws whole-pixel boxes."""
     pad = [[0, 0], [shift, shift], [shift, shift], [0, 0]]
     height, width = images.shape[1], images.shape[2]
     images = tf.pad(images, pad, mode="REFLECT")

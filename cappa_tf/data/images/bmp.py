@@ -5,7 +5,7 @@ misreads or refuses most kinds but 24 and 32 bits. Here are all that are not
 compressed, by what the headers of Windows and of OS/2 say.
 
 Abbreviations for dimensions:
-    h, w: height and width of the picture.
+    h, w: height and width of the image.
     s: bytes of a row, a multiple of 4.
 """
 
@@ -81,7 +81,7 @@ class _Header:
         height = tf.where(old, number(20, 2), _signed(number(22)))
         self.height = tf.abs(height)
         self.width = tf.where(old, number(18, 2), tf.abs(_signed(number(18))))
-        # Stored top row first, a picture has a negative height.
+        # Stored top row first, an image has a negative height.
         self.is_top_down = height < 0
         self.bits = tf.where(old, number(24, 2), number(28, 2))
         compression = tf.where(old, none, number(30))

@@ -3,7 +3,7 @@
 What becomes of each kind of file, `formats.py` says.
 
 Dimensions:
-    h, w: height and width of a picture as it is stored.
+    h, w: height and width of an image as it is stored.
     H, W: height and width the model takes.
 """
 
@@ -45,19 +45,19 @@ def pixels_to_decode(encoded):
 
 
 def read_orientation(encoded):
-    """Which way up a picture is stored, see `exif.read`.
+    """Which way up an image is stored, see `exif.read`.
 
     Args:
         encoded: Scalar string tensor, see `header_size`.
 
     Returns:
-        Scalar int32, 1 to 8: `decode` turns the picture by it.
+        Scalar int32, 1 to 8: `decode` turns the image by it.
     """
     return _header_functions()["orientation"](encoded)
 
 
 def decode(encoded, max_pixels=None, at_least=None, others=None):
-    """Decodes a picture to RGB, its top up.
+    """Decodes an image to RGB, its top up.
 
     With `at_least` a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of
     its size that is not smaller. The decoder leaves out the high frequencies
@@ -67,7 +67,7 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
 
     Args:
         encoded: Scalar string tensor, a file as `formats.py` says.
-        max_pixels: Most `pixels_to_decode`: a larger picture is refused
+        max_pixels: Most `pixels_to_decode`: a larger image is refused
             before memory is taken for it. None for any.
         at_least: Least (height, width) wanted of a larger JPEG as it is after
             turning, two integers or a tensor of them; None for its full size.
@@ -79,11 +79,11 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
 
     Returns:
         uint8 [h, w, 3], or [w, h, 3] of a photo that lies on its side; of a
-        JPEG decoded at 1 / r, ceil(h / r) and ceil(w / r). A picture that
+        JPEG decoded at 1 / r, ceil(h / r) and ceil(w / r). An image that
         cannot be decoded raises `tf.errors.InvalidArgumentError`.
     """
     # JPEG first and apart: it is what data sets of photos hold, and every
-    # operation before it is paid for each picture.
+    # operation before it is paid for each image.
     limit = tf.constant(_ANY if max_pixels is None else max_pixels, tf.int64)
     wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
     wanted = tf.cast(wanted, tf.int32)
@@ -107,7 +107,7 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
 
 
 def resize(image, size, antialias=False):
-    """Squashes a picture to a size, bilinearly.
+    """Squashes an image to a size, bilinearly.
 
     The recipe's way (paper 2306.07915, appendix; big_vision pp/ops_image.py
     `resize`), but rounding where big_vision truncates.

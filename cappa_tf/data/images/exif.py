@@ -4,7 +4,7 @@ TensorFlow decodes a photo as the sensor saw it. Where the EXIF data of a file
 lie, the modules of the formats know (jpeg.py, png.py, webp.py).
 
 Abbreviations for dimensions:
-    h, w: height and width of a picture as it is stored.
+    h, w: height and width of an image as it is stored.
     N: bytes of the EXIF data.
 """
 
@@ -57,7 +57,7 @@ def _in_directory(data):
 
 
 def turn(image, orientation):
-    """Turns and mirrors a picture so that its top is up.
+    """Turns and mirrors an image so that its top is up.
 
     Args:
         image: [h, w, 3].

@@ -4,10 +4,10 @@ What becomes of each kind, alike in `tools/prepare_data.py`, in training from
 every source, in `tools/caption.py` and in the SavedModel:
 
     JPEG    grey, colour, CMYK and YCCK, baseline and progressive, MPO's first
-            picture; CMYK as Adobe stores it, inverted, with its marker or
+            image; CMYK as Adobe stores it, inverted, with its marker or
             without. Other codings (arithmetic, lossless, 12 bits) are refused.
     PNG     every kind; of 16 bits the high byte is taken; of an animation the
-            picture that plain decoders show. The end mark may be missing.
+            image that plain decoders show. The end mark may be missing.
     GIF     the first frame, at its place on the screen.
     BMP     1 to 32 bits, palettes, bit fields, the header of OS/2, either row
             first.

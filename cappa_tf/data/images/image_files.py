@@ -18,7 +18,7 @@ from cappa_tf.data.images import decode_resize, formats
 from cappa_tf.data.sources import folder_listing
 
 JPEG_QUALITY = 95
-# Pictures that are shrunk have no limit but this one, of Pillow as well: they
+# Images that are shrunk have no limit but this one, of Pillow as well: they
 # are in memory for a moment.
 _MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 # Where the format itself loses detail, JPEG does no harm to what is left.
@@ -52,14 +52,14 @@ class UnusableError(ValueError):
 
 
 def find_pictures(paths):
-    """Files as given, and the pictures below folders, sorted.
+    """Files as given, and the images below folders, sorted.
 
     Args:
         paths: Files and folders.
 
     Returns:
         A list of paths. A file is taken whatever its name: that it is no
-        picture, or not there, is found when it is read.
+        image, or not there, is found when it is read.
     """
     found = []
     for path in paths:
@@ -88,7 +88,7 @@ def read(path, resize=None, min_side=1, max_pixels=None):
 
     Args:
         path: The file, local or in a bucket.
-        resize: Length of the shorter side that larger pictures are shrunk to,
+        resize: Length of the shorter side that larger images are shrunk to,
             or None.
         min_side: Least length of the shorter side.
         max_pixels: Most pixels; None for any. With `resize` any number is
@@ -99,7 +99,7 @@ def read(path, resize=None, min_side=1, max_pixels=None):
         The bytes to store.
 
     Raises:
-        UnusableError: The picture is to be left out.
+        UnusableError: The image is to be left out.
     """
     return check(read_bytes(path), resize, min_side, max_pixels)
 
@@ -139,7 +139,7 @@ def check(content, resize=None, min_side=1, max_pixels=None):
         The bytes to store.
 
     Raises:
-        UnusableError: The picture is to be left out.
+        UnusableError: The image is to be left out.
     """
     kind, name = formats.kind_of_bytes(content)
     if kind == formats.OTHER:
@@ -282,7 +282,7 @@ def _check_jpeg(content, resize, min_side, max_pixels):
 
 
 def _orientation(content):
-    """The number by which `decode_resize.decode` will turn a picture."""
+    """The number by which `decode_resize.decode` will turn an image."""
     if content[2:4] == b"\xff\xdb" or b"Exif" not in content:
         return 1
     with tf.device("CPU:0"):

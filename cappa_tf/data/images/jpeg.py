@@ -1,7 +1,7 @@
 """JPEG files: size, EXIF data, and the colours of CMYK, in graphs.
 
 Abbreviations for dimensions:
-    h, w: height and width of a picture as it is stored.
+    h, w: height and width of an image as it is stored.
 """
 
 import functools
@@ -59,7 +59,7 @@ def decode(encoded, at_least):
 
     Args:
         encoded: Scalar string.
-        at_least: int32 [2], least height and width of the picture as it is
+        at_least: int32 [2], least height and width of the image as it is
             after turning; FULL_SIZE for all there is.
 
     Returns:
@@ -96,7 +96,7 @@ def decode_scaled(encoded, size, at_least, instead=None):
     Returns:
         uint8 [ceil(h / r), ceil(w / r), 3].
     """
-    # How often the picture holds what is wanted, in the direction it does so
+    # How often the image holds what is wanted, in the direction it does so
     # less often; the scale is an attribute of the operation, not an input.
     times = tf.reduce_min(size // tf.cast(at_least, tf.int64))
     smaller = tf.cast(times >= tf.constant(_RATIOS[1:], tf.int64), tf.int32)

@@ -3,7 +3,7 @@
 Reference: PNG specification, third edition, sections 5 and 11.
 
 Abbreviations for dimensions:
-    h, w: height and width of a picture as it is stored.
+    h, w: height and width of an image as it is stored.
 """
 
 import tensorflow as tf
@@ -40,7 +40,7 @@ def decode(encoded):
     """Decodes with the top up; of 16 bits the high byte is taken.
 
     Returns:
-        uint8 [h, w, 3], or [w, h, 3] of a picture that lies on its side.
+        uint8 [h, w, 3], or [w, h, 3] of an image that lies on its side.
     """
     has_key, found_exif, end = _chunks(encoded)
     # A file that lacks the end mark is whole all the same, if its pixels are.

@@ -1,7 +1,7 @@
 """Numbers in the bytes of an image file, and pixels laid on white, in graphs.
 
 Abbreviations for dimensions:
-    h, w: height and width of a picture.
+    h, w: height and width of an image.
 """
 
 import tensorflow as tf

@@ -6,7 +6,7 @@ frames are counted before they take memory.
 Reference: RFC 9649, section 2.7.
 
 Abbreviations for dimensions:
-    h, w: height and width of a picture as it is stored.
+    h, w: height and width of an image as it is stored.
 """
 
 import tensorflow as tf
@@ -58,7 +58,7 @@ def decode(encoded):
     """Decodes the first frame, with the top up.
 
     Returns:
-        uint8 [h, w, 3], or [w, h, 3] of a picture that lies on its side.
+        uint8 [h, w, 3], or [w, h, 3] of an image that lies on its side.
     """
     frames = tf.io.decode_webp(_with_alpha(encoded))
     image = tf.cond(

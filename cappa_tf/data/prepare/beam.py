@@ -1,7 +1,7 @@
 """Conversion on the workers of Apache Beam (the extra `beam`).
 
 Beam deals out plans (`conversion.Plan`) and nothing else: its workers read the
-pictures and write the shards themselves, so all of them need to reach the
+images and write the shards themselves, so all of them need to reach the
 input and the output folder under the same names.
 """
 
@@ -14,7 +14,7 @@ _PICTURES = "pictures"
 
 
 class _Convert(beam.DoFn):
-    """Makes the shard of a plan; counts pictures and skips for the runner."""
+    """Makes the shard of a plan; counts images and skips for the runner."""
 
     def __init__(self, workers):
         self._workers = workers

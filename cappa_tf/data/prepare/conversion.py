@@ -1,11 +1,11 @@
-"""Pictures with captions to a data set, one shard at a time, anywhere.
+"""Images with captions to a data set, one shard at a time, anywhere.
 
-The listing alone decides what goes where: picture r of a split, in the order
+The listing alone decides what goes where: image r of a split, in the order
 of the source and before any is opened, belongs to shard r modulo the number of
 shards, and lies there in that order. A shard is made by whoever comes first (a
 thread here, a worker of Apache Beam elsewhere) from its plan, a file of rows.
 So the same input gives the same bytes on any number of machines, and no
-picture travels between them.
+image travels between them.
 
 All work lies in OUTPUT/.conversion until it is complete:
 
@@ -15,7 +15,7 @@ All work lies in OUTPUT/.conversion until it is complete:
 
 DIGEST is that of the plan's content: what another conversion still writes
 has other names. A conversion that is killed leaves no more than this folder.
-The next one takes over each shard whose plan, pictures and bytes are the same.
+The next one takes over each shard whose plan, images and bytes are the same.
 """
 
 import collections
@@ -45,7 +45,7 @@ class Result:
     """What became of one plan.
 
     Attributes:
-        inputs_sha256: Digest of sizes and times of the pictures.
+        inputs_sha256: Digest of sizes and times of the images.
         shard: The `dataset_writer.WrittenShard`.
         skipped: [number of the row in the source, reason, name] of each
             thing left out.
@@ -65,7 +65,7 @@ class Plan:
     Attributes:
         path: The plan's file; shard and result lie beside it.
         split: The shard's split.
-        num_rows: Pictures that belong to it.
+        num_rows: Images that belong to it.
     """
 
     path: str
@@ -128,7 +128,7 @@ def convert(plan_path, workers=None, on_row=None):
 
     Args:
         plan_path: `Plan.path`.
-        workers: Threads that read and check pictures; by default one for
+        workers: Threads that read and check images; by default one for
             each core of this machine.
         on_row: Called without arguments after each row.
 
@@ -175,7 +175,7 @@ def finish(plans, output_dir, name, metadata, skipped):
         conversion had made.
 
     Raises:
-        ValueError: A shard was not made, or no picture was usable.
+        ValueError: A shard was not made, or no image was usable.
     """
     results = [_load_result(plan.path) for plan in plans]
     missing = [p.path for p, r in zip(plans, results) if r is None]

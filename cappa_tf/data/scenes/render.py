@@ -1,9 +1,9 @@
 """How the scenes data set is painted.
 
-Colours, places, sizes and the ground vary a little from picture to picture,
+Colours, places, sizes and the ground vary a little from image to image,
 and all of it is under a faint noise; edges are smooth.
 
-H/W: height and width of a picture, here both `image_size`.
+H/W: height and width of an image, here both `image_size`.
 """
 
 import functools
@@ -31,10 +31,10 @@ RELATIONS = {"left of": 0, "above": 1}
 _OVERSAMPLE = 4  # drawn at 4 times the size, then averaged: smooth edges
 _ACROSS = 0.4  # offset across the axis of a relation, of that along it
 # Centres lie near the points of a grid: a shape meets the patches of a vision
-# transformer in few positions, and is learned from thousands of pictures
+# transformer in few positions, and is learned from thousands of images
 # instead of hundreds of thousands.
 _GRID = 12
-_JITTER = 0.015  # of the picture's width, about a pixel
+_JITTER = 0.015  # of the image's width, about a pixel
 _WORD_WIDTH = 0.86  # likewise; a short and high word is narrower
 
 
@@ -89,7 +89,7 @@ def place(scene, rng):
         rng: A `numpy.random.Generator`.
 
     Returns:
-        Float arrays radii [2] and centres [2, 2] (x, y), in picture widths.
+        Float arrays radii [2] and centres [2, 2] (x, y), in image widths.
     """
     things = (scene.first, scene.second)
     radii = np.array([rng.uniform(*SIZES[thing.size]) for thing in things])

@@ -1,6 +1,6 @@
-"""Scenes: a small data set, drawn on the spot, with one true caption a picture.
+"""Scenes: a small data set, drawn on the spot, with one true caption an image.
 
-The world. Three pictures in four show two objects on a grey ground; each has
+The world. Three images in four show two objects on a grey ground; each has
 one of 2 sizes, 8 colours and 6 shapes, and they stand in one of 2 relations.
 The others show one of 12 words, printed in one colour on another:
 
@@ -19,9 +19,9 @@ The counts. Objects: (8 * 6) * 2 * (8 * 6) = 4,608 compositions (colour, shape,
 relation, colour, shape), each in 4 pairs of sizes. Words: 12 * 28 pairs of
 colours that differ enough in brightness = 336 compositions. A tenth of them
 (438 and 28) is held out; which, a hash of the composition alone decides
-(`is_held_out`), so it is the same for every seed and number of pictures. Split
+(`is_held_out`), so it is the same for every seed and number of images. Split
 "train" never shows one, "heldout" shows nothing else, "validation" shows new
-pictures of compositions that may occur in "train".
+images of compositions that may occur in "train".
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ VOCABULARY = "tokenizer.model"
 # same at any seed.
 VOCABULARY_SIZE = 63
 
-# Raised whenever the same arguments would draw other pictures than before.
+# Raised whenever the same arguments would draw other images than before.
 _VERSION = 5
 _VOCABULARY_CAPTIONS = 5_000
 
@@ -132,7 +132,7 @@ def print_colors():
 
 
 def sample(rng, held_out):
-    """Draws what a picture shows.
+    """Draws what an image shows.
 
     Args:
         rng: A `numpy.random.Generator`.
@@ -171,7 +171,7 @@ def draw(content, rng, image_size=64):
     """Paints a `Scene` or a `Print`: an RGB image.
 
     Args:
-        content: What the picture shows.
+        content: What the image shows.
         rng: A `numpy.random.Generator`; places, shades and noise.
         image_size: Height and width in pixels.
     """
@@ -182,13 +182,13 @@ def draw(content, rng, image_size=64):
 
 
 def examples(split, num_examples, image_size=64, seed=0):
-    """Draws a split: each picture depends on (seed, split, index) only.
+    """Draws a split: each image depends on (seed, split, index) only.
 
     Args:
         split: "train", "validation" or "heldout".
-        num_examples: How many pictures.
+        num_examples: How many images.
         image_size: Height and width in pixels.
-        seed: An int; other seeds show other pictures of the same world.
+        seed: An int; other seeds show other images of the same world.
 
     Yields:
         `schema.Example`s: JPEG bytes of high quality and one caption.
@@ -212,7 +212,7 @@ def captions(split, num_examples, seed=0):
 
 
 def _content(split, index, seed):
-    """What a picture shows, and the generator that goes on to draw it."""
+    """What an image shows, and the generator that goes on to draw it."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     return sample(rng, held_out=split == "heldout"), rng
 
@@ -228,14 +228,14 @@ def prepare(
 ):
     """Draws the data set, or finds it drawn already: `write_scenes`.
 
-    About 800 pictures a second on one CPU core. The same arguments give the
+    About 800 images a second on one CPU core. The same arguments give the
     same files, byte for byte (of one version of Pillow and SentencePiece).
 
     Args:
         output_dir: Folder for shards, dataset.json and tokenizer.model.
-        num_train: Pictures of the split "train".
-        num_eval: Pictures of each of "validation" and "heldout".
-        image_size: Height and width of the pictures in pixels, 32 or more.
+        num_train: Images of the split "train".
+        num_eval: Images of each of "validation" and "heldout".
+        image_size: Height and width of the images in pixels, 32 or more.
         seed: Of everything drawn.
         vocabulary_size: Pieces of the vocabulary, which is trained on
             captions of "train". Above 63 there is nothing left to learn.

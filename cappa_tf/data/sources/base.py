@@ -1,6 +1,6 @@
 """Where records come from: sources, their splits, and the shards of these.
 
-A source says what pictures there are and how they are stored:
+A source says what images there are and how they are stored:
 
     prepared.PreparedData      what tools/prepare_data.py wrote
     image_folder.ImageFolder   images with captions or labels, as they are
@@ -9,7 +9,7 @@ A source says what pictures there are and how they are stored:
 
 `source.split("train")` gives `Records`: shards with their record counts, a
 function that reads a shard from any record on, and one that parses a record.
-Counts are what everything rests on: with them a run goes on deep inside an
+Counts are what everything rests on: with them a run resumes deep inside an
 epoch by skipping whole shards, and every epoch holds each record once.
 
 Dimensions:

@@ -1,6 +1,6 @@
 """Tables of text with a delimiter: comma, tab, semicolon or bar.
 
-A row is a line, unless a quoted field goes on in the next ones. A quote that
+A row is a line, unless a quoted field continues in the next ones. A quote that
 is not closed costs its own row alone: what follows is read line by line again.
 """
 
@@ -123,7 +123,7 @@ class DelimitedTable:
         raise ValueError(str(problem))
 
     def _field_lines(self, number, used):
-        """Lines that a quoted field may go on in."""
+        """Lines that a quoted field may continue in."""
         length = 0
         for line in itertools.islice(self._lines, number, None):
             length += len(line)
@@ -133,7 +133,7 @@ class DelimitedTable:
             yield line + "\n"
 
     def _is_row(self, line):
-        """Whether a line begins as a row does, so that no field goes on."""
+        """Whether a line begins as a row does, so that no field continues."""
         cells = line.split(self._delimiter)
         place = next(
             i

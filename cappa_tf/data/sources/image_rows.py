@@ -99,7 +99,7 @@ def read_rows(path, captions=None, skipped=None):
     if not rows:
         names = [os.path.basename(table.file) for table in found]
         raise ValueError(
-            f"No pictures found: {path} "
+            f"No images found: {path} "
             + (
                 f"lists none in {', '.join(names)}"
                 if found
@@ -226,17 +226,17 @@ def _nested_tables(path):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What makes a picture or caption usable, and what happens to it.
+    """What makes an image or caption usable, and what happens to it.
 
     Attributes:
         split_fractions: Split -> fraction, for all rows; None to use the rows'
             own splits and `DEFAULT_SPLITS` for rows without.
-        resize: Length of the shorter side larger pictures are shrunk to (and
+        resize: Length of the shorter side larger images are shrunk to (and
             stored as JPEG of quality 95); None stores files as they are.
-        min_side: Pictures with a shorter side below this are skipped.
-        max_pixels: Pictures of more are skipped (not with `resize`).
+        min_side: Images with a shorter side below this are skipped.
+        max_pixels: Images of more are skipped (not with `resize`).
         max_caption_characters: Longer captions are left out.
-        require_captions: Whether a picture without caption is skipped.
+        require_captions: Whether an image without caption is skipped.
     """
 
     split_fractions: dict | None = None
@@ -273,7 +273,7 @@ def named_classes(rows):
 def choose_split(row, fractions=None):
     """The split of a row: its own, or drawn by a hash of its key.
 
-    The hash keeps a picture in its split when the data set grows.
+    The hash keeps an image in its split when the data set grows.
 
     Args:
         row: A `Row`.
@@ -297,7 +297,7 @@ def choose_split(row, fractions=None):
 
 
 def read_example(row, options, classes):
-    """Reads, checks and cleans the picture and captions of a row.
+    """Reads, checks and cleans the image and captions of a row.
 
     Args:
         row: A `Row`.

@@ -4,7 +4,7 @@ Position P of the stream belongs to one source, which gives its next record.
 Which one is a function of (seed, P): of each block of 10,000 turns a source
 gets its exact share, in an order drawn anew for each block. So the share of a
 source before any position is its share of the whole blocks plus a count in
-one, and a run goes on at any position at once. What a source gives is the
+one, and a run resumes at any position at once. What a source gives is the
 stream it would give alone: its own order, its own epochs, each complete.
 
 Dimensions:
@@ -88,7 +88,7 @@ def shares(weights):
         int64 array that sums to M, each at least 1.
 
     Raises:
-        ValueError: A weight is no positive number, or less than half a turn.
+        ValueError: A weight is not a positive number, or less than half a turn.
     """
     numbers = all(
         isinstance(w, int | float) and 0 < w < float("inf") for w in weights

@@ -222,7 +222,7 @@ class Index:
         return self._done if content["complete"] else None
 
     def _build(self, scan):
-        """Scans what is not indexed yet; an interrupted run goes on here."""
+        """Scans what is not indexed yet; an interrupted run resumes here."""
         entries = getattr(self, "_done", {})
         names = [self._name(path) for path in self._files]
         to_do = [
@@ -326,7 +326,7 @@ def find_files(path, split, suffix):
             "`path` must say which shards a split has: a pattern with {split}, "
             "a dict from split to pattern, or a folder with "
             f"<split>-*{suffix} or <split>/*{suffix}. Received: "
-            f"path={path!r}, which is no folder that exists"
+            f"path={path!r}, which is not a folder that exists"
         )
     found, absent = [], []
     for pattern in patterns:

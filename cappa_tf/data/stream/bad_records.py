@@ -28,7 +28,7 @@ class SkipCounter:
             on as one of its own, in the middle of a long trace.
     """
 
-    # So many names are logged for each reason; counting goes on.
+    # So many names are logged for each reason; counting continues.
     MOST_NAMES = 20
 
     def __init__(self, max_fraction, num_examples, name):

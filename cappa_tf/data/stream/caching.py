@@ -6,7 +6,7 @@ Dimensions:
     L: text length.
     N: records of the split.
     M: captions of the split.
-    H, W: height and width of the pictures held.
+    H, W: height and width of the images held.
 """
 
 import ctypes

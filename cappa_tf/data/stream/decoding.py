@@ -267,7 +267,7 @@ def choose_slots(seed, index, counts, num_captions):
 def replace_bad(batch):
     """Gives the positions of bad records to good ones of the batch.
 
-    Each position that `decode_chunk` marked as not ok takes picture and
+    Each position that `decode_chunk` marked as not ok takes image and
     captions of the nearest good one before it (counting around), and keeps
     its own index. A batch without any good one is left as it is.
 

@@ -2,7 +2,7 @@
 
 A stream is endless; position P belongs to epoch P // N, and each epoch holds
 every record exactly once. The order is a function of the seed alone, so that
-"go on at position P" needs no saved buffer. Two ways to do it:
+"resume at position P" needs no saved buffer. Two ways to do it:
 
 - Records in memory: each epoch is a random permutation of all of them.
 - Shards too large for that: R virtual readers. Each epoch the shards are

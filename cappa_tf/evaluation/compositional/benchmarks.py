@@ -7,7 +7,7 @@ language alone, which on ARO is nearly all), and the first less the third.
 Reference: arXiv 2306.07915, section 4.4: the caption with the higher
 log-likelihood wins. A tie counts as lost.
 
-Letters: B pictures at once, K texts of one picture.
+Letters: B images at once, K texts of one image.
 """
 
 import collections
@@ -70,7 +70,7 @@ class Compositional(Evaluator):
                 rows.append(row)
         if not rows:
             raise ValueError(
-                f"No picture of {self.name} can be read. Received: "
+                f"No image of {self.name} can be read. Received: "
                 f"{self.missing()}"
             )
         return self._report(plain, won, tied, rows, num_images)
@@ -86,7 +86,7 @@ class Compositional(Evaluator):
             mode: float(np.mean([*itertools.chain(*hits.values())]))
             for mode, hits in tied.items()
         }
-        lines = [f"{len(rows)} choices of {num_images} pictures"]
+        lines = [f"{len(rows)} choices of {num_images} images"]
         lines += [f"left out: {n} x {why}" for why, n in self.missing().items()]
         body = [
             (name, subsets.get(name), *(shares[mode][name] for mode in shares))
@@ -153,11 +153,11 @@ def _can_be_right(predictor, texts):
 
 
 class FileChoices(Compositional):
-    """Choices of which a file tells, on as many pictures as are there.
+    """Choices of which a file tells, on as many images as are there.
 
     Args:
         pictures: Folder of the pictures.
-        limit: Only the first pictures.
+        limit: Only the first images.
         name: See `Evaluator`.
     """
 
@@ -177,7 +177,7 @@ class FileChoices(Compositional):
         choices = self.read()
         if not any(os.path.exists(self._path(choice)) for choice in choices):
             raise ValueError(
-                f"None of the {len({c.image for c in choices})} pictures is "
+                f"None of the {len({c.image for c in choices})} images is "
                 f"in {self._pictures}, such as {choices[0].image}"
             )
 
@@ -198,7 +198,7 @@ class FileChoices(Compositional):
         by_part = collections.defaultdict(list)
         for choice in self.read():
             by_part[choice.image, choice.box].append(choice)
-        # Pictures with equally many texts share a batch: less padding.
+        # Images with equally many texts share a batch: less padding.
         parts = list(by_part.values())[: self._limit]
         for choices in sorted(parts, key=len, reverse=True):
             try:
@@ -217,7 +217,7 @@ class SugarCrepe(FileChoices):
     Args:
         path: Folder of its seven files.
         pictures: Folder of COCO's val2017 pictures, or of some of them.
-        limit: Only the first pictures.
+        limit: Only the first images.
         name: See `Evaluator`.
     """
 
@@ -247,7 +247,7 @@ class Aro(FileChoices):
     Args:
         path: The JSON file.
         pictures: Folder that its image paths are relative to.
-        limit: Only the first pictures.
+        limit: Only the first images.
         name: See `Evaluator`.
     """
 
@@ -275,7 +275,7 @@ class Scenes(Compositional):
     Args:
         path: Folder of the drawn data set.
         split: Name of the split.
-        limit: Only the first pictures.
+        limit: Only the first images.
         seed: Of what replaces, see `scene_choices.choices`.
         name: See `Evaluator`.
     """

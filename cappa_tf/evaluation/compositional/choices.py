@@ -6,7 +6,7 @@ swap_att.json, {"0": {"filename", "caption", "negative_caption"}, ...}.
 ARO (github.com/mertyg/vision-language-models-are-bows): a list of
     {"image_path", "true_caption", "false_caption"}      VG-Relation and
         VG-Attribution, with "relation_name" or "attributes", and "bbox_x",
-        "bbox_y", "bbox_w", "bbox_h", the part of the picture that is meant
+        "bbox_y", "bbox_w", "bbox_h", the part of the image that is meant
     {"image_path", "caption_options"}   COCO-Order and Flickr30k-Order; the
         first option is the right one
 """
@@ -28,15 +28,15 @@ SUGAR_CREPE = (
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One picture with a right caption and wrong ones.
+    """One image with a right caption and wrong ones.
 
     Attributes:
         subset: What kind of difference is asked for: "swap_att".
         texts: The right caption, then the wrong ones, at least one.
-        image: Path of the picture, relative to the folder of pictures; None
-            where the picture comes with the choice.
+        image: Path of the image, relative to the folder of images; None
+            where the image comes with the choice.
         box: (left, top, width, height) in pixels of the part that is meant,
-            or None for the whole picture.
+            or None for the whole image.
     """
 
     subset: str

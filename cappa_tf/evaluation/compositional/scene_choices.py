@@ -17,7 +17,7 @@ and for "the word lamp in green on white"
     replace_word       the word tent in green on white
 A swap that changes nothing (both are red) is left out. Swaps hold the same
 words as the right caption: no bag of words tells them apart. All are wrong of
-the picture, since of two objects only one relation is ever true.
+the image, since of two objects only one relation is ever true.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def parse(caption):
 
 
 def negatives(content, rng):
-    """Wrong captions of what a picture shows.
+    """Wrong captions of what an image shows.
 
     Args:
         content: A `Scene` or a `Print`.
@@ -117,7 +117,7 @@ def choices(caption, key, seed=0):
 
     Args:
         caption: The right caption.
-        key: Name of the picture.
+        key: Name of the image.
         seed: An int.
 
     Returns:

@@ -86,7 +86,7 @@ class Hosts:
         self.gather(None)
 
     def check_same(self, what, value):
-        """Refuses to go on where hosts differ in what they found.
+        """Refuses to continue where hosts differ in what they found.
 
         Args:
             what: What the value is, for the message.
@@ -118,7 +118,7 @@ class Hosts:
             raise WorkerLostError(
                 f"Another worker ended or cannot be reached (this is worker "
                 f"{self.index} of {self.count}); its own output says why. "
-                "The same command, started again on all hosts, goes on from "
+                "The same command, started again on all hosts, resumes from "
                 f"the last checkpoint. TensorFlow says: {_last_words(error)}"
             ) from error
 

@@ -235,7 +235,7 @@ def check_batch_size(name, batch_size, replicas, accumulation_steps=1):
     """Refuses a global batch that replicas and microbatches cannot share.
 
     Raises:
-        ValueError: If it is no multiple of replicas * accumulation_steps.
+        ValueError: If it is not a multiple of replicas * accumulation_steps.
     """
     if batch_size % (replicas * accumulation_steps):
         raise ValueError(

@@ -144,7 +144,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         name: Name of the optimizer.
 
     Raises:
-        ValueError: An argument is no number or out of its range.
+        ValueError: An argument is not a number or out of its range.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class Progress:
     Args:
         folder: The run's folder; None writes no file.
         total_steps: Length of the run.
-        initial_step: Where it goes on.
+        initial_step: The step it starts at.
         shown: False keeps the terminal quiet (all but the chief).
         short_names: See `Task.short_names`.
     """

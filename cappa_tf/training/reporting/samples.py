@@ -1,6 +1,6 @@
-"""A few evaluation pictures, captioned again and again as training goes on.
+"""A few evaluation images, captioned again and again as training goes on.
 
-B: sample pictures of one host.  H, W: height and width in pixels.
+B: sample images of one host.  H, W: height and width in pixels.
 """
 
 import os
@@ -13,13 +13,13 @@ from cappa_tf.inference.captions import CaptionDecoder
 
 
 class Samples:
-    """Captions the first pictures of a data set, for TensorBoard and a file.
+    """Captions the first images of a data set, for TensorBoard and a file.
 
     Args:
         folder: The run's folder: the newest sheet is its samples.png.
         model: Built captioner.
         data: Evaluation data set.
-        count: How many pictures.
+        count: How many images.
         hosts: The run's `Hosts`, each of which captions its part of them.
     """
 
@@ -30,7 +30,7 @@ class Samples:
         self._decoder = CaptionDecoder(model, data.tokenizer, self._share)
 
     def open(self):
-        """Reads this host's part of the pictures."""
+        """Reads this host's part of the images."""
         hosts = self._hosts
         batches = self._data.evaluate(self._share, hosts.index, hosts.count)
         self._take(next(iter(batches)))
@@ -46,7 +46,7 @@ class Samples:
         self._indices = batch["index"].numpy()[real].tolist()
 
     def write(self, step, summaries):
-        """Captions the pictures with the weights as they are."""
+        """Captions the images with the weights as they are."""
         keys = [str(i) for i in range(len(self._images))]
         rows = self._decoder.decode(self._images, keys, self._references)
         for row, image in zip(rows, self._images, strict=True):

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 
 class Summaries:
-    """Writes scalars, texts and pictures below `<folder>/tensorboard`.
+    """Writes scalars, texts and images below `<folder>/tensorboard`.
 
     Args:
         folder: The run's folder; None writes nothing (all but the chief).
@@ -34,7 +34,7 @@ class Summaries:
                 tf.summary.text(name, text)
 
     def picture(self, step, name, pixels):
-        """Writes one picture, uint8 [H, W, 3]."""
+        """Writes one image, uint8 [H, W, 3]."""
         if self._writer is not None:
             with self._writer.as_default(step):
                 tf.summary.image(name, pixels[None])

@@ -9,7 +9,7 @@ H, W = 24, 36
 
 
 def _picture():
-    """A smooth colour picture."""
+    """A smooth colour image."""
     y, x = np.mgrid[0:H, 0:W]
     rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
     return np.clip(rgb, 0, 255).astype(np.uint8)
@@ -54,7 +54,7 @@ def test_shift_moves_by_whole_pixels_within_bounds():
 
 
 def test_crops_cover_the_stated_area():
-    # A picture whose pixel values are its coordinates shows what was cut.
+    # An image whose pixel values are its coordinates shows what was cut.
     y, x = np.mgrid[0:51, 0:51]
     grid = np.stack([y, x, y], -1).astype(np.uint8)
     index = tf.range(80, dtype=tf.int64)

@@ -14,7 +14,7 @@ H, W = 24, 36
 
 
 def _picture(height=H, width=W):
-    """A smooth colour picture, so that lossy formats stay close to it."""
+    """A smooth colour image, so that lossy formats stay close to it."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
     return np.clip(rgb, 0, 255).astype(np.uint8)
@@ -169,7 +169,7 @@ def test_a_gif_may_end_anywhere():
 
 BAD = {
     "empty": b"",
-    "text": b"this is not a picture",
+    "text": b"this is not an image",
     "head only": b"\xff\xd8\xff",
     "truncated jpeg": encode(_picture(), "JPEG")[:-200],
     "truncated png": encode(_picture(), "PNG")[:-60],

@@ -98,7 +98,7 @@ def _exif(number):
 
 
 def test_exif_data_may_end_anywhere(pixels):
-    """Cut or nonsensical data are no reason to refuse a picture."""
+    """Cut or nonsensical data are no reason to refuse an image."""
     encoded = _jpeg(pixels, _exif(6))
     start = encoded.index(b"Exif")
     for length in range(3, len(encoded[: start + 40]) + 1, 3):

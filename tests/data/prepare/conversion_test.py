@@ -13,13 +13,13 @@ OPTIONS = image_rows.Options(split_fractions={"train": 1})
 
 
 def make_rows(folder, count, bad=()):
-    """A row and a picture file for each number; `bad` are no pictures."""
+    """A row and an image file for each number; `bad` are no images."""
     folder.mkdir(exist_ok=True)
     rows = []
     for i in range(count):
         path = folder / f"{i}.png"
         if i in bad:
-            path.write_text("no picture")
+            path.write_text("no image")
         elif not path.exists():
             Image.new("RGB", (8 + i, 9), (i, 0, 0)).save(path)
         rows.append(image_rows.Row(f"k{i}", str(path), [f"caption {i}"]))
@@ -126,7 +126,7 @@ def test_what_holds_is_taken_over_and_what_changed_is_not(tmp_path):
 
     assert reused() == [False] * 4
     assert reused() == [True] * 4
-    # Another picture, a damaged shard, another caption, a lost result.
+    # Another image, a damaged shard, another caption, a lost result.
     Image.new("RGB", (99, 9)).save(tmp_path / "in" / "4.png")
     folder = output / conversion.FOLDER
     (shard,) = folder.glob("train-00001-*.tfrecord")

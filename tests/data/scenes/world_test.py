@@ -1,4 +1,4 @@
-"""The drawn data set: one true caption a picture, compositions kept apart."""
+"""The drawn data set: one true caption an image, compositions kept apart."""
 
 import hashlib
 import io

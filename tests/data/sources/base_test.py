@@ -32,7 +32,7 @@ def image(number):
 
 
 EXAMPLES = [
-    schema.Example(f"k{i:02d}", image(i), [f"picture {i}"], i)
+    schema.Example(f"k{i:02d}", image(i), [f"image {i}"], i)
     for i in range(COUNT)
 ]
 

@@ -107,7 +107,7 @@ def test_each_kind_of_bad_input_is_skipped_and_counted(tmp_path):
     content = (tmp_path / "good.jpg").read_bytes()
     (tmp_path / "truncated.jpg").write_bytes(content[:-80])
     (tmp_path / "corrupt.jpg").write_bytes(b"\xff\xd8\xff" + b"x" * 99)
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     picture(tmp_path / "dot.png", size=(1, 1))
     picture(tmp_path / "huge.png", size=(6000, 5000))
@@ -183,7 +183,7 @@ def test_splits(tmp_path):
     own = image_rows.Row("k", tmp_path, ["c"], split="dev")
     assert image_rows.choose_split(own) == "dev"
     assert image_rows.choose_split(own, {"all": 2}) == "all"
-    # A picture stays where it was when others come.
+    # An image stays where it was when others come.
     assert drawn[:9] == [image_rows.choose_split(row) for row in rows[:9]]
 
 

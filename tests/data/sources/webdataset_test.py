@@ -37,7 +37,7 @@ def shards(tmp_path):
                 f"some.folder/{i:04d}": {
                     "jpg": picture(i),
                     "seg.png": b"another image",
-                    "txt": b"picture %d" % i,
+                    "txt": b"image %d" % i,
                 }
                 for i in range(40 * shard, 40 * shard + 40)
             },
@@ -56,7 +56,7 @@ def test_samples(shards):
         schema.Example(
             f"train-{i // 40}.tar/some.folder/{i:04d}",
             picture(i),
-            [f"picture {i}"],
+            [f"image {i}"],
         )
         for i in range(80)
     ]
@@ -73,7 +73,7 @@ def test_any_part_of_a_shard(shards):
         assert [
             schema.deserialize(record).captions[0]
             for record in found.as_numpy_iterator()
-        ] == [f"picture {40 + skip + i}" for i in range(count)]
+        ] == [f"image {40 + skip + i}" for i in range(count)]
 
 
 def test_captions_and_labels_of_json(tmp_path):

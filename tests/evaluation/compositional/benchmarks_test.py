@@ -1,4 +1,4 @@
-"""Who wins is counted rightly, on whatever pictures are there."""
+"""Who wins is counted rightly, on whatever images are there."""
 
 import json
 
@@ -17,7 +17,7 @@ def predictor(tmp_path):
 
 
 def write_sugar_crepe(folder):
-    """Two subsets on red and green pictures; one picture is not there."""
+    """Two subsets on red and green images; one image is not there."""
     for name in ("red", "green"):
         Image.new("RGB", (8, 8), scoring.COLOURS[name]).save(
             folder / f"{name}.png"
@@ -69,7 +69,7 @@ def test_sugar_crepe_by_hand(tmp_path, predictor):
         "add_obj": 2,
     }
     assert report.details["num_images"] == 2
-    assert report.lines[0] == "5 choices of 2 pictures"
+    assert report.lines[0] == "5 choices of 2 images"
 
 
 def test_aro_takes_the_part_that_is_meant(tmp_path, predictor):
@@ -142,12 +142,12 @@ def test_no_files_and_no_pictures(tmp_path):
         benchmarks.SugarCrepe(tmp_path, tmp_path).open()
     write_sugar_crepe(tmp_path)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="None of the 3 pictures"):
+    with pytest.raises(ValueError, match="None of the 3 images"):
         benchmarks.SugarCrepe(tmp_path, tmp_path / "none").open()
 
 
 def test_sugar_crepe_as_published(tmp_path):
-    """The part whose pictures are at hand: 47 pictures, 211 choices."""
+    """The part whose images are at hand: 47 images, 211 choices."""
     pictures = shared_data("coco_mini/images")
     evaluator = benchmarks.SugarCrepe(shared_data("sugar_crepe"), pictures)
     assert len(evaluator.read()) == 7511

@@ -131,7 +131,7 @@ def test_two_hosts_are_the_same_run_whatever_befalls_them(
 
     codes, outputs = start(None, sample_images=3)
     assert codes == [0, 0], outputs
-    assert "going on from" in outputs[0] and "step-10" in outputs[0]
+    assert "resuming from" in outputs[0] and "step-10" in outputs[0]
     # A process that writes leaves a file of TensorBoard's.
     assert len(os.listdir(os.path.join(run, "tensorboard"))) == 3
     for name in ("sheet.png", "samples.png", "model.keras"):
