@@ -74,7 +74,7 @@ def _read_npz(path):
             raise ValueError(f"it is a zip file with {others}")
         return arrays
     except FileNotFoundError as error:
-        raise ValueError(f"There is not a file {path}.") from error
+        raise ValueError(f"There is no file {path}.") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"Weights of big_vision are an npz file. Received: {path} ({error})"
