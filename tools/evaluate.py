@@ -292,7 +292,7 @@ def _numbers(name, values, kind):
 # Flags that only --task reads.
 _OF_TASKS = (
     "test_split limit parallel templates class_names train_split shots l2 "
-    "num_seeds resize images judgments"
+    "num_seeds resize pictures judgments"
 ).split()
 
 

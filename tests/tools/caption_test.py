@@ -168,7 +168,7 @@ def test_nothing_to_caption(tool, capsys, run_folder, tmp_path):
         tool, capsys, f"--checkpoint={run_folder}", str(tmp_path)
     )
     assert code == 2 and "Nothing to caption" in err
-    with pytest.raises(SystemExit, match="--checkpoint=.*: `workdir` must be"):
+    with pytest.raises(SystemExit, match="--checkpoint=.*: `path` must be"):
         _run(tool, capsys, f"--checkpoint={tmp_path}", "a.png")
 
 

@@ -1,6 +1,7 @@
 """tools/export.py --what=saved_model: from the folder of a run to a server."""
 
 import os
+import shutil
 
 import pytest
 from absl import flags
@@ -62,9 +63,11 @@ def test_flags_that_do_not_fit(served, tmp_path, what, flag, message):
 
 
 def test_a_file_without_its_vocabulary_is_not_enough(served, tmp_path):
-    with pytest.raises(ValueError, match="must be the folder of a run"):
+    shutil.copy(f"{served.run}/model.keras", tmp_path)
+    with pytest.raises(ValueError, match="it has no tokenizer"):
         _export(
             "--what=saved_model",
-            f"--checkpoint={served.run}/model.keras",
-            f"--output={tmp_path}",
+            f"--checkpoint={tmp_path}/model.keras",
+            f"--output={tmp_path}/out",
         )
+    assert os.listdir(tmp_path) == ["model.keras"]
