@@ -22,6 +22,7 @@ _PUBLIC = {
     "Cosine": "cappa_tf.training.optimizers.schedules",
     "DatasetDescription": "cappa_tf.data.schema",
     "EvaluationSettings": "cappa_tf.training.settings",
+    "Predictor": "cappa_tf.inference.predictor",
     "RunSettings": "cappa_tf.training.settings",
     "TextDecoder": "cappa_tf.models.text_decoder",
     "Tokenizer": "cappa_tf.data.tokenizer",
