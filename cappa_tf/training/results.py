@@ -67,7 +67,7 @@ def _caption(model, data, workdir, evaluation, batch_size, strategy, hosts):
     )
     with tqdm.tqdm(
         total=-(-data.num_examples // hosts.count),
-        unit="picture",
+        unit="image",
         leave=False,
         disable=not hosts.is_chief,
     ) as bar:

@@ -8,6 +8,7 @@ everything else (warnings, errors, what a crash leaves) is passed on.
 import atexit
 import codecs
 import contextlib
+import faulthandler
 import json
 import logging as levels
 import os
@@ -39,9 +40,17 @@ def run(main, define_flags):
     hide_native_info()
     hide_tensorflow_info()
     define_flags()
+
+    def start(argv):
+        # absl has let it write past the pipe of `hide_native_info`, in pieces:
+        # lines that come through the pipe would land inside of its own.
+        if faulthandler.is_enabled():
+            faulthandler.enable(2)
+        return main(argv)
+
     try:
         try:
-            app.run(main)
+            app.run(start)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()

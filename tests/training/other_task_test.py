@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 import tiny
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.models.task import ExampleLosses, Task
 from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.training.optimizers.adafactor import Adafactor
@@ -42,9 +43,11 @@ class Brightness(Task):
 
 
 class Images:
-    """Neither a tokenizer nor an image size."""
+    """Without a tokenizer."""
 
     skipped = {}
+    tokenizer = None
+    preprocessing = ImagePreprocessing(4, max_pixels=None)
 
     def __init__(self):
         draw = np.random.default_rng(0)

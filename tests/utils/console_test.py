@@ -16,9 +16,11 @@ from cappa_tf.utils import console
 
 
 @pytest.fixture
-def written(capsys):
+def written(capsys, monkeypatch):
     """What absl's handler has written since the last call, from INFO on."""
     handler = logging.get_absl_handler()
+    # Where another test made it write before is not looked at here.
+    monkeypatch.setattr(handler.python_handler, "stream", sys.stderr)
     filters = [*handler.python_handler.filters]
     before = [*levels.root.handlers]
     verbosity = logging.get_verbosity()

@@ -270,7 +270,7 @@ def prepare(
                 examples(split, count, image_size, seed),
                 desc=f"drawing {split}",
                 total=count,
-                unit="picture",
+                unit="image",
                 leave=False,
             )
             for split, count in counts.items()

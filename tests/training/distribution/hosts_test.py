@@ -99,43 +99,44 @@ def test_two_devices_are_the_same_run(data, one_device, tmp_path, monkeypatch):
     _assert_same_run(one_device, str(tmp_path))
 
 
-def test_two_hosts_are_the_same_run_whatever_befalls_them(
-    data, one_device, tmp_path
-):
-    """Preempted after step 7, one killed after step 12, run to the end."""
+def _start(data, run, folder, blow, sample_images=0):
+    """Two hosts of a run; returns their exit codes and outputs."""
+    workers = processes.start_workers(
+        2, small_run.worker, data, run, blow, sample_images, folder=folder
+    )
+    codes = [worker.wait() for worker in workers]
+    return codes, [worker.output for worker in workers]
+
+
+def test_two_hosts_are_the_same_run(data, one_device, tmp_path):
+    """Preempted after step 7, and resumed to the end."""
     run = str(tmp_path / "run")
-
-    def start(blow, sample_images=0):
-        workers = processes.start_workers(
-            2,
-            small_run.worker,
-            data,
-            run,
-            blow,
-            sample_images,
-            folder=tmp_path,
-        )
-        codes = [worker.wait() for worker in workers]
-        return codes, [worker.output for worker in workers]
-
     # The second host alone gets the signal; both stop after the same step.
-    codes, outputs = start((1, 7, signal.SIGTERM))
+    codes, outputs = _start(data, run, tmp_path, (1, 7, signal.SIGTERM))
     assert codes == [0, 0], outputs
     for output in outputs:
         assert "'step': 8, 'interrupted': 'SIGTERM'" in output
     assert os.path.exists(os.path.join(run, "checkpoints", "step-8.index"))
 
-    codes, outputs = start((1, 12, signal.SIGKILL))
-    assert codes == [1, -signal.SIGKILL], outputs
-    assert "WorkerLostError: Another worker ended" in outputs[0]
-
-    codes, outputs = start(None, sample_images=3)
+    codes, outputs = _start(data, run, tmp_path, None, sample_images=3)
     assert codes == [0, 0], outputs
-    assert "resuming from" in outputs[0] and "step-10" in outputs[0]
+    assert "resuming from" in outputs[0] and "step-8" in outputs[0]
     # A process that writes leaves a file of TensorBoard's.
-    assert len(os.listdir(os.path.join(run, "tensorboard"))) == 3
+    assert len(os.listdir(os.path.join(run, "tensorboard"))) == 2
     for name in ("sheet.png", "samples.png", "model.keras"):
         assert os.path.getsize(os.path.join(run, name)) > 0
+    _assert_same_run(one_device, run)
+
+
+@pytest.mark.slow
+def test_a_host_that_is_killed_ends_the_others(data, one_device, tmp_path):
+    run = str(tmp_path / "run")
+    codes, outputs = _start(data, run, tmp_path, (1, 12, signal.SIGKILL))
+    assert codes == [1, -signal.SIGKILL], outputs
+    assert "WorkerLostError: Another worker ended" in outputs[0]
+    codes, outputs = _start(data, run, tmp_path, None)
+    assert codes == [0, 0], outputs
+    assert "resuming from" in outputs[0] and "step-10" in outputs[0]
     _assert_same_run(one_device, run)
 
 
