@@ -125,9 +125,9 @@ def _start(body, tmp_path, **environment):
 
 
 def test_a_crash_keeps_its_last_words_and_the_news_go(tmp_path):
-    news, words = "\n".join(NEWS), "\n".join(WORDS)
+    said = "\n".join([*NEWS, *WORDS, ""])
     body = (
-        f"os.write(2, {news!r}.encode() + b'\\n' + {words!r}.encode() + b'\\n')\n"
+        f"os.write(2, {said!r}.encode())\n"
         "print('mine', file=sys.stderr)\n"
         "os.abort()"
     )
