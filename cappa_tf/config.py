@@ -62,6 +62,12 @@ _MOVED = {
 }
 
 
+# Files of version 0.1.0 that were a size and a captioner of it in one.
+_SIZED = re.compile(
+    r"gin/models/(ti16|s16|m16|b16|l16|l14|so400m14|mini8|small16|tiny8)\.gin"
+)
+_CAPTIONER = "gin/models/captioner.gin"
+
 # Arguments of the root function in version 0.1.0 that are fields of a settings
 # object now: its class, the root's argument that takes it, the fields.
 _SETTINGS = "cappa_tf.training.settings"
@@ -152,6 +158,10 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
     gin_root()
     used = set()
     for path in gin_files:
+        sized = _SIZED.fullmatch(str(path))
+        if sized:
+            _parse_file(_CAPTIONER)
+            path = f"gin/sizes/{sized[1]}.gin"
         _parse_file(path)
         # What a later file replaces (another optimizer) had a use before.
         for one in {root, *_ROOTS}:
@@ -246,7 +256,7 @@ def gin_root():
     """
     package = pathlib.Path(__file__).resolve().parent
     for folder in (package.parent, package):
-        if (folder / "gin" / "models" / "b16.gin").is_file():
+        if (folder / "gin" / "sizes" / "b16.gin").is_file():
             gin.add_config_file_search_path(str(folder))
             return folder
     raise ConfigError(f"The folder gin/ is missing beside or in {package}.")
@@ -258,7 +268,13 @@ def _shipped():
 
 
 def _moved(text):
-    """A gin file with the modules that have moved by their new names."""
+    """A gin file with the modules and files that have moved by new names."""
+    text = re.sub(
+        rf"^include '{_SIZED.pattern}'",
+        rf"include '{_CAPTIONER}'\ninclude 'gin/sizes/\1.gin'",
+        text,
+        flags=re.M,
+    )
     # What imports nothing knows the names by the files that it includes.
     names = {} if "dynamic_registration" in text else _new_names()
 

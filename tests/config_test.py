@@ -4,6 +4,7 @@ import sys
 import textwrap
 import types
 
+import gin
 import keras
 import pytest
 
@@ -400,3 +401,14 @@ def test_a_mistake_in_an_old_argument_is_named(line, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config.parse([str(path)], workdir="w")
         config.arguments()
+
+
+def test_a_size_of_version_0_1_0_is_a_captioner_of_that_size(tmp_path):
+    """Included or laid over another file, when it wired the model, too."""
+    path = tmp_path / "mine.gin"
+    rest = "objectives/cappa data/captions optimizers/adamw runs/pretrain"
+    includes = ["models/s16", *rest.split()]
+    path.write_text("".join(f"include 'gin/{x}.gin'\n" for x in includes))
+    for given, width in (([path], 384), ([path, "gin/models/b16.gin"], 768)):
+        config.parse([*map(str, given)], ["DATA='here'"], workdir="w")
+        assert f"HIDDEN_DIM = {width}" in gin.config_str()

@@ -15,11 +15,7 @@ from cappa_tf.models.sizes import variant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNNABLE = sorted(f"gin/{path.name}" for path in ROOT.glob("gin/*.gin"))
-MODELS = sorted(
-    f"gin/models/{path.name}"
-    for path in ROOT.glob("gin/models/*.gin")
-    if path.name != "captioner.gin"
-)
+SIZES = sorted(f"gin/sizes/{path.name}" for path in ROOT.glob("gin/sizes/*"))
 PARTS = sorted(
     path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/*/*.gin")
 )
@@ -37,19 +33,19 @@ GIVEN_FOR = {
 
 # At 224 px, 64 tokens, vocabulary 32,000: counted from the public JAX code.
 COUNTS = {
-    "gin/models/s16.gin": 60_461_312,
-    "gin/models/m16.gin": 96_333_056,
-    "gin/models/b16.gin": 191_669_504,
-    "gin/models/l14.gin": 570_176_768,
+    "gin/sizes/s16.gin": 60_461_312,
+    "gin/sizes/m16.gin": 96_333_056,
+    "gin/sizes/b16.gin": 191_669_504,
+    "gin/sizes/l14.gin": 570_176_768,
 }
 VARIANTS = {
-    "gin/models/ti16.gin": ("Ti/16", 6),
-    "gin/models/s16.gin": ("S/16", 6),
-    "gin/models/m16.gin": ("M/16", 6),
-    "gin/models/b16.gin": ("B/16", 6),
-    "gin/models/l16.gin": ("L/16", 12),
-    "gin/models/l14.gin": ("L/14", 12),
-    "gin/models/so400m14.gin": ("So400m/14", 12),
+    "gin/sizes/ti16.gin": ("Ti/16", 6),
+    "gin/sizes/s16.gin": ("S/16", 6),
+    "gin/sizes/m16.gin": ("M/16", 6),
+    "gin/sizes/b16.gin": ("B/16", 6),
+    "gin/sizes/l16.gin": ("L/16", 12),
+    "gin/sizes/l14.gin": ("L/14", 12),
+    "gin/sizes/so400m14.gin": ("So400m/14", 12),
 }
 
 
@@ -90,7 +86,7 @@ def test_a_runnable_file_opens_with_the_command_that_runs_it(path):
     assert f"python tools/train.py --gin_file={path}" in start
 
 
-@pytest.mark.parametrize("path", MODELS)
+@pytest.mark.parametrize("path", SIZES)
 def test_a_size_file_gives_the_size_of_its_name(path):
     model = build(parse("gin/cappa_b16.gin", path)["model"])
     encoder = model.vision_encoder.get_config()
@@ -209,7 +205,7 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
     ]
     files = [
         "gin/quickstart.gin",
-        "gin/models/tiny8.gin",
+        "gin/sizes/tiny8.gin",
         "gin/evaluation/scenes.gin",
     ]
     config.parse(files, params, workdir=str(tmp_path / "run"))
