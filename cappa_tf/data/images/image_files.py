@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cappa_tf.data.images import decode_resize, formats
 from cappa_tf.data.sources import folder_listing
+from cappa_tf.utils import files
 
 JPEG_QUALITY = 95
 # Images that are shrunk have no limit but this one, of Pillow as well: they
@@ -63,7 +64,7 @@ def find_pictures(paths):
     """
     found = []
     for path in paths:
-        if not os.path.isdir(path):
+        if not files.isdir(path):
             found.append(path)
             continue
         below = []
@@ -113,16 +114,11 @@ def read_bytes(path):
     Raises:
         UnusableError: It is not there or cannot be read.
     """
-    path = os.fspath(path)
     try:
-        # TensorFlow refuses names that are not UTF-8; as many are not where
-        # the locale is ASCII.
-        opened = tf.io.gfile.GFile if "://" in path else open
-        with opened(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, tf.errors.NotFoundError):
+        return files.read_bytes(os.fspath(path))
+    except FileNotFoundError:
         raise UnusableError("image missing") from None
-    except (OSError, tf.errors.OpError):
+    except OSError:
         raise UnusableError("image unreadable") from None
 
 
