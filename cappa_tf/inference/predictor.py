@@ -204,9 +204,11 @@ class Predictor:
 
     @functools.cached_property
     def _features(self):
+        # An encoder alone is no task.
+        encode = getattr(self.model, "encode_images", self.encoder)
         # AutoGraph would find nothing to convert, and take long over it.
         return tf.function(
-            lambda images: _pooled(self.encoder(images, training=False)),
+            lambda images: _pooled(encode(images)),
             reduce_retracing=True,
             autograph=False,
         )

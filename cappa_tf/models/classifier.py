@@ -92,6 +92,10 @@ class Classifier(Task):
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return apply_head(self.representation, self.head, outputs)
 
+    def encode_images(self, images):
+        """As `Task.encode_images`; `pre_logits` is what the head reads."""
+        return self(images, training=False)
+
     def example_losses(self, batch, training):
         """See `Task.example_losses`.
 

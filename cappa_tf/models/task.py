@@ -178,6 +178,17 @@ class Task(keras.Model):
 
     # What a trained model is used for, by `inference.predictor.Predictor`.
 
+    def encode_images(self, images):
+        """Outputs of the vision encoder, as features are taken from them.
+
+        Args:
+            images: float [B, H, W, 3] in [-1, 1].
+
+        Returns:
+            Dict as `VisionEncoder` returns it, of inference.
+        """
+        return self.parts["vision_encoder"](images, training=False)
+
     @property
     def score_kinds(self):
         """Kinds of scores of texts for images that mean something here.

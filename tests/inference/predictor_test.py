@@ -5,9 +5,12 @@ import pytest
 import scoring
 import tensorflow as tf
 
+from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.export.keras_backbone import save_backbone
 from cappa_tf.inference import predictor as predictors
 from cappa_tf.inference.predictor import Predictor
+from cappa_tf.models.classifier import Classifier
+from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving import big_vision
 
 TEXTS = [["red circle"], ["blue", "green square left", "above"], ["left red"]]
@@ -152,3 +155,22 @@ def test_a_vocabulary_makes_a_lone_captioner_speak(run, tmp_path, images):
             whole.score(images, ["red circle"]),
             rtol=1e-4,
         )
+
+
+def test_features_of_a_classifier_are_what_its_head_reads():
+    """As those of a file of big_vision that has a layer `pre_logits`."""
+    encoder = VisionEncoder(
+        hidden_dim=16,
+        num_layers=1,
+        num_heads=2,
+        mlp_dim=24,
+        patch_size=4,
+        image_size=8,
+    )
+    model = Classifier(encoder, rep_size=6)
+    model.build()
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3))
+    images = images.astype("float32")
+    found = Predictor(model, None, ImagePreprocessing(8)).features(images)
+    assert found.shape == (2, 6)
+    np.testing.assert_allclose(found, model(images)["pre_logits"], atol=1e-5)
