@@ -205,7 +205,8 @@ class Predictor:
     @functools.cached_property
     def _features(self):
         # An encoder alone is no task.
-        encode = getattr(self.model, "encode_images", self.encoder)
+        alone = functools.partial(self.encoder, training=False)
+        encode = getattr(self.model, "encode_images", alone)
         # AutoGraph would find nothing to convert, and take long over it.
         return tf.function(
             lambda images: _pooled(encode(images)),
