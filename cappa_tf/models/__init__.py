@@ -11,5 +11,6 @@ if keras.config.backend() == "tensorflow":
     from cappa_tf.models import (  # noqa: F401
         captioner,
         classifier,
+        contrastive,
         text_decoder,
     )
