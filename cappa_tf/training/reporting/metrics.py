@@ -1,4 +1,4 @@
-"""Turns the sums of training loops into the figures people read."""
+"""Metrics of the log lines, computed from the sums of training loops."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ import tensorflow as tf
 
 @dataclasses.dataclass
 class Sums:
-    """Sums over examples and steps of what a task reports.
+    """Sums of a task's metrics over examples and steps.
 
     Attributes:
-        figures: Name -> (total, weight); their ratio is the figure.
-        counts: Name -> total.
+        figures: Dict name -> (total, weight), whose ratio is the metric.
+        counts: Dict name -> total.
     """
 
     figures: dict = dataclasses.field(default_factory=dict)
@@ -27,7 +27,8 @@ class Sums:
             losses: `task.ExampleLosses`.
 
         Returns:
-            (names, scalars): what `unpacked` wants of it, and the tensors.
+            (names, scalars): the names that `unpacked` needs, and a list of
+            scalar tensors.
         """
         loss = (losses.loss, tf.ones_like(losses.loss))
         figures = {"loss": loss, **losses.metrics}
@@ -38,12 +39,12 @@ class Sums:
 
     @classmethod
     def unpacked(cls, names, values):
-        """The sums of many batches, added up place by place.
+        """Rebuilds the sums from packed values added up over many batches.
 
         Args:
-            names: As `packed` gave them.
-            values: Floats; the last two are total and weight of the norm of
-                the gradient.
+            names: The names that `packed` returned.
+            values: Floats; the last two are total and weight of the gradient
+                norm.
         """
         figures, counts = names
         pairs = zip(values[0::2], values[1::2])
@@ -67,9 +68,9 @@ class Sums:
 
 
 class Interval:
-    """What happened since the last log line.
+    """Metrics and rates since the last log line.
 
-    Rates count the time inside training loops only: evaluation, checkpoints
+    Rates count only the time inside training loops, so evaluation, checkpoints
     and the compilation of the first step do not make a run look slower.
     """
 
@@ -87,10 +88,10 @@ class Interval:
 
         Args:
             sums: `Sums` of all examples of the loop.
-            steps: Steps of the loop.
+            steps: Number of steps of the loop.
             seconds: Wall time of the loop.
             waited: Seconds of it spent waiting for data, or None.
-            timed: False where the time includes compilation.
+            timed: False if the time includes compilation.
         """
         self._sums.add(sums)
         if timed:
@@ -100,13 +101,13 @@ class Interval:
             self._waited = None if waited is None else self._waited + waited
 
     def result(self):
-        """The figures of the interval, which then starts anew.
+        """Returns the metrics of the interval and starts a new one.
 
         Returns:
-            Dict: each figure the task reports, left out where its weight is
-            zero, "loss" first; "gradient_norm" (mean over steps);
-            "images_per_second", a rate of each count ("tokens_per_second")
-            and "data_wait_share" once a loop was timed.
+            Dict of each metric the task reports with a nonzero weight, "loss"
+            first; "gradient_norm" (mean over steps); and, once a loop was
+            timed, "images_per_second", a rate of each count (such as
+            "tokens_per_second") and "data_wait_share".
         """
         figures = {
             name: total / weight
@@ -125,7 +126,7 @@ class Interval:
 
 
 class Stopwatch:
-    """`with Stopwatch() as watch: ...; watch.seconds`."""
+    """Wall time of a block: `with Stopwatch() as watch`, `watch.seconds`."""
 
     def __enter__(self):
         self._began = time.perf_counter()
