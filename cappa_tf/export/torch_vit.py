@@ -1,16 +1,16 @@
-"""The vision encoder for PyTorch: transformers' SigLIP and timm.
+"""Vision encoder for PyTorch: transformers' SigLIP and timm.
 
     save_siglip(encoder, "hf")  # SiglipVisionModel.from_pretrained("hf")
     save_timm(encoder, "timm")  # timm.create_model("local-dir:timm")
 
-Both hold the same ViT: no class token, LayerNorms with epsilon 1e-6, gelu by
-tanh, a last LayerNorm on the patches and after it, as `pre_logits`, their mean.
-timm computes that mean (`global_pool="avg"` and, since the norm comes first,
-`fc_norm=False`). SiglipVisionModel has only attention pooling, which CapPa has
-not (`vision_use_head=False`): there the mean is the caller's,
+Both hold the same ViT: no class token, LayerNorms with epsilon 1e-6, the tanh
+approximation of gelu, a final LayerNorm on the patches and then their mean as
+`pre_logits`. timm computes that mean (`global_pool="avg"` and, since the norm
+comes first, `fc_norm=False`). SiglipVisionModel has only attention pooling,
+which CapPa lacks (`vision_use_head=False`); there the caller computes the mean,
 `model(pixel_values).last_hidden_state.mean(1)`.
 
-Files are written with NumPy: PyTorch is needed only to read them.
+Files are written with NumPy; PyTorch is needed only to read them.
 
 Abbreviations for dimensions:
     h, w: height, width of a patch.  P: patches.  D: width.  H: heads.
@@ -28,8 +28,9 @@ from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_extra
 
-# This project's layer, SigLIP's, timm's; {} is the number of the block. Where
-# a name of theirs repeats, their weight is ours, one below the other.
+# Names of a layer in this project, in SigLIP and in timm; {} is the number of
+# the block. If a name of theirs repeats, their weight is the concatenation of
+# ours.
 _LAYERS = [
     ("patches", "embeddings.patch_embedding", "patch_embed.proj"),
     ("encoder_norm", "post_layernorm", "norm"),
@@ -71,10 +72,10 @@ def save_siglip(encoder, folder):
     Args:
         encoder: A built `VisionEncoder` with pooling "gap" or "none", for
             square images and patches.
-        folder: Folder to write; made if it is not there.
+        folder: Folder to write; created if missing.
 
     Raises:
-        ValueError: If SiglipVisionModel cannot hold the encoder.
+        ValueError: If SiglipVisionModel cannot represent the encoder.
     """
     _check(encoder)
     sides = {"image_size": encoder.image_size, "patch_size": encoder.patch_size}
@@ -87,7 +88,7 @@ def save_siglip(encoder, folder):
     tensors = _state_dict(encoder, _SIGLIP)
     table = _positions(encoder)
     tensors["embeddings.position_embedding.weight"] = table[0]  # -> [P, D]
-    # transformers 4 has this module, 5 takes the name off.
+    # transformers 4 has this module; 5 removes the prefix on loading.
     tensors = {f"vision_model.{n}": value for n, value in tensors.items()}
     processor = _siglip_processor(encoder)
     config = _siglip_config(encoder)
@@ -108,10 +109,10 @@ def save_timm(encoder, folder):
 
     Args:
         encoder: A built `VisionEncoder` with pooling "gap" or "none".
-        folder: Folder to write; made if it is not there.
+        folder: Folder to write; created if missing.
 
     Raises:
-        ValueError: If timm's model cannot hold the encoder.
+        ValueError: If timm's model cannot represent the encoder.
     """
     _check(encoder)
     tensors = _state_dict(encoder, _TIMM)
@@ -123,10 +124,10 @@ def save_timm(encoder, folder):
 
 
 def check_installed():
-    """Refuses to continue without what writes the tensors' file.
+    """Checks that safetensors is installed, which writes the weights.
 
     Raises:
-        ImportError: With the command that installs it.
+        ImportError: If it is not; gives the command that installs it.
     """
     check_extra("A folder for PyTorch", "interop", "safetensors")
 
@@ -136,14 +137,14 @@ def _check(encoder):
     has_head = type(encoder) is not VisionEncoder
     if has_head or encoder.pooling not in ("gap", "none"):
         raise ValueError(
-            "Exported to PyTorch is an encoder with pooling 'gap' or 'none', "
-            f"without a head. Received: a {type(encoder).__name__}"
+            "An encoder for PyTorch must have pooling 'gap' or 'none' and no "
+            f"head. Received: a {type(encoder).__name__}"
             + ("" if has_head else f" with pooling={encoder.pooling!r}")
         )
 
 
 def _state_dict(encoder, column):
-    """All weights but the positions, by their name in PyTorch."""
+    """All weights but the positions, by their names in PyTorch."""
     blocks = [
         tuple(name.format(i) for name in row)
         for i in range(encoder.num_layers)
@@ -164,7 +165,7 @@ def _state_dict(encoder, column):
 
 
 def _in_torch_layout(path, value):
-    """Kernels with the outputs first, heads side by side."""
+    """Reshapes to PyTorch's layout: outputs first, heads concatenated."""
     if not path.endswith("kernel"):
         return value.reshape(-1)  # [D], or [H, C] -> [D]
     if value.ndim == 4:
@@ -175,7 +176,7 @@ def _in_torch_layout(path, value):
 
 
 def _positions(encoder):
-    """The table [1, P, D]; a fixed one becomes weights, too."""
+    """The table of positions [1, P, D], learned or fixed."""
     if encoder.position_embedding == "sincos2d":
         return sincos2d(*encoder.grid, encoder.hidden_dim)
     return to_numpy(variables_by_path(encoder)[_POSITIONS])
@@ -217,7 +218,7 @@ def _siglip_processor(encoder):
 
 
 def timm_config(encoder):
-    """Architecture, arguments and preprocessing, as timm keeps them."""
+    """Architecture, arguments and preprocessing in timm's format."""
     return {
         "architecture": "vit_base_patch16_siglip_gap_224",
         "num_classes": 0,
@@ -252,7 +253,7 @@ def timm_config(encoder):
 
 
 def _mlp_ratio(encoder):
-    """A ratio of which timm's `int(width * ratio)` is the MLP's width."""
+    """A ratio for which timm's `int(width * ratio)` is the MLP's width."""
     ratio = encoder.mlp_dim / encoder.hidden_dim
     if int(encoder.hidden_dim * ratio) < encoder.mlp_dim:
         ratio = np.nextafter(ratio, np.inf).item()
@@ -263,6 +264,6 @@ def _write_tensors(folder, tensors):
     from safetensors.numpy import save
 
     path = os.path.join(folder, "model.safetensors")
-    # transformers asks for the framework the layout is that of. `save_file`
-    # would leave a file that nobody but its owner can read.
+    # transformers requires the framework of the layout. `save_file` would write
+    # a file that only its owner can read.
     files.write_bytes(path, save(tensors, metadata={"format": "pt"}))

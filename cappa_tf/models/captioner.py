@@ -1,8 +1,8 @@
-"""The captioner: encoder, decoder and the two objectives that train them.
+"""Captioner: encoder, decoder and the two objectives that train them.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
-    K: captions an image.      N: captions in the batch, B * K.
+    K: captions per image.     N: captions in the batch, B * K.
     L: length of the text.     P: number of patches.
     D: width.                  V: vocabulary.
 """
@@ -28,19 +28,20 @@ _CAPTION_SALT = stateless_random.salt_of("captioner/caption")
 class Captioner(Inference, Task):
     """Encoder and decoder trained by captioning, "CapPa" by default.
 
-    Each training example is drawn to be predicted left to right
-    (autoregressive, "Cap") or all at once from MASK tokens (parallel, "Pa").
+    Each training example is predicted either left to right (autoregressive,
+    "Cap") or all at once from MASK tokens (parallel, "Pa"), chosen at random.
 
     Args:
-        vision_encoder: `VisionEncoder`; its `encoded` is what is captioned.
+        vision_encoder: `VisionEncoder`; the decoder attends to its `encoded`.
         text_decoder: `TextDecoder` with `encoder_dim` = the encoder's width.
-        masked_pred_prob: Probability that an example is predicted in
-            parallel, in training; 0 is "Cap".
-        masking_ratio: Share of the L input positions that are MASK in a
+        masked_pred_prob: Probability that a training example is predicted in
+            parallel; 0 is "Cap".
+        masking_ratio: Fraction of the L input positions that are MASK in a
             parallel example; the others show their own token.
-        label_smoothing: See `cross_entropy.token_cross_entropy`.
-        seed: Of all draws, together with each example's `index`.
-        chunk_size: Positions whose logits are held at once in the loss.
+        label_smoothing: Fraction of the target's probability that is spread
+            over the whole vocabulary.
+        seed: Seed of all random choices, together with each example's `index`.
+        chunk_size: Positions whose logits are held in memory at a time.
 
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
@@ -48,7 +49,6 @@ class Captioner(Inference, Task):
 
     selection_metric = "nll_per_token"
     can_generate = True
-    # Cap is autoregressive, Pa parallel prediction.
     short_names = {
         "autoregressive/loss": "cap",
         "autoregressive/nll_per_token": "cap/token",
@@ -97,7 +97,7 @@ class Captioner(Inference, Task):
 
     @property
     def parts(self):
-        """See `Task.parts`."""
+        """Dict of the two parts, "vision_encoder" and "text_decoder"."""
         return {
             "vision_encoder": self.vision_encoder,
             "text_decoder": self.text_decoder,
@@ -112,19 +112,19 @@ class Captioner(Inference, Task):
         return outputs["encoded"]
 
     def call(self, inputs, training=False):
-        """Autoregressive logits of {"image", "labels"}: see `logits`."""
+        """Autoregressive `logits` of a dict with "image" and "labels"."""
         return self.logits(inputs["image"], inputs["labels"], training=training)
 
     def logits(self, images, labels, parallel=False, training=False):
-        """Scores of every token at every position.
+        """Logits of every token at every position.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
             labels: int32 [B, L] or [B, K, L], the captions (not shifted),
                 padded.
-            parallel: False: position t sees the labels before t; True: every
-                position sees only MASK tokens and the image.
-            training: Whether to drop.
+            parallel: If False, position t sees the labels before t; if True,
+                every position sees only MASK tokens and the image.
+            training: Whether to apply dropout.
 
         Returns:
             float32 [B, L, V] or [B, K, L, V].
@@ -150,26 +150,26 @@ class Captioner(Inference, Task):
     # Training.
 
     def compute_losses(self, batch, training=True):
-        """Losses of a batch, one value an example.
+        """Losses of a batch, one value per example.
 
-        In training each example is drawn autoregressive or parallel; in
-        evaluation all are autoregressive.
+        In training the objective of each example is chosen at random; in
+        evaluation all examples are autoregressive.
 
         Args:
             batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
-                padded; in training `index` int64 [B], the
-                position of the example in the training stream. Where L is
-                cut to the batch's longest caption (`length_buckets`),
-                parallel prediction sees fewer MASK positions than the
-                reference, which always has 64: a deviation.
-            training: Whether to draw objectives and to drop.
+                padded; in training `index` int64 [B], the position of the
+                example in the training stream. If L is cut to the batch's
+                longest caption (`length_buckets`), parallel prediction sees
+                fewer MASK positions than in the reference, which always has
+                64: a deviation.
+            training: Whether to choose objectives and apply dropout.
 
         Returns:
             Dict of float32 [B]: `loss`, the mean over each caption's tokens,
             then over the example's K captions (the training loss is the mean
             of this over the global batch); `nll`, summed over all tokens,
-            without smoothing; `tokens`, how many; `parallel`, 1 where the
-            example was predicted in parallel.
+            without smoothing; `tokens`, their number; `parallel`, 1 if the
+            example was predicted in parallel, else 0.
         """
         labels = batch["labels"]
         if labels.shape.rank != 3:
@@ -184,7 +184,7 @@ class Captioner(Inference, Task):
                 self.seed, self._index(batch)
             )
             caption_seeds = self._caption_seeds(seeds, captions)
-        parallel = self._draw_parallel(seeds, count)
+        parallel = self._sample_parallel(seeds, count)
         encoded = self.encode(batch["image"], seeds, training)
         flat = tf.reshape(labels, [-1, labels.shape[2] or tf.shape(labels)[2]])
         repeated = tf.repeat(parallel, captions)
@@ -212,25 +212,31 @@ class Captioner(Inference, Task):
         }
 
     def example_losses(self, batch, training):
-        """See `Task.example_losses`; the batch, `compute_losses`.
+        """Losses of a batch of `compute_losses`, for the trainer.
 
-        In training the figures of the two objectives are given apart.
+        In training the metrics of the two objectives are reported separately.
+
+        Returns:
+            `ExampleLosses`.
         """
         parts = self.compute_losses(batch, training)
         nll, tokens = parts["nll"], parts["tokens"]
         metrics = {"nll_per_token": (nll, tokens)}
         if training:
             parallel = parts["parallel"]
-            for name, drawn in (
+            for name, chosen in (
                 ("autoregressive", 1.0 - parallel),
                 ("parallel", parallel),
             ):
-                metrics[f"{name}/loss"] = (drawn * parts["loss"], drawn)
-                metrics[f"{name}/nll_per_token"] = (drawn * nll, drawn * tokens)
+                metrics[f"{name}/loss"] = (chosen * parts["loss"], chosen)
+                metrics[f"{name}/nll_per_token"] = (
+                    chosen * nll,
+                    chosen * tokens,
+                )
         return ExampleLosses(parts["loss"], metrics, {"tokens": tokens})
 
     def batch_spec(self, size, captions=1):
-        """See `Task.batch_spec`."""
+        """Specs of `image`, `labels` and `index`, as `Task` defines them."""
         height, width = self.vision_encoder.image_size
         labels = [size, captions, self.text_decoder.max_length]
         return {
@@ -240,7 +246,7 @@ class Captioner(Inference, Task):
         }
 
     def shapes(self, size, captions=1):
-        """See `Task.shapes`."""
+        """Shapes of `encoded`, `decoded` and `logits`, as `Task` defines."""
         encoder, decoder = self.vision_encoder, self.text_decoder
         patches = encoder.grid[0] * encoder.grid[1]
         hidden = (size * captions, decoder.max_length, decoder.hidden_dim)
@@ -251,20 +257,21 @@ class Captioner(Inference, Task):
         }
 
     def check_data(self, data, name):
-        """Refuses data whose vocabulary or sizes are not the model's.
+        """Checks that vocabulary and sizes of a data set fit the model.
 
         Args:
             data: A data set with `tokenizer` and `image_size`.
-            name: The argument it came as, for the message.
+            name: Name of the argument that holds it, for the message.
 
         Raises:
-            ValueError: Naming the file and the bindings that disagree.
+            ValueError: If they do not; names the file and the bindings that
+                disagree.
         """
         check_texts(data, self.text_decoder, "TextDecoder")
         check_image_size(data, name, self.vision_encoder)
 
     def _index(self, batch):
-        """Positions of the examples in the stream; steps x B without them."""
+        """Positions of the examples in the stream, by default from the step."""
         if "index" in batch:
             return batch["index"]
         count = tf.shape(batch["labels"])[0]
@@ -272,23 +279,23 @@ class Captioner(Inference, Task):
         return step * tf.cast(count, tf.int64) + tf.range(count, dtype=tf.int64)
 
     def _caption_seeds(self, seeds, captions):
-        """uint32 [N]: each caption of an image draws for itself."""
+        """A seed for each caption, uint32 [N]."""
         if captions == 1:
             return seeds
-        draws = stateless_random.uniform(seeds, (captions,), _CAPTION_SALT)
+        samples = stateless_random.uniform(seeds, (captions,), _CAPTION_SALT)
         return stateless_random.example_seeds(
-            self.seed, tf.cast(tf.reshape(draws, [-1]) * 2.0**24, tf.int64)
+            self.seed, tf.cast(tf.reshape(samples, [-1]) * 2.0**24, tf.int64)
         )
 
-    def _draw_parallel(self, seeds, count):
+    def _sample_parallel(self, seeds, count):
         """Which examples are predicted in parallel, bool [B]."""
         if seeds is None or self.masked_pred_prob == 0.0:
             return tf.fill([count], False)
-        draws = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
-        return draws < self.masked_pred_prob
+        samples = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
+        return samples < self.masked_pred_prob
 
     def _decoder_inputs(self, labels, parallel, seeds):
-        """Shifted labels; for parallel captions masked ones. int32 [N, L]."""
+        """Shifted labels, or masked ones if parallel, int32 [N, L]."""
         shifted = self.text_decoder.shift_right(labels)
         if seeds is None or self.masked_pred_prob == 0.0:
             return shifted
@@ -297,8 +304,8 @@ class Captioner(Inference, Task):
         if self.masking_ratio < 1.0:
             length = tf.shape(labels)[1]
             count = tf.cast(length, tf.float32) * self.masking_ratio
-            draws = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
-            rank = tf.argsort(tf.argsort(draws, axis=1), axis=1)
+            samples = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
+            rank = tf.argsort(tf.argsort(samples, axis=1), axis=1)
             chosen = rank < tf.cast(count, tf.int32)
             masked = tf.where(chosen, masked, labels)
         return tf.where(parallel[:, None], masked, shifted)
@@ -321,20 +328,18 @@ class Captioner(Inference, Task):
 
     @property
     def score_kinds(self):
-        """See `Task`; "blind" is the decoder without any image.
-
-        A model that was never trained in parallel gives noise there.
-        """
+        """Kinds of scores; "blind" is the decoder without any image."""
+        # A model never trained in parallel yields noise as parallel scores.
         parallel = ("parallel",) if self.masked_pred_prob > 0.0 else ()
         return ("autoregressive", *parallel, "blind")
 
     def score_texts(self, images, labels, kind):
-        """Log-likelihoods; `Task` has the shapes."""
+        """Log-likelihood of every text for every image, float32 [B, T]."""
         images = None if kind == "blind" else images
         return self.score(images, labels, parallel=kind == "parallel")
 
     def score_own_texts(self, images, labels, kind):
-        """Log-likelihoods; `Task` has the shapes."""
+        """Log-likelihoods of each image's own texts, float32 [B, K]."""
         return self.score_captions(images, labels, parallel=kind == "parallel")
 
     # Serialization.

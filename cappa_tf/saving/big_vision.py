@@ -1,11 +1,11 @@
-"""Weights from and to big_vision, the paper's JAX implementation.
+"""Conversion of weights from and to big_vision, the paper's JAX code.
 
     captioner = load_captioner("cappa.npz")
     encoder = load_vision_encoder("siglip.npz", image_size=384)
     save_captioner(captioner, "copy.npz")
 
-Names and shapes are in the table of `big_vision_names.py`; `paired` below is
-the one place where arrays meet variables, in both directions.
+The table in `big_vision_names.py` holds names and shapes. `paired` below is the
+one place where arrays are matched with variables, in both directions.
 
 Abbreviations: P patches, D width (the other letters: `big_vision_names.py`).
 """
@@ -26,8 +26,8 @@ from cappa_tf.saving.big_vision_arrays import read_arrays
 from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils.arguments import height_width
 
-# Number of positions where sincos2d leaves no array to tell it: the paper's.
-# A smaller number of them is the beginning of a larger one.
+# Number of text positions with sincos2d, which leaves no array to tell it: the
+# paper's. Fewer positions are a prefix of more.
 _DEFAULT_LENGTH = 64
 
 __all__ = [
@@ -48,17 +48,17 @@ def load_captioner(
 ):
     """Builds a captioner from weights of big_vision's CapPa.
 
-    All sizes are read from the arrays, whichever of them stand for scanned
-    (stacked) or separate blocks.
+    All sizes are read from the arrays, with scanned (stacked) or separate
+    blocks.
 
     Args:
         path_or_arrays: Path of an npz file, or a mapping from name to array,
             names with or without `params/`.
         image_size: Side of the images in pixels, or (height, width). Needed
-            where positions are sincos2d or no square grid; with learned
-            positions another size than that of training resamples them.
-        max_length: Longest text; needed only where positions are sincos2d
-            and texts are longer than 64.
+            if positions are sincos2d or not a square grid. Learned positions
+            are resampled if the size differs from that of training.
+        max_length: Maximum length of a text; needed only if positions are
+            sincos2d and texts are longer than 64.
         **options: Further arguments of `Captioner`, such as
             `masked_pred_prob` (by default 0 without a MASK token).
 
@@ -105,20 +105,20 @@ def load_vision_encoder(path_or_arrays, image_size=None):
     """Builds an encoder from weights of a big_vision ViT.
 
     Reads encoder-only files, the image tower (`img/...`) of a two-tower
-    model such as SigLIP, and the encoder of a captioner. A class token and a
-    MAP head are part of the encoder where the arrays have them; pooling is
-    then "tok" or "map", else "gap".
+    model such as SigLIP, and the encoder of a captioner. If the arrays have a
+    class token or a MAP head, it is part of the encoder, and pooling is "tok"
+    or "map"; otherwise pooling is "gap".
 
     Args:
         path_or_arrays: Path of an npz file, or a mapping from name to array,
             names with or without `params/`.
         image_size: Side of the images in pixels, or (height, width). Needed
-            where positions are sincos2d or no square grid; with learned
-            positions another size than that of training resamples them.
+            if positions are sincos2d or not a square grid. Learned positions
+            are resampled if the size differs from that of training.
 
     Returns:
-        A built `VisionEncoder`; where the arrays have a layer `pre_logits` or
-        a head, a built `Classifier` of it.
+        A built `VisionEncoder`, or a built `Classifier` of it if the arrays
+        have a layer `pre_logits` or a head.
 
     Raises:
         ValueError: If arrays are missing, extra or misshapen (all of them
@@ -144,7 +144,7 @@ def load_vision_encoder(path_or_arrays, image_size=None):
 
 
 def is_captioner(arrays):
-    """Whether these arrays (of `read_arrays`) are of a captioner."""
+    """Returns whether arrays from `read_arrays` are those of a captioner."""
     return any(name.startswith("decoder/") for name in arrays)
 
 
@@ -154,11 +154,11 @@ def save_captioner(captioner, path, *, scan=False):
     Args:
         captioner: A built `Captioner`.
         path: npz file to write; names start with `params/`.
-        scan: Whether to stack the blocks, as a big_vision model with
-            `scan=True` wants them.
+        scan: Whether to stack the blocks, as in a big_vision model with
+            `scan=True`.
 
     Raises:
-        ValueError: If the reference has no such model.
+        ValueError: If big_vision does not support such a model.
     """
     encoder = captioner.vision_encoder
     if encoder.pooling not in ("gap", "none"):
@@ -202,14 +202,14 @@ def _vision_rows(model, scan):
 
 
 def _described(path_or_arrays):
-    """Where arrays come from, for messages."""
+    """Description of the source of arrays, for messages."""
     if isinstance(path_or_arrays, (str, os.PathLike)):
         return os.fspath(path_or_arrays)
     return f"a mapping of {len(path_or_arrays)} entries"
 
 
 def _patches(arrays, image_size):
-    """Number of patches of an image of that size, None if not known."""
+    """Number of patches of an image of that size, None if unknown."""
     kernel = arrays.get("embedding/kernel")
     if image_size is None or getattr(kernel, "ndim", 0) != 4:
         return None
@@ -218,7 +218,7 @@ def _patches(arrays, image_size):
 
 
 def _vision_encoder(structure, sizes, arrays, image_size):
-    """An encoder of these sizes; resamples `arrays["pos_embedding"]`."""
+    """Creates an encoder of these sizes; resamples its array of positions."""
     patch_size = (sizes["h"], sizes["w"])
     if image_size is None and not structure["learned"]:
         raise ValueError(
@@ -272,20 +272,20 @@ def _text_decoder(arrays, sizes, max_length):
 
 
 def paired(rows, model):
-    """Each row with its variables, in the order of the blocks.
+    """Matches each row with its variables, in the order of the blocks.
 
     Args:
         rows: List of `names.Row`.
         model: A built encoder, decoder or `Classifier`.
 
     Returns:
-        List of (row, list of variables), one variable unless blocks are
+        List of (row, list of variables), with one variable unless blocks are
         stacked.
 
     Raises:
-        ValueError: If the model has weights that big_vision's has not.
+        ValueError: If the weights of the model are not those of big_vision's.
     """
-    # A classifier's encoder has the names of an encoder alone.
+    # A classifier's encoder has the same names as an encoder alone.
     variables = {
         path.removeprefix("vision_encoder/"): variable
         for path, variable in variables_by_path(model).items()
@@ -298,9 +298,9 @@ def paired(rows, model):
     wanted = {path for _, paths in pairs for path in paths}
     if wanted != variables.keys():
         raise ValueError(
-            "big_vision has no such model: its weights must be those of the "
-            f"table. Received: {model.name} with "
-            f"{sorted(variables.keys() - wanted)} more, without "
+            "The weights of the model must be those of big_vision's. Received: "
+            f"{model.name} with the extra weights "
+            f"{sorted(variables.keys() - wanted)}, without "
             f"{sorted(wanted - variables.keys())}"
         )
     return [(row, [variables[path] for path in paths]) for row, paths in pairs]

@@ -1,24 +1,24 @@
-"""The table of names: big_vision's arrays beside this project's variables.
+"""Table of names: big_vision's arrays and the variables of this project.
 
 A row holds the name of an array, the path of the variable (or, with `{}`, of
-the variables of all blocks) and the shape in letters. The letters say which
-sizes an array tells, so the same table yields what to expect, what to build
-and what to write.
+the variables of all blocks) and the shape in letters. A letter is a size that
+the array tells, so the same table gives the shapes to expect, the model to
+build and the arrays to write.
 
 Letters of shapes:
     h, w: height, width of a patch.  P: patches.  D: width.  H: heads.
     C: width of one head, D / H.     M: hidden width of the MLP.
     R: width of pre-logits.          K: classes.
-    E: width of the encoder.         L: longest text.  V: vocabulary.
+    E: width of the encoder.         L: text length.   V: vocabulary.
     T: rows of the token embedding, V or (with MASK) V + 1.
-    N: number of blocks, where they are stacked in one array.
+    N: number of blocks, if they are stacked in one array.
 """
 
 import collections
 import dataclasses
 import re
 
-# Where blocks are stacked in a scanned model. Reference: `nn.scan` in
+# Axes along which a scanned model stacks its blocks. Reference: `nn.scan` in
 # big_vision models/vit.py `Encoder`, models/proj/cappa/cappa.py `Decoder`.
 _ENCODER_SCAN_AXIS = 0
 _DECODER_SCAN_AXIS = 1
@@ -29,9 +29,9 @@ class Row:
     """One array of big_vision.
 
     Attributes:
-        name: Its name, without `params/`.
-        path: Path of the variable below its model; `{}` stands for the
-            number of the block where blocks are stacked.
+        name: Name of the array, without `params/`.
+        path: Path of the variable below its model; `{}` stands for the number
+            of the block if blocks are stacked.
         shape: Letters (sizes that vary) and ints.
         axis: Axis along which blocks are stacked, or None.
     """
@@ -123,13 +123,13 @@ def _blocks(block, name, path, num_layers, scan_axis):
 def vision_rows(
     *, num_layers, scanned=False, learned=True, pooling="gap", rep=False, head=0
 ):
-    """Table of an encoder.
+    """The table of an encoder.
 
     Args:
-        num_layers: Number of blocks; not read where they are stacked.
+        num_layers: Number of blocks; ignored if they are stacked.
         scanned: Whether blocks are stacked.
         learned: Whether positions are learned.
-        pooling: As of `VisionEncoder`.
+        pooling: Pooling of the `VisionEncoder`.
         rep: Whether there is a layer `pre_logits`.
         head: Whether there is a head.
 
@@ -162,10 +162,10 @@ def vision_rows(
 
 
 def text_rows(*, num_layers, scanned=False, learned=True, use_bias=False):
-    """Table of a captioner's decoder.
+    """The table of a captioner's decoder.
 
     Args:
-        num_layers: Number of blocks; not read where they are stacked.
+        num_layers: Number of blocks; ignored if they are stacked.
         scanned: Whether blocks are stacked.
         learned: Whether positions are learned.
         use_bias: Whether the blocks' MLPs and LayerNorms have biases.
@@ -193,7 +193,7 @@ def _under(names, prefix):
 
 
 def _block_count(names, pattern):
-    """One more than the highest number of a block; at least 1."""
+    """Number of blocks, one more than the highest index; at least 1."""
     found = [re.match(pattern, name) for name in names]
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
@@ -227,16 +227,16 @@ def text_structure(names):
 
 
 def read_sizes(rows, arrays):
-    """What the arrays say about the sizes.
+    """Reads the sizes from the shapes of the arrays.
 
     Args:
         rows: List of `Row`.
         arrays: Dict of arrays by name.
 
     Returns:
-        Dict from letter to int: for each letter the size on which most
-        arrays agree, so that one misshapen array is found, not followed.
-        A letter of which no array tells is missing.
+        Dict from letter to int. For each letter it holds the size on which
+        most arrays agree, so that one misshapen array is detected. A letter
+        that no array tells is missing.
     """
     votes = collections.defaultdict(collections.Counter)
     for row in rows:
@@ -257,7 +257,7 @@ def read_sizes(rows, arrays):
 
 
 def expected_shapes(rows, sizes, prefix=""):
-    """Dict from name to shape; None for a size that nothing tells."""
+    """Dict from name to shape, with None for an unknown size."""
     return {
         prefix + row.name: tuple(
             sizes.get(s) if isinstance(s, str) else s for s in row.shape
@@ -270,13 +270,13 @@ def check_arrays(expected, arrays, source):
     """Compares all names and shapes at once.
 
     Args:
-        expected: Dict from name to shape, as of `expected_shapes`.
+        expected: Dict from name to shape, from `expected_shapes`.
         arrays: Dict of arrays by name.
-        source: What the arrays were read from, for the message.
+        source: Source of the arrays, for the message.
 
     Raises:
-        ValueError: If any array is missing, extra or misshapen; it names
-            all of them with what was expected and what was found.
+        ValueError: If any array is missing, extra or misshapen. The message
+            lists all of them with the expected and the actual shape.
     """
     missing = expected.keys() - arrays.keys()
     extra = arrays.keys() - expected.keys()
@@ -291,7 +291,7 @@ def check_arrays(expected, arrays, source):
     ]
     if not (missing or extra or misshapen):
         return
-    lines = ["The arrays do not make up one model of big_vision."]
+    lines = ["The arrays are not those of a big_vision model."]
     lines += _listed("Missing", missing, lambda n: _shown(expected[n]), " - ")
     lines += _listed("Extra", extra, lambda n: _shown(arrays[n].shape), " + ")
     lines += _listed(
@@ -315,6 +315,6 @@ def _listed(title, names, describe, mark):
 
 
 def _shown(shape):
-    """(32, ?, 16) for (32, None, 16)."""
+    """A shape as text: "(32, ?, 16)" for (32, None, 16)."""
     sizes = ", ".join("?" if s is None else str(s) for s in shape)
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"

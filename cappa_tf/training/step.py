@@ -11,26 +11,27 @@ from cappa_tf.training.reporting.metrics import SumsLayout
 
 
 class TrainLoop:
-    """Runs training steps on the device; metrics come back once a call.
+    """Runs training steps on the device; returns metrics once per call.
 
-    One step, the arithmetic of Keras' own TensorFlow trainer spelled out for
+    A step does what Keras' own TensorFlow trainer does, spelled out for
     several replicas: the per-example losses are summed and divided by the
-    GLOBAL batch, so that the SUM of the replicas' gradients (and of the
-    microbatches') is the gradient of the mean; then the optimizer applies it.
+    GLOBAL batch size, so that the SUM of the replicas' gradients (and of the
+    microbatches') is the gradient of the mean; the optimizer then applies it.
 
     Args:
         strategy: The strategy under whose scope model and optimizer were built.
         model: A `Task`.
         optimizer: A built Keras optimizer.
         batch_size: Global batch size (all replicas, all microbatches).
-        accumulation_steps: Microbatches a step, one after the other.
-        jit_compile: Compile with XLA; with several replicas only forward and
-            backward pass are, as XLA cannot read another device's variables.
-        stop: Optional boolean `tf.Variable`; once true, on any host, all
-            hosts' loops end at the same step boundary.
+        accumulation_steps: Microbatches per step, processed in sequence.
+        jit_compile: Whether to compile with XLA. With several replicas only
+            the forward and backward pass are compiled, as XLA cannot read
+            another device's variables.
+        stop: Optional boolean `tf.Variable`. Once it is true on any host, the
+            loops of all hosts end at the same step boundary.
         measure_wait: Whether to time the wait for data; TensorFlow allows no
             clock in its deterministic mode.
-        num_hosts: Processes that run this loop side by side.
+        num_hosts: Number of processes that run this loop in parallel.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class TrainLoop:
 
         Returns:
             (sums, steps, waited, weight_norm, stopped): `metrics.Sums` of the
-            steps, their number, seconds spent waiting for the next batch
-            (None where not measured), global norm of the weights afterwards,
-            whether some host asked to stop.
+            steps, the number of steps run, seconds spent waiting for batches
+            (None if not measured), global norm of the weights afterwards, and
+            whether any host asked to stop.
         """
         sums, done, waited, norm, stopped = self._loop(
             iterator, tf.constant(steps)
@@ -104,7 +105,7 @@ class TrainLoop:
             step,
             (
                 tf.constant(0),
-                # Of several hosts, none knows yet what the others do.
+                # Several hosts must first agree to stop, within a step.
                 tf.logical_and(self._stop, self._num_hosts == 1),
                 totals,
                 tf.zeros([], tf.float64),
@@ -120,9 +121,9 @@ class TrainLoop:
         return totals, done, waited, norm, stopping
 
     def _global_step(self, batch):
-        """Metric sums [M] of all replicas; whether a host asked to stop."""
+        """Metric sums [M] of all replicas, and whether a host asked to stop."""
         if self._num_hosts > 1:
-            # Any host's wish goes round with the sums it makes anyway.
+            # The request to stop is reduced together with the metric sums.
             sums = self._strategy.run(self._step_and_stop, args=(batch,))
             sums = self._strategy.reduce("SUM", sums, axis=None)
             return sums[:-1], sums[-1] > 0.0
@@ -136,15 +137,15 @@ class TrainLoop:
         return tf.concat([sums, [stop]], axis=0)
 
     def _stop_after(self, sums):
-        """This host's wish to stop, as it is once `sums` are there."""
+        """Whether this host asks to stop, read after `sums` are computed."""
         with tf.control_dependencies([sums]):
             return tf.identity(self._stop)
 
     def _timed_next(self, iterator, after):
-        """The next batch and how long the step had to wait for it, in s.
+        """The next batch and the time the step waited for it, in seconds.
 
-        On an accelerator the host runs ahead of the device; the figure is
-        then an upper bound on the time the device stood still.
+        On an accelerator the host runs ahead of the device, so the time is an
+        upper bound on how long the device was idle.
         """
         if not self._measure_wait:
             return iterator.get_next(), tf.zeros([], tf.float64)
@@ -155,8 +156,8 @@ class TrainLoop:
         parts = tf.nest.flatten(batch, expand_composites=True)
         with tf.control_dependencies(parts):
             got = tf.timestamp()
-        # The step begins once the clock is read: the executor might else read
-        # it after the step (and does with one thread).
+        # Make the step wait for the clock: otherwise the executor may read it
+        # after the step (and does so with one thread).
         with tf.control_dependencies([got]):
             parts = [_identity(x) for x in parts]
         batch = tf.nest.pack_sequence_as(batch, parts, expand_composites=True)
@@ -180,6 +181,6 @@ class TrainLoop:
 
 
 def _identity(tensor):
-    """The tensor, where it is."""
+    """Identity on the tensor's own device."""
     with tf.device(tensor.device):
         return tf.identity(tensor)

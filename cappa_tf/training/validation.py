@@ -1,4 +1,4 @@
-"""Figures of a whole split, each example counted once.
+"""Metrics over a whole split, each example counted once.
 
 B: batch (padded at the end of the split).
 """
@@ -10,19 +10,19 @@ from cappa_tf.training.distribution.strategies import on_replicas
 
 
 class Validation:
-    """What a task reports in evaluation, over one split.
+    """Computes the loss and the metrics of a task over one split.
 
-    Hold on to one object for a whole run: its graph is traced once per text
+    Reuse one object for a whole run, as its graph is traced once per text
     length.
 
     Args:
         strategy: The run's strategy.
         hosts: The run's `Hosts`; each evaluates its part of the split.
         model: A `Task`.
-        data: Has `evaluate(batch_size, host, num_hosts)`, a host's part of
-            the split in padded batches with `_mask` [B], 1 where an example
-            is real.
-        batch_size: Over all devices of all hosts.
+        data: Data set whose `evaluate(batch_size, host, num_hosts)` returns a
+            host's part of the split in padded batches with `_mask` [B], 1 for
+            real examples.
+        batch_size: Batch size over all devices of all hosts.
     """
 
     def __init__(self, strategy, hosts, model, data, batch_size):
@@ -35,11 +35,11 @@ class Validation:
         """Evaluates the split.
 
         Returns:
-            Dict: each metric of the task; `loss`, its mean over the examples;
-            `examples`, how many there were.
+            Dict of each metric of the task; `loss`, its mean over the
+            examples; and `examples`, their number.
 
         Raises:
-            ValueError: If the split holds nothing that can be measured.
+            ValueError: If the split has no example with a caption.
         """
         totals = 0.0
         for batch in self._batches():
@@ -52,7 +52,7 @@ class Validation:
                 "The evaluation split must hold at least one caption. "
                 f"Received: {examples} examples without any"
             )
-        # The loss last: it is what the others explain.
+        # The loss goes last, after the metrics that explain it.
         pairs["loss"] = pairs.pop("loss")
         figures = {
             name: total / weight for name, (total, weight) in pairs.items()
@@ -67,12 +67,12 @@ class Validation:
         )
 
     def _example_sums(self, batch):
-        """Float32 [B, 2 * figures]: totals and weights, zeros for padding."""
+        """Totals and weights, float32 [B, 2 * metrics], zeros for padding."""
         mask = batch["_mask"]  # [B]
         losses = self._model.example_losses(batch, training=False)
         figures = {"loss": (losses.loss, mask), **losses.metrics}
         self._names = list(figures)
-        # A padding example may hold anything, NaN included: where, not times.
+        # A padding example may yield NaN, so it is masked with `where`.
         real = [
             tf.where(mask > 0, value, 0.0)
             for pair in figures.values()

@@ -138,7 +138,7 @@ def test_versions_count_up_and_are_never_replaced(
         export(version=7)
     with pytest.raises(ValueError, match="`version` must be an integer >= 1"):
         export(version=0)
-    with pytest.raises(ValueError, match="`name` must be lower-case"):
+    with pytest.raises(ValueError, match="`name` must consist of lower-case"):
         export(name="Cap/tioner")
 
 

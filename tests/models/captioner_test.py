@@ -73,7 +73,7 @@ def test_three_quarters_are_parallel(captioner):
     index = tf.range(4000, dtype=tf.int64)
     seeds = stateless_random.example_seeds(0, index)
     share = tf.reduce_mean(
-        tf.cast(captioner._draw_parallel(seeds, 4000), tf.float32)
+        tf.cast(captioner._sample_parallel(seeds, 4000), tf.float32)
     )
     assert abs(float(share) - 0.75) < 0.03
 

@@ -47,7 +47,7 @@ def _file(run_folder, tmp_path, change):
 )
 def test_a_damaged_file_is_named(run_folder, tmp_path, change):
     path = _file(run_folder, tmp_path, change)
-    with pytest.raises(ValueError, match="saved whole. Received: .*model.kera"):
+    with pytest.raises(ValueError, match="by Keras. Received: .*model.kera"):
         saving.load_model(path)
 
 

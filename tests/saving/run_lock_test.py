@@ -76,7 +76,7 @@ def test_a_dead_run_of_this_machine_is_taken_over_at_once(
     _leave_behind(tmp_path, pid=123456789)
     with RunLock(tmp_path):
         assert "process 123456789" in caplog.text
-        assert "takes the folder over" in caplog.text
+        assert "takes over the folder" in caplog.text
 
 
 def test_a_silent_run_of_another_machine_is_taken_over(tmp_path, caplog):
@@ -85,7 +85,7 @@ def test_a_silent_run_of_another_machine_is_taken_over(tmp_path, caplog):
     with RunLock(tmp_path):
         assert time.monotonic() - start >= run_lock.PATIENCE
     assert "process 7 on host far: waiting" in caplog.text
-    assert "takes the folder over" in caplog.text
+    assert "takes over the folder" in caplog.text
 
 
 def test_a_living_run_of_another_machine_is_not(tmp_path):

@@ -1,4 +1,4 @@
-"""Turns the sums of training loops into the figures people read."""
+"""Metrics of the log lines, computed from the sums of training loops."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ import tensorflow as tf
 
 @dataclasses.dataclass
 class Sums:
-    """Sums over examples and steps of what a task reports.
+    """Sums of a task's metrics over examples and steps.
 
     Attributes:
-        figures: Name -> (total, weight); their ratio is the figure.
-        counts: Name -> total.
+        figures: Dict name -> (total, weight), whose ratio is the metric.
+        counts: Dict name -> total.
     """
 
     figures: dict = dataclasses.field(default_factory=dict)
@@ -104,9 +104,9 @@ class SumsLayout:
 
 
 class Interval:
-    """What happened since the last log line.
+    """Metrics and rates since the last log line.
 
-    Rates count the time inside training loops only: evaluation, checkpoints
+    Rates count only the time inside training loops, so evaluation, checkpoints
     and the compilation of the first step do not make a run look slower.
     """
 
@@ -124,10 +124,10 @@ class Interval:
 
         Args:
             sums: `Sums` of all examples of the loop.
-            steps: Steps of the loop.
+            steps: Number of steps of the loop.
             seconds: Wall time of the loop.
             waited: Seconds of it spent waiting for data, or None.
-            timed: False where the time includes compilation.
+            timed: False if the time includes compilation.
         """
         self._sums.add(sums)
         if timed:
@@ -137,13 +137,13 @@ class Interval:
             self._waited = None if waited is None else self._waited + waited
 
     def result(self):
-        """The figures of the interval, which then starts anew.
+        """Returns the metrics of the interval and starts a new one.
 
         Returns:
-            Dict: each figure the task reports, left out where its weight is
-            zero, "loss" first; "gradient_norm" (mean over steps);
-            "images_per_second", a rate of each count ("tokens_per_second")
-            and "data_wait_share" once a loop was timed.
+            Dict of each metric the task reports with a nonzero weight, "loss"
+            first; "gradient_norm" (mean over steps); and, once a loop was
+            timed, "images_per_second", a rate of each count (such as
+            "tokens_per_second") and "data_wait_share".
         """
         figures = {
             name: total / weight
@@ -162,7 +162,7 @@ class Interval:
 
 
 class Stopwatch:
-    """`with Stopwatch() as watch: ...; watch.seconds`."""
+    """Wall time of a block: `with Stopwatch() as watch`, `watch.seconds`."""
 
     def __enter__(self):
         self._began = time.perf_counter()

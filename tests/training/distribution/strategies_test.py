@@ -60,7 +60,7 @@ def test_workers_are_counted_from_the_chief(monkeypatch, config, wanted):
         ('{"cluster": {"worker": ["a:1", "b:2"]}}', "KeyError: 'task'"),
         (_tf_config(index=2), "there is no worker 2"),
         (_tf_config("evaluator"), "there is no evaluator"),
-        (_tf_config(ps=["p:1"], worker=["a:1", "b:2"]), "jobs .'ps'. have no"),
+        (_tf_config(ps=["p:1"], worker=["a:1", "b:2"]), "jobs .'ps'. are not"),
     ],
 )
 def test_a_cluster_that_makes_no_sense_is_shown(monkeypatch, config, found):
@@ -87,7 +87,7 @@ def test_a_cluster_that_makes_no_sense_is_shown(monkeypatch, config, found):
         ({"TPU_NAME": "local"}, "tpu", None, "found no TPU under .*'local'"),
         ({"TPU_NAME": "local"}, "tpu", ["CPU:0"], "all cores of the TPU"),
         ({}, "mirrored", ["CPU:0"], "at least two devices.*CPU:1"),
-        ({}, "mirrored", ["GPU:3", "GPU:4"], "names what is not there"),
+        ({}, "mirrored", ["GPU:3", "GPU:4"], "name devices of this machine"),
         ({}, "one", ["CPU:0", "CPU:1"], "at most one device"),
     ],
 )
