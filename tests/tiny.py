@@ -9,7 +9,9 @@ import tensorflow as tf
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.contrastive import Contrastive
 from cappa_tf.models.text_decoder import TextDecoder
+from cappa_tf.models.text_encoder import TextEncoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.training import settings
 from cappa_tf.training.optimizers.adafactor import Adafactor
@@ -40,6 +42,23 @@ def make_model(size, **kwargs):
         ),
         masked_pred_prob=0.5,
         chunk_size=64,
+    )
+
+
+def make_contrastive(size, **kwargs):
+    """Two towers of width 16 for images of 16 x 16 pixels.
+
+    Args:
+        size: Of the vocabulary.
+        **kwargs: Of `Contrastive`, and of `VisionEncoder` where it has them.
+    """
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    names = ("pooling", "dropout", "patch_dropout", "image_size", "patch_size")
+    image = {name: kwargs.pop(name) for name in names if name in kwargs}
+    return Contrastive(
+        VisionEncoder(**{"patch_size": 8, "image_size": 16, **small, **image}),
+        TextEncoder(size, LENGTH, **small),
+        **{"embedding_dim": 8, **kwargs},
     )
 
 
