@@ -53,8 +53,8 @@ def make_contrastive(size, **kwargs):
         **kwargs: Of `Contrastive`, and of `VisionEncoder` where it has them.
     """
     small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
-    names = ("pooling", "dropout", "patch_dropout", "image_size", "patch_size")
-    image = {name: kwargs.pop(name) for name in names if name in kwargs}
+    names = "pooling dropout patch_dropout image_size patch_size num_heads"
+    image = {name: kwargs.pop(name) for name in names.split() if name in kwargs}
     return Contrastive(
         VisionEncoder(**{"patch_size": 8, "image_size": 16, **small, **image}),
         TextEncoder(size, LENGTH, **small),
@@ -133,6 +133,7 @@ def with_settings(**flat):
         "evaluation": settings.EvaluationSettings,
         "compute": settings.ComputeSettings,
         "weights": settings.WeightSettings,
+        "features": settings.FeatureSettings,
     }
     found = {}
     for argument, cls in objects.items():

@@ -48,6 +48,7 @@ class Contrastive(WholeBatchTask):
     models/proj/image_text/two_towers.py.
     """
 
+    takes_features = True
     short_names = {
         "contrastive/loss": None,
         "contrastive/accuracy": "acc",
@@ -114,6 +115,20 @@ class Contrastive(WholeBatchTask):
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return self.contrastive_head.embed_images(outputs["pre_logits"])
 
+    def embed_features(self, features):
+        """Normalised embeddings of images by their features.
+
+        Args:
+            features: float [B, D], `pre_logits` of the vision encoder, or
+                [B, P, D], its `encoded`.
+
+        Returns:
+            float32 [B, C].
+        """
+        if features.shape.rank == 3:
+            features = self.vision_encoder.pool(features)
+        return self.contrastive_head.embed_images(features)
+
     def embed_texts(self, labels, seeds=None, training=False):
         """Normalised embeddings of texts.
 
@@ -153,9 +168,10 @@ class Contrastive(WholeBatchTask):
         """Embeddings of the pairs of a batch, one caption an image.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
-                padded, of which the first caption counts; in training `index`
-                int64 [B].
+            batch: Dict with `image` [B, H, W, 3], or in its place
+                `image_features` as `embed_features` takes them; `labels` int32
+                [B, K, L], padded, of which the first caption counts; in
+                training `index` int64 [B].
             training: Whether to drop.
 
         Returns:
@@ -165,7 +181,10 @@ class Contrastive(WholeBatchTask):
         seeds = None
         if training:
             seeds = stateless_random.example_seeds(self.seed, batch["index"])
-        images = self.embed_images(batch["image"], seeds, training)
+        if "image_features" in batch:
+            images = self.embed_features(batch["image_features"])
+        else:
+            images = self.embed_images(batch["image"], seeds, training)
         texts = self.embed_texts(labels, seeds, training)
         return images, texts, ExampleLosses(tf.zeros_like(images[:, 0]), {}, {})
 
@@ -175,10 +194,9 @@ class Contrastive(WholeBatchTask):
 
     def batch_spec(self, size, captions=1):
         """Images, labels [size, captions, L] and indices."""
-        height, width = self.vision_encoder.image_size
         labels = [size, captions, self.text_encoder.max_length]
         return {
-            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            **self.image_spec(size),
             "labels": tf.TensorSpec(labels, tf.int32),
             "index": tf.TensorSpec([size], tf.int64),
         }

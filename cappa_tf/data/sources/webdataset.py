@@ -329,6 +329,11 @@ class _TarRecords(Records):
                 [shards.companion(s.path) for s in self.shards]
             )
 
+    @property
+    def identity(self):
+        """As `Records.identity`, with what is read of a sample."""
+        return [*super().identity, self._index.digest]
+
     def check(self, counter):
         """As `Records.check`."""
         self._index.check(counter)
