@@ -18,6 +18,7 @@ from tools import benchmarks
 
 BENCHMARKS = {
     "data": "images a second and memory from shards to batches",
+    "features": "images a second of LiT, with and without cached features",
     "generate": "time of the ways to caption",
     "memory": "peak memory and time of the loss, and of a training step",
     "score": "time of the likelihoods of many labels",

@@ -49,7 +49,7 @@ TYPES = ("float32", "float16", "bfloat16")
 _VERSION = 1
 # Records of a part: what a kill loses at most. Fewer where rows are large, more
 # where there would be too many parts.
-_PART_RECORDS, _PART_BYTES, _MOST_PARTS = 4096, 64 << 20, 4096
+_PART_RECORDS, _PART_BYTES, _MOST_PARTS = 1024, 64 << 20, 4096
 # Rows of so many bytes are compared with their checksums when a cache is
 # opened; of a larger one, parts at equal distances.
 _CHECKED_BYTES = 8 << 30
@@ -126,8 +126,9 @@ class FeatureCache:
         self._row_bytes = (
             math.prod(self.row_shape) * np.dtype(self._numpy_type).itemsize
         )
-        self._id = digest
         self._part_size = _part_size(self.num_examples, self._row_bytes)
+        # Of the files of this cache, whose parts are of this size.
+        self._id = f"{digest}-{self._part_size}"
         index, count = (0, 1) if hosts is None else (hosts.index, hosts.count)
         gather = (lambda value: [value]) if hosts is None else hosts.gather
         start, computed = time.monotonic(), 0

@@ -206,8 +206,9 @@ class Contrastive(WholeBatchTask):
         del captions
         image, text = self.vision_encoder, self.text_encoder
         patches = image.grid[0] * image.grid[1]
+        encoded = {"encoded": (size, patches, image.hidden_dim)}
         return {
-            "encoded": (size, patches, image.hidden_dim),
+            **(encoded if self.feature_kind is None else {}),
             "encoded_text": (size, text.max_length, text.hidden_dim),
             "embeddings": (size, self.contrastive_head.width),
         }

@@ -61,7 +61,7 @@ def replace_images(features, data, model, workdir, hosts):
             model.parts["vision_encoder"],
             dataset,
             model.feature_kind,
-            folder=features.folder or os.path.join(workdir, "features"),
+            folder=features.cache_folder or os.path.join(workdir, "features"),
             dtype=features.dtype,
             batch_size=features.batch_size,
             hosts=hosts,

@@ -210,7 +210,7 @@ class FeatureSettings:
     """"cached" computes the features of all images once, keeps them on disk
     and trains on them; None encodes the images of each batch."""
 
-    folder: str | None = None
+    cache_folder: str | None = None
     """Folder of the caches, which runs may share; by default `features` below
     the run's. All hosts must see it, as one that is not in a bucket."""
 
@@ -224,10 +224,9 @@ class FeatureSettings:
         arguments.check_choice((None, "cached"), features=self.features)
         arguments.check_choice(FEATURE_TYPES, dtype=self.dtype)
         arguments.check_counts(batch_size=self.batch_size)
-        if self.folder is not None and not (
-            isinstance(self.folder, str) and self.folder
-        ):
+        folder = self.cache_folder
+        if folder is not None and not (isinstance(folder, str) and folder):
             raise ValueError(
-                "`folder` (FEATURE_CACHE) must be a path or None. Received: "
-                f"folder={self.folder!r}"
+                "`cache_folder` (FEATURE_CACHE) must be a path or None. "
+                f"Received: cache_folder={folder!r}"
             )
