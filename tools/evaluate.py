@@ -189,7 +189,7 @@ def _retrieval(options):
     return Retrieval(
         options.data,
         _split(options),
-        limit=options.limit or 100,
+        limit=options.limit,
         parallel=options.parallel,
     )
 
