@@ -166,7 +166,8 @@ class TaskGradients:
             derivatives = context.all_reduce(
                 tf.distribute.ReduceOp.SUM, derivatives
             )
-            derivatives = [x[own[0] :][: own[1]] for x in derivatives]
+            start, size = [own[0], 0], [own[1], images.shape[1]]
+            derivatives = [tf.slice(x, start, size) for x in derivatives]
         return derivatives, direct, Sums.of(losses)
 
     def _values(self):
