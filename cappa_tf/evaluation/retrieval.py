@@ -1,10 +1,10 @@
-"""Image-text retrieval by likelihood: which caption, which image.
+"""Image-text retrieval by likelihood, in both directions.
 
 The score of a pair is the caption's log-likelihood given the image. Some
-captions are likelier than others whatever the image shows, and rank first for
-all of them; so images also rank captions by the score less the caption's
-likelihood without an image (`minus_blind`). For a given caption that changes
-no order of images.
+captions are more likely than others whatever the image shows, and so rank
+first for all images. Therefore images also rank captions by the score minus
+the caption's log-likelihood without an image (`minus_blind`). For a given
+caption this does not change the order of the images.
 
 Letters: I images, T captions, each of one image.
 """
@@ -34,20 +34,21 @@ def recalls(scores, owners, at=RECALLS):
         scores: float [I, T].
         owners: int [T], the image that each caption was written for; each
             image has at least one.
-        at: The k.
+        at: The values of k.
 
     Returns:
-        Dict of `image_to_text/recall@k`, the share of images one of whose own
-        captions is among the k best, and `text_to_image/recall@k`, the share
-        of captions whose image is. A wrong one that scores the same counts
-        as better: a model that cannot tell finds nothing.
+        Dict of `image_to_text/recall@k`, the fraction of images that have one
+        of their own captions among the k best, and `text_to_image/recall@k`,
+        the fraction of captions whose image is among the k best. A wrong one
+        with the same score counts as better, so a model that gives all pairs
+        the same score has a recall of 0.
     """
     scores, owners = np.asarray(scores), np.asarray(owners)
     images = np.arange(scores.shape[0])
     own = owners == images[:, None]  # [I, T]
     if owners.shape != scores.shape[1:] or not own.any(1).all():
         raise ValueError(
-            "Every caption must have one image, every image a caption. "
+            "Every caption must have one image, and every image a caption. "
             f"Received: scores of shape {scores.shape}, {len(owners)} owners "
             f"from {set(owners.tolist())}"
         )
@@ -68,16 +69,17 @@ def recalls(scores, owners, at=RECALLS):
 class Retrieval(Evaluator):
     """Retrieval in one split of captioned images.
 
-    Every caption is scored for every image: I * T passes' worth, which grows
+    Every caption is scored for every image, so the cost of I * T scores grows
     with the square of `limit`.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images.
-        captions_per_image: At most as many captions of each; None for all.
-        parallel: Whether to score in parallel mode, too.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        captions_per_image: Maximum number of captions of each image; None for
+            all.
+        parallel: Whether to also score by parallel prediction.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -96,13 +98,15 @@ class Retrieval(Evaluator):
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def evaluate(self, predictor):
-        """Scores all pairs; see `recalls` for the metrics.
+        """Scores all pairs of images and captions.
 
-        Those of the other scores have `minus_blind/` and `parallel/` in front.
+        Returns:
+            A `Report` with the metrics of `recalls`; those of other scores
+            have the prefix `minus_blind/` or `parallel/`.
         """
         self.check(predictor)
         batches = list(self._data.captioned(predictor))
@@ -128,7 +132,7 @@ class Retrieval(Evaluator):
             metrics |= named(kind, found, plain)
             both = np.split(np.array([*found.values()]), 2)
             rows.append((f"{kind}, image to text", *map(float, both[0])))
-            if kind != MINUS_BLIND:  # the same order of images
+            if kind != MINUS_BLIND:  # has the same order of images
                 rows.append((f"{kind}, text to image", *map(float, both[1])))
         skipped = dict(self._data.skipped)
         lines = [

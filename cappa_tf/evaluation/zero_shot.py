@@ -1,11 +1,11 @@
-"""Zero-shot classification: the class whose name is the likeliest caption.
+"""Zero-shot classification: the class with the most likely prompt.
 
 Reference: arXiv 2306.07915, section 4.2; big_vision
-evaluators/proj/cappa/scoring_classifier.py. A class's score is the
+evaluators/proj/cappa/scoring_classifier.py. The score of a class is the
 log-likelihood of its prompt, summed over the tokens and not divided by their
 number. With several templates it is the mean of their log-likelihoods.
 
-Letters: N images, C classes, B images at once, M templates.
+Letters: N images, C classes, B images per batch, M templates.
 """
 
 import os
@@ -29,14 +29,14 @@ _MOST_COLUMNS = 20
 
 
 def prompts(class_names, templates=DEFAULT_TEMPLATES):
-    """Captions of classes.
+    """Prompts of all classes.
 
     prompts(["cat", "dog"], ["a {}", "the {}"])
         -> ["a cat", "the cat", "a dog", "the dog"]
 
     Args:
         class_names: C names.
-        templates: M texts, each with one {} where the name goes.
+        templates: M texts, each with one {} in place of the name.
 
     Returns:
         A list of C * M texts, class by class.
@@ -44,7 +44,7 @@ def prompts(class_names, templates=DEFAULT_TEMPLATES):
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(
-                "A template must hold {} once, where the name goes. "
+                "A template must have {} once, in place of the name. "
                 f"Received: {template!r} of {tuple(templates)}"
             )
     if not class_names or not templates:
@@ -56,14 +56,14 @@ def prompts(class_names, templates=DEFAULT_TEMPLATES):
 
 
 def ranks(scores, labels):
-    """How many classes score as high as the right one or higher.
+    """Number of wrong classes that score at least as high as the right one.
 
     Args:
         scores: float [N, C].
         labels: int [N].
 
     Returns:
-        int [N], 0 where the right class wins alone: a tie counts as lost.
+        int [N], 0 if the right class wins alone; a tie counts as an error.
     """
     right = np.take_along_axis(scores, labels[:, None], 1)
     return (scores >= right).sum(1) - 1
@@ -77,9 +77,9 @@ def figures(scores, labels):
         labels: int [N].
 
     Returns:
-        (dict of `top_1`, with more than five classes `top_5`, and
-        `mean_per_class`, the mean of the classes' own top-1; int [C, C], true
-        class by predicted one).
+        (metrics, confusion): a dict of `top_1`, `top_5` (with more than five
+        classes) and `mean_per_class`, the mean of the classes' own top-1; and
+        the matrix int [C, C] of true class by predicted class.
     """
     classes = scores.shape[1]
     position = ranks(scores, labels)
@@ -98,17 +98,17 @@ def figures(scores, labels):
 
 
 class ZeroShot(Evaluator):
-    """Zero-shot classification of a folder or data set of labelled images.
+    """Zero-shot classification of a folder or data set of labeled images.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
         class_names: C names by class number; None for those of the data.
-        templates: M texts with {} where the name goes.
-        resize: "squash" or "resize_small", the whole image or its middle.
-        parallel: Whether to score in parallel mode, too.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        templates: M texts, each with one {} in place of the name.
+        resize: "squash" (the whole image) or "resize_small" (its center).
+        parallel: Whether to also score by parallel prediction.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ZeroShot(Evaluator):
         self._limit = limit
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
         self._names()
 
@@ -143,20 +143,22 @@ class ZeroShot(Evaluator):
         names = self._class_names or self._data.class_names
         if not names:
             raise ValueError(
-                f"{self._data.path} does not name its classes: give "
+                f"{self._data.path} does not name its classes: pass "
                 "`class_names`"
             )
         return list(names)
 
     def evaluate(self, predictor):
-        """Classifies every image; see `figures` for the metrics.
+        """Classifies every image.
 
-        The parallel mode's are called `parallel/top_1` and so on, and those
-        of scores less that of the text without an image `minus_blind/...`.
+        Returns:
+            A `Report` with the metrics of `figures`. Those of parallel
+            prediction have the prefix `parallel/`; those of scores minus the
+            score of the text without an image have `minus_blind/`.
         """
         self.check(predictor)
         data, names = self._data, self._names()
-        # All of the image, as in training: no margin is cut off.
+        # The whole image is used, as in training: no margin is cropped.
         prepare = preprocessing(predictor.image_size, self._resize, margin=1.0)
         plain = predictor.score_kinds[0]
         kinds = (plain, *self.needs[1:])
@@ -176,7 +178,7 @@ class ZeroShot(Evaluator):
                 parts.append(found.reshape(len(images), len(names), -1).mean(2))
         if not labels:
             raise ValueError(
-                f"No labelled image in split {data.split!r} of "
+                f"No labeled image in split {data.split!r} of "
                 f"{data.path}. Received: skipped={dict(data.skipped)}"
             )
         labels = np.concatenate(labels)
@@ -211,7 +213,7 @@ class ZeroShot(Evaluator):
 
 
 def _confusion_lines(names, confusion):
-    """The matrix as a table, where it fits a terminal."""
+    """The matrix as a table, if it fits the terminal."""
     if len(names) > _MOST_COLUMNS:
         return []
     rows = [
@@ -223,7 +225,7 @@ def _confusion_lines(names, confusion):
 
 
 def _first(batches, limit):
-    """The first `limit` images of batches, all without a limit."""
+    """The first `limit` images of batches; all if it is None."""
     left = float("inf") if limit is None else limit
     for batch in batches:
         count = int(min(left, len(batch[0])))
