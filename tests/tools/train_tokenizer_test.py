@@ -130,5 +130,5 @@ def test_refusals_name_the_cause(run, tmp_path):
     with pytest.raises(SystemExit, match="one of --data, --text"):
         run(f"--text={text}", f"--data={tmp_path}")
     flags.FLAGS["text"].value = None
-    with pytest.raises(SystemExit, match="A data set is a folder"):
+    with pytest.raises(SystemExit, match="A data set must be a folder"):
         run(f"--data={tmp_path}")

@@ -212,7 +212,7 @@ def test_half_written_and_damaged_shards(shards):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{folder}/train-0.tar", "must say which shards a split has"),
+        ("{folder}/train-0.tar", "must tell the shards of a split"),
         ("{folder}/{{split}}-none-*.tar", "has no shards"),
         ({"validation": "x"}, r"one of \['validation'\]. Received: 'train'"),
     ],
