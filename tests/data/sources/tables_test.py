@@ -178,10 +178,7 @@ def test_kaggle_and_flickr_and_openclip(folder):
     )
     assert captions(folder) == (
         {"0.jpg": ['A man , "so-called" .'], "2.jpg": ['"Two" men .']},
-        [
-            "malformed row\tresults.csv:3: 2 fields for 3 "
-            "columns: no 'comment'"
-        ],
+        ["malformed row\tresults.csv:3: 2 fields for 3 columns: no 'comment'"],
     )
     (folder / "results.csv").unlink()
     write(
