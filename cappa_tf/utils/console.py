@@ -249,7 +249,7 @@ def _pass_on(reader, terminal):
 
 
 def is_for_people(line):
-    """Whether a line that C++ wrote is more than TensorFlow's own news.
+    """Returns whether a line that C++ code wrote is meant for users.
 
     Args:
         line: Bytes.
