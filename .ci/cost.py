@@ -1,8 +1,8 @@
-"""A plugin of pytest: CPU time of each file, and memory, at the end.
+"""Pytest plugin that reports CPU time per file, and memory.
 
     PYTHONPATH=.ci python -m pytest -p cost
 
-The time is that of all threads, and of other processes that a test waited for.
+The time includes all threads, and other processes that a test waited for.
 """
 
 import collections
@@ -22,7 +22,7 @@ def _used():
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
-    """Adds what a test and its fixtures took to its file."""
+    """Adds the time of a test and its fixtures to its file."""
     before = _used()
     result = yield
     _seconds[item.nodeid.partition("::")[0]] += _used() - before
@@ -30,13 +30,13 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints the dearest files and the sums."""
+    """Prints the most expensive files and the totals."""
     write = terminalreporter.write_line
     terminalreporter.section("cost")
     for name, seconds in _seconds.most_common(SHOWN):
         write(f"{seconds:8.1f} s  {name}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write(
-        f"{_used() / 60:8.1f} minutes of CPU time in all, imports included; "
+        f"{_used() / 60:8.1f} minutes of CPU time in total with imports; "
         f"peak memory {peak:.0f} MiB"
     )
