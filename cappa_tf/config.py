@@ -365,11 +365,18 @@ def _bind_settings(cls, argument):
 gin.config.ParsedBindingKey.parse = _parse_moved_key
 
 
+# What size files set: a method reads those of their numbers that it has.
+_SIZE_MACROS = set()
+
+
 class _GinFile(io.StringIO):
     """A gin file updated by `_moved`; its name appears in gin's messages."""
 
     def __init__(self, path):
-        super().__init__(_moved(files.read_text(path)))
+        text = _moved(files.read_text(path))
+        if os.path.basename(os.path.dirname(path)) == "sizes":
+            _SIZE_MACROS.update(re.findall(r"^(\w+) *=", text, re.MULTILINE))
+        super().__init__(text)
         self.name = path
 
 
@@ -437,6 +444,7 @@ def _check(root, used, given):
             f"No --gin_file binds {root}; start from one of {_shipped()}."
         )
     unread = [key for key in (*_BINDINGS, *given) if key not in walk.used]
+    used = used | {(name, "gin.macro") for name in _SIZE_MACROS}
     ineffective = [key for key in unread if key in given or key not in used]
     problems = [_no_effect(key, walk) for key in dict.fromkeys(ineffective)]
     problems += walk.problems.values()

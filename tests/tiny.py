@@ -9,7 +9,9 @@ import tensorflow as tf
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.contrastive import Contrastive
 from cappa_tf.models.text_decoder import TextDecoder
+from cappa_tf.models.text_encoder import TextEncoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.training import settings
 from cappa_tf.training.optimizers.adafactor import Adafactor
@@ -43,10 +45,31 @@ def make_model(size, **kwargs):
     )
 
 
+def make_contrastive(size, embedding_dim=8, **kwargs):
+    """Two towers of width 16 for the same images and texts.
+
+    Args:
+        size: Pieces of the vocabulary.
+        embedding_dim: Of `Contrastive`, as all of `kwargs` but `dropout`.
+        **kwargs: See above; `dropout` is that of both towers.
+    """
+    dropout = kwargs.pop("dropout", 0.0)
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    small["dropout"] = dropout
+    return Contrastive(
+        VisionEncoder(patch_size=8, image_size=16, **small),
+        TextEncoder(size, LENGTH, **small),
+        embedding_dim=embedding_dim,
+        **kwargs,
+    )
+
+
 class Data:
     """Images in a colour that their two words decide, made on the spot."""
 
     image_size = (16, 16)
+    path = "tiny"
+    captions_per_image = 1
     preprocessing = ImagePreprocessing(image_size, max_pixels=None)
 
     def __init__(self, folder, examples=32, poison=None):

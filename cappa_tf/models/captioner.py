@@ -13,10 +13,11 @@ import keras
 import tensorflow as tf
 
 from cappa_tf.models import stateless_random
+from cappa_tf.models.data_checks import check_image_size, check_texts
 from cappa_tf.models.inference import Inference
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task
-from cappa_tf.utils.arguments import check_counts, check_fraction, height_width
+from cappa_tf.utils.arguments import check_counts, check_fraction
 
 _PARALLEL_SALT = stateless_random.salt_of("captioner/parallel")
 _MASKING_SALT = stateless_random.salt_of("captioner/masking")
@@ -266,37 +267,8 @@ class Captioner(Inference, Task):
             ValueError: If they do not; names the file and the bindings that
                 disagree.
         """
-        tokenizer, decoder = data.tokenizer, self.text_decoder
-        pieces, rows = tokenizer.vocabulary_size, decoder.vocabulary_size
-        if pieces != rows:
-            many = "more" if pieces > rows else "fewer"
-            raise ValueError(
-                f"The vocabulary {tokenizer.path} has {many} pieces than the "
-                "model: set VOCABULARY_SIZE (TextDecoder.vocabulary_size) to "
-                "the number of pieces, or TOKENIZER (Tokenizer.path) to the "
-                f"file that the model is for. Received: {pieces} pieces, "
-                f"vocabulary_size={rows}"
-            )
-        special = decoder.special_tokens
-        if (tokenizer.pad_id, tokenizer.eos_id) != (special.pad, special.eos):
-            raise ValueError(
-                f"The vocabulary {tokenizer.path} must have the special ids "
-                "of the model (TextDecoder.special_tokens). Received: "
-                f"pad={tokenizer.pad_id}, eos={tokenizer.eos_id} and {special}"
-            )
-        if tokenizer.max_length > decoder.max_length:
-            raise ValueError(
-                "`Tokenizer.max_length` must be at most "
-                "`TextDecoder.max_length`. Received: "
-                f"{tokenizer.max_length} and {decoder.max_length}"
-            )
-        size = height_width("image_size", data.image_size)
-        if size != tuple(self.vision_encoder.image_size):
-            raise ValueError(
-                f"`image_size` of `{name}` must be that of the model. "
-                f"Received: {size} and VisionEncoder.image_size="
-                f"{tuple(self.vision_encoder.image_size)}"
-            )
+        check_texts(data, self.text_decoder, "TextDecoder")
+        check_image_size(data, name, self.vision_encoder)
 
     def _index(self, batch):
         """Positions of the examples in the stream, by default from the step."""

@@ -14,6 +14,7 @@ from cappa_tf.models.classification_head import (
     build_head,
     head_layers,
 )
+from cappa_tf.models.data_checks import check_image_size
 from cappa_tf.models.losses.classification import softmax_cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task
 from cappa_tf.utils.arguments import check_fraction
@@ -147,12 +148,7 @@ class Classifier(Task):
                 "A classifier needs labels, which a data set yields without a "
                 f"tokenizer. Received: {name} of {data.path} with a tokenizer"
             )
-        if tuple(data.image_size) != self.vision_encoder.image_size:
-            raise ValueError(
-                "`image_size` of model and data must agree. Received: "
-                f"VisionEncoder.image_size={self.vision_encoder.image_size}, "
-                f"image_size={tuple(data.image_size)} of {name}, {data.path}"
-            )
+        check_image_size(data, name, self.vision_encoder)
 
     def get_config(self):
         """Returns the constructor's arguments."""

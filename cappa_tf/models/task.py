@@ -32,6 +32,14 @@ class ExampleLosses(NamedTuple):
     metrics: dict
     counts: dict
 
+    def plus(self, other):
+        """The sum of two losses of the same examples, all figures of both."""
+        return ExampleLosses(
+            self.loss + other.loss,
+            {**self.metrics, **other.metrics},
+            {**self.counts, **other.counts},
+        )
+
 
 class Task(keras.Model):
     """Base class of the methods that can be trained.
@@ -47,6 +55,8 @@ class Task(keras.Model):
             None omits the metric there.
         can_generate: Whether the model has `generate`, which captions images.
             A run then writes captions of sample images and of the test split.
+        needs_whole_batch: Whether the loss of an example depends on the others
+            of the global batch, see `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
     """
 
@@ -54,6 +64,7 @@ class Task(keras.Model):
     selection_mode = "min"
     short_names = {}
     can_generate = False
+    needs_whole_batch = False
     frozen_parts = ()
 
     def __init__(self, **kwargs):
@@ -262,3 +273,67 @@ class Task(keras.Model):
             mean = tf.math.divide_no_nan(total, weight)
             metric.update_state(mean, weight * mask)
         return {metric.name: metric.result() for metric in self.metrics}
+
+
+class WholeBatchTask(Task):
+    """Base class of tasks whose loss compares the examples of a batch.
+
+    A trainer calls `embed` on each device and microbatch, gathers the
+    embeddings of the global batch, and hands all of them to `batch_losses`:
+    gradients are then those of the whole batch, however it is split.
+
+    A subclass defines `embed` and `batch_losses` in place of `example_losses`.
+    """
+
+    needs_whole_batch = True
+
+    @property
+    def embedding_width(self):
+        """Width C of the embeddings."""
+        raise NotImplementedError
+
+    def embed(self, batch, training):
+        """What examples bring to the loss of the batch.
+
+        Args:
+            batch: As `batch_spec` describes it.
+            training: Whether to sample and to drop as training does.
+
+        Returns:
+            (images, texts, losses): two float32 [B, C], and `ExampleLosses` of
+            what an example adds to the loss on its own account.
+        """
+        raise NotImplementedError
+
+    def batch_losses(self, images, texts, own, mask=None):
+        """Losses that compare own examples with the global batch.
+
+        Args:
+            images: float32 [global batch, C], from `embed`.
+            texts: float32 [global batch, C], from `embed`.
+            own: (offset, B), the examples that are measured.
+            mask: Optional bool [global batch], False for padding, which is
+                compared with nothing.
+
+        Returns:
+            `ExampleLosses` of the B examples.
+        """
+        raise NotImplementedError
+
+    def example_losses(self, batch, training):
+        """Losses of a batch that is compared with itself alone."""
+        images, texts, losses = self.embed(batch, training)
+        mask = batch.get("_mask")
+        mask = None if mask is None else mask > 0
+        own = (0, images.shape[0] or tf.shape(images)[0])
+        return losses.plus(self.batch_losses(images, texts, own, mask))
+
+    def train_step(self, batch):
+        """One step of `fit`, on one device."""
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "`fit` compares the examples of one device alone. Train a "
+                f"{type(self).__name__} on several with cappa_tf.train, which "
+                "compares those of the global batch"
+            )
+        return super().train_step(batch)

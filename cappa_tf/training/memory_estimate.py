@@ -12,7 +12,7 @@ L: text length in tokens.  P: patches.  D: width.
 
 import tensorflow as tf
 
-from cappa_tf.training.step import TrainLoop
+from cappa_tf.training.gradients import TaskGradients, function
 
 # Operations whose output shares the memory of their input.
 _ALIASES = {
@@ -57,7 +57,7 @@ def estimate(
         "gradients": copies * _bytes(trained),
         "optimizer state": _bytes([v.value for v in optimizer.variables]),
         "batch": accumulation_steps * _bytes(batch.values()),
-        "activations": _activations(model, strategy, batch, batch_size),
+        "activations": _activations(model, batch, batch_size),
     }
     shapes = {name: tuple(spec.shape) for name, spec in batch.items()}
     shapes |= model.shapes(size, captions)
@@ -75,11 +75,10 @@ def table(parts):
     return "\n".join(lines)
 
 
-def _activations(model, strategy, batch, batch_size):
-    # Traced for one device, as all have the same shapes.
-    loop = TrainLoop(strategy, model, None, batch_size)
-    function = tf.function(loop.microbatch_gradients, autograph=False)
-    graph = function.get_concrete_function(batch).graph
+def _activations(model, batch, batch_size):
+    # Traced for one device: all have the same shapes.
+    step = function(TaskGradients(model, batch_size).of_microbatch)
+    graph = step.get_concrete_function(batch).graph
     gradients = _bytes([v.value for v in model.trainable_variables])
     # The gradients alive at the peak are already counted in `estimate`.
     return max(0, peak_bytes(graph, unknown=_most_integers(batch)) - gradients)

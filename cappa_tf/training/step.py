@@ -1,19 +1,13 @@
 """The training step, and the compiled loop that runs many of them.
 
-B: examples of one replica's batch.  A: accumulation steps (microbatches).
-S: steps of one loop.  M: metric sums of a step.
+M: room for the sums that are kept of a step.
 """
-
-import functools
 
 import tensorflow as tf
 
+from cappa_tf.training.gradients import TaskGradients, function
 from cappa_tf.training.optimizers.base import apply_summed
-from cappa_tf.training.reporting.metrics import Sums
-
-# Room for the metric sums of a step. Their number is known only once the step
-# has been traced, and the loop around it needs a static shape before that.
-_MOST_SUMS = 64
+from cappa_tf.training.reporting.metrics import SumsLayout
 
 
 class TrainLoop:
@@ -55,20 +49,20 @@ class TrainLoop:
         self._strategy = strategy
         self._model = model
         self._optimizer = optimizer
-        self._batch_size = batch_size
-        self._accumulation_steps = accumulation_steps
         self._replicas = strategy.num_replicas_in_sync
         self._stop = tf.constant(False) if stop is None else stop
         self._num_hosts = num_hosts
         self._measure_wait = measure_wait
-        self._gradients_fn = self._gradients
+        # With several replicas only forward and backward pass are compiled.
+        alone = self._replicas == 1
+        self._gradients = TaskGradients(
+            model, batch_size, accumulation_steps, jit_compile and not alone
+        )
         self._step_fn = self._replica_step
-        if jit_compile and self._replicas == 1:
-            self._step_fn = _function(self._step_fn, jit_compile=True)
-        elif jit_compile:
-            self._gradients_fn = _function(self._gradients, jit_compile=True)
-        self._loop = _function(self._run_steps)
-        self._names = None  # of the sums, once a step has been traced
+        if jit_compile and alone:
+            self._step_fn = function(self._step_fn, jit_compile=True)
+        self._loop = function(self._run_steps)
+        self._layout = SumsLayout()
 
     def __call__(self, iterator, steps):
         """Runs up to `steps` steps.
@@ -86,7 +80,7 @@ class TrainLoop:
         sums, done, waited, norm, stopped = self._loop(
             iterator, tf.constant(steps)
         )
-        sums = Sums.unpacked(self._names, sums.numpy().tolist())
+        sums = self._layout.unpacked(sums.numpy().tolist())
         waited = float(waited) if self._measure_wait else None
         return sums, int(done), waited, float(norm), bool(stopped)
 
@@ -104,8 +98,8 @@ class TrainLoop:
                 waited + seconds,
             )
 
-        # Sums over a loop can exceed 2^24 tokens, where float32 stops counting.
-        totals = tf.zeros([_MOST_SUMS], tf.float64)
+        # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
+        totals = tf.cast(SumsLayout.zeros(), tf.float64)
         done, stopping, totals, waited = tf.while_loop(
             unfinished,
             step,
@@ -170,8 +164,8 @@ class TrainLoop:
         return batch, got - asked
 
     def _replica_step(self, batch):
-        """One replica's part of a step; returns its metric sums [M]."""
-        gradients, sums = self._gradients_fn(batch)
+        """One replica's part of a step; returns its packed sums [M]."""
+        gradients, sums = self._gradients(batch)
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
             gradients = context.all_reduce(
@@ -180,76 +174,13 @@ class TrainLoop:
         norm = tf.linalg.global_norm(gradients)
         variables = self._model.trainable_variables
         apply_summed(self._optimizer, gradients, variables)
-        # Every replica has the same norm, and the replicas' sums are added up.
-        share = 1.0 / self._replicas
-        return tf.concat([sums[:-2], [norm * share, share]], axis=0)
-
-    def _gradients(self, batch):
-        """Gradients and metric sums [M], added up over the microbatches."""
-        count = self._accumulation_steps
-        if count == 1:
-            return self.microbatch_gradients(batch)
-        parts = {key: _microbatches(x, count) for key, x in batch.items()}
-
-        def add_one(i, gradients, sums):
-            micro = {key: value[i] for key, value in parts.items()}
-            more, more_sums = self.microbatch_gradients(micro)
-            added = [a + b for a, b in zip(gradients, more)]
-            return i + 1, added, sums + more_sums
-
-        variables = self._model.trainable_variables
-        zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
-        sums = tf.zeros([_MOST_SUMS])
-        _, gradients, sums = tf.while_loop(
-            lambda i, *_: i < count,
-            add_one,
-            (tf.constant(0), zeros, sums),
-            maximum_iterations=count,
-        )
-        return gradients, sums
-
-    def microbatch_gradients(self, batch):
-        """Dense gradients of one microbatch, and its metric sums [M]."""
-        variables = [v.value for v in self._model.trainable_variables]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(variables)
-            losses = self._model.example_losses(batch, training=True)
-            loss = tf.reduce_sum(losses.loss) / self._batch_size
-        gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
-        # Embedding lookups yield IndexedSlices; norms, sums over microbatches
-        # and factored moments all need the dense gradient.
-        dense = [tf.convert_to_tensor(g) for g in gradients]
-        return dense, self._sums_of(losses)
-
-    def _sums_of(self, losses):
-        """Metric sums over the examples of one microbatch, float32 [M].
-
-        The last two entries are reserved for the gradient norm.
-        """
-        self._names, values = Sums.packed(losses)
-        room = _MOST_SUMS - len(values)
-        if room < 2:
-            raise ValueError(
-                f"A task may report at most {_MOST_SUMS - 2} sums. Received: "
-                f"{self._names}"
-            )
-        return tf.pad(tf.stack(values), [[0, room]])
-
-
-# AutoGraph has nothing to convert here or in the model, and finding that out
-# takes it as long as the rest of the tracing.
-_function = functools.partial(tf.function, autograph=False)
+        # Every replica has the same norm, and all replicas' sums are added.
+        share = tf.constant(1.0 / self._replicas)
+        sums.figures["gradient_norm"] = (norm * share, share)
+        return self._layout.packed(sums)
 
 
 def _identity(tensor):
     """Identity on the tensor's own device."""
     with tf.device(tensor.device):
         return tf.identity(tensor)
-
-
-def _microbatches(value, count):
-    """Reshapes [B, ...] to [A, B / A, ...]; the text length may be unknown."""
-    shape = tf.concat([[count, -1], tf.shape(value)[1:]], axis=0)
-    parts = tf.reshape(value, shape)
-    parts.set_shape([count, value.shape[0] // count, *value.shape[1:]])
-    return parts

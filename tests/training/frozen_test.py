@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import tiny
 from conftest import two_devices
 
@@ -12,6 +11,7 @@ from cappa_tf.training.distribution.strategies import (
     make_strategy,
     training_iterator,
 )
+from cappa_tf.training.gradients import TaskGradients, function
 from cappa_tf.training.optimizers.adafactor import Adafactor
 from cappa_tf.training.step import TrainLoop
 
@@ -59,8 +59,7 @@ def expected(folder):
     )
     optimizer.build(decoder)
     every = model.trainable_variables
-    loop = TrainLoop(make_strategy("one"), model, optimizer, 8)
-    compute = tf.function(loop.microbatch_gradients, autograph=False)
+    compute = function(TaskGradients(model, 8).of_microbatch)
     for batch in tiny.Data(folder).train(8).take(3):
         gradients, _ = compute(batch)
         kept = {id(v): g for v, g in zip(every, gradients, strict=True)}

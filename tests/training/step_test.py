@@ -163,9 +163,15 @@ def test_inside_the_block_the_weights_are_their_average():
 
 def test_interval_divides_by_what_was_counted():
     interval = Interval(batch_size=4)
-    names = (["loss", "parallel/loss", "never/loss"], ["tokens"])
-    values = [8.0, 4.0, 2.0, 1.0, 0.0, 0.0, 12.0, 0.5, 1.0]
-    sums = Sums.unpacked(names, values)
+    sums = Sums(
+        {
+            "loss": (8.0, 4.0),
+            "parallel/loss": (2.0, 1.0),
+            "never/loss": (0.0, 0.0),
+            "gradient_norm": (0.5, 1.0),
+        },
+        {"tokens": 12.0},
+    )
     interval.add(sums, steps=1, seconds=100.0, waited=99.0, timed=False)
     interval.add(sums, steps=1, seconds=2.0, waited=0.5)
     figures = interval.result()

@@ -19,39 +19,32 @@ class Sums:
     figures: dict = dataclasses.field(default_factory=dict)
     counts: dict = dataclasses.field(default_factory=dict)
 
-    @staticmethod
-    def packed(losses):
-        """Sums over one batch, as a list for a compiled loop.
+    @classmethod
+    def of(cls, losses):
+        """Sums over one batch, as scalar tensors.
 
         Args:
             losses: `task.ExampleLosses`.
-
-        Returns:
-            (names, scalars): the names that `unpacked` needs, and a list of
-            scalar tensors.
         """
         loss = (losses.loss, tf.ones_like(losses.loss))
         figures = {"loss": loss, **losses.metrics}
-        pairs = [value for pair in figures.values() for value in pair]
-        values = [*pairs, *losses.counts.values()]
-        names = (list(figures), list(losses.counts))
-        return names, [tf.reduce_sum(value) for value in values]
+        return cls(
+            {
+                name: (tf.reduce_sum(total), tf.reduce_sum(weight))
+                for name, (total, weight) in figures.items()
+            },
+            {name: tf.reduce_sum(x) for name, x in losses.counts.items()},
+        )
 
-    @classmethod
-    def unpacked(cls, names, values):
-        """Rebuilds the sums from packed values added up over many batches.
-
-        Args:
-            names: The names that `packed` returned.
-            values: Floats; the last two are total and weight of the gradient
-                norm.
-        """
-        figures, counts = names
-        pairs = zip(values[0::2], values[1::2])
-        found = cls(dict(zip(figures, pairs)))
-        found.counts = dict(zip(counts, values[2 * len(figures) :]))
-        found.figures["gradient_norm"] = tuple(values[-2:])
-        return found
+    def of_both(self, other):
+        """Sums of the same examples, to whose loss `other` adds a part."""
+        (own, weight), (more, _) = self.figures["loss"], other.figures["loss"]
+        figures = {
+            **self.figures,
+            **other.figures,
+            "loss": (own + more, weight),
+        }
+        return Sums(figures, {**self.counts, **other.counts})
 
     def add(self, other):
         """Adds the sums of further steps."""
@@ -65,6 +58,49 @@ class Sums:
         """Whether no sum is NaN or infinite."""
         pairs = (value for pair in self.figures.values() for value in pair)
         return all(map(math.isfinite, (*pairs, *self.counts.values())))
+
+
+class SumsLayout:
+    """Sums as one vector, for a compiled loop.
+
+    Which sums there are is known only once a step has been traced, and the
+    loop around it needs a static shape before that.
+    """
+
+    SIZE = 64
+
+    def __init__(self):
+        self._names = None
+
+    @classmethod
+    def zeros(cls):
+        """The vector of no examples, float32 [SIZE]."""
+        return tf.zeros([cls.SIZE])
+
+    def packed(self, sums):
+        """`Sums` of tensors as float32 [SIZE], and remembers their names."""
+        self._names = (list(sums.figures), list(sums.counts))
+        pairs = [value for pair in sums.figures.values() for value in pair]
+        values = [*pairs, *sums.counts.values()]
+        if len(values) > self.SIZE:
+            raise ValueError(
+                f"A task may report {self.SIZE} sums. Received: {self._names}"
+            )
+        return tf.pad(tf.stack(values), [[0, self.SIZE - len(values)]])
+
+    def unpacked(self, vector):
+        """`Sums` of a vector that is a sum of such vectors.
+
+        Args:
+            vector: A tensor, or a list of floats.
+        """
+        figures, counts = self._names
+        values = tf.unstack(vector) if tf.is_tensor(vector) else vector
+        pairs = zip(values[0::2], values[1::2])
+        return Sums(
+            dict(zip(figures, pairs)),
+            dict(zip(counts, values[2 * len(figures) :])),
+        )
 
 
 class Interval:
