@@ -321,9 +321,9 @@ class Task(keras.Model):
 class WholeBatchTask(Task):
     """Base class of tasks whose loss compares the examples of a batch.
 
-    A trainer calls `embed` on each device and microbatch, gathers the
-    embeddings of the global batch, and hands all of them to `batch_losses`:
-    gradients are then those of the whole batch, however it is split.
+    The trainer calls `embed` on each device and microbatch, gathers the
+    embeddings of the global batch, and passes all of them to `batch_losses`.
+    The gradients are then those of the whole batch, however it is split.
 
     A subclass defines `embed` and `batch_losses` in place of `example_losses`.
     """
@@ -336,15 +336,16 @@ class WholeBatchTask(Task):
         raise NotImplementedError
 
     def embed(self, batch, training):
-        """What examples bring to the loss of the batch.
+        """Embeds the examples of a batch.
 
         Args:
-            batch: As `batch_spec` describes it.
-            training: Whether to sample and to drop as training does.
+            batch: Dict of tensors as in `batch_spec`.
+            training: Whether to use the random choices and the dropout of
+                training.
 
         Returns:
             (images, texts, losses): two float32 [B, C], and `ExampleLosses` of
-            what an example adds to the loss on its own account.
+            the part of the loss that does not depend on other examples.
         """
         raise NotImplementedError
 
@@ -354,9 +355,9 @@ class WholeBatchTask(Task):
         Args:
             images: float32 [global batch, C], from `embed`.
             texts: float32 [global batch, C], from `embed`.
-            own: (offset, B), the examples that are measured.
-            mask: Optional bool [global batch], False for padding, which is
-                compared with nothing.
+            own: (offset, B), the examples whose losses are returned.
+            mask: Optional bool [global batch], False for padding, which is not
+                compared with any example.
 
         Returns:
             `ExampleLosses` of the B examples.
@@ -364,7 +365,7 @@ class WholeBatchTask(Task):
         raise NotImplementedError
 
     def example_losses(self, batch, training):
-        """Losses of a batch that is compared with itself alone."""
+        """Losses of a batch whose examples are compared with each other."""
         images, texts, losses = self.embed(batch, training)
         mask = batch.get("_mask")
         mask = None if mask is None else mask > 0
