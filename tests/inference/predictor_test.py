@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import scoring
 import tensorflow as tf
+from random_contrastive import make_contrastive
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
+from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.export.keras_backbone import save_backbone
 from cappa_tf.inference import predictor as predictors
 from cappa_tf.inference.predictor import Predictor
 from cappa_tf.models.classifier import Classifier
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision, siglip
 
 TEXTS = [["red circle"], ["blue", "green square left", "above"], ["left red"]]
 
@@ -194,6 +196,35 @@ def test_a_vocabulary_makes_a_lone_captioner_speak(run, tmp_path, images):
             whole.score(images, ["red circle"]),
             rtol=1e-4,
         )
+
+
+def test_a_vocabulary_makes_two_towers_read(run, tmp_path, images):
+    """From every format; without it, they are their image tower."""
+    tokenizer = Predictor.open(run).tokenizer
+    model = make_contrastive(
+        vocabulary=tokenizer.vocabulary_size, length=tokenizer.max_length
+    )
+    model.save(tmp_path / "towers.keras")
+    big_vision.save_two_towers(model, tmp_path / "towers.npz")
+    texts = ["red circle", "blue"]
+    wanted = model.score_texts(images, tokenizer(texts))
+    for name in ("towers.keras", "towers.npz"):
+        assert Predictor.open(tmp_path / name).capabilities == ("features",)
+        found = Predictor.open(tmp_path / name, tokenizer=tokenizer)
+        assert found.capabilities == ("features", "cosine")
+        scores = found.score(images, texts)
+        np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    longer = Tokenizer(tokenizer.path, tokenizer.max_length + 1)
+    with pytest.raises(ValueError, match="towers.npz have at most 8 tokens"):
+        Predictor.open(tmp_path / "towers.npz", tokenizer=longer)
+    pytest.importorskip("safetensors", reason="pip install '.[interop]'")
+    siglip.save_siglip(model, tmp_path / "with", tokenizer)
+    siglip.save_siglip(model, tmp_path / "without")
+    found = Predictor.open(tmp_path / "without")
+    assert found.capabilities == ("features",)
+    found = Predictor.open(tmp_path / "with")
+    scores = found.score(images, texts)
+    np.testing.assert_allclose(scores, wanted, atol=1e-5)
 
 
 def test_features_of_a_classifier_are_what_its_head_reads():
