@@ -19,6 +19,7 @@ _PUBLIC = {
     "Captioner": "cappa_tf.models.captioner",
     "Classifier": "cappa_tf.models.classifier",
     "ComputeSettings": "cappa_tf.training.settings",
+    "ContrastiveCaptioner": "cappa_tf.models.contrastive_captioner",
     "Cosine": "cappa_tf.training.optimizers.schedules",
     "DatasetDescription": "cappa_tf.data.schema",
     "EvaluationSettings": "cappa_tf.training.settings",

@@ -12,5 +12,6 @@ if keras.config.backend() == "tensorflow":
         captioner,
         classifier,
         contrastive,
+        contrastive_captioner,
         text_decoder,
     )

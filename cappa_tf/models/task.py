@@ -32,6 +32,10 @@ class ExampleLosses(NamedTuple):
     metrics: dict
     counts: dict
 
+    def times(self, weight):
+        """The loss times a number; all other figures as they are."""
+        return self._replace(loss=self.loss * weight)
+
     def plus(self, other):
         """The sum of two losses of the same examples, all figures of both."""
         return ExampleLosses(
@@ -69,8 +73,7 @@ class Task(keras.Model):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        names = dict.fromkeys(["loss", self.selection_metric])
-        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._fit_metrics = {}
 
     def build(self, input_shape=None):
         """Creates all weights, whose sizes the constructors determine."""
@@ -79,6 +82,9 @@ class Task(keras.Model):
             if not part.built:
                 part.build()
             stateless_random.set_salt_prefix(part, name)
+        if not self._fit_metrics:
+            names = dict.fromkeys(["loss", self.selection_metric])
+            self._fit_metrics = {n: keras.metrics.Mean(n) for n in names}
         self.built = True
 
     def build_from_config(self, config):
