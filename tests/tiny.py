@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
+from cappa_tf.models.bag_of_tokens import BagOfTokens
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.contrastive import Contrastive
 from cappa_tf.models.contrastive_captioner import ContrastiveCaptioner
@@ -85,6 +86,17 @@ def make_contrastive_captioner(size, dropout=0.0, **kwargs):
     )
 
 
+def make_bag_of_tokens(size, **kwargs):
+    """The encoder of the others, that predicts the tokens of captions."""
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    return BagOfTokens(
+        VisionEncoder(patch_size=8, image_size=16, **small),
+        size,
+        LENGTH,
+        **kwargs,
+    )
+
+
 class Data:
     """Images in a colour that their two words decide, made on the spot."""
 
@@ -98,13 +110,17 @@ class Data:
         self.skipped = {}
         random = np.random.RandomState(0)
         pairs = random.randint(len(WORDS), size=(examples, 2))
-        texts = [f"{WORDS[a]} {WORDS[b]}" for a, b in pairs]
-        self._labels = self.tokenizer(texts).numpy()
+        self._texts = [f"{WORDS[a]} {WORDS[b]}" for a, b in pairs]
+        self._labels = self.tokenizer(self._texts).numpy()
         pixels = random.uniform(-0.1, 0.1, (examples, 16, 16, 3))
         pixels[..., :2] += pairs[:, None, None] / len(WORDS)
         self._images = pixels.astype("float32")
         self._poison = poison
         self._read = []
+
+    def read_captions(self, limit):
+        for text in self._texts[:limit]:
+            yield [text]
 
     def _example(self, index):
         image = tf.gather(self._images, index % len(self._images))

@@ -9,6 +9,7 @@ from cappa_tf.models import classification_head, text_encoder  # noqa: F401
 # Encoders open under every backend, even if TensorFlow is not installed.
 if keras.config.backend() == "tensorflow":
     from cappa_tf.models import (  # noqa: F401
+        bag_of_tokens,
         captioner,
         classifier,
         contrastive,

@@ -192,6 +192,19 @@ class Task(keras.Model):
                 disagree.
         """
 
+    def prepare(self, data):
+        """Takes from the training data what is fixed before the first step.
+
+        The trainer calls it once when a run starts, not when it resumes: what
+        it finds belongs to the weights. Every host calls it.
+
+        Args:
+            data: The training data set.
+
+        Returns:
+            A log line, or None.
+        """
+
     def better(self, value, best):
         """Whether a value of `selection_metric` beats the best so far."""
         if best is None:
