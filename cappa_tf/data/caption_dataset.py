@@ -316,6 +316,33 @@ class CaptionDataset:
         """
         return self.records.read_examples(limit)
 
+    def read_captions(self, limit):
+        """Captions of the training stream, without decoding any image.
+
+        Args:
+            limit: Most records to read; an epoch at most is read.
+
+        Yields:
+            A list of all captions of a record, for each of the first records
+            of `train` with the constructor's seed. Bad records are left out.
+        """
+        reading = base.Reading(
+            self.seed,
+            self.shuffle,
+            self.shuffle_buffer,
+            self.num_readers,
+            self.cache,
+        )
+        records = self.records.stream(reading, 0)
+        records = records.take(min(limit, self.num_examples)).prefetch(16)
+        for _, serialized in records.as_numpy_iterator():
+            try:
+                captions = self.records.deserialize(serialized).captions
+            except ValueError:  # `train` counts it.
+                continue
+            captions = [caption.strip() for caption in captions]
+            yield [caption for caption in captions if caption]
+
     def _train_batches(self, batch_size, start_index, reading):
         """Decoded batches in training order, from the cache if there is one."""
         if self.cache == "images":

@@ -17,6 +17,13 @@ from cappa_tf.utils.arguments import check_integer
 
 # The kind of score of `score_texts`: the cosine of the embeddings.
 COSINE = "cosine"
+# Of the metrics of `ContrastiveHead.losses`, see `Task.short_names`.
+SHORT_NAMES = {
+    "contrastive/loss": None,
+    "contrastive/accuracy": "acc",
+    "contrastive/temperature": "t",
+    "contrastive/bias": "b",
+}
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -48,12 +55,7 @@ class Contrastive(WholeBatchTask):
     models/proj/image_text/two_towers.py.
     """
 
-    short_names = {
-        "contrastive/loss": None,
-        "contrastive/accuracy": "acc",
-        "contrastive/temperature": "t",
-        "contrastive/bias": "b",
-    }
+    short_names = SHORT_NAMES
 
     def __init__(
         self,
@@ -269,17 +271,22 @@ def contrastive_head(vision_encoder, text_encoder, **arguments):
         ValueError: If the image tower does not pool, or `ContrastiveHead`
             refuses an argument.
     """
-    if vision_encoder.pooling == "none":
-        raise ValueError(
-            "A contrastive model needs a vision encoder that pools. Received: "
-            "pooling='none'"
-        )
+    check_pooling(vision_encoder)
     return ContrastiveHead(
         vision_encoder.hidden_dim,
         text_encoder.hidden_dim,
         **arguments,
         name="contrastive_head",
     )
+
+
+def check_pooling(vision_encoder):
+    """Checks that an image tower has the feature that embeddings need."""
+    if vision_encoder.pooling == "none":
+        raise ValueError(
+            "A contrastive model needs a vision encoder that pools. Received: "
+            "pooling='none'"
+        )
 
 
 def embed_texts(task, labels, seeds=None, training=False):

@@ -32,6 +32,10 @@ class ExampleLosses(NamedTuple):
     metrics: dict
     counts: dict
 
+    def times(self, weight):
+        """The loss times a number; all other figures as they are."""
+        return self._replace(loss=self.loss * weight)
+
     def plus(self, other):
         """The sum of two losses of the same examples, all figures of both."""
         return ExampleLosses(
@@ -71,8 +75,7 @@ class Task(keras.Model):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        names = dict.fromkeys(["loss", self.selection_metric])
-        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._fit_metrics = {}
         self._frozen_variables = frozenset()
 
     def build(self, input_shape=None):
@@ -82,6 +85,9 @@ class Task(keras.Model):
             if not part.built:
                 part.build()
             stateless_random.set_salt_prefix(part, name)
+        if not self._fit_metrics:
+            names = dict.fromkeys(["loss", self.selection_metric])
+            self._fit_metrics = {n: keras.metrics.Mean(n) for n in names}
         self.built = True
 
     def build_from_config(self, config):
@@ -223,6 +229,19 @@ class Task(keras.Model):
         Raises:
             ValueError: If it does not; names the file and the bindings that
                 disagree.
+        """
+
+    def prepare(self, data):
+        """Takes from the training data what is fixed before the first step.
+
+        The trainer calls it once when a run starts, not when it resumes: what
+        it finds belongs to the weights. Every host calls it.
+
+        Args:
+            data: The training data set.
+
+        Returns:
+            A log line, or None.
         """
 
     def better(self, value, best):

@@ -78,8 +78,9 @@ class EvaluationSettings:
     can generate captions."""
 
     final_evaluation: bool = True
-    """Whether to caption the test split at the end. For a model that does not
-    generate captions, computes the validation metrics on it instead."""
+    """Whether to caption the test split at the end. The validation metrics are
+    computed on it if the metric that selects the best weights is not among the
+    figures of the captions, as for a model that generates none."""
 
     final_weights: str = "last"
     """Weights to finish with: "last", or "best" according to validation."""

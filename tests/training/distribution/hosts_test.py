@@ -173,7 +173,7 @@ def _by_position(batches, count):
         index, labels = batch["index"], batch["labels"]
         seeds = stateless_random.example_seeds(model.seed, index)
         parallel = model._sample_parallel(seeds, len(index))
-        inputs = model._decoder_inputs(labels[:, 0], parallel, seeds)
+        inputs, _, _ = model._decoder_inputs(labels[:, 0], parallel, seeds)
         rows = zip(index.numpy(), batch["image"], labels, parallel, inputs)
         for position, *example in rows:
             examples[int(position)] = [part.numpy() for part in example]
