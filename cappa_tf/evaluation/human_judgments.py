@@ -1,4 +1,4 @@
-"""Does the model's likelihood agree with what people think of a caption?
+"""Does the model's score agree with what people think of a caption?
 
 Flickr8k (Hodosh et al. 2013) has judgments of captions, most of them written
 for other images:
@@ -11,7 +11,7 @@ A caption is named "other.jpg#2": the third of those of other.jpg.
 
 As in CLIPScore (arXiv 2104.08718, section 4) captions that were written for
 the image itself are left out (158 of 5,822 of the experts'), and an expert's
-rating is a pair of its own: (likelihood, rating), three times each caption.
+rating is a pair of its own: (score, rating), three times each caption.
 The field reports Kendall's tau-c for the experts, tau-b for CrowdFlower; here
 are both for either.
 """
@@ -130,7 +130,7 @@ def correlations(values, ratings):
 
 
 class Judgments(Evaluator):
-    """Correlation of the model's likelihood with people's judgments.
+    """Correlation of the model's score with people's judgments.
 
     Args:
         path: Folder of Flickr8k: its captions file, its images and, in
@@ -191,10 +191,11 @@ class Judgments(Evaluator):
         """Scores every judged caption for its image.
 
         Returns:
-            A `Report` with `tau_b` and `tau_c` of the log-likelihood, and of
-            it per token (`per_token/tau_c`), of the parallel mode's
-            (`parallel/`), of the text without the image (`blind/`) and less
-            that (`minus_blind/`).
+            A `Report` with `tau_b` and `tau_c` of the log-likelihood, or of
+            the cosine (which orders captions as CLIPScore does, unless it is
+            negative). Those of log-likelihoods are also of it per token
+            (`per_token/tau_c`), of the parallel mode's (`parallel/`), of the
+            text without the image (`blind/`) and less that (`minus_blind/`).
         """
         self.check(predictor)
         by_image, captions, paths = self._read()

@@ -1,11 +1,12 @@
 """Compositional understanding: is the right caption likelier than wrong ones?
 
-Every subset is reported for four scores: left to right, the parallel mode (of
-models trained in it), the text without any image (`blind`: what is won by
-language alone, which on ARO is nearly all), and the first less the third.
+Every subset of a captioner is reported for four scores: left to right, the
+parallel mode (of models trained in it), the text without any image (`blind`:
+what is won by language alone, which on ARO is nearly all), and the first less
+the third. A contrastive model has one, the cosine of the embeddings.
 
 Reference: arXiv 2306.07915, section 4.4: the caption with the higher
-log-likelihood wins. A tie counts as lost.
+log-likelihood, or cosine, wins. A tie counts as lost.
 
 Letters: B images at once, K texts of one image.
 """
