@@ -1,9 +1,9 @@
 """CapPa in TensorFlow and Keras 3: vision encoders pretrained by captioning.
 
-The public names below are imported when they are first used (PEP 562), so
-`import cappa_tf` costs nothing: TensorFlow takes several seconds to load. The
-classes of saved models are registered with Keras as soon as there is a Keras,
-before or after this import, so that `keras.saving.load_model` opens them.
+The public names below are imported when they are first used (PEP 562), so that
+`import cappa_tf` is fast: TensorFlow takes several seconds to load. The classes
+of saved models are registered with Keras as soon as Keras is imported, before
+or after this package, so that `keras.saving.load_model` opens them.
 """
 
 import importlib
@@ -48,7 +48,7 @@ def __getattr__(name):
 
 @wrapt.when_imported("keras")
 def _register(keras):
-    """Lets Keras find the classes of saved models by their names."""
+    """Registers the classes of saved models with Keras."""
     del keras
     importlib.import_module("cappa_tf.models")
 

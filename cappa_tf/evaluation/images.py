@@ -1,8 +1,8 @@
-"""`EvaluationImages`: one split of any source, as evaluators read it.
+"""Images for evaluation: one split of any source.
 
 Dimensions:
-    B: images at once.
-    K: labels an image has at most.
+    B: batch of images.
+    K: maximum number of labels of an image.
     H, W: height and width the model takes.
 """
 
@@ -24,12 +24,12 @@ class EvaluationImages:
     """One split of a folder of images, of prepared data or of a source.
 
     Args:
-        path: As `path` of `CaptionDataset`.
+        path: Path of the data or a source, as in `CaptionDataset`.
         split: Name of the split.
-        limit: Only the first `limit` images, bad ones included.
+        limit: Maximum number of images, including bad ones; None for all.
 
     Attributes:
-        skipped: Counter of what the last reading left out, by reason.
+        skipped: Counter of the images left out in the last pass, by reason.
     """
 
     def __init__(
@@ -43,21 +43,22 @@ class EvaluationImages:
 
     @property
     def class_names(self):
-        """Names of the classes by number, an empty list where it has none."""
+        """Names of the classes by number, an empty list if there are none."""
         return list(getattr(self._source, "class_names", []))
 
     def open(self):
-        """Looks whether there is such a split.
+        """Checks that the split exists.
 
         Raises:
-            ValueError: There is none.
+            ValueError: If it does not.
         """
         self._source.split(self.split)
 
     def _data(self, tokenizer, preprocessing):
         self.skipped = collections.Counter()
-        # An evaluation says what it left out. Prepared data were checked when
-        # they were written: what cannot be read now is damage.
+        # An evaluation reports what it left out, so it may skip bad records.
+        # Prepared data were checked when they were written: an unreadable
+        # record there means damage.
         source = getattr(self._source, "source", self._source)
         strict = isinstance(source, prepared.PreparedData)
         return CaptionDataset(
@@ -80,7 +81,7 @@ class EvaluationImages:
             `schema.Example`s).
 
         Raises:
-            ValueError: Nothing was left to read.
+            ValueError: If there is no image to read.
         """
         data = self._data(predictor.tokenizer, predictor.preprocessing)
         empty = True
@@ -92,7 +93,7 @@ class EvaluationImages:
         self.skipped = collections.Counter(data.skipped)
         if empty:
             raise ValueError(
-                "Nothing to evaluate on. Received: split "
+                "There is no image to evaluate on. Received: split "
                 f"{self.split!r} of {self.path}, skipped={data.skipped}"
             )
 
@@ -102,12 +103,12 @@ class EvaluationImages:
         Args:
             preprocessing: `ImagePreprocessing`.
             batch_size: B.
-            host: Which of several parts.
-            num_hosts: Number of parts.
+            host: Index of the host whose part to read.
+            num_hosts: Number of hosts, and of parts.
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], labels int64 [at
-            most B], their positions in the split).
+            most B], positions in the split int64 [at most B]).
         """
         data = self._data(None, preprocessing)
         without = 0
@@ -122,7 +123,7 @@ class EvaluationImages:
                 )
         self.skipped = collections.Counter(data.skipped)
         self.skipped["no label"] += without
-        if host:  # The first one tells of it.
+        if host:  # The first host reports these.
             self.skipped -= collections.Counter(data.noted)
         self.skipped = +self.skipped
 

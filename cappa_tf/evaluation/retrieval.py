@@ -44,20 +44,21 @@ def recalls(scores, owners, at=RECALLS):
         scores: float [I, T].
         owners: int [T], the image that each caption was written for; each
             image has at least one.
-        at: The k.
+        at: The values of k.
 
     Returns:
-        Dict of `image_to_text/recall@k`, the share of images one of whose own
-        captions is among the k best, and `text_to_image/recall@k`, the share
-        of captions whose image is. A wrong one that scores the same counts
-        as better: a model that cannot tell finds nothing.
+        Dict of `image_to_text/recall@k`, the fraction of images that have one
+        of their own captions among the k best, and `text_to_image/recall@k`,
+        the fraction of captions whose image is among the k best. A wrong one
+        with the same score counts as better, so a model that gives all pairs
+        the same score has a recall of 0.
     """
     scores, owners = np.asarray(scores), np.asarray(owners)
     count = len(scores)
     owned = scores.shape[1:] == owners.shape and len(owners) > 0
     if not owned or np.unique(owners).tolist() != list(range(count)):
         raise ValueError(
-            "Every caption must have one image, every image a caption. "
+            "Every caption must have one image, and every image a caption. "
             f"Received: scores of shape {scores.shape}, {len(owners)} owners "
             f"from {set(owners.tolist())}"
         )
@@ -86,7 +87,7 @@ class Retrieval(Evaluator):
     each caption is embedded once.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
         limit: Only the first images; by default 100 where likelihoods are
             scored, and all otherwise.
@@ -113,11 +114,11 @@ class Retrieval(Evaluator):
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def evaluate(self, predictor):
-        """Scores all pairs; see `recalls` for the metrics.
+        """Scores all pairs of images and captions.
 
         Those of the other scores have `minus_blind/` and `parallel/` in front,
         and those by cosine of a captioner that can do both `cosine/`.
@@ -156,7 +157,7 @@ class Retrieval(Evaluator):
             metrics |= named(kind, found, plain)
             both = np.split(np.array([*found.values()]), 2)
             rows.append((f"{kind}, image to text", *map(float, both[0])))
-            if kind != MINUS_BLIND:  # the same order of images
+            if kind != MINUS_BLIND:  # has the same order of images
                 rows.append((f"{kind}, text to image", *map(float, both[1])))
         skipped = dict(self._data.skipped)
         lines = [

@@ -192,10 +192,10 @@ class _Cosines:
 
 
 class ZeroShot(Evaluator):
-    """Zero-shot classification of a folder or data set of labelled images.
+    """Zero-shot classification of a folder or data set of labeled images.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
         labels: JSON file of several labels per image, see `images.read_labels`,
             in place of the data's own; a prediction is right if it is any of
@@ -252,7 +252,7 @@ class ZeroShot(Evaluator):
         self._limit = limit
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
         names = self._names()
         if self._labels is not None:
@@ -262,7 +262,7 @@ class ZeroShot(Evaluator):
         names = self._class_names or self._data.class_names
         if not names:
             raise ValueError(
-                f"{self._data.path} does not name its classes: give "
+                f"{self._data.path} does not name its classes: pass "
                 "`class_names`"
             )
         return list(names)
@@ -286,7 +286,7 @@ class ZeroShot(Evaluator):
         return _Likelihoods(predictor, texts, len(self._templates), kind)
 
     def evaluate(self, predictor):
-        """Classifies every image; see `figures` for the metrics.
+        """Classifies every image.
 
         Those of a captioner's parallel mode are called `parallel/top_1` and so
         on, those of its scores less that of the text without an image
@@ -323,7 +323,7 @@ class ZeroShot(Evaluator):
                 parts.append(scorers[kind](images))  # [B, C]
         if not labels:
             raise ValueError(
-                f"No labelled image in split {data.split!r} of "
+                f"No labeled image in split {data.split!r} of "
                 f"{data.path}. Received: skipped={dict(data.skipped)}"
             )
         labels = np.concatenate(labels)
@@ -358,7 +358,7 @@ class ZeroShot(Evaluator):
 
 
 def _confusion_lines(names, confusion):
-    """The matrix as a table, where it fits a terminal."""
+    """The matrix as a table, if it fits the terminal."""
     if len(names) > _MOST_COLUMNS:
         return []
     rows = [
@@ -370,7 +370,7 @@ def _confusion_lines(names, confusion):
 
 
 def _first(batches, limit):
-    """The first `limit` images of batches, all without a limit."""
+    """The first `limit` images of batches; all if it is None."""
     left = float("inf") if limit is None else limit
     for batch in batches:
         count = int(min(left, len(batch[0])))

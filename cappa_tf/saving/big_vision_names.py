@@ -12,6 +12,7 @@ Letters of shapes:
     E: width of the encoder.         L: text length.   V: vocabulary.
     T: rows of the token embedding, V or (with MASK) V + 1.
     N: number of blocks, if they are stacked in one array.
+    I, J: width of the image and of the text tower.  Z: of the embeddings.
 """
 
 import collections
@@ -80,6 +81,7 @@ _ENCODER_BLOCK = [
     *_mlp("MlpBlock_0", "mlp"),
 ]
 
+# As a part of either tower.
 _MAP_HEAD = [
     ("MAPHead_0/probe", "pool/probe", (1, 1, "D")),
     *_attention("MAPHead_0/MultiHeadDotProductAttention_0", "pool/attention"),
@@ -188,6 +190,54 @@ def text_rows(*, num_layers, scanned=False, learned=True, use_bias=False):
     )
 
 
+def text_tower_rows(*, num_layers, scanned=False, pooling="last"):
+    """The table of the text tower of a contrastive model.
+
+    Args:
+        num_layers: Number of blocks; ignored if they are stacked.
+        scanned: Whether blocks are stacked.
+        pooling: Pooling of the `TextEncoder`.
+
+    Returns:
+        List of `Row`, names as below `txt/`.
+    """
+    rows = [
+        ("Embed_0/embedding", "tokens/embeddings", "VD"),
+        ("pos_embedding", "positions/position_embedding", (1, "L", "D")),
+        *_norm("Encoder_0/encoder_norm", "encoder_norm"),
+    ]
+    if pooling == "map":
+        rows += _MAP_HEAD
+    return [Row(n, p, tuple(shape)) for n, p, shape in rows] + _blocks(
+        _ENCODER_BLOCK,
+        "Encoder_0/encoderblock_{}",
+        "encoder_block_{}",
+        num_layers,
+        _ENCODER_SCAN_AXIS if scanned else None,
+    )
+
+
+def contrastive_rows(*, image_head=False, text_head=True, bias=False):
+    """The table of a contrastive head.
+
+    Args:
+        image_head: Whether image features are projected.
+        text_head: Whether text features are projected.
+        bias: Whether there is a bias of the similarities.
+
+    Returns:
+        List of `Row`, names as in the file of a two-tower model.
+    """
+    rows = [("t", "log_temperature", (1,))]
+    if bias:
+        rows.append(("b", "logit_bias", (1,)))
+    if image_head:
+        rows += _dense("img/head", "image", "IZ")
+    if text_head:
+        rows += _dense("txt/head", "text", "JZ")
+    return [Row(n, p, tuple(shape)) for n, p, shape in rows]
+
+
 def _under(names, prefix):
     return any(name.startswith(prefix) for name in names)
 
@@ -223,6 +273,28 @@ def text_structure(names):
         "scanned": _under(names, "decoder/EncDecBlock/"),
         "learned": "pos_embedding_decoder" in names,
         "use_bias": any(re.fullmatch(biases, name) for name in names),
+    }
+
+
+def text_tower_structure(names):
+    """Arguments of `text_tower_rows` for names below `txt/`.
+
+    `pooling` is None without a MAP head: arrays do not tell the others apart.
+    """
+    pattern = r"Encoder_0/encoderblock_(\d+)/"
+    return {
+        "num_layers": _block_count(names, pattern),
+        "scanned": _under(names, "Encoder_0/encoderblock/"),
+        "pooling": "map" if _under(names, "MAPHead_0/") else None,
+    }
+
+
+def contrastive_structure(names):
+    """Arguments of `contrastive_rows` for the names of a two-tower model."""
+    return {
+        "image_head": _under(names, "img/head/"),
+        "text_head": _under(names, "txt/head/"),
+        "bias": "b" in names,
     }
 
 

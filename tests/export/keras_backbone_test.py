@@ -15,6 +15,7 @@ import tensorflow as tf
 from conftest import ROOT
 from harness import randomize
 from random_captioner import make_captioner
+from random_contrastive import make_contrastive
 
 import cappa_tf
 from cappa_tf.export import keras_backbone
@@ -77,7 +78,7 @@ for order in orders:
     if pid == 0:
         try:
             exec(order)
-            for name in ("encoder", "captioner"):
+            for name in ("encoder", "captioner", "contrastive"):
                 keras.saving.load_model(f"{folder}/{name}.keras")
             print("loaded after", order, flush=True)
         except BaseException:
@@ -124,6 +125,7 @@ def folder(tmp_path_factory):
     np.savez(folder / "expected.npz", **arrays)
     captioner = make_captioner()
     captioner.save(folder / "captioner.keras")
+    make_contrastive().save(folder / "contrastive.keras")
     return folder
 
 

@@ -205,7 +205,7 @@ def test_several_captions_a_picture(tool, capsys, run_folder, pictures):
 def test_refuses_a_flag_that_its_sampler_ignores(
     tool, capsys, run_folder, pictures
 ):
-    with pytest.raises(Exception, match="beam has no use for --temperature"):
+    with pytest.raises(Exception, match="beam does not use --temperature"):
         _run(
             tool,
             capsys,

@@ -150,7 +150,7 @@ def test_interrupted_in_a_shard_goes_on_with_the_next(
     assert not _contents(output)
     monkeypatch.setattr(image_rows, "read_example", real)
     _is_as_uninterrupted(run, photos, output)
-    assert "5 shards taken over" in capsys.readouterr().out
+    assert "5 shards reused" in capsys.readouterr().out
 
 
 # With one shard a split: 3 plans, 3 x shard and result, 3 shards get their

@@ -68,7 +68,7 @@ def test_vocabulary_of_a_text_file(run, data, tmp_path, capsys):
     )
     made = tokenizer.Tokenizer(tmp_path / "x.model")
     printed = capsys.readouterr().out
-    assert f"no more than {made.vocabulary_size} pieces" in printed
+    assert f"yield only {made.vocabulary_size} pieces" in printed
 
 
 def test_lines_that_are_left_out_are_named(run, tmp_path, capsys):
@@ -130,5 +130,5 @@ def test_refusals_name_the_cause(run, tmp_path):
     with pytest.raises(SystemExit, match="one of --data, --text"):
         run(f"--text={text}", f"--data={tmp_path}")
     flags.FLAGS["text"].value = None
-    with pytest.raises(SystemExit, match="A data set is a folder"):
+    with pytest.raises(SystemExit, match="A data set must be a folder"):
         run(f"--data={tmp_path}")

@@ -94,7 +94,7 @@ def test_real_ones_on_a_model_in_training(tmp_path):
         ({"evaluators": [3]}, "Received: 3"),
         ({"evaluators": [Steps(), Steps()]}, "own `name`"),
         ({"evaluator_steps": 0}, "evaluator_steps=0"),
-        ({"evaluators": [SugarCrepe("none", "none")]}, "SugarCrepe is"),
+        ({"evaluators": [SugarCrepe("none", "none")]}, "SugarCrepe must be"),
     ],
 )
 def test_what_cannot_run_stops_the_run_before_it_trains(

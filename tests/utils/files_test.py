@@ -187,7 +187,7 @@ def test_a_folder_in_which_files_cannot_be_replaced(monkeypatch):
     for name, double, reason in (
         ("rename", rename, "rename"),
         # Through a proxy that answers from its memory.
-        ("listdir", lambda path: [], "is not found as it is"),
+        ("listdir", lambda path: [], "does not have its new content"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(tf.io.gfile, name, double)

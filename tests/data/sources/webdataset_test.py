@@ -184,7 +184,7 @@ def test_new_and_grown_shards_are_refused(shards):
     with pytest.raises(ValueError, match=r"train-0.tar had \d+ bytes and has"):
         check(shards, 1.0)
     write(shards / "train-2.tar", {"x": {"jpg": b"1"}})
-    with pytest.raises(ValueError, match="1 shards came.*train-2.tar"):
+    with pytest.raises(ValueError, match="1 shards were added.*train-2.tar"):
         check(shards, 1.0)
 
 
@@ -212,7 +212,7 @@ def test_half_written_and_damaged_shards(shards):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{folder}/train-0.tar", "must say which shards a split has"),
+        ("{folder}/train-0.tar", "must tell the shards of a split"),
         ("{folder}/{{split}}-none-*.tar", "has no shards"),
         ({"validation": "x"}, r"one of \['validation'\]. Received: 'train'"),
     ],
@@ -280,7 +280,7 @@ def test_a_cut_shard_alone_stops_the_run(shards, more):
     path = shards / "train-0.tar"
     os.truncate(path, sample_begin(path, 25) + more)
     assert len(read(shards)) == 25
-    with pytest.raises(ValueError, match="25 records are taken for lost"):
+    with pytest.raises(ValueError, match="25 records count as lost"):
         check(shards, 0.5)
 
 
