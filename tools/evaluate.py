@@ -141,6 +141,13 @@ def _define_label_flags(where):
         "clip_paper stands for 81 of them, clip_best for 8.",
         **where,
     )
+    flags.DEFINE_string(
+        "labels",
+        None,
+        "zero_shot: JSON file from keys of images to lists of class numbers, "
+        "any of which is right, in place of the data's labels.",
+        **where,
+    )
     flags.DEFINE_enum(
         "aliases",
         None,
@@ -225,6 +232,7 @@ def _zero_shot(options):
     return ZeroShot(
         options.data,
         _split(options),
+        labels=options.labels,
         class_names=options.class_names,
         templates=_templates(options.templates),
         aliases=options.aliases,
@@ -329,8 +337,8 @@ def _numbers(name, values, kind):
 
 # Flags that only --task reads.
 _OF_TASKS = (
-    "test_split limit parallel templates aliases class_names train_split shots "
-    "l2 num_seeds resize pictures judgments"
+    "test_split limit parallel templates labels aliases class_names "
+    "train_split shots l2 num_seeds resize pictures judgments"
 ).split()
 
 

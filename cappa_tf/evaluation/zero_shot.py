@@ -32,7 +32,7 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.features import RESIZES, preprocessing
-from cappa_tf.evaluation.images import EvaluationImages
+from cappa_tf.evaluation.images import EvaluationImages, read_labels
 from cappa_tf.inference.predictor import (
     BLIND,
     COSINE,
@@ -197,6 +197,10 @@ class ZeroShot(Evaluator):
     Args:
         path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
+        labels: JSON file of several labels per image, see `images.read_labels`,
+            in place of the data's own; a prediction is right if it is any of
+            them (as in ReaL, arXiv 2006.07159), and images without any are
+            left out. None for the labels of the data.
         class_names: C names by class number, with commas between aliases;
             None for those of the data.
         templates: M texts with {} where the name goes, or "clip_paper" (81 of
@@ -219,6 +223,7 @@ class ZeroShot(Evaluator):
         path: str | os.PathLike,
         split="test",
         *,
+        labels: str | os.PathLike | None = None,
         class_names: list | tuple | None = None,
         templates: str | list | tuple = prompts.DEFAULT_TEMPLATES,
         canonical: bool | None = None,
@@ -238,6 +243,7 @@ class ZeroShot(Evaluator):
         if aliases is not None:
             check_choice(prompts.ALIASES, aliases=aliases)
         self._data = EvaluationImages(path, split)
+        self._labels = labels
         self._class_names = class_names
         self._templates = prompts.find_templates(templates)
         self._canonical, self._aliases = canonical, aliases
@@ -248,7 +254,9 @@ class ZeroShot(Evaluator):
     def open(self):
         """Checks that the data can be found."""
         self._data.open()
-        self._names()
+        names = self._names()
+        if self._labels is not None:
+            read_labels(self._labels, len(names))
 
     def _names(self):
         names = self._class_names or self._data.class_names
@@ -296,9 +304,15 @@ class ZeroShot(Evaluator):
             kinds.append(COSINE)
         scorers = {kind: self._scorer(predictor, names, kind) for kind in kinds}
         scores, labels = {kind: [] for kind in kinds}, []
-        for images, numbers, _ in _first(
-            data.labelled(prepare, predictor.batch_size), self._limit
-        ):
+        if self._labels is None:
+            batches = data.labelled(prepare, predictor.batch_size)
+        else:
+            batches = data.multi_labelled(
+                prepare,
+                predictor.batch_size,
+                read_labels(self._labels, len(names)),
+            )
+        for images, numbers, _ in _first(batches, self._limit):
             if numbers.max() >= len(names):
                 raise ValueError(
                     f"A label has no name. Received: label {numbers.max()} "

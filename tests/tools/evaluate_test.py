@@ -8,6 +8,7 @@ import numpy_reference as reference
 import pytest
 import scoring
 import tensorflow as tf
+import tiny
 from absl import flags
 from PIL import Image
 
@@ -271,6 +272,36 @@ def test_a_model_file_alone_cannot_score_texts(folder, colours):
             checkpoint=folder / "captioner.keras",
             data=colours / "captions",
         )
+
+
+@pytest.fixture(scope="module")
+def contrastive_run(tmp_path_factory):
+    vocabulary = tmp_path_factory.mktemp("vocabulary")
+    model = tiny.make_contrastive(tiny.vocabulary(vocabulary)[1])
+    model.build()
+    folder = tmp_path_factory.mktemp("contrastive")
+    return scoring.save_run(folder, vocabulary, model)
+
+
+@pytest.mark.parametrize(
+    "task, data, values, metric",
+    [
+        ("zero_shot", "labels", {"templates": "clip_best"}, "top_1"),
+        ("retrieval", "captions", {}, "text_to_image/recall@10"),
+        ("geometry", "captions", {"limit": 4}, "modality_gap"),
+    ],
+)
+def test_tasks_by_cosine(contrastive_run, colours, task, data, values, metric):
+    found = run(task, checkpoint=contrastive_run, data=colours / data, **values)
+    assert 0 <= found["metrics"][metric] <= 2
+    assert found["num_images"] == values.get("limit", 6)
+    assert not [name for name in found["metrics"] if "blind" in name]
+
+
+@pytest.mark.parametrize("task", ["caption", "perplexity"])
+def test_what_needs_tokens_is_refused(contrastive_run, colours, task):
+    with pytest.raises(ValueError, match="Contrastive.*predicts no tokens"):
+        run(task, checkpoint=contrastive_run, data=colours / "captions")
 
 
 def test_several_evaluators_of_a_gin_file(run_folder, colours, tmp_path):
