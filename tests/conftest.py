@@ -1,6 +1,7 @@
 """What all tests share: quiet TensorFlow, a clean gin, optional real data."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -62,6 +63,11 @@ def shared_reference(name):
     if not path.exists():
         pytest.skip(f"reference not found: {path} (set CAPPA_TEST_REFERENCE)")
     return path
+
+
+def pytest_collection_finish():
+    """What was imported is not searched by each collection of garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -325,28 +325,29 @@ def test_keys_of_any_type_and_captions_of_any_encoding(tmp_path):
         assert (int(parsed["label"]), parsed["image/encoded"]) == (i, image(i))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"txt": [5]}, "5: the feature 'txt' must be a bytes_list.*int64"),
-        ({"jpg": [1.0]}, "5: the feature 'jpg' must be a bytes_list.*float"),
-        ({"n": [b"cat"]}, "5: the feature 'n' must be a int64_list.*bytes"),
-        ({"n": [1, 2]}, "5: the feature 'n' holds 2 numbers"),
-        ({"txt": [b"caf\xe9"]}, "5: the text is not UTF-8 .byte 0xe9 at 3"),
-    ],
-)
-def test_features_of_another_kind_are_named(tmp_path, wrong, message):
+OF_ANOTHER_KIND = [
+    ({"txt": [5]}, "5: the feature 'txt' must be a bytes_list.*int64"),
+    ({"jpg": [1.0]}, "5: the feature 'jpg' must be a bytes_list.*float"),
+    ({"n": [b"cat"]}, "5: the feature 'n' must be a int64_list.*bytes"),
+    ({"n": [1, 2]}, "5: the feature 'n' holds 2 numbers"),
+    ({"txt": [b"caf\xe9"]}, "5: the text is not UTF-8 .byte 0xe9 at 3"),
+]
+
+
+def test_features_of_another_kind_are_named(tmp_path):
     good = {"jpg": [image(1)], "key": [5], "txt": [b"c"], "n": [1]}
-    path = tmp_path / "train-0.tfrecord"
-    write_foreign(path, good, {**good, **wrong})
-    source = tfrecords.TFRecords(tmp_path, label="n")
-    split = source.split("train")
-    records_ = [r for _, r in shuffling.in_sequence(split).as_numpy_iterator()]
-    split.parse(tf.constant(records_[0]))
-    with pytest.raises(ValueError, match=message):
-        split.deserialize(records_[1])
-    with pytest.raises(tf.errors.OpError):
-        split.parse(tf.constant(records_[1]))
+    wrong = [{**good, **features} for features, _ in OF_ANOTHER_KIND]
+    write_foreign(tmp_path / "train-0.tfrecord", good, *wrong)
+    split = tfrecords.TFRecords(tmp_path, label="n").split("train")
+    first, *others = (
+        r for _, r in shuffling.in_sequence(split).as_numpy_iterator()
+    )
+    split.parse(tf.constant(first))
+    for record, (_, message) in zip(others, OF_ANOTHER_KIND, strict=True):
+        with pytest.raises(ValueError, match=message):
+            split.deserialize(record)
+        with pytest.raises(tf.errors.OpError):
+            split.parse(tf.constant(record))
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut in a length", "overwritten"])
