@@ -1,4 +1,4 @@
-"""Zero-shot: accuracies by hand, and of a model that knows the classes."""
+"""Zero-shot accuracies, by hand and of a model that knows the classes."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_prompts_go_class_by_class():
 
 
 def test_figures_by_hand():
-    """Ranks 0, 1, 5, and a tie of the best two, which counts as lost."""
+    """Ranks 0, 1, 5, and a tie of the best two, which counts as an error."""
     scores = np.array(
         [
             [9, 1, 2, 3, 4, 5],

@@ -1,4 +1,4 @@
-"""What transformers and timm compute from the exported folders."""
+"""transformers and timm reproduce the encoder from the exported folders."""
 
 import importlib.util
 import json

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, objective, strategy=None, **kwargs):
-    """Weights, and the figures of each step, after `STEPS` of batch 8."""
+    """Weights, and the metrics of each step, after `STEPS` of batch 8."""
     strategy = strategy or make_strategy("one")
     size = tiny.vocabulary(folder)[1]
     model, optimizer = build_model(

@@ -1,4 +1,4 @@
-"""Promises of decoding and resizing."""
+"""Decoding and resizing: formats, scales and limits."""
 
 import io
 
@@ -14,7 +14,7 @@ H, W = 24, 36
 
 
 def _picture(height=H, width=W):
-    """A smooth colour image, so that lossy formats stay close to it."""
+    """A smooth color image, so that lossy formats remain close to it."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
     return np.clip(rgb, 0, 255).astype(np.uint8)
@@ -41,7 +41,7 @@ def _grey(pixels):
     )
 
 
-# format, mode, what decoding gives, tolerance in grey levels
+# format, mode, expected mode after decoding, tolerance in gray levels
 CASES = [
     ("JPEG", "RGB", lambda p: p, 16),
     ("JPEG", "L", _grey, 4),
@@ -131,7 +131,7 @@ def test_an_extended_webp_is_like_a_simple_one(mode):
 
 
 def test_frames_of_an_animation_are_no_way_around_the_limit():
-    """TensorFlow decodes all of a WebP; of a GIF it is given the first."""
+    """All frames of a WebP count, but only the first one of a GIF."""
     decode = tf.function(
         lambda encoded: decode_resize.decode(encoded, 5 * H * W)
     )
@@ -187,7 +187,7 @@ def test_bad_files_fail(name):
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_too_many_pixels_are_refused_from_the_header(file_format):
     encoded = encode(_picture(), file_format)
-    # With the pixels cut off, only the header can have been looked at. (A
+    # Without the pixels, only the header can have been read. (A
     # JPEG's size comes after its tables.)
     head = tf.constant(encoded if file_format == "JPEG" else encoded[:64])
     decode = tf.function(lambda e: decode_resize.decode(e, H * W - 1))
@@ -236,7 +236,7 @@ def test_model_range():
 
 
 def _photo(height, width):
-    """Detail at all scales, a JPEG of it, and what a good shrink gives."""
+    """Detail at all scales, a JPEG of it, and the result of a good resize."""
     random = np.random.default_rng(0)
     rough = random.uniform(96, 160, (height // 8, width // 8, 3))
     pixels = Image.fromarray(rough.astype(np.uint8)).resize((width, height))
@@ -282,7 +282,7 @@ def test_sides_that_no_scale_divides_are_rounded_up():
 
 
 def _mean_difference_to_antialiased(encoded, size, at_least):
-    """Grey levels between a shrink and a full decode, antialiased."""
+    """Difference in gray levels from a full, antialiased decode."""
     exact = decode_resize.resize(
         decode_resize.decode(encoded), size, antialias=True
     )
@@ -294,8 +294,8 @@ def _mean_difference_to_antialiased(encoded, size, at_least):
 
 @pytest.mark.parametrize("side, better", [(56, 0.7), (80, 1.1), (112, 1.1)])
 def test_reduced_decoding_is_close_to_an_antialiased_shrink(side, better):
-    # At a factor of 2 the four neighbours are all there is; beyond it, they
-    # miss pixels that a reduced scale takes in.
+    # At a factor of 2 the four neighbors are all pixels; beyond it, they
+    # miss pixels that a reduced scale includes.
     encoded, size = _photo(224, 448), (side, side)
     reduced = _mean_difference_to_antialiased(encoded, size, size)
     plain = _mean_difference_to_antialiased(encoded, size, None)
