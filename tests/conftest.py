@@ -18,6 +18,10 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * 2,
 )
+# Grappler goes over each function of each pipeline anew, which is half of what
+# a small one costs. It is on in the processes that tests start by themselves:
+# the tools, and the hosts of a run.
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -45,22 +45,22 @@ def make_model(size, **kwargs):
     )
 
 
-def make_contrastive(size, embedding_dim=8, **kwargs):
-    """Two towers of width 16 for the same images and texts.
+def make_contrastive(size, **kwargs):
+    """Two towers of width 16 for images of 16 x 16 pixels.
 
     Args:
-        size: Pieces of the vocabulary.
-        embedding_dim: Of `Contrastive`, as all of `kwargs` but `dropout`.
-        **kwargs: See above; `dropout` is that of both towers.
+        size: Of the vocabulary.
+        **kwargs: Of `Contrastive`, and of `VisionEncoder` where it has them;
+            `dropout` is that of both towers.
     """
-    dropout = kwargs.pop("dropout", 0.0)
     small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
-    small["dropout"] = dropout
+    small["dropout"] = kwargs.pop("dropout", 0.0)
+    names = ("pooling", "patch_dropout", "image_size", "patch_size")
+    image = {name: kwargs.pop(name) for name in names if name in kwargs}
     return Contrastive(
-        VisionEncoder(patch_size=8, image_size=16, **small),
+        VisionEncoder(**{"patch_size": 8, "image_size": 16, **small, **image}),
         TextEncoder(size, LENGTH, **small),
-        embedding_dim=embedding_dim,
-        **kwargs,
+        **{"embedding_dim": 8, **kwargs},
     )
 
 

@@ -4,6 +4,8 @@
         --data=data/mine
     python tools/evaluate.py --task=zero_shot --checkpoint=runs/mine \
         --data=pets --templates="a photo of a {}" --parallel
+    python tools/evaluate.py --task=zero_shot --checkpoint=runs/clip_s16 \
+        --data=pets --templates=clip_paper
     python tools/evaluate.py --task=sugar_crepe --checkpoint=runs/mine \
         --data=sugar_crepe --pictures=coco/val2017
     python tools/evaluate.py --gin_file=gin/evaluation/zero_shot.gin \
@@ -17,9 +19,11 @@ Tasks:
                  the result of each image, and image sheets of the worst and
                  the best
     perplexity   likelihood of people's captions, with and without the image
-    retrieval    image-text retrieval by likelihood: Recall@1, 5, 10
-    zero_shot    zero-shot classification by the likelihood of class names
-    fewshot      ridge regression on frozen features, few examples per class
+    retrieval    which caption, which image: Recall@1, 5, 10
+    zero_shot    which class name fits the image best
+    geometry     embeddings of a contrastive model: modality gap, alignment,
+                 uniformity
+    fewshot      ridge regression on frozen features of few examples a class
     sugar_crepe  right caption against hard negatives; --data has its 7 files
     aro          the same in ARO's format; --data is one of its files
     scenes       the same for synthetic scenes; --data is their folder
@@ -31,13 +35,16 @@ need captions.jsonl or another table of captions, zero_shot and fewshot need
 labels.jsonl with lines such as
 {"image": "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
 
---checkpoint is the folder of a run or its .keras file; fewshot also takes any
-other .keras file of a captioner or vision encoder, and an npz file of
-big_vision. A model that lacks a needed capability is refused before any data is
-read. A table is printed. Metrics are written as JSON to --output, by default
-beside the checkpoint (with several evaluators, --output is a folder),
-individual results (of an image, a choice) to .jsonl, and sheets to .png files
-of the same name. An undefined metric is null.
+A captioner scores by likelihood, a contrastive model by the cosine of its
+embeddings; the latter has no captions and no perplexity.
+
+--checkpoint is the folder of a run or its .keras file; fewshot takes any
+.keras file (captioner or vision encoder) and an npz of big_vision, too. A
+model that cannot do what is asked for is refused before any data is read. A
+table is printed; the figures are written as JSON to --output, by default
+beside the checkpoint (of several evaluators, --output is a folder), results
+one by one (of an image, a choice) to .jsonl and sheets to .png files of the
+same name. A figure that is not defined is null.
 """
 
 import json
@@ -85,7 +92,7 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_integer(
         "limit",
         None,
-        "Maximum number of images; by default all, for retrieval 100.",
+        "Only so many images; all by default, of retrieval by likelihood 100.",
         lower_bound=1,
         **where,
     )
@@ -130,8 +137,16 @@ def _define_label_flags(where):
     flags.DEFINE_multi_string(
         "templates",
         ["a photo of a {}"],
-        "zero_shot: caption of a class with {} in place of its name; "
-        "repeatable.",
+        "zero_shot: captions of a class, {} being its name; repeat for more. "
+        "clip_paper stands for 81 of them, clip_best for 8.",
+        **where,
+    )
+    flags.DEFINE_enum(
+        "aliases",
+        None,
+        ["first", "all", "whole"],
+        "zero_shot: what becomes of a class name with commas, which separate "
+        "aliases; by default first by cosine, whole by likelihood.",
         **where,
     )
     flags.DEFINE_list(
@@ -199,7 +214,7 @@ def _retrieval(options):
     return Retrieval(
         options.data,
         _split(options),
-        limit=options.limit or 100,
+        limit=options.limit,
         parallel=options.parallel,
     )
 
@@ -211,11 +226,17 @@ def _zero_shot(options):
         options.data,
         _split(options),
         class_names=options.class_names,
-        templates=options.templates,
+        templates=_templates(options.templates),
+        aliases=options.aliases,
         resize=options.resize,
         parallel=options.parallel,
         limit=options.limit,
     )
+
+
+def _templates(values):
+    """The name of a set of templates, or a list of templates."""
+    return values[0] if len(values) == 1 and "{}" not in values[0] else values
 
 
 def _fewshot(options):
@@ -259,6 +280,12 @@ def _judgments(options):
     return Judgments(options.data, options.judgments, limit=options.limit)
 
 
+def _geometry(options):
+    from cappa_tf.evaluation.embedding_geometry import EmbeddingGeometry
+
+    return EmbeddingGeometry(options.data, _split(options), limit=options.limit)
+
+
 TASKS = {
     "caption": _caption,
     "perplexity": _perplexity,
@@ -269,6 +296,7 @@ TASKS = {
     "aro": _aro,
     "scenes": _scenes,
     "judgments": _judgments,
+    "geometry": _geometry,
 }
 
 
@@ -301,8 +329,8 @@ def _numbers(name, values, kind):
 
 # Flags that only --task reads.
 _OF_TASKS = (
-    "test_split limit parallel templates class_names train_split shots l2 "
-    "num_seeds resize pictures judgments"
+    "test_split limit parallel templates aliases class_names train_split shots "
+    "l2 num_seeds resize pictures judgments"
 ).split()
 
 

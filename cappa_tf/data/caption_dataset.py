@@ -205,6 +205,7 @@ class CaptionDataset:
         """The ValueError with which bad records stopped reading, or None."""
         return None if self._skips is None else self._skips.failure
 
+    @tf.autograph.experimental.do_not_convert
     def train(
         self, batch_size=None, start_index=0, seed=None, host=0, num_hosts=1
     ):
@@ -259,6 +260,7 @@ class CaptionDataset:
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
+    @tf.autograph.experimental.do_not_convert
     def evaluate(self, batch_size=None, host=0, num_hosts=1):
         """One pass over the split in order, with the last batch padded.
 

@@ -63,11 +63,12 @@ class EvaluationImages:
             **({} if strict else {"max_skipped_fraction": 1.0}),
         )
 
-    def captioned(self, predictor):
+    def captioned(self, predictor, limit=None):
         """Reads images with captions in order.
 
         Args:
             predictor: `Predictor` with the model's preprocessing and B.
+            limit: Only the first images; by default that of the constructor.
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], their
@@ -79,7 +80,7 @@ class EvaluationImages:
         data = self._data(predictor.tokenizer, predictor.preprocessing)
         empty = True
         for images, _, examples in captioning.batches(
-            data, predictor.batch_size, self._limit
+            data, predictor.batch_size, limit or self._limit
         ):
             empty = False
             yield images.numpy(), examples

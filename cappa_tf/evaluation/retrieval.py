@@ -1,12 +1,13 @@
-"""Image-text retrieval by likelihood, in both directions.
+"""Image-text retrieval: which caption, which image.
 
-The score of a pair is the caption's log-likelihood given the image. Some
-captions are more likely than others whatever the image shows, and so rank
-first for all images. Therefore images also rank captions by the score minus
-the caption's log-likelihood without an image (`minus_blind`). For a given
-caption this does not change the order of the images.
+The score of a pair is the caption's log-likelihood given the image, or the
+cosine of their embeddings. Some captions are likelier than others whatever the
+image shows, and rank first for all of them; so images also rank captions by the
+likelihood less the caption's likelihood without an image (`minus_blind`). For a
+given caption that changes no order of images.
 
-Letters: I images, T captions, each of one image.
+Abbreviations for dimensions:
+    I: images.  T: captions, each of one image.  C: width of the embeddings.
 """
 
 import itertools
@@ -22,9 +23,18 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
+from cappa_tf.inference.predictor import (
+    BLIND,
+    COSINE,
+    MINUS_BLIND,
+    PARALLEL,
+    SCORE,
+)
+from cappa_tf.utils.arguments import check_counts
 
 RECALLS = (1, 5, 10)
+# Images that are scored by likelihood where no limit is given.
+_LIKELIHOOD_LIMIT = 100
 
 
 def recalls(scores, owners, at=RECALLS):
@@ -44,18 +54,21 @@ def recalls(scores, owners, at=RECALLS):
         the same score has a recall of 0.
     """
     scores, owners = np.asarray(scores), np.asarray(owners)
-    images = np.arange(scores.shape[0])
-    own = owners == images[:, None]  # [I, T]
-    if owners.shape != scores.shape[1:] or not own.any(1).all():
+    count = len(scores)
+    owned = scores.shape[1:] == owners.shape and len(owners) > 0
+    if not owned or np.unique(owners).tolist() != list(range(count)):
         raise ValueError(
             "Every caption must have one image, and every image a caption. "
             f"Received: scores of shape {scores.shape}, {len(owners)} owners "
             f"from {set(owners.tolist())}"
         )
-    best = np.where(own, scores, -np.inf).max(1)  # [I]
-    texts_before = (~own & (scores >= best[:, None])).sum(1)  # [I]
     right = scores[owners, np.arange(len(owners))]  # [T]
-    images_before = (~own & (scores >= right)).sum(0)  # [T]
+    best = np.full(count, -np.inf)
+    np.maximum.at(best, owners, right)  # [I]
+    # An image's own captions are not before its best one.
+    own = np.bincount(owners, right >= best[owners], count)
+    texts_before = (scores >= best[:, None]).sum(1) - own  # [I]
+    images_before = (scores >= right).sum(0) - 1  # [T]
     return {
         f"{direction}/recall@{k}": float(np.mean(before < k))
         for direction, before in (
@@ -69,17 +82,18 @@ def recalls(scores, owners, at=RECALLS):
 class Retrieval(Evaluator):
     """Retrieval in one split of captioned images.
 
-    Every caption is scored for every image, so the cost of I * T scores grows
-    with the square of `limit`.
+    By likelihood every caption is scored for every image: the cost of I * T
+    captions, which grows with the square of `limit`. By cosine each image and
+    each caption is embedded once.
 
     Args:
         path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Maximum number of images to use, or None for all.
-        captions_per_image: Maximum number of captions of each image; None for
-            all.
-        parallel: Whether to also score by parallel prediction.
-        name: Name of the evaluator in the results.
+        limit: Only the first images; by default 100 where likelihoods are
+            scored, and all otherwise.
+        captions_per_image: At most as many captions of each; None for all.
+        parallel: Whether to score in parallel mode, too.
+        name: See `Evaluator`.
     """
 
     def __init__(
@@ -87,13 +101,15 @@ class Retrieval(Evaluator):
         path: str | os.PathLike,
         split="test",
         *,
-        limit: int | None = 100,
+        limit: int | None = None,
         captions_per_image: int | None = None,
         parallel=False,
         name="retrieval",
     ):
         super().__init__(name)
-        self._data = EvaluationImages(path, split, limit)
+        check_counts(optional=True, limit=limit)
+        self._data = EvaluationImages(path, split)
+        self._limit = limit
         self._most = captions_per_image
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
 
@@ -104,26 +120,35 @@ class Retrieval(Evaluator):
     def evaluate(self, predictor):
         """Scores all pairs of images and captions.
 
-        Returns:
-            A `Report` with the metrics of `recalls`; those of other scores
-            have the prefix `minus_blind/` or `parallel/`.
+        Those of the other scores have `minus_blind/` and `parallel/` in front,
+        and those by cosine of a captioner that can do both `cosine/`.
         """
         self.check(predictor)
-        batches = list(self._data.captioned(predictor))
-        owned = [
-            example.captions[: self._most]
-            for _, examples in batches
-            for example in examples
-        ]
+        plain = predictor.score_kinds[0]
+        kinds = [plain, *self.needs[1:]]
+        likelihoods = [kind for kind in kinds if kind != COSINE]
+        if COSINE not in kinds and predictor.can(COSINE):
+            kinds.append(COSINE)
+        limit = self._limit
+        if limit is None and likelihoods:
+            limit = _LIKELIHOOD_LIMIT
+        batches, embedded, owned = [], [], []
+        for images, examples in self._data.captioned(predictor, limit):
+            owned += [example.captions[: self._most] for example in examples]
+            if likelihoods:
+                batches.append(images)
+            if COSINE in kinds:  # Images need not be kept.
+                embedded.append(predictor.embed_images(images))
         texts = list(itertools.chain(*owned))
         owners = np.repeat(np.arange(len(owned)), [*map(len, owned)])
-        plain = predictor.score_kinds[0]
         scores = {
             kind: np.concatenate(
-                [predictor.score(images, texts, kind) for images, _ in batches]
+                [predictor.score(images, texts, kind) for images in batches]
             )
-            for kind in (plain, *self.needs[1:])
+            for kind in likelihoods
         }
+        if COSINE in kinds:
+            scores[COSINE] = predictor.cosines(np.concatenate(embedded), texts)
         if predictor.can(BLIND):
             scores[MINUS_BLIND] = scores[plain] - predictor.blind(texts)
         metrics, rows = {}, []

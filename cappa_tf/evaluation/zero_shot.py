@@ -1,17 +1,29 @@
-"""Zero-shot classification: the class with the most likely prompt.
+"""Zero-shot classification: the class whose name fits the image best.
 
-Reference: arXiv 2306.07915, section 4.2; big_vision
-evaluators/proj/cappa/scoring_classifier.py. The score of a class is the
-log-likelihood of its prompt, summed over the tokens and not divided by their
-number. With several templates it is the mean of their log-likelihoods.
+A captioner scores the log-likelihood of a class's prompt, summed over the
+tokens and not divided by their number; with several templates it is their mean,
+with several aliases that of the best one. Reference: arXiv 2306.07915, section
+4.2; big_vision evaluators/proj/cappa/scoring_classifier.py.
 
-Letters: N images, C classes, B images per batch, M templates.
+A contrastive model compares the image's embedding with one of the class, the
+mean of the embeddings of all its prompts, normalised. Reference: big_vision
+evaluators/proj/image_text/discriminative_classifier.py.
+
+What becomes of the names differs by default. The reference's contrastive
+figures are those of canonical text and of a name's first alias. A likelihood is
+that of a text as people write it, so the name stays as it is.
+
+Abbreviations for dimensions:
+    N: images.  C: classes.  B: images at once.  M: templates.
+    D: width of the embeddings.  P: prompts of all classes.
+    K: labels an image has at most.
 """
 
 import os
 
 import numpy as np
 
+from cappa_tf.evaluation import prompts
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -21,52 +33,71 @@ from cappa_tf.evaluation.evaluator import (
 )
 from cappa_tf.evaluation.features import RESIZES, preprocessing
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
-from cappa_tf.utils.arguments import check_choice, check_counts
+from cappa_tf.inference.predictor import (
+    BLIND,
+    COSINE,
+    MINUS_BLIND,
+    PARALLEL,
+    SCORE,
+)
+from cappa_tf.utils.arguments import (
+    check_bool,
+    check_choice,
+    check_counts,
+    check_number,
+)
 
-DEFAULT_TEMPLATES = ("a photo of a {}",)
 _MOST_COLUMNS = 20
+# Added to the norm of a class embedding, as in the reference.
+_EPSILON = 1e-8
 
 
-def prompts(class_names, templates=DEFAULT_TEMPLATES):
-    """Prompts of all classes.
-
-    prompts(["cat", "dog"], ["a {}", "the {}"])
-        -> ["a cat", "the cat", "a dog", "the dog"]
+def class_embeddings(embeddings, classes):
+    """One normalised embedding of each class.
 
     Args:
-        class_names: C names.
-        templates: M texts, each with one {} in place of the name.
+        embeddings: float [P, D], normalised, of prompts.
+        classes: int [P], the class of each prompt, 0 ... C - 1; each class
+            has at least one.
 
     Returns:
-        A list of C * M texts, class by class.
+        float [C, D].
     """
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(
-                "A template must have {} once, in place of the name. "
-                f"Received: {template!r} of {tuple(templates)}"
-            )
-    if not class_names or not templates:
-        raise ValueError(
-            "There must be class names and templates. Received: "
-            f"class_names={class_names}, templates={templates}"
-        )
-    return [t.replace("{}", name) for name in class_names for t in templates]
+    embeddings, classes = np.asarray(embeddings), np.asarray(classes)
+    means = np.stack(
+        [
+            embeddings[classes == number].mean(0)
+            for number in range(classes.max() + 1)
+        ]
+    )
+    norms = np.linalg.norm(means, axis=1, keepdims=True)
+    return means / (norms + _EPSILON)
 
 
 def ranks(scores, labels):
-    """Number of wrong classes that score at least as high as the right one.
+    """How many wrong classes score as high as the right one or higher.
 
     Args:
         scores: float [N, C].
-        labels: int [N].
+        labels: int [N], or [N, K] filled up with -1, of which the one that
+            scores highest counts.
 
     Returns:
-        int [N], 0 if the right class wins alone; a tie counts as an error.
+        int [N], 0 where a right class wins alone: a tie counts as lost.
     """
-    right = np.take_along_axis(scores, labels[:, None], 1)
-    return (scores >= right).sum(1) - 1
+    right = _is_right(labels, scores.shape[1])
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    return (~right & (scores >= best)).sum(1)
+
+
+def _is_right(labels, num_classes):
+    """Bool [N, C]: whether a class is a label of an image."""
+    labels = np.asarray(labels)
+    labels = labels.reshape(len(labels), -1)
+    right = np.zeros((len(labels), num_classes), bool)
+    rows, columns = np.nonzero(labels >= 0)
+    right[rows, labels[rows, columns]] = True
+    return right
 
 
 def figures(scores, labels):
@@ -74,21 +105,29 @@ def figures(scores, labels):
 
     Args:
         scores: float [N, C].
-        labels: int [N].
+        labels: int [N], or [N, K] filled up with -1: right is what is any of
+            them. Each image has at least one.
 
     Returns:
-        (metrics, confusion): a dict of `top_1`, `top_5` (with more than five
-        classes) and `mean_per_class`, the mean of the classes' own top-1; and
-        the matrix int [C, C] of true class by predicted class.
+        (dict of `top_1`, with more than five classes `top_5`, and
+        `mean_per_class`, the mean of the classes' own top-1; int [C, C], true
+        class by predicted one). An image of several labels is one of each
+        class; in the matrix its true class is the predicted one if that is
+        right, and the first otherwise.
     """
     classes = scores.shape[1]
     position = ranks(scores, labels)
+    right = _is_right(labels, classes)
+    predicted = scores.argmax(1)
+    each = np.arange(len(scores))
+    first = np.asarray(labels).reshape(len(scores), -1)[:, 0]
+    true = np.where(right[each, predicted], predicted, first)
     confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels, scores.argmax(1)), 1)
+    np.add.at(confusion, (true, predicted), 1)
     per_class = [
-        np.mean(position[labels == c] == 0)
+        np.mean(position[right[:, c]] == 0)
         for c in range(classes)
-        if (labels == c).any()
+        if right[:, c].any()
     ]
     found = {"top_1": float(np.mean(position == 0))}
     if classes > 5:
@@ -97,18 +136,82 @@ def figures(scores, labels):
     return found, confusion
 
 
+class _Likelihoods:
+    """Scores of classes by the log-likelihood of their prompts.
+
+    Args:
+        predictor: `Predictor`.
+        texts: C lists of texts, an alias's M texts together.
+        num_templates: M.
+        kind: Kind of the score.
+    """
+
+    def __init__(self, predictor, texts, num_templates, kind):
+        self._predictor, self._kind = predictor, kind
+        self._flat = [text for some in texts for text in some]
+        # Where the aliases of each class begin.
+        aliases = np.array([len(some) // num_templates for some in texts])
+        self._starts = np.cumsum(aliases) - aliases
+        self._num_templates = num_templates
+
+    def __call__(self, images):
+        """Scores float64 [B, C] of images."""
+        return self._by_class(
+            self._predictor.score(images, self._flat, self._kind)
+        )
+
+    def blind(self):
+        """Scores float64 [C] without any image."""
+        return self._by_class(self._predictor.blind(self._flat)[None])[0]
+
+    def _by_class(self, scores):  # [B, P] -> [B, C]
+        aliases = scores.reshape(len(scores), -1, self._num_templates).mean(2)
+        return np.maximum.reduceat(aliases, self._starts, axis=1)
+
+
+class _Cosines:
+    """Scores of classes by the cosine of the image and the class.
+
+    Args:
+        predictor: `Predictor`.
+        texts: C lists of texts.
+    """
+
+    def __init__(self, predictor, texts):
+        self._predictor = predictor
+        classes = np.repeat(np.arange(len(texts)), [*map(len, texts)])
+        embedded = predictor.embed_texts(
+            [text for some in texts for text in some]
+        )
+        self._classes = class_embeddings(embedded, classes)  # [C, D]
+
+    def __call__(self, images):
+        """Scores float64 [B, C] of images."""
+        images = self._predictor.embed_images(images)
+        return np.asarray(images @ self._classes.T, np.float64)
+
+
 class ZeroShot(Evaluator):
     """Zero-shot classification of a folder or data set of labeled images.
 
     Args:
         path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        class_names: C names by class number; None for those of the data.
-        templates: M texts, each with one {} in place of the name.
-        resize: "squash" (the whole image) or "resize_small" (its center).
-        parallel: Whether to also score by parallel prediction.
-        limit: Maximum number of images to use, or None for all.
-        name: Name of the evaluator in the results.
+        class_names: C names by class number, with commas between aliases;
+            None for those of the data.
+        templates: M texts with {} where the name goes, or "clip_paper" (81 of
+            them) or "clip_best" (8).
+        canonical: Whether names and templates are lower-cased and lose their
+            punctuation; None for yes by cosine, no by likelihood.
+        aliases: "first", "all" or "whole", see `prompts.class_prompts`; None
+            for "first" by cosine, "whole" by likelihood.
+        resize: "squash" or "resize_small", the whole image or its middle.
+        margin: How much larger the image is resized than it is cropped; 1.0
+            crops nothing. The reference's contrastive figures are at 1.14
+            (1 / 0.875) in some of its configurations, at 1.0 in others.
+        parallel: Whether to score in parallel mode, too.
+        limit: Only the first images.
+        name: See `Evaluator`.
     """
 
     def __init__(
@@ -117,8 +220,11 @@ class ZeroShot(Evaluator):
         split="test",
         *,
         class_names: list | tuple | None = None,
-        templates: list | tuple = DEFAULT_TEMPLATES,
+        templates: str | list | tuple = prompts.DEFAULT_TEMPLATES,
+        canonical: bool | None = None,
+        aliases: str | None = None,
         resize="squash",
+        margin=1.0,
         parallel=False,
         limit: int | None = None,
         name="zero_shot",
@@ -126,11 +232,16 @@ class ZeroShot(Evaluator):
         super().__init__(name)
         check_choice(RESIZES, resize=resize)
         check_counts(optional=True, limit=limit)
-        prompts(["name"], templates)
+        check_number("margin", margin, 1.0)
+        if canonical is not None:
+            check_bool(canonical=canonical)
+        if aliases is not None:
+            check_choice(prompts.ALIASES, aliases=aliases)
         self._data = EvaluationImages(path, split)
         self._class_names = class_names
-        self._templates = templates
-        self._resize = resize
+        self._templates = prompts.find_templates(templates)
+        self._canonical, self._aliases = canonical, aliases
+        self._resize, self._margin = resize, margin
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
         self._limit = limit
 
@@ -148,21 +259,42 @@ class ZeroShot(Evaluator):
             )
         return list(names)
 
+    def _texts(self, names, kind):
+        """Prompts of each class for one kind of score."""
+        by_cosine = kind == COSINE
+        is_canonical, aliases = self._canonical, self._aliases
+        if is_canonical is None:
+            is_canonical = by_cosine
+        if aliases is None:
+            aliases = "first" if by_cosine else "whole"
+        return prompts.class_prompts(
+            names, self._templates, is_canonical, aliases
+        )
+
+    def _scorer(self, predictor, names, kind):
+        texts = self._texts(names, kind)
+        if kind == COSINE:
+            return _Cosines(predictor, texts)
+        return _Likelihoods(predictor, texts, len(self._templates), kind)
+
     def evaluate(self, predictor):
         """Classifies every image.
 
-        Returns:
-            A `Report` with the metrics of `figures`. Those of parallel
-            prediction have the prefix `parallel/`; those of scores minus the
-            score of the text without an image have `minus_blind/`.
+        Those of a captioner's parallel mode are called `parallel/top_1` and so
+        on, those of its scores less that of the text without an image
+        `minus_blind/...`, and those by cosine of a model that can do both
+        `cosine/...`.
         """
         self.check(predictor)
         data, names = self._data, self._names()
-        # The whole image is used, as in training: no margin is cropped.
-        prepare = preprocessing(predictor.image_size, self._resize, margin=1.0)
-        plain = predictor.score_kinds[0]
-        kinds = (plain, *self.needs[1:])
-        texts = prompts(names, self._templates)
+        # All of the image by default, as in training: no margin is cut off.
+        prepare = preprocessing(
+            predictor.image_size, self._resize, self._margin
+        )
+        kinds = [predictor.score_kinds[0], *self.needs[1:]]
+        if COSINE not in kinds and predictor.can(COSINE):
+            kinds.append(COSINE)
+        scorers = {kind: self._scorer(predictor, names, kind) for kind in kinds}
         scores, labels = {kind: [] for kind in kinds}, []
         for images, numbers, _ in _first(
             data.labelled(prepare, predictor.batch_size), self._limit
@@ -174,8 +306,7 @@ class ZeroShot(Evaluator):
                 )
             labels.append(numbers)
             for kind, parts in scores.items():
-                found = predictor.score(images, texts, kind)  # -> [B, C * M]
-                parts.append(found.reshape(len(images), len(names), -1).mean(2))
+                parts.append(scorers[kind](images))  # [B, C]
         if not labels:
             raise ValueError(
                 f"No labeled image in split {data.split!r} of "
@@ -184,8 +315,8 @@ class ZeroShot(Evaluator):
         labels = np.concatenate(labels)
         scores = {kind: np.concatenate(scores[kind]) for kind in kinds}
         if predictor.can(BLIND):
-            blind = predictor.blind(texts).reshape(len(names), -1).mean(1)
-            scores[MINUS_BLIND] = scores[plain] - blind
+            plain = kinds[0]
+            scores[MINUS_BLIND] = scores[plain] - scorers[plain].blind()
         return self._report(scores, labels, names, data.skipped)
 
     def _report(self, scores, labels, names, skipped):

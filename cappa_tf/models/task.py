@@ -58,6 +58,7 @@ class Task(keras.Model):
         needs_whole_batch: Whether the loss of an example depends on the others
             of the global batch, see `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
+        trained_parts: Names of what is trained inside frozen parts.
     """
 
     selection_metric = "loss"
@@ -66,11 +67,13 @@ class Task(keras.Model):
     can_generate = False
     needs_whole_batch = False
     frozen_parts = ()
+    trained_parts = ()
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         names = dict.fromkeys(["loss", self.selection_metric])
         self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._frozen_variables = frozenset()
 
     def build(self, input_shape=None):
         """Creates all weights, whose sizes the constructors determine."""
@@ -86,7 +89,7 @@ class Task(keras.Model):
         del config
         self.build()
 
-    def freeze(self, names):
+    def freeze(self, names, trained=()):
         """Excludes parts from training, until the next call.
 
         Must be called before the optimizer is built. The weights of frozen
@@ -96,6 +99,8 @@ class Task(keras.Model):
 
         Args:
             names: Names of `parts`; those of an earlier call are trained again.
+            trained: Names of layers inside them that are trained nevertheless,
+                such as "vision_encoder/pool". They, too, drop nothing.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
@@ -107,7 +112,26 @@ class Task(keras.Model):
                 f"`frozen_parts` must be among the parts of the model, "
                 f"{list(parts)}. Received: {unknown}"
             )
-        self.frozen_parts = tuple(names)
+        inside = {
+            f"{part}/{name}": layer
+            for part in names
+            for name, layer in _layers_inside(parts[part]).items()
+        }
+        unknown = [name for name in trained if name not in inside]
+        if unknown:
+            raise ValueError(
+                "`trained_parts` (TRAINED_PARTS) must be among the layers of "
+                f"the frozen parts, {list(inside)}. Received: {unknown}, with "
+                f"frozen_parts={list(names)}"
+            )
+        self.frozen_parts, self.trained_parts = tuple(names), tuple(trained)
+        kept = {id(v) for name in trained for v in inside[name].variables}
+        self._frozen_variables = frozenset(
+            id(variable)
+            for name in names
+            for variable in parts[name].variables
+            if id(variable) not in kept
+        )
         if not self.trainable_variables:
             raise ValueError(
                 "`frozen_parts` must leave something to train. Received: "
@@ -117,12 +141,27 @@ class Task(keras.Model):
     @property
     def trainable_variables(self):
         """The trainable variables, without those of frozen parts."""
-        frozen = {
-            id(variable)
-            for name in self.frozen_parts
-            for variable in self.parts[name].variables
-        }
+        frozen = self._frozen_variables
         return [v for v in super().trainable_variables if id(v) not in frozen]
+
+    def how_trained(self, part):
+        """How much of a part is trained, for reports.
+
+        Args:
+            part: Name of the part.
+
+        Returns:
+            "" for all of it, "frozen", or "frozen except pool".
+        """
+        if part not in self.frozen_parts:
+            return ""
+        prefix = f"{part}/"
+        trained = [
+            name.removeprefix(prefix)
+            for name in self.trained_parts
+            if name.startswith(prefix)
+        ]
+        return "frozen" + (f" except {', '.join(trained)}" if trained else "")
 
     def trains(self, part, training):
         """Returns whether the layers of a part run as in training.
@@ -249,14 +288,18 @@ class Task(keras.Model):
 
     def train_step(self, batch):
         """One step of `fit` on a batch of the form `batch_spec`."""
-        with tf.GradientTape() as tape:
+        variables = self.trainable_variables
+        # A frozen part must not be differentiated through.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([variable.value for variable in variables])
             losses = self.example_losses(batch, training=True)
             # Gradients are summed over replicas, so divide by their number.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             loss = tf.reduce_mean(losses.loss) / replicas
             scaled = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        gradients = tape.gradient(scaled, variables)
+        gradients = tape.gradient(
+            scaled, [variable.value for variable in variables]
+        )
         self.optimizer.apply_gradients(zip(gradients, variables))
         return self._update_metrics(losses)
 
@@ -338,3 +381,9 @@ class WholeBatchTask(Task):
                 "compares those of the global batch"
             )
         return super().train_step(batch)
+
+
+def _layers_inside(part):
+    """Dict name -> layer of a part's own layers that have weights."""
+    layers = getattr(part, "layers", ())
+    return {layer.name: layer for layer in layers if layer.variables}

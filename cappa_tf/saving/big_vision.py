@@ -338,6 +338,22 @@ def save_two_towers(model, path, *, scan=False):
         scan: Whether to stack the blocks, as in a big_vision model with
             `scan=True`.
     """
+    arrays = {}
+    for prefix, rows, part in two_towers_rows(model, scan):
+        arrays |= {prefix + n: a for n, a in _arrays(rows, part).items()}
+    _write(path, arrays)
+
+
+def two_towers_rows(model, scan=False):
+    """The parts of a contrastive model as big_vision names them.
+
+    Args:
+        model: A built `Contrastive`.
+        scan: Whether blocks are stacked.
+
+    Returns:
+        List of (prefix of the names, list of `names.Row`, part of the model).
+    """
     text, head = model.text_encoder, model.contrastive_head
     text_rows = names.text_tower_rows(
         num_layers=text.num_layers, scanned=scan, pooling=text.pooling
@@ -348,14 +364,11 @@ def save_two_towers(model, path, *, scan=False):
         bias=head.bias is not None,
     )
     encoder = model.vision_encoder
-    arrays = {}
-    for prefix, rows, part in (
+    return [
         (_IMAGE_TOWER, _vision_rows(encoder, scan), encoder),
         (_TEXT_TOWER, text_rows, text),
         ("", head_rows, head),
-    ):
-        arrays |= {prefix + n: a for n, a in _arrays(rows, part).items()}
-    _write(path, arrays)
+    ]
 
 
 def save_vision_encoder(encoder, path, *, scan=False):

@@ -173,6 +173,10 @@ class WeightSettings:
     """Names of the parts that are not trained: they get no gradients, decay or
     optimizer state, and run as in inference (without dropout)."""
 
+    trained_parts: list | tuple = ()
+    """Names of layers inside frozen parts that are trained nevertheless, such
+    as "vision_encoder/pool", the attention pooling on frozen features."""
+
     def __post_init__(self):
         path, parts = self.initialize_from, self.initialize_parts
         if path is not None and not (isinstance(path, str) and path):
@@ -188,4 +192,6 @@ class WeightSettings:
                     "`initialize_from`. Received: "
                     f"initialize_parts={parts!r}, initialize_from={path!r}"
                 )
-        arguments.check_names(frozen_parts=self.frozen_parts)
+        arguments.check_names(
+            frozen_parts=self.frozen_parts, trained_parts=self.trained_parts
+        )

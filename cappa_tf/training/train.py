@@ -120,6 +120,7 @@ def train(
             settings.seed,
             compute.precision,
             weights.frozen_parts,
+            weights.trained_parts,
         )
         _check_captions(model, evaluation)
         origin = first_weights(model, weights, workdir)
@@ -231,8 +232,8 @@ def _report(model, optimizer, strategy, settings, train_data, origin):
         print(origin)
     counts = parameter_counts(model)
     for part, count in counts.items():
-        frozen = ", frozen" if part in model.frozen_parts else ""
-        print(f"{part:15} {count:>13,} parameters{frozen}")
+        how = model.how_trained(part)
+        print(f"{part:15} {count:>13,} parameters{how and ', ' + how}")
     captions = getattr(train_data, "captions_per_image", 1)
     if captions == "all":  # The number is unknown until the data is read.
         print("The estimate counts one caption per image.")

@@ -189,8 +189,8 @@ class Trainer:
     def _announce(self):
         counts = parameter_counts(self.model)
         parts = ", ".join(
-            f"{name.replace('_', ' ')} {count:,}"
-            + (" frozen" if name in self.model.frozen_parts else "")
+            f"{name.replace('_', ' ')} {count:,} "
+            f"{self.model.how_trained(name)}".rstrip()
             for name, count in counts.items()
             if name != "total"
         )

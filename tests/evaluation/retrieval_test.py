@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scoring
+from conftest import shared_reference
 
 from cappa_tf.evaluation import retrieval
 
@@ -28,6 +29,20 @@ def test_recalls_by_hand():
         "text_to_image/recall@1": 2 / 5,
         "text_to_image/recall@2": 1.0,
     }
+
+
+def test_recalls_of_the_reference():
+    arrays = np.load(shared_reference("transfer_tiny.npz"))
+    found = retrieval.recalls(
+        arrays["retrieval/similarity"], arrays["retrieval/image_of_text"]
+    )
+    wanted = np.concatenate(
+        [
+            arrays[f"retrieval/{direction}_recall_at_1_5_10"]
+            for direction in ("image_to_text", "text_to_image")
+        ]
+    )
+    np.testing.assert_allclose([*found.values()], wanted, rtol=1e-12)
 
 
 def test_a_constant_finds_nothing_and_a_perfect_score_all():

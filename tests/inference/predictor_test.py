@@ -92,6 +92,45 @@ def test_what_cannot_be_scored_is_refused(predictor, images):
         predictor.score(images, ["red"], "paralel")
 
 
+@pytest.fixture(scope="module")
+def contrastive(tmp_path_factory):
+    return scoring.contrastive_predictor(tmp_path_factory.mktemp("vocabulary"))
+
+
+def test_cosines_are_those_of_the_model(contrastive, images):
+    assert contrastive.capabilities == ("features", "cosine")
+    texts = ["red circle", "blue", "Red circle"]
+    labels = contrastive.tokenizer(texts)
+    wanted = contrastive.model.score_texts(images, labels)
+    found = contrastive.score(images, texts)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    # Equal tokens score equally, to the last bit.
+    np.testing.assert_array_equal(found[:, 0], found[:, 2])
+    rows = contrastive.score_captions(images, TEXTS)
+    assert [len(row) for row in rows] == [1, 3, 1]
+    for image, own, row in zip(images, TEXTS, rows):
+        whole = contrastive.score(image[None], own)
+        np.testing.assert_allclose(row, whole[0], atol=1e-6)
+
+
+def test_embeddings_of_any_number_of_images(contrastive, images):
+    many = np.concatenate([images, images])  # more than `batch_size`
+    found = contrastive.embed_images(many)
+    np.testing.assert_allclose(
+        found, contrastive.model.embed_images(many), atol=1e-6
+    )
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    texts = contrastive.embed_texts(["red"])
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+def test_what_has_no_embeddings_or_no_tokens_says_so(predictor, contrastive):
+    with pytest.raises(ValueError, match="Embedding texts.*cosine.*Captioner"):
+        predictor.embed_texts(["red"])
+    with pytest.raises(ValueError, match="generate.*predicts no tokens"):
+        contrastive.make_decoder()
+
+
 def test_a_model_never_trained_in_parallel_has_no_such_score(predictor):
     config = {**predictor.model.get_config(), "masked_pred_prob": 0.0}
     cap = type(predictor.model).from_config(config)

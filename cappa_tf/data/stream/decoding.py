@@ -144,6 +144,7 @@ class RecordDecoder:
         numbers = tf.gather(first, slots, batch_dims=1)
         return tf.gather(captions, numbers, batch_dims=1), counts
 
+    @tf.autograph.experimental.do_not_convert
     def batches(self, records, batch_size, num_parallel_calls=None):
         """Decodes a stream of records, several chunks at a time.
 

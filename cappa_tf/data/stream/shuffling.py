@@ -38,6 +38,7 @@ LOST = b"\0lost from "
 _BLOCK_STRIDE = 1 << 32
 
 
+@tf.autograph.experimental.do_not_convert
 def in_memory(
     num_records, seed, start_index=0, shuffle=True, host=0, num_hosts=1
 ):
@@ -74,6 +75,7 @@ def in_memory(
     return _epochs(start_index // num_records).flat_map(epoch_numbers)
 
 
+@tf.autograph.experimental.do_not_convert
 def in_sequence(records):
     """One pass over all records in the order of the files.
 
@@ -96,6 +98,7 @@ def in_sequence(records):
     return functools.reduce(lambda a, b: a.concatenate(b), parts).enumerate()
 
 
+@tf.autograph.experimental.do_not_convert
 def from_readers(
     records,
     seed,

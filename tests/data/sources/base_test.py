@@ -217,6 +217,8 @@ def test_epochs_starts_and_labels(sources, name):
 def test_pixels_in_memory(sources):
     held = take(make(sources["webdataset"], cache="images").train(), 3)
     assert sorted(numbers(held)) == list(range(COUNT))
+    labels = np.concatenate([batch["label"] for batch in held])
+    assert labels.tolist() == numbers(held)
 
 
 @pytest.mark.parametrize("name", ["prepared", "webdataset"])
