@@ -96,13 +96,13 @@ class EmbeddingGeometry(Evaluator):
     """Modality gap, alignment and uniformity on one split.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images.
+        limit: Maximum number of images to use, or None for all.
         captions_per_image: At most as many captions of each; None for all.
             Captions of one image are near each other, so that several give
             texts a higher uniformity than one does.
-        name: See `Evaluator`.
+        name: Name of the evaluator in the results.
     """
 
     needs = (COSINE,)
@@ -122,7 +122,7 @@ class EmbeddingGeometry(Evaluator):
         self._most = captions_per_image
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def evaluate(self, predictor):

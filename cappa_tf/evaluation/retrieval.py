@@ -93,7 +93,7 @@ class Retrieval(Evaluator):
             scored, and all otherwise.
         captions_per_image: At most as many captions of each; None for all.
         parallel: Whether to score in parallel mode, too.
-        name: See `Evaluator`.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(

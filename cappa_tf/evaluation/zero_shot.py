@@ -210,8 +210,8 @@ class ZeroShot(Evaluator):
             crops nothing. The reference's contrastive figures are at 1.14
             (1 / 0.875) in some of its configurations, at 1.0 in others.
         parallel: Whether to score in parallel mode, too.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ def test_training_batches(data, cache):
 
 @pytest.mark.parametrize("cache", [None, "records"])
 def test_caches_change_nothing_but_speed(data, pixels, cache):
-    """Small data are held in memory unless told otherwise."""
+    """Small data sets are held in memory by default."""
     options, wanted = pixels
     found = take(make(data, cache=cache, **options).train(start_index=2), 4)
     for one, other in zip(found, wanted, strict=True):
