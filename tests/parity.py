@@ -1,4 +1,4 @@
-"""What parity tests share: losses and gradients of one objective by name."""
+"""Helpers of parity tests: losses and gradients of one objective by name."""
 
 import numpy as np
 import tensorflow as tf
@@ -11,14 +11,14 @@ KEY_BIAS = "/key/bias"
 
 
 def compiled(function, jit_compile):
-    """The function under XLA, or as it is (eager: no graph to build)."""
+    """The function under XLA, or unchanged (eager, without a graph)."""
     if not jit_compile:
         return function
     return tf.function(function, jit_compile=True, autograph=False)
 
 
 def batches_of(captioner, image, text):
-    """Training batches of which every example is of one objective.
+    """Training batches in which every example has the same objective.
 
     Args:
         captioner: Captioner; half of its examples become parallel.

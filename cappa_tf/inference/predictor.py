@@ -38,8 +38,8 @@ SCORE = "score"  # of any kind
 # Kinds of scores of captioners: left to right, as captions are generated; all
 # tokens at once from MASK tokens and the image; left to right without an image,
 # which is the likelihood of the text alone; and the first minus the third.
-# Contrastive models score by COSINE, that of the image's and the text's
-# embedding.
+# Contrastive models score by COSINE, the cosine of the embeddings of image and
+# text.
 AUTOREGRESSIVE = "autoregressive"
 PARALLEL = "parallel"
 BLIND = "blind"
@@ -230,7 +230,7 @@ class Predictor:
         )
 
     def embed_images(self, images):
-        """Normalised embeddings of images, to be compared with texts.
+        """Normalized embeddings of images, to be compared with texts.
 
         Args:
             images: float [any number, H, W, 3] in [-1, 1].
@@ -258,7 +258,7 @@ class Predictor:
     # Texts.
 
     def embed_texts(self, texts):
-        """Normalised embeddings of texts, to be compared with images.
+        """Normalized embeddings of texts, to be compared with images.
 
         An embedding is kept until the weights change.
 

@@ -177,7 +177,7 @@ class WeightSettings:
     optimizer state, and run as in inference (without dropout)."""
 
     trained_parts: list | tuple = ()
-    """Names of layers inside frozen parts that are trained nevertheless, such
+    """Names of layers inside frozen parts that are trained all the same, such
     as "vision_encoder/pool", the attention pooling on frozen features."""
 
     def __post_init__(self):

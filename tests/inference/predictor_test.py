@@ -1,4 +1,4 @@
-"""Scores are those of the logits, whatever is padded around them."""
+"""Scores equal those of the logits, whatever the padding."""
 
 import numpy as np
 import pytest
@@ -228,7 +228,7 @@ def test_a_vocabulary_makes_two_towers_read(run, tmp_path, images):
 
 
 def test_features_of_a_classifier_are_what_its_head_reads():
-    """As those of a file of big_vision that has a layer `pre_logits`."""
+    """As for a file of big_vision with a layer `pre_logits`."""
     encoder = VisionEncoder(
         hidden_dim=16,
         num_layers=1,
