@@ -385,8 +385,21 @@ class WholeBatchTask(Task):
 
     def example_losses(self, batch, training):
         """Losses of a batch whose examples are compared with each other."""
-        images, texts, losses = self.embed(batch, training)
         mask = batch.get("_mask")
+        return self.complete(*self.embed(batch, training), mask)
+
+    def complete(self, images, texts, losses, mask=None):
+        """Losses of all examples, once they are compared with each other.
+
+        Args:
+            images: float32 [global batch, C], from `embed`, as are the others.
+            texts: float32 [global batch, C].
+            losses: `ExampleLosses`.
+            mask: Optional float32 [global batch], 0 for padding.
+
+        Returns:
+            `ExampleLosses`.
+        """
         mask = None if mask is None else mask > 0
         own = (0, images.shape[0] or tf.shape(images)[0])
         return losses.plus(self.batch_losses(images, texts, own, mask))
