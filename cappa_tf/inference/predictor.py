@@ -7,6 +7,7 @@ Abbreviations for dimensions:
     B: images per batch.                 H, W: image size in pixels.
     T: texts, the same for all images.   K: texts of one image.
     L: length of a text in tokens.       D: width of the features.
+    C: width of the embeddings.
 """
 
 import functools
@@ -16,8 +17,16 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
+from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.inference.captions import CaptionDecoder
-from cappa_tf.saving import big_vision, run_folder
+from cappa_tf.inference.text_embeddings import TextEmbeddings
+from cappa_tf.models.contrastive import COSINE
+from cappa_tf.saving import (
+    big_vision,
+    huggingface_tokenizer,
+    run_folder,
+    siglip,
+)
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice, check_counts
 
@@ -29,6 +38,8 @@ SCORE = "score"  # of any kind
 # Kinds of scores of captioners: left to right, as captions are generated; all
 # tokens at once from MASK tokens and the image; left to right without an image,
 # which is the likelihood of the text alone; and the first minus the third.
+# Contrastive models score by COSINE, the cosine of the embeddings of image and
+# text.
 AUTOREGRESSIVE = "autoregressive"
 PARALLEL = "parallel"
 BLIND = "blind"
@@ -80,12 +91,12 @@ class Predictor:
 
         Args:
             path: Folder of a run; `.keras` file of a task or of a vision
-                encoder, in such a folder or elsewhere; or an npz file of
-                big_vision.
+                encoder, in such a folder or elsewhere; an npz file of
+                big_vision; or a folder of transformers' SigLIP.
             weights: Weights of a run to load: "final", "best", "latest" or
                 "auto", as in `run_folder.load_model`.
             tokenizer: `Tokenizer` of a model without a vocabulary beside it. A
-                run has its own.
+                run has its own, and so has a folder with spiece.model.
             batch_size: B.
 
         Returns:
@@ -98,11 +109,9 @@ class Predictor:
         path = os.fspath(path)
         preprocessing = None
         if path.endswith(".npz"):
-            model = big_vision.load_vision_encoder(path)
-            if tokenizer is not None:
-                model = big_vision.load_captioner(
-                    path, max_length=tokenizer.max_length
-                )
+            model = _open_npz(path, tokenizer)
+        elif siglip.is_siglip(path):
+            model, tokenizer = _open_siglip(path, tokenizer)
         else:
             model = run_folder.load_model(path, weights)
             folder = path if files.isdir(path) else os.path.dirname(path)
@@ -163,6 +172,11 @@ class Predictor:
                 ": it has no tokenizer, as preprocessing.json and "
                 "tokenizer.model of a run are not beside it"
             )
+        elif self.score_kinds == (COSINE,) and missing != [FEATURES]:
+            hint = (
+                ": it compares the embeddings of an image and a text, and "
+                "predicts no tokens"
+            )
         raise ValueError(
             f"{user} needs a model that can: {', '.join(missing)}. Received: "
             f"{self.name}, which can: {', '.join(self.capabilities)}{hint}"
@@ -215,7 +229,70 @@ class Predictor:
             autograph=False,
         )
 
+    def embed_images(self, images):
+        """Normalized embeddings of images, to be compared with texts.
+
+        Args:
+            images: float [any number, H, W, 3] in [-1, 1].
+
+        Returns:
+            float32 [images, C].
+
+        Raises:
+            ValueError: The model has no cosine score.
+        """
+        self.require("Embedding images", COSINE)
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            some = images[start : start + self.batch_size]
+            found = self._embed_images(tf.constant(self._filled(some)))
+            parts.append(found.numpy()[: len(some)])
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def _embed_images(self):
+        return tf.function(
+            lambda images: self.model.embed_images(images), autograph=False
+        )
+
     # Texts.
+
+    def embed_texts(self, texts):
+        """Normalized embeddings of texts, to be compared with images.
+
+        An embedding is kept until the weights change.
+
+        Args:
+            texts: T strings, at least one.
+
+        Returns:
+            float32 [T, C].
+
+        Raises:
+            ValueError: The model has no cosine score.
+        """
+        table, rows = self._text_embeddings.find(texts)
+        return table[rows]
+
+    @functools.cached_property
+    def _text_embeddings(self):
+        self.require("Embedding texts", COSINE)
+        return TextEmbeddings(self.model, self.tokenizer, self.batch_size)
+
+    def cosines(self, embeddings, texts):
+        """Cosine of each image and each text.
+
+        Args:
+            embeddings: float32 [any number, C], from `embed_images`.
+            texts: T strings, at least one.
+
+        Returns:
+            float64 [images, T]; equal for texts of equal tokens.
+        """
+        table, rows = self._text_embeddings.find(texts)
+        used, places = np.unique(rows, return_inverse=True)
+        embeddings = np.asarray(embeddings, np.float64)
+        return (embeddings @ table[used].astype(np.float64).T)[:, places]
 
     def _kind(self, kind):
         """The given kind after validation, by default the first."""
@@ -239,7 +316,7 @@ class Predictor:
         """Scores of every text for every image.
 
         Those of a captioner are log-likelihoods in nats, summed over tokens
-        including eos.
+        including eos; those of a contrastive model are cosines.
 
         Args:
             images: float32 [at most B, H, W, 3] in [-1, 1].
@@ -250,6 +327,8 @@ class Predictor:
             float64 [images, T].
         """
         kind = self._kind(kind)
+        if kind == COSINE:
+            return self.cosines(self.embed_images(images), texts)
         count, ids = len(images), self.tokens(texts)
         if kind == BLIND:
             scores = self.model.score_texts(None, ids, kind)  # -> [1, T]
@@ -290,10 +369,17 @@ class Predictor:
                 "Each image needs a list of at least one text. Received: "
                 f"{len(images)} images, lists of {[*map(len, texts)]} texts"
             )
-        if kind == BLIND:
-            flat = self.blind([text for some in texts for text in some])
-            ends = np.cumsum([len(some) for some in texts])[:-1]
-            return np.split(flat, ends)
+        if kind in (BLIND, COSINE):
+            # Texts that several images share are scored once.
+            flat = [text for some in texts for text in some]
+            ends = np.cumsum([len(some) for some in texts])
+            if kind == BLIND:
+                return np.split(self.blind(flat), ends[:-1])
+            scores = self.cosines(self.embed_images(images), flat)
+            return [
+                row[end - len(some) : end]
+                for row, some, end in zip(scores, texts, ends)
+            ]
         images = self._filled(images)
         most = max(map(len, texts))
         parts = []
@@ -327,6 +413,42 @@ class Predictor:
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+
+
+def _open_npz(path, tokenizer):
+    """A model of big_vision; its vision encoder if texts cannot be read."""
+    if tokenizer is None:
+        return big_vision.load_vision_encoder(path)
+    arrays = big_vision.read_arrays(path)
+    if not big_vision.is_two_towers(arrays):
+        return big_vision.load_captioner(
+            arrays, max_length=tokenizer.max_length
+        )
+    model = big_vision.load_two_towers(arrays)
+    _check_length(path, model, tokenizer)
+    return model
+
+
+def _open_siglip(path, tokenizer):
+    """The model of a folder of transformers, and its tokenizer if any."""
+    if not siglip.has_text(path):
+        return siglip.load_siglip_vision(path), None
+    model = siglip.load_siglip(path)
+    vocabulary = os.path.join(path, huggingface_tokenizer.VOCABULARY)
+    if tokenizer is None and files.exists(vocabulary):
+        tokenizer = Tokenizer(vocabulary, model.text_encoder.max_length)
+    if tokenizer is not None:
+        _check_length(path, model, tokenizer)
+    return model, tokenizer
+
+
+def _check_length(path, model, tokenizer):
+    limit = model.text_encoder.max_length
+    if tokenizer.max_length > limit:
+        raise ValueError(
+            f"Texts of {path} have at most {limit} tokens. Received: a "
+            f"tokenizer with max_length={tokenizer.max_length}"
+        )
 
 
 def _encoder(model):

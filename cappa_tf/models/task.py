@@ -35,6 +35,10 @@ class ExampleLosses(NamedTuple):
     metrics: dict
     counts: dict
 
+    def times(self, weight):
+        """The loss times a number; all other figures as they are."""
+        return self._replace(loss=self.loss * weight)
+
     def plus(self, other):
         """The sum of two losses of the same examples, all figures of both."""
         return ExampleLosses(
@@ -59,7 +63,7 @@ class Task(keras.Model):
         can_generate: Whether the model has `generate`, which captions images.
             A run then writes captions of sample images and of the test split.
         needs_whole_batch: Whether the loss of an example depends on the others
-            of the global batch, see `WholeBatchTask`.
+            of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
         trained_parts: Names of what is trained inside frozen parts.
         takes_features: Whether a batch may have features of a frozen vision
@@ -80,8 +84,7 @@ class Task(keras.Model):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        names = dict.fromkeys(["loss", self.selection_metric])
-        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._fit_metrics = {}
         self._frozen_variables = frozenset()
 
     def build(self, input_shape=None):
@@ -91,6 +94,9 @@ class Task(keras.Model):
             if not part.built:
                 part.build()
             stateless_random.set_salt_prefix(part, name)
+        if not self._fit_metrics:
+            names = dict.fromkeys(["loss", self.selection_metric])
+            self._fit_metrics = {n: keras.metrics.Mean(n) for n in names}
         self.built = True
 
     def build_from_config(self, config):
@@ -108,8 +114,8 @@ class Task(keras.Model):
 
         Args:
             names: Names of `parts`; those of an earlier call are trained again.
-            trained: Names of layers inside them that are trained nevertheless,
-                such as "vision_encoder/pool". They, too, drop nothing.
+            trained: Names of layers inside them that are trained all the same,
+                such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
@@ -154,13 +160,13 @@ class Task(keras.Model):
         return [v for v in super().trainable_variables if id(v) not in frozen]
 
     def how_trained(self, part):
-        """How much of a part is trained, for reports.
+        """Describes which layers of a part are trained, for reports.
 
         Args:
             part: Name of the part.
 
         Returns:
-            "" for all of it, "frozen", or "frozen except pool".
+            "" if all are trained, "frozen", or "frozen except pool".
         """
         if part not in self.frozen_parts:
             return ""
@@ -271,6 +277,19 @@ class Task(keras.Model):
                 disagree.
         """
 
+    def prepare(self, data):
+        """Takes from the training data what is fixed before the first step.
+
+        The trainer calls it once when a run starts, not when it resumes: what
+        it finds belongs to the weights. Every host calls it.
+
+        Args:
+            data: The training data set.
+
+        Returns:
+            A log line, or None.
+        """
+
     def better(self, value, best):
         """Whether a value of `selection_metric` beats the best so far."""
         if best is None:
@@ -367,9 +386,9 @@ class Task(keras.Model):
 class WholeBatchTask(Task):
     """Base class of tasks whose loss compares the examples of a batch.
 
-    A trainer calls `embed` on each device and microbatch, gathers the
-    embeddings of the global batch, and hands all of them to `batch_losses`:
-    gradients are then those of the whole batch, however it is split.
+    The trainer calls `embed` on each device and microbatch, gathers the
+    embeddings of the global batch, and passes all of them to `batch_losses`.
+    The gradients are then those of the whole batch, however it is split.
 
     A subclass defines `embed` and `batch_losses` in place of `example_losses`.
     """
@@ -382,15 +401,16 @@ class WholeBatchTask(Task):
         raise NotImplementedError
 
     def embed(self, batch, training):
-        """What examples bring to the loss of the batch.
+        """Embeds the examples of a batch.
 
         Args:
-            batch: As `batch_spec` describes it.
-            training: Whether to sample and to drop as training does.
+            batch: Dict of tensors as in `batch_spec`.
+            training: Whether to use the random choices and the dropout of
+                training.
 
         Returns:
             (images, texts, losses): two float32 [B, C], and `ExampleLosses` of
-            what an example adds to the loss on its own account.
+            the part of the loss that does not depend on other examples.
         """
         raise NotImplementedError
 
@@ -400,9 +420,9 @@ class WholeBatchTask(Task):
         Args:
             images: float32 [global batch, C], from `embed`.
             texts: float32 [global batch, C], from `embed`.
-            own: (offset, B), the examples that are measured.
-            mask: Optional bool [global batch], False for padding, which is
-                compared with nothing.
+            own: (offset, B), the examples whose losses are returned.
+            mask: Optional bool [global batch], False for padding, which is not
+                compared with any example.
 
         Returns:
             `ExampleLosses` of the B examples.
@@ -410,9 +430,22 @@ class WholeBatchTask(Task):
         raise NotImplementedError
 
     def example_losses(self, batch, training):
-        """Losses of a batch that is compared with itself alone."""
-        images, texts, losses = self.embed(batch, training)
+        """Losses of a batch whose examples are compared with each other."""
         mask = batch.get("_mask")
+        return self.complete(*self.embed(batch, training), mask)
+
+    def complete(self, images, texts, losses, mask=None):
+        """Losses of all examples, once they are compared with each other.
+
+        Args:
+            images: float32 [global batch, C], from `embed`, as are the others.
+            texts: float32 [global batch, C].
+            losses: `ExampleLosses`.
+            mask: Optional float32 [global batch], 0 for padding.
+
+        Returns:
+            `ExampleLosses`.
+        """
         mask = None if mask is None else mask > 0
         own = (0, images.shape[0] or tf.shape(images)[0])
         return losses.plus(self.batch_losses(images, texts, own, mask))

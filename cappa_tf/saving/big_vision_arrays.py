@@ -124,6 +124,27 @@ def modernise(arrays, patches=None):
     return renamed
 
 
+def modernise_text(arrays):
+    """Converts the arrays of an old text tower to the current form.
+
+    Args:
+        arrays: Dict of a text tower's arrays by name, as below `txt/`.
+
+    Returns:
+        Dict of arrays by their current names.
+
+    Reference: big_vision models/proj/image_text/text_transformer.py `load`.
+    """
+    renamed = {_modern_name(name): array for name, array in arrays.items()}
+    # Positions were once added twice, by the tower and by its encoder.
+    second = renamed.get("Encoder_0/pos_embedding")
+    first = renamed.get("pos_embedding")
+    if first is not None and getattr(second, "shape", ()) == first.shape:
+        del renamed["Encoder_0/pos_embedding"]
+        renamed["pos_embedding"] = first + second
+    return renamed
+
+
 def _modern_name(name):
     name = re.sub(
         r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", name

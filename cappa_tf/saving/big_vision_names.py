@@ -12,6 +12,7 @@ Letters of shapes:
     E: width of the encoder.         L: text length.   V: vocabulary.
     T: rows of the token embedding, V or (with MASK) V + 1.
     N: number of blocks, if they are stacked in one array.
+    I, J: width of the image and of the text tower.  Z: of the embeddings.
 """
 
 import collections
@@ -22,6 +23,8 @@ import re
 # big_vision models/vit.py `Encoder`, models/proj/cappa/cappa.py `Decoder`.
 _ENCODER_SCAN_AXIS = 0
 _DECODER_SCAN_AXIS = 1
+
+_GEMMA_VOCABULARY = 256_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,7 @@ _ENCODER_BLOCK = [
     *_mlp("MlpBlock_0", "mlp"),
 ]
 
+# As a part of either tower.
 _MAP_HEAD = [
     ("MAPHead_0/probe", "pool/probe", (1, 1, "D")),
     *_attention("MAPHead_0/MultiHeadDotProductAttention_0", "pool/attention"),
@@ -188,6 +192,54 @@ def text_rows(*, num_layers, scanned=False, learned=True, use_bias=False):
     )
 
 
+def text_tower_rows(*, num_layers, scanned=False, pooling="last"):
+    """The table of the text tower of a contrastive model.
+
+    Args:
+        num_layers: Number of blocks; ignored if they are stacked.
+        scanned: Whether blocks are stacked.
+        pooling: Pooling of the `TextEncoder`.
+
+    Returns:
+        List of `Row`, names as below `txt/`.
+    """
+    rows = [
+        ("Embed_0/embedding", "tokens/embeddings", "VD"),
+        ("pos_embedding", "positions/position_embedding", (1, "L", "D")),
+        *_norm("Encoder_0/encoder_norm", "encoder_norm"),
+    ]
+    if pooling == "map":
+        rows += _MAP_HEAD
+    return [Row(n, p, tuple(shape)) for n, p, shape in rows] + _blocks(
+        _ENCODER_BLOCK,
+        "Encoder_0/encoderblock_{}",
+        "encoder_block_{}",
+        num_layers,
+        _ENCODER_SCAN_AXIS if scanned else None,
+    )
+
+
+def contrastive_rows(*, image_head=False, text_head=True, bias=False):
+    """The table of a contrastive head.
+
+    Args:
+        image_head: Whether image features are projected.
+        text_head: Whether text features are projected.
+        bias: Whether there is a bias of the similarities.
+
+    Returns:
+        List of `Row`, names as in the file of a two-tower model.
+    """
+    rows = [("t", "log_temperature", (1,))]
+    if bias:
+        rows.append(("b", "logit_bias", (1,)))
+    if image_head:
+        rows += _dense("img/head", "image", "IZ")
+    if text_head:
+        rows += _dense("txt/head", "text", "JZ")
+    return [Row(n, p, tuple(shape)) for n, p, shape in rows]
+
+
 def _under(names, prefix):
     return any(name.startswith(prefix) for name in names)
 
@@ -223,6 +275,36 @@ def text_structure(names):
         "scanned": _under(names, "decoder/EncDecBlock/"),
         "learned": "pos_embedding_decoder" in names,
         "use_bias": any(re.fullmatch(biases, name) for name in names),
+    }
+
+
+def pads_with_eos(vocabulary_size):
+    """Whether the text tower of a public file reads padding as eos.
+
+    CLIP, LiT and SigLIP pad with eos; SigLIP 2, of Gemma's vocabulary, with 0.
+    """
+    return vocabulary_size != _GEMMA_VOCABULARY
+
+
+def text_tower_structure(names):
+    """Arguments of `text_tower_rows` for names below `txt/`.
+
+    `pooling` is None without a MAP head: arrays do not tell the others apart.
+    """
+    pattern = r"Encoder_0/encoderblock_(\d+)/"
+    return {
+        "num_layers": _block_count(names, pattern),
+        "scanned": _under(names, "Encoder_0/encoderblock/"),
+        "pooling": "map" if _under(names, "MAPHead_0/") else None,
+    }
+
+
+def contrastive_structure(names):
+    """Arguments of `contrastive_rows` for the names of a two-tower model."""
+    return {
+        "image_head": _under(names, "img/head/"),
+        "text_head": _under(names, "txt/head/"),
+        "bias": "b" in names,
     }
 
 
@@ -266,13 +348,14 @@ def expected_shapes(rows, sizes, prefix=""):
     }
 
 
-def check_arrays(expected, arrays, source):
+def check_arrays(expected, arrays, source, owner="a big_vision model"):
     """Compares all names and shapes at once.
 
     Args:
         expected: Dict from name to shape, from `expected_shapes`.
         arrays: Dict of arrays by name.
         source: Source of the arrays, for the message.
+        owner: What the arrays should be of, for the message.
 
     Raises:
         ValueError: If any array is missing, extra or misshapen. The message
@@ -291,7 +374,7 @@ def check_arrays(expected, arrays, source):
     ]
     if not (missing or extra or misshapen):
         return
-    lines = ["The arrays are not those of a big_vision model."]
+    lines = [f"The arrays are not those of {owner}."]
     lines += _listed("Missing", missing, lambda n: _shown(expected[n]), " - ")
     lines += _listed("Extra", extra, lambda n: _shown(arrays[n].shape), " + ")
     lines += _listed(

@@ -79,8 +79,9 @@ class EvaluationSettings:
     can generate captions."""
 
     final_evaluation: bool = True
-    """Whether to caption the test split at the end. For a model that does not
-    generate captions, computes the validation metrics on it instead."""
+    """Whether to caption the test split at the end. The validation metrics are
+    computed on it if the metric that selects the best weights is not among the
+    figures of the captions, as for a model that generates none."""
 
     final_weights: str = "last"
     """Weights to finish with: "last", or "best" according to validation."""
@@ -157,15 +158,17 @@ class WeightSettings:
     """Source of the initial weights, and the parts that are not trained.
 
     Parts are named as in the model's `Task.parts`: "vision_encoder" and
-    "text_decoder" for a captioner.
+    "text_decoder" for a captioner; "vision_encoder", "text_encoder" and
+    "contrastive_head" for a contrastive model.
 
     Raises:
         ValueError: If a field is of the wrong type; names it.
     """
 
     initialize_from: str | None = None
-    """Run folder, `.keras` file or npz file of big_vision from which to read
-    the weights before the first step; None for random weights."""
+    """Run folder, `.keras` file, npz file of big_vision or folder of
+    transformers' SigLIP from which to read the weights before the first step;
+    None for random weights."""
 
     initialize_parts: list | tuple | None = None
     """Names of the parts to read; None for the whole model."""
@@ -175,7 +178,7 @@ class WeightSettings:
     optimizer state, and run as in inference (without dropout)."""
 
     trained_parts: list | tuple = ()
-    """Names of layers inside frozen parts that are trained nevertheless, such
+    """Names of layers inside frozen parts that are trained all the same, such
     as "vision_encoder/pool", the attention pooling on frozen features."""
 
     def __post_init__(self):

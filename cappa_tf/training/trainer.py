@@ -116,6 +116,9 @@ class Trainer:
             self.hosts,
         )
         self.data = Data(**data)
+        self._prepared = None
+        if not self._resumed:
+            self._prepared = self.model.prepare(self.data.train)
         if self.hosts.is_chief:
             describe_run(self.workdir, self.model, self.data.train)
         batch_size = self.evaluation.batch_size(self.settings)
@@ -217,8 +220,9 @@ class Trainer:
                 f"resuming from {self._checkpoints.latest}, example "
                 f"{self._examples}"
             )
-        elif self.origin:
-            self._progress.line(self.origin)
+        else:
+            for line in filter(None, (self.origin, self._prepared)):
+                self._progress.line(line)
         for line in self._cache_lines:
             self._progress.line(line)
 
