@@ -371,6 +371,7 @@ class CaptionDataset:
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
+    @tf.autograph.experimental.do_not_convert
     def records_with_images(self, first, count, batch_size):
         """Decoded records in the order of the files, for `FeatureCache`.
 

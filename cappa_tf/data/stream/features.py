@@ -17,6 +17,7 @@ import tensorflow as tf
 _PARTS = {"captions": tf.string, "label": tf.int64, "ok": tf.bool}
 
 
+@tf.autograph.experimental.do_not_convert
 def batches(table, decoder, numbers, batch_size):
     """Features and chosen captions of a stream of record numbers.
 
