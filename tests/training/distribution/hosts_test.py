@@ -128,6 +128,25 @@ def test_two_hosts_are_the_same_run(data, one_device, tmp_path):
     _assert_same_run(one_device, run)
 
 
+def test_two_hosts_compare_the_whole_batch(data, tmp_path):
+    """A contrastive run on one device, and one whose hosts see half of it."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    workers = processes.start_workers(
+        2, small_run.contrastive_worker, data, two, folder=tmp_path
+    )
+    small_run.contrastive_run(data, one)
+    codes = [worker.wait() for worker in workers]
+    assert codes == [0, 0], [worker.output for worker in workers]
+    for tag in ("train/loss", "train/gradient_norm"):
+        _assert_same_figures(one, two, tag)
+    arrays = small_run.saved(one), small_run.saved(two)
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, array in arrays[0].items():
+        np.testing.assert_allclose(
+            arrays[1][name], array, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
 @pytest.mark.slow
 def test_a_host_that_is_killed_ends_the_others(data, one_device, tmp_path):
     run = str(tmp_path / "run")
