@@ -2,7 +2,7 @@
 
     PYTHONPATH=.ci python -m pytest -p cost
 
-The time is that of all threads, and of other processes that a test waited for.
+The time includes all threads, and other processes that a test waited for.
 """
 
 import collections
@@ -45,6 +45,6 @@ def pytest_terminal_summary(terminalreporter):
         write("")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write(
-        f"{_used() / 60:8.1f} minutes of CPU time in all, imports included; "
+        f"{_used() / 60:8.1f} minutes of CPU time in total with imports; "
         f"peak memory {peak:.0f} MiB"
     )

@@ -1,7 +1,7 @@
-"""The models in plain NumPy, float64, written from the paper's equations.
+"""NumPy reference of the models, float64, from the paper's equations.
 
-It knows nothing of this project's layers: it works on arrays with
-big_vision's names, one example of the equations for one line of the model.
+It does not use this project's layers. It works on arrays with
+big_vision's names, with one line per equation.
 Sources: arXiv 2306.07915, section 3 and appendix; big_vision models/vit.py
 and models/proj/cappa/cappa.py for what papers leave out (epsilons, order).
 
@@ -96,30 +96,66 @@ def vit(p, image):
     if "cls" in p:
         token = np.broadcast_to(p["cls"], (len(x), 1, x.shape[-1]))
         x = np.concatenate([token, x], 1)
-    for i in range(block_count(p, "Transformer/encoderblock_")):
-        block = below(p, f"Transformer/encoderblock_{i}/")
+    x = transformer(below(p, "Transformer/"), x)
+    return {"encoded": x, **pool(p, x)}
+
+
+def transformer(p, x):
+    """Blocks and final LayerNorm, without any mask."""
+    for i in range(block_count(p, "encoderblock_")):
+        block = below(p, f"encoderblock_{i}/")
         y = layer_norm(block, "LayerNorm_0", x)
         x = x + attention(block, "MultiHeadDotProductAttention_0", y, y)
         x = x + mlp(block, "MlpBlock_0", layer_norm(block, "LayerNorm_1", x))
-    x = layer_norm(p, "Transformer/encoder_norm", x)
-    return {"encoded": x, **pool(p, x)}
+    return layer_norm(p, "encoder_norm", x)
+
+
+def map_head(p, x):
+    """Attention of a probe, [B, D]."""
+    head = below(p, "MAPHead_0/")
+    probe = np.broadcast_to(head["probe"], (len(x), 1, x.shape[-1]))
+    y = attention(head, "MultiHeadDotProductAttention_0", probe, x)
+    y = y + mlp(head, "MlpBlock_0", layer_norm(head, "LayerNorm_0", y))
+    return y[:, 0]
 
 
 def pool(p, x):
     """Mean, class token or MAP head, then what follows it."""
     pooled = x[:, 0] if "cls" in p else x.mean(1)
     if "MAPHead_0/probe" in p:
-        head = below(p, "MAPHead_0/")
-        probe = np.broadcast_to(head["probe"], (len(x), 1, x.shape[-1]))
-        y = attention(head, "MultiHeadDotProductAttention_0", probe, x)
-        y = y + mlp(head, "MlpBlock_0", layer_norm(head, "LayerNorm_0", y))
-        pooled = y[:, 0]
+        pooled = map_head(p, x)
     if "pre_logits/kernel" in p:
         pooled = np.tanh(dense(p, "pre_logits", pooled))
     outputs = {"pre_logits": pooled}
     if "head/kernel" in p:
         outputs["logits"] = dense(p, "head", pooled)
     return outputs
+
+
+def text_tower(p, text, pooling="last"):
+    """Pooled features [T, D] of token ids [T, L], padding included."""
+    x = p["Embed_0/embedding"].astype(np.float64)[text] + p["pos_embedding"]
+    x = transformer(below(p, "Encoder_0/"), x)
+    if "MAPHead_0/probe" in p:
+        return map_head(p, x)
+    positions = {"last": x[:, -1], "first": x[:, 0]}
+    positions |= {"gap": x.mean(1), "max": x.max(1)}
+    return positions[pooling]
+
+
+def two_towers(p, image, text, pooling="last"):
+    """Embeddings of images and of texts, and their logits."""
+    towers = {
+        "img": vit(below(p, "img/"), image)["pre_logits"],
+        "txt": text_tower(below(p, "txt/"), text, pooling),
+    }
+    for name, features in towers.items():
+        if f"{name}/head/kernel" in p:
+            features = dense(p, f"{name}/head", features)
+        norm = np.sqrt((features**2).sum(-1, keepdims=True)) + 1e-8
+        towers[name] = features / norm
+    images, texts = towers["img"], towers["txt"]
+    return images, texts, images @ texts.T * np.exp(p["t"]) + p.get("b", 0.0)
 
 
 def block_count(p, prefix):
@@ -254,10 +290,50 @@ def random_encoder(sizes, rng):
         arrays["pos_embedding"] = 0.3 * rng.normal(size=(1, np.prod(grid), d))
     if sizes.pooling == "tok":
         arrays["cls"] = rng.normal(size=(1, 1, d))
-    _norm(arrays, rng, "Transformer/encoder_norm", d)
+    _transformer(arrays, rng, "Transformer", sizes)
+    if sizes.rep:
+        _dense(arrays, rng, "pre_logits", (d, sizes.rep), (sizes.rep,))
+    if sizes.classes:
+        shape = (sizes.rep or d, sizes.classes)
+        _dense(arrays, rng, "head", shape, shape[1:])
+    return {k: v.astype(np.float32) for k, v in arrays.items()}
+
+
+def random_two_towers(image, text, heads, bias=False, seed=0):
+    """Random arrays of a contrastive model.
+
+    Args:
+        image: `Sizes` of the image tower.
+        text: `Sizes` of the text tower; of its poolings "map" has weights.
+        heads: Widths of the output heads (image, text), None for no head.
+        bias: Whether there is a bias of the similarities.
+        seed: Of the generator.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = {f"img/{k}": v for k, v in random_encoder(image, rng).items()}
+    tower = {
+        "Embed_0/embedding": rng.normal(size=(text.vocabulary, text.width)),
+        "pos_embedding": rng.normal(size=(1, text.length, text.width)),
+    }
+    _transformer(tower, rng, "Encoder_0", text)
+    arrays |= {f"txt/{k}": v for k, v in tower.items()}
+    for name, sizes, width in zip(("img", "txt"), (image, text), heads):
+        if width is not None:
+            shape = (sizes.width, width)
+            _dense(arrays, rng, f"{name}/head", shape, shape[1:])
+    arrays["t"] = rng.normal(2.0, 0.1, 1)
+    if bias:
+        arrays["b"] = rng.normal(-9.0, 1.0, 1)
+    return {k: v.astype(np.float32) for k, v in arrays.items()}
+
+
+def _transformer(arrays, rng, prefix, sizes):
+    """Blocks and final LayerNorm below a prefix, and a MAP head beside it."""
+    d = sizes.width
+    _norm(arrays, rng, f"{prefix}/encoder_norm", d)
     attention_name = "MultiHeadDotProductAttention_0"
     for i in range(sizes.depth):
-        name = f"Transformer/encoderblock_{i}"
+        name = f"{prefix}/encoderblock_{i}"
         _norm(arrays, rng, f"{name}/LayerNorm_0", d)
         _norm(arrays, rng, f"{name}/LayerNorm_1", d)
         _attention(arrays, rng, f"{name}/{attention_name}", d, d, sizes.heads)
@@ -268,12 +344,6 @@ def random_encoder(sizes, rng):
         name = f"MAPHead_0/{attention_name}"
         _attention(arrays, rng, name, d, d, sizes.heads)
         _mlp(arrays, rng, "MAPHead_0/MlpBlock_0", d, sizes.mlp)
-    if sizes.rep:
-        _dense(arrays, rng, "pre_logits", (d, sizes.rep), (sizes.rep,))
-    if sizes.classes:
-        shape = (sizes.rep or d, sizes.classes)
-        _dense(arrays, rng, "head", shape, shape[1:])
-    return {k: v.astype(np.float32) for k, v in arrays.items()}
 
 
 def _dense(arrays, rng, name, shape, bias_shape, fan_in=None):

@@ -1,4 +1,4 @@
-"""Asks a server for captions, scores or features of images.
+"""Requests captions, scores or features of images from a server.
 
     python tools/serving_client.py photo.jpg folder/
     python tools/serving_client.py --signature=score \
@@ -8,11 +8,12 @@
     python tools/serving_client.py --concurrency=8 --batch_size=4 --repeat=10 \
         folder/
 
-For models that `tools/export.py --what=saved_model` wrote. One line per image
-on stdout; on stderr what failed, and at the end images a second and the
-percentiles of a request's latency. gRPC needs the extra `serving` (`pip install
-'cappa-tf[serving]'`), REST nothing more than this project. Exit code 0 if all
-images were answered, 1 if some were not, 2 if there was nothing to send.
+The server must run a model that `tools/export.py --what=saved_model` wrote.
+Prints one line per image to stdout; errors, and finally images per second and
+the percentiles of a request's latency, go to stderr. gRPC needs the extra
+`serving` (`pip install 'cappa-tf[serving]'`); REST needs no extra. The exit
+code is 0 if all images were answered, 1 if some were not, 2 if there was
+nothing to send.
 """
 
 import concurrent.futures
@@ -40,15 +41,15 @@ def define_flags(flag_values=flags.FLAGS):
         "(REST) by default.",
         **where,
     )
-    flags.DEFINE_enum("protocol", "grpc", [*PORTS], "How to ask.", **where)
+    flags.DEFINE_enum("protocol", "grpc", [*PORTS], "Protocol.", **where)
     flags.DEFINE_string(
-        "model", "captioner", "What the server calls the model.", **where
+        "model", "captioner", "Name of the model on the server.", **where
     )
     flags.DEFINE_enum(
         "signature",
         "caption",
         ["caption", "score", "embed"],
-        "What to ask for.",
+        "Signature of the model to call.",
         **where,
     )
     flags.DEFINE_multi_string(
@@ -57,37 +58,37 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_string(
         "texts_file",
         None,
-        "File of texts to score, one a line. Only for score.",
+        "File of texts to score, one per line. Only for score.",
         **where,
     )
     flags.DEFINE_integer(
-        "batch_size", 1, "Images of a request.", lower_bound=1, **where
+        "batch_size", 1, "Images per request.", lower_bound=1, **where
     )
     flags.DEFINE_integer(
-        "concurrency", 1, "Requests at a time.", lower_bound=1, **where
+        "concurrency", 1, "Parallel requests.", lower_bound=1, **where
     )
     flags.DEFINE_integer(
         "repeat",
         1,
-        "How often to send everything, for a load test; answers are printed "
-        "once.",
+        "Number of times to send everything, for a load test; answers are "
+        "printed once.",
         lower_bound=1,
         **where,
     )
     flags.DEFINE_float(
-        "timeout", 60.0, "Seconds a request may take.", 0.001, **where
+        "timeout", 60.0, "Timeout of a request in seconds.", 0.001, **where
     )
     flags.DEFINE_enum(
         "format",
         "table",
         ["table", "jsonl"],
-        "Of the output; features are only written as jsonl.",
+        "Output format; features are only written as jsonl.",
         **where,
     )
 
 
 def ask(client, signature, paths, texts):
-    """Reads files and asks about them in one request.
+    """Reads files and sends them in one request.
 
     Args:
         client: `RestClient` or `GrpcClient`.
@@ -99,15 +100,15 @@ def ask(client, signature, paths, texts):
         rows: A dict for each file: `image` (the path) and either `error` or
             the answer (`caption` and `log_likelihood`; `scores`, a dict from
             text to log-likelihood; or `embedding`).
-        seconds: What the request took; None if no file could be read.
+        seconds: Duration of the request; None if no file could be read.
     """
-    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    # TensorFlow takes seconds to load, and is needed only with valid flags.
     from cappa_tf.data.images import image_files
 
     rows, contents = {}, {}  # by position in `paths`
     for i, path in enumerate(paths):
         try:
-            # Turned and converted as tools/caption.py does it.
+            # Rotated and converted as in tools/caption.py.
             contents[i] = image_files.read(path)
         except image_files.UnusableError as error:
             rows[i] = {"error": error.reason}
@@ -143,7 +144,7 @@ def _row(signature, outputs, i, texts):
         return {"embedding": [float(x) for x in outputs["embedding"][i]]}
     likelihood = outputs["log_likelihood"][i]
     if signature == "score":
-        # A server that batches may have added columns on the right.
+        # A server that batches may have padded columns on the right.
         numbers = [float(likelihood[j]) for j in range(len(texts))]
         return {"scores": dict(zip(texts, numbers))}
     return {
@@ -157,7 +158,7 @@ def _text(value):
 
 
 def send_all(client, options, paths, texts):
-    """Sends all files, several requests at a time.
+    """Sends all files, with several requests in parallel.
 
     Args:
         client: `RestClient` or `GrpcClient`.
@@ -166,7 +167,7 @@ def send_all(client, options, paths, texts):
         texts: List of strings, for score.
 
     Yields:
-        What `ask` returns, for each request, in order.
+        (rows, seconds) of each request, as `ask` returns them, in order.
     """
     size = options.batch_size
     batches = [paths[i : i + size] for i in range(0, len(paths), size)]
@@ -177,11 +178,11 @@ def send_all(client, options, paths, texts):
             batches * options.repeat,
         )
     finally:
-        # Nobody may want the rest: `| head` has what it asked for.
+        # The rest may not be needed, as with `| head`.
         pool.shutdown(cancel_futures=True)
 
 
-def summary(latencies, pictures, failed, seconds):
+def summary(latencies, images, failed, seconds):
     """The last line: throughput and latency."""
     import numpy as np
 
@@ -191,8 +192,8 @@ def summary(latencies, pictures, failed, seconds):
         f"{name} {value:.0f}" for name, value in zip(names, milliseconds)
     )
     return (
-        f"{pictures} images in {len(latencies)} requests, {failed} failed; "
-        f"{pictures / seconds:.1f} images/s; latency in ms: {percentiles}"
+        f"{images} images in {len(latencies)} requests, {failed} failed; "
+        f"{images / seconds:.1f} images/s; latency in ms: {percentiles}"
     )
 
 
@@ -235,7 +236,7 @@ def main(argv):
 
 
 def _send_and_print(options, arguments):
-    """Sends what the arguments name; returns the exit code."""
+    """Sends the images in the arguments; returns the exit code."""
     texts = _texts(options)
     table = options.format == "table"
     if table and options.signature == "embed":

@@ -1,1 +1,1 @@
-"""Weights to and from other people's programs."""
+"""Export of models: Keras, PyTorch and TensorFlow Serving."""

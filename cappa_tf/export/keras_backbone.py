@@ -1,10 +1,10 @@
-"""The vision encoder as a file of its own, for every Keras backend.
+"""Vision encoder as a file of its own, for every Keras backend.
 
     save_backbone(captioner.vision_encoder, "encoder.keras")
     encoder = load_backbone("encoder.keras", image_size=384)
 
 Nothing here needs TensorFlow: with KERAS_BACKEND=jax or torch the file opens
-where TensorFlow is not installed.
+even if TensorFlow is not installed.
 """
 
 import keras
@@ -19,16 +19,15 @@ _POSITIONS = "positions/position_embedding"
 
 
 def save_backbone(encoder, path):
-    """Writes an encoder without what only its pretraining needed.
+    """Writes an encoder without the options of its pretraining.
 
-    The file's encoder computes in float32 and drops nothing in training,
-    whatever the encoder at hand does: mixed precision and dropout belong to
-    the run that used them, and dropout asks for the seeds of the examples,
-    which `fit` does not give.
+    The saved encoder computes in float32 and has no dropout, whatever the
+    given encoder does: mixed precision and dropout belong to the run that used
+    them.
 
     Args:
         encoder: A built `VisionEncoder`.
-        path: File to write; ends in `.keras`.
+        path: Path of the file to write; must end in `.keras`.
     """
     plain = rebuilt(
         encoder, dtype="float32", dropout=0.0, patch_dropout=0.0, remat=False
@@ -38,29 +37,29 @@ def save_backbone(encoder, path):
 
 
 def load_backbone(path, image_size=None, dtype=None):
-    """Opens what `save_backbone` wrote.
+    """Loads an encoder that `save_backbone` wrote.
 
-    `keras.saving.load_model` opens it as well, as it is.
+    `keras.saving.load_model` loads it as well, without changes of size or
+    dtype.
 
     Args:
-        path: A `.keras` file of a `VisionEncoder`.
-        image_size: Side of the images in pixels, or (height, width); with
-            another size than that of training, learned positions are
-            resampled.
+        path: Path of a `.keras` file of a `VisionEncoder`.
+        image_size: Side of the images in pixels, or (height, width). Learned
+            positions are resampled if the size differs from that of training.
         dtype: Keras dtype policy to compute in, such as "mixed_bfloat16".
 
     Returns:
         A built `VisionEncoder`.
 
     Raises:
-        ValueError: If the file holds something else, or the size is no
+        ValueError: If the file holds something else, or the size is not a
             multiple of the patch size.
     """
     encoder = keras.saving.load_model(path, compile=False)
     if not isinstance(encoder, VisionEncoder):
         raise ValueError(
-            "`path` must be a file of a vision encoder, as `cappa-export "
-            "--what=backbone` writes it. Received: "
+            "`path` must be the file of a vision encoder, as written by "
+            "`cappa-export --what=backbone`. Received: "
             f"{path}, which holds a {type(encoder).__name__}"
         )
     changes = {"image_size": image_size, "dtype": dtype}
@@ -69,16 +68,16 @@ def load_backbone(path, image_size=None, dtype=None):
 
 
 def rebuilt(encoder, **changes):
-    """The same weights in an encoder with other arguments.
+    """Copies an encoder with some arguments changed.
 
     Args:
         encoder: A built `VisionEncoder`.
-        **changes: Arguments of `VisionEncoder` that leave the shapes of the
-            weights alone, and `image_size`: learned positions are resampled
-            for it.
+        **changes: Arguments of `VisionEncoder` that do not change the shapes
+            of weights, and `image_size`, for which learned positions are
+            resampled.
 
     Returns:
-        Another built `VisionEncoder`.
+        A new built `VisionEncoder` with the same weights.
     """
     if "image_size" in changes:
         changes["image_size"] = height_width(

@@ -1,13 +1,12 @@
-"""Image bytes of a request to pixels, inside the graph of a server.
+"""Decoding of the images of a request, inside the graph of a server.
 
-Requests of several clients share a batch, so a bad image must not fail it:
-the image is flagged and the others continue. TensorFlow has no try, but a small
-data set inside the graph drops the elements that fail (as in
-data/stream/decoding.py), and those that are missing afterwards are the bad
-ones.
+Requests of several clients share a batch, so a bad image must not make it
+fail: the image is flagged and the others are processed. TensorFlow has no
+`try`, but a small data set inside the graph drops the elements that fail (as
+in data/stream/decoding.py); those missing afterwards are the bad ones.
 
 Abbreviations for dimensions:
-    B: images of a request (or of several that a server has put together).
+    B: images of a request (or of several that a server has batched).
     H, W: height and width the model takes.
 """
 
@@ -15,8 +14,8 @@ import tensorflow as tf
 
 from cappa_tf.data.images import decode_resize, formats
 
-# Images decoded side by side. Fixed, because tuning it would start a thread
-# for each request.
+# Images decoded in parallel. Fixed, because autotuning would start a thread for
+# each request.
 PARALLEL_CALLS = 16
 
 NOT_AN_IMAGE = "not a JPEG, PNG, GIF, BMP or WebP image"
@@ -25,12 +24,11 @@ BROKEN = "image cannot be decoded"
 
 
 def decode_request(image_bytes, preprocessing):
-    """Decodes the images of a request; the bad ones become black.
+    """Decodes the images of a request; bad ones become black.
 
-    They are decoded as those that a model is trained on, which also turns
-    photos as their EXIF data say.
-    The size is read from the header first: an image of more pixels than
-    `max_pixels` takes no memory.
+    Images are decoded as in training, including the rotation that EXIF data
+    ask for. The size is read from the header first, so that an image of more
+    pixels than `max_pixels` takes no memory.
 
     Args:
         image_bytes: string [B], image files.
@@ -38,8 +36,8 @@ def decode_request(image_bytes, preprocessing):
 
     Returns:
         pixels: uint8 [B, H, W, 3].
-        errors: string [B], "" where the image is good. They do not say which
-            image it is: a server that batches requests would count those of
+        errors: string [B], "" for a good image. The messages do not number the
+            images, as a server that batches requests would count those of
             other clients.
     """
     areas, _ = attempt(
@@ -65,15 +63,15 @@ def decode_request(image_bytes, preprocessing):
 
 
 def attempt(function, elements, blank):
-    """Applies a function to each element and says where it failed.
+    """Applies a function to each element and reports where it failed.
 
     Args:
         function: Maps an element of `elements` to a tensor.
         elements: Tensor with a leading B, at least 1.
-        blank: Result where the function fails.
+        blank: Result for an element at which the function fails.
 
     Returns:
-        The results, with a leading B, and bool [B]: whether it succeeded.
+        The results, with a leading B, and bool [B], True for success.
     """
     count = tf.shape(elements, tf.int64)[0]
     results = (

@@ -1,11 +1,11 @@
-"""The captioner as a SavedModel that TensorFlow Serving runs.
+"""Captioner as a SavedModel for TensorFlow Serving.
 
-Everything is in the graph: reading the image files, the tokenizer, decoding.
-A server that loads it needs TensorFlow and TensorFlow Text's ops, which
-`tensorflow_model_server` links, and nothing of this project.
+Everything is in the graph: decoding of image files, tokenizer, generation. A
+server that loads it needs TensorFlow and TensorFlow Text's ops, which
+`tensorflow_model_server` includes, and nothing of this project.
 
 Abbreviations for dimensions:
-    B: images of a request (or of several that a server has put together).
+    B: images of a request (or of several that a server has batched).
     T: texts to score for each image.
     H, W: height and width the model takes.
     L: length of a text in tokens.  P: patches.  D: width.
@@ -19,13 +19,14 @@ import tensorflow as tf
 
 from cappa_tf.data.images import decode_resize
 from cappa_tf.export import request_images, serving_files
+from cappa_tf.models import likelihood
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_integer
 
-# Decoder passes of `score` hold this many texts of each image at once.
+# Texts of each image in one decoder pass of `score`.
 TEXTS_PER_PASS = 64
-# Of an image, where the run it comes from had no limit of its own.
+# Maximum size of an image, if the run has no limit of its own.
 MAX_PIXELS = 64_000_000
 _GRAPH = "saved_model.pb"
 
@@ -34,20 +35,21 @@ class CaptionService:
     """The signatures `caption`, `score` and `embed`.
 
     All take `image_bytes` string [B] and return `ok` bool [B] and `error`
-    string [B]. An image that cannot be used has `ok` false, the reason in
-    `error`, an empty caption and zeros elsewhere (NaN is not JSON); the other
-    images of the request are answered. A request that is wrong as a whole
-    fails with the name of the input.
+    string [B]. For an image that cannot be used, `ok` is false, `error` holds
+    the reason, the caption is empty and all numbers are zero (NaN is not valid
+    JSON); the other images of the request are answered. A request that is
+    malformed as a whole fails with the name of the input.
 
     Args:
         captioner: A built `Captioner`.
         tokenizer: The `Tokenizer` it was trained with.
         preprocessing: Its `ImagePreprocessing`.
-        max_length: Longest caption in tokens; the decoder's by default.
-        max_batch_size: Most images a request may hold.
-        max_texts: Most texts for each image.
-        max_pixels: Images of more are refused by their header; by default
-            the limit of the run, or 64 million where it had none.
+        max_length: Maximum length of a caption in tokens; the decoder's by
+            default.
+        max_batch_size: Maximum number of images in a request.
+        max_texts: Maximum number of texts per image.
+        max_pixels: Images with more pixels are refused by their header; by
+            default the limit of the run, or 64 million if it has none.
     """
 
     def __init__(
@@ -82,12 +84,12 @@ class CaptionService:
 
     @property
     def image_size(self):
-        """(H, W) of the images that the model takes."""
+        """Size (H, W) of the images that the model takes."""
         return self._preprocessing.image_size
 
     @property
     def num_bytes(self):
-        """Memory of the weights."""
+        """Size of the weights in bytes."""
         return sum(v.shape.num_elements() * v.dtype.size for v in self.weights)
 
     @property
@@ -101,10 +103,10 @@ class CaptionService:
         ]
 
     def resources(self):
-        """What the functions use and a SavedModel has to carry.
+        """Module of the objects that a SavedModel of the functions must hold.
 
-        The variables without the Keras objects around them, and the
-        vocabulary, which nothing tracks unless it is an attribute.
+        These are the variables without the Keras objects around them, and the
+        vocabulary, which is tracked only if it is an attribute.
         """
         module = tf.Module(name="captioner")
         module.vocabulary = self._tokenizer.load()
@@ -112,7 +114,7 @@ class CaptionService:
         return module
 
     def signatures(self):
-        """The functions to export, by the names of the signatures."""
+        """Dict of the functions to export, by the name of the signature."""
         image_bytes = tf.TensorSpec([None], tf.string, "image_bytes")
         texts = tf.TensorSpec([None, None], tf.string, "texts")
         functions = {
@@ -138,11 +140,11 @@ class CaptionService:
             image_bytes: string [B].
 
         Returns:
-            Dict of `caption` string [B]; `log_likelihood` float32 [B], of
-            the caption and its end; `ok` and `error`.
+            Dict of `caption` string [B]; `log_likelihood` float32 [B] of the
+            caption including eos; `ok` and `error`.
         """
-        pictures, error = self._decode(image_bytes)
-        output = self._captioner.generate(pictures, max_length=self._max_length)
+        images, error = self._decode(image_bytes)
+        output = self._captioner.generate(images, max_length=self._max_length)
         captions = tf.strings.unicode_transcode(
             self._tokenizer.detokenize_bytes(output["tokens"]), "UTF-8", "UTF-8"
         )
@@ -155,27 +157,27 @@ class CaptionService:
         Args:
             image_bytes: string [B].
             texts: string [B, T], each image's own texts, or [1, T], the same
-                for all. (With [T] a server that batches requests could not
-                tell whose texts they are.)
+                texts for all. (With [T] a server that batches requests could
+                not tell to which request they belong.)
 
         Returns:
-            Dict of `log_likelihood` float32 [B, T], summed over the tokens
-            of a text and its end; `ok` and `error`, of the image and its
-            texts.
+            Dict of `log_likelihood` float32 [B, T], summed over the tokens of
+            a text including eos, all predicted at once if the captioner is not
+            trained left to right; `ok` and `error`, of the image and its texts.
         """
-        pictures, error = self._decode(image_bytes)
-        texts = self._spread(texts, tf.shape(pictures)[0])
+        images, error = self._decode(image_bytes)
+        texts = self._spread(texts, tf.shape(images)[0])
         utf8 = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8") == texts
         error = tf.where(
             (error == "") & ~tf.reduce_all(utf8, axis=1),
             "texts: a text is not UTF-8",
             error,
         )
-        scores = self._score(pictures, self._tokenizer(texts))
+        scores = self._score(images, self._tokenizer(texts))
         return _answer(error, log_likelihood=scores)
 
     def embed(self, image_bytes):
-        """Features of images: the encoder's `pre_logits`.
+        """Features of images, the encoder's `pre_logits`.
 
         Args:
             image_bytes: string [B].
@@ -183,12 +185,12 @@ class CaptionService:
         Returns:
             Dict of `embedding` float32 [B, D]; `ok` and `error`.
         """
-        pictures, error = self._decode(image_bytes)
-        features = self._captioner.vision_encoder(pictures)["pre_logits"]
+        images, error = self._decode(image_bytes)
+        features = self._captioner.vision_encoder(images)["pre_logits"]
         return _answer(error, embedding=tf.cast(features, tf.float32))
 
     def _decode(self, image_bytes):
-        """float32 [B, H, W, 3] in [-1, 1] and errors [B]."""
+        """Images float32 [B, H, W, 3] in [-1, 1], and errors [B]."""
         most = self.max_batch_size
         image_bytes = _checked(
             image_bytes,
@@ -202,7 +204,7 @@ class CaptionService:
         return decode_resize.to_model_range(pixels), error
 
     def _spread(self, texts, count):
-        """The texts, [B, T] or [1, T], as [B, T]."""
+        """Checks texts, [B, T] or [1, T], and returns them as [B, T]."""
         most = self.max_texts
         texts = _checked(
             texts,
@@ -216,14 +218,16 @@ class CaptionService:
         )
         return tf.broadcast_to(texts, [count, tf.shape(texts)[1]])
 
-    def _score(self, pictures, labels):
-        """Log-likelihood [B, T] of labels [B, T, L], in passes."""
+    def _score(self, images, labels):
+        """Log-likelihood [B, T] of labels [B, T, L], in several passes."""
         captioner = self._captioner
-        memory = captioner.text_decoder.project_memory(
-            captioner.encode(pictures)
-        )
+        memory = captioner.text_decoder.project_memory(captioner.encode(images))
         longest = tf.reduce_max(tf.math.count_nonzero(labels, axis=-1))
         labels = labels[:, :, :longest]
+        if not captioner.left_to_right:
+            return likelihood.score_parallel(
+                captioner.text_decoder, memory, labels
+            )
         count, texts = tf.shape(labels)[0], tf.shape(labels)[1]
 
         def one_pass(start, scores):
@@ -241,25 +245,26 @@ class CaptionService:
 
 
 def export_saved_model(output, service, *, name="captioner", version=None):
-    """Writes `output`/VERSION, and beside it what a server is started with.
+    """Writes a model to `output`/VERSION, and configuration for servers.
 
-    The folder of the version appears in one step: a server that watches
-    `output` never sees half a model. In a bucket, where no folder can do so,
-    it finds a version that has no graph yet, and tries again.
+    The folder of the version appears in one step, so that a server that
+    watches `output` never sees an incomplete model. In a bucket this is not
+    possible: there the server finds a version without a graph, and tries
+    again later.
 
     Args:
         output: The model's folder, which holds its versions.
         service: `CaptionService`.
-        name: What the server calls the model.
+        name: Name of the model on the server.
         version: Positive integer; by default one more than the highest
-            there is.
+            existing version.
 
     Returns:
         The path of the version.
 
     Raises:
-        ValueError: The version exists, or the name cannot be part of a URL.
-        ImportError: tensorflow-serving-api is not installed.
+        ValueError: If the version exists, or the name cannot be part of a URL.
+        ImportError: If tensorflow-serving-api is not installed.
     """
     serving_files.check_name(name)
     serving_files.check_protos()
@@ -269,17 +274,17 @@ def export_saved_model(output, service, *, name="captioner", version=None):
         path = os.path.join(output, str(check_integer("version", version, 1)))
         if files.exists(path):
             raise ValueError(
-                "`version` must be one that is not there yet. Received: "
+                "`version` must not exist yet. Received: "
                 f"version={version}, but {path} exists"
             )
         files.remove_abandoned(output)
-        # A server asks for the graph: in a bucket, it comes last.
+        # A server looks for the graph, so in a bucket it is written last.
         with files.replacing_folder(path, [_GRAPH]) as unfinished:
             tf.saved_model.save(
                 service.resources(), unfinished, signatures=service.signatures()
             )
             serving_files.write_warmup(unfinished, service, name)
-            # Before the version, which never stands without it.
+            # Written first, so that no version exists without it.
             serving_files.write_configuration(output, service, name)
     return path
 
@@ -290,10 +295,10 @@ def _next_version(output):
 
 
 def _checked(value, rank, is_right, rule):
-    """The same tensor, once its shape has been found right.
+    """The same tensor, after a check of its shape at run time.
 
-    A server hands tensors to the graph without comparing their shapes with
-    the signature's, so what the graph believes to know is set aside.
+    A server passes tensors to the graph without comparing their shapes with
+    the signature's, so the static shape is discarded first.
     """
     unknown = tf.compat.v1.placeholder_with_default(value, None)
     shape = tf.shape(unknown)
@@ -322,7 +327,7 @@ def _nll(captioner, memory, labels):
 
 
 def _answer(error, **values):
-    """The outputs of a signature, blank where there is an error."""
+    """The outputs of a signature, blank for images with an error."""
     ok = error == ""
 
     def blank_if_bad(value):

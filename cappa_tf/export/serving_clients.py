@@ -1,7 +1,7 @@
 """Clients of TensorFlow Serving's two interfaces, gRPC and REST.
 
-For models that export/saved_model.py wrote. Importing this loads no
-TensorFlow, and the REST client needs none.
+They are for models that export/saved_model.py wrote. Importing this module does
+not load TensorFlow, and the REST client does not need it.
 """
 
 import base64
@@ -13,20 +13,20 @@ from cappa_tf.utils.arguments import check_extra
 
 
 class RequestFailedError(Exception):
-    """A request without an answer; the message says why."""
+    """A request failed; the message says why."""
 
 
 class NoServerError(Exception):
-    """Nothing can be asked at all; the message names the address."""
+    """No server can be reached; the message names the address."""
 
 
 class RestClient:
-    """Asks over HTTP, without TensorFlow.
+    """Client over HTTP, which does not need TensorFlow.
 
     Args:
         address: HOST:PORT, or a URL without the path.
-        model: What the server calls the model.
-        timeout: Seconds a request may take.
+        model: Name of the model on the server.
+        timeout: Timeout of a request in seconds.
     """
 
     def __init__(self, address, model, timeout):
@@ -35,7 +35,7 @@ class RestClient:
         self._timeout = timeout
 
     def connect(self):
-        """Makes sure that the model is served.
+        """Checks that the model is served.
 
         Raises:
             NoServerError: If it is not.
@@ -59,7 +59,8 @@ class RestClient:
             Dict of lists or arrays, the outputs of the signature.
 
         Raises:
-            RequestFailedError: The server did not answer, or with an error.
+            RequestFailedError: If the server does not answer, or answers with
+                an error.
         """
         encoded = [
             {"b64": base64.b64encode(content).decode()}
@@ -90,7 +91,7 @@ class RestClient:
 
 
 def _rest_message(error):
-    """The server's own words, from the JSON it sends with a status."""
+    """The server's own message, from the JSON of an error response."""
     try:
         message = json.load(error)["error"]
     except (ValueError, KeyError, TypeError, OSError):
@@ -99,7 +100,7 @@ def _rest_message(error):
 
 
 class GrpcClient:
-    """Asks over gRPC; see `RestClient`."""
+    """Client over gRPC, with the arguments and methods of `RestClient`."""
 
     def __init__(self, address, model, timeout):
         check_extra(
@@ -135,7 +136,7 @@ class GrpcClient:
         )
 
     def connect(self):
-        """Waits for the connection; see `RestClient.connect`."""
+        """Waits for the connection; raises `NoServerError` without one."""
         ready = self._grpc.channel_ready_future(self._channel)
         try:
             ready.result(timeout=min(self._timeout, 10.0))
@@ -144,7 +145,7 @@ class GrpcClient:
             raise NoServerError(f"{self._address}: cannot connect") from None
 
     def predict(self, signature, inputs):
-        """Sends a request; see `RestClient.predict`."""
+        """Sends a request, with arguments and result as in `RestClient`."""
         request = self._request()
         request.model_spec.name = self._model
         request.model_spec.signature_name = signature

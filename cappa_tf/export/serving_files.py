@@ -1,7 +1,7 @@
-"""What TensorFlow Serving is started with: warm-up, batching, manifests.
+"""Files for TensorFlow Serving: warm-up requests, batching, manifests.
 
 MODEL/VERSION/assets.extra/tf_serving_warmup_requests
-                            run by the server before it takes requests
+                            run by the server before it accepts requests
 MODEL/models.config         --model_config_file
 MODEL/batching_parameters.txt
                             --batching_parameters_file
@@ -22,14 +22,14 @@ import tensorflow as tf
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_extra
 
-# The newest released server as of 2026; its TensorFlow runs what this
-# project's writes.
+# The newest released server as of 2026; it runs models written with the
+# TensorFlow version of this project.
 IMAGE = "tensorflow/serving:2.20.0"
 WARMUP = os.path.join("assets.extra", "tf_serving_warmup_requests")
-# How long a request waits for others to share its batch: little beside the
-# decoding of a caption.
+# How long a request waits for others to share its batch; short compared to the
+# generation of a caption.
 BATCH_TIMEOUT_MICROS = 5_000
-# Batches that wait; beyond them the server answers UNAVAILABLE at once.
+# Maximum number of queued batches, beyond which the server answers UNAVAILABLE.
 MAX_ENQUEUED_BATCHES = 100
 BATCH_THREADS = 4
 
@@ -43,8 +43,8 @@ model_config_list {
 }
 """
 
-# Texts of requests with fewer of them are filled up by repetition, and the
-# answer has as many columns more: tools/serving_client.py cuts them off.
+# The server pads requests that have fewer texts by repeating one, and the
+# response has as many extra columns; tools/serving_client.py drops them.
 _BATCHING = """\
 max_batch_size { value: $max_batch_size }
 batch_timeout_micros { value: $timeout }
@@ -71,7 +71,7 @@ services:
 """
 
 _KUBERNETES = """\
-# kubectl apply -f kubernetes.yaml, with the content of this folder on the
+# kubectl apply -f kubernetes.yaml, with the contents of this folder on the
 # volume that the claim $name-model binds.
 apiVersion: apps/v1
 kind: Deployment
@@ -107,7 +107,7 @@ spec:
               path: /v1/models/$name/metadata
               port: rest
             periodSeconds: 5
-          # The ports open after loading; a large model takes its time.
+          # The ports open after loading, which is slow for a large model.
           startupProbe:
             tcpSocket:
               port: grpc
@@ -148,17 +148,25 @@ spec:
 
 
 def check_name(name):
-    """Raises ValueError unless the model can be called this everywhere."""
+    """Checks that a name is valid in URLs and in Kubernetes.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
         raise ValueError(
-            "`name` must be lower-case letters, digits and dashes, as it is "
-            "part of URLs and of Kubernetes names. "
+            "`name` must consist of lower-case letters, digits and dashes, as "
+            "it is part of URLs and of Kubernetes names. "
             f"Received: name={name!r}"
         )
 
 
 def check_protos():
-    """Raises ImportError unless the protos of warm-up records are there."""
+    """Checks that the protos of warm-up records are installed.
+
+    Raises:
+        ImportError: If they are not.
+    """
     check_extra("A model for a server", "serving", "tensorflow_serving")
 
 
@@ -168,7 +176,7 @@ def write_warmup(path, service, name):
     Args:
         path: Folder of the version.
         service: The `CaptionService` in it.
-        name: What the server calls the model.
+        name: Name of the model on the server.
     """
     file = os.path.join(path, WARMUP)
     os.makedirs(os.path.dirname(file), exist_ok=True)
@@ -178,12 +186,15 @@ def write_warmup(path, service, name):
 
 
 def warmup_records(service, name):
-    """`PredictionLog`s: every signature, one and several images, a bad one."""
+    """List of `PredictionLog`s that call every signature.
+
+    Each is called with one image, and with several of which one is bad.
+    """
     from tensorflow_serving.apis import prediction_log_pb2
 
-    picture = _noise(service.image_size)
+    image = _noise(service.image_size)
     records = []
-    for images in ([picture], [picture, picture, b"not an image"]):
+    for images in ([image], [image, image, b"not an image"]):
         texts = np.array([["a photo", "a longer text"]] * len(images), object)
         for signature in service.signatures():
             inputs = {"image_bytes": images}
@@ -206,12 +217,12 @@ def _noise(size):
 
 
 def write_configuration(output, service, name):
-    """Writes the files beside the versions, replacing those of earlier ones.
+    """Writes the files beside the versions, replacing earlier ones.
 
     Args:
         output: The model's folder.
         service: `CaptionService`.
-        name: What the server calls the model.
+        name: Name of the model on the server.
     """
     values = {
         "name": name,
@@ -220,7 +231,7 @@ def write_configuration(output, service, name):
         "timeout": BATCH_TIMEOUT_MICROS,
         "enqueued": MAX_ENQUEUED_BATCHES,
         "threads": BATCH_THREADS,
-        # The weights twice (a version and its successor), and room to work.
+        # The weights twice (a version and its successor), and working memory.
         "memory": f"{2 * service.num_bytes // 2**20 + 2048}Mi",
     }
     contents = {

@@ -1,1 +1,1 @@
-"""Trained models in use: opened by one call, asked for what they can."""
+"""Inference with trained models: features, captions and scores."""

@@ -1,8 +1,8 @@
-"""`CaptionDecoder`: images to captions with their probabilities.
+"""Caption decoder: images to captions with their probabilities.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
-    K: captions an image.      L: length of the text in tokens.
+    K: captions per image.     L: length of the text in tokens.
 """
 
 import dataclasses
@@ -22,15 +22,17 @@ class CaptionRow:
     Attributes:
         key: Name of the image.
         caption: The best caption; the greedy one by default.
-        log_likelihood: Of the caption, eos included: the sum of the logs of
-            `probabilities`.
-        pieces: The caption's tokens as text, "<eos>" at the end of a caption
-            that was not cut; a leading space where a word begins.
-        probabilities: Of each piece, given the image and those before it.
-        references: Captions written by people; empty where there are none.
+        log_likelihood: Log-likelihood of the caption including eos, the sum of
+            the logarithms of `probabilities`.
+        pieces: The caption's tokens as text, with a leading space at the
+            beginning of a word; the last is "<eos>" unless the caption was
+            truncated.
+        probabilities: Probability of each piece, given the image and the
+            pieces before it.
+        references: Captions written by people; empty if there are none.
         image: Encoded bytes of the image, for the image sheet, or None.
-        others: Further `CaptionRow`s of the image, best first, where several
-            captions are asked for.
+        others: Further `CaptionRow`s of the image, best first, if several
+            captions were requested.
     """
 
     key: str
@@ -44,28 +46,33 @@ class CaptionRow:
 
     @property
     def exact_match(self):
-        """Whether the caption is, normalised, one of the references."""
+        """Whether the normalized caption is one of the references."""
         return normalize(self.caption) in map(normalize, self.references)
 
 
 def normalize(caption):
-    """Lower case and single spaces: what exact match compares."""
+    """Lower-cases a caption and collapses spaces, for exact match."""
     return " ".join(caption.lower().split())
 
 
 class CaptionDecoder:
-    """Captions batches of images, always of B: one graph, compiled once.
+    """Captions batches of images, padded to B so that one graph suffices.
 
-    Hold on to one object where a model is evaluated again and again.
+    Reuse one object if a model is evaluated repeatedly.
 
     Args:
         captioner: A built `Captioner`.
         tokenizer: The `Tokenizer` it was trained with.
         batch_size: B.
-        max_length: Longest caption L in tokens; the decoder's by default.
+        max_length: Maximum length L of a caption in tokens; the decoder's by
+            default.
         compiled: Compiles a function of batches; by default for one device.
-        **generation: Options of `captioner.generate`. Where it draws, the
-            draws of an image are a function of the seed and its key.
+        **generation: Options of `captioner.generate`. If it samples, the
+            samples of an image are a function of the seed and its key.
+
+    Attributes:
+        left_to_right: Whether `reference_nll` is defined: whether the captioner
+            is trained left to right.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class CaptionDecoder:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         if compiled is None:
-            # AutoGraph would find nothing to convert, and take long over it.
+            # AutoGraph has nothing to convert here, but would take long.
             compiled = functools.partial(tf.function, autograph=False)
         self._generate = compiled(
             lambda images, **index: captioner.generate(
@@ -93,6 +100,7 @@ class CaptionDecoder:
             )
         )
         self._generation = generation
+        self.left_to_right = captioner.left_to_right
         self._losses = compiled(
             lambda batch: captioner.compute_losses(batch, training=False)
         )
@@ -102,12 +110,11 @@ class CaptionDecoder:
 
         Args:
             images: float [B, H, W, 3] in [-1, 1], or fewer.
-            keys: The names of the images; as many rows come back, and what
-                follows them in `images` counts as padding.
+            keys: The names of the images. Any images beyond them are padding.
             references: Optional list of lists of captions.
 
         Returns:
-            A list of `CaptionRow`s, one for each key.
+            A list of `CaptionRow`s, one per key.
         """
         index = {"index": self._index(keys)} if self._generation else {}
         output = self._generate(self._fill(images), **index)
@@ -127,12 +134,12 @@ class CaptionDecoder:
         return rows
 
     def _index(self, keys):
-        """int64 [B]: which draws belong to which image."""
+        """Index of each image's random numbers, int64 [B], from its key."""
         index = [zlib.crc32(key.encode(errors="surrogatepass")) for key in keys]
         return tf.constant(index + [0] * (self.batch_size - len(keys)), "int64")
 
     def _by_image(self, values):
-        """[B, captions, L] of [B, L] or of itself."""
+        """Reshapes [B, L] or [B, captions, L] to [B, captions, L]."""
         array = values.numpy()
         return array.reshape(self.batch_size, -1, array.shape[-1])
 
@@ -158,15 +165,15 @@ class CaptionDecoder:
         ]
 
     def caption_files(self, paths, preprocessing):
-        """Captions image files, a batch at a time.
+        """Captions image files, one batch at a time.
 
         Args:
-            paths: Files.
+            paths: Paths of the files.
             preprocessing: The model's `ImagePreprocessing`.
 
         Yields:
             (path, row, reason) in the order of `paths`: a `CaptionRow` and
-            None, or None and why the file could not be read.
+            None, or None and the reason why the file cannot be used.
         """
         for start in range(0, len(paths), self.batch_size):
             some = paths[start : start + self.batch_size]
@@ -185,17 +192,18 @@ class CaptionDecoder:
                 yield path, rows.get(path), reasons.get(path)
 
     def reference_nll(self, images, references, most=None):
-        """Likelihood of captions written by people, left to right.
+        """Negative log-likelihood of captions written by people, left to right.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1], or fewer.
-            references: A list of lists of captions: of the first images.
-            most: K, where it must be the same from batch to batch (each K,
-                and each multiple of 8 tokens, is a graph of its own).
+            references: A list of lists of captions, of the first images.
+            most: K, if it must be the same for all batches: each K, and each
+                length rounded up to a multiple of 8 tokens, needs its own
+                graph.
 
         Returns:
             The negative log-likelihood in nats, summed over all references,
-            and the number of tokens it is of (eos counts, padding does not).
+            and their number of tokens (including eos, without padding).
         """
         batch = {
             "image": self._fill(images),
@@ -208,19 +216,19 @@ class CaptionDecoder:
         )
 
     def _fill(self, images):
-        """The same images, padded to [B, H, W, 3] with grey ones."""
+        """Pads images to [B, H, W, 3] with gray ones."""
         images = tf.convert_to_tensor(images, tf.float32)
         missing = self.batch_size - images.shape[0]
         if missing < 0:
             raise ValueError(
-                "No more images than `batch_size` go through at once. "
+                "There must be at most `batch_size` images. "
                 f"Received: {images.shape[0]} images, "
                 f"batch_size={self.batch_size}"
             )
         return tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
 
     def _labels(self, references, most):
-        """int32 [B, K, L] of ragged lists; what is missing is all padding."""
+        """Labels int32 [B, K, L] of ragged lists, filled up with padding."""
         most = most or max(len(captions) for captions in references)
         flat = [caption for captions in references for caption in captions]
         tokens = np.asarray(self.tokenizer(tf.constant(flat)))

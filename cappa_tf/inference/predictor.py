@@ -1,12 +1,13 @@
-"""`Predictor`: a trained model in use, with its vocabulary and preprocessing.
+"""Predictor: a trained model with its vocabulary and preprocessing.
 
     predictor = Predictor.open("runs/mine")
     predictor.capabilities  # ("features", "generate", "autoregressive", ...)
 
 Abbreviations for dimensions:
-    B: images that go through at once.   H, W: of the image in pixels.
+    B: images per batch.                 H, W: image size in pixels.
     T: texts, the same for all images.   K: texts of one image.
     L: length of a text in tokens.       D: width of the features.
+    C: width of the embeddings.
 """
 
 import functools
@@ -16,45 +17,54 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
+from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.inference.captions import CaptionDecoder
-from cappa_tf.saving import big_vision, run_folder
+from cappa_tf.inference.text_embeddings import TextEmbeddings
+from cappa_tf.models.contrastive import COSINE
+from cappa_tf.saving import (
+    big_vision,
+    huggingface_tokenizer,
+    run_folder,
+    siglip,
+)
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice, check_counts
 
-# What a predictor can do, beside the kinds of scores that its model has.
+# Capabilities of a predictor, besides the kinds of scores of its model.
 FEATURES = "features"
 GENERATE = "generate"
 SCORE = "score"  # of any kind
 
-# Kinds of scores of captioners: left to right as captions are written; all
-# tokens at once from MASK tokens and the image; and left to right without any
-# image, which is what the model thinks of the text alone.
+# Kinds of scores of captioners: left to right, as captions are generated; all
+# tokens at once from MASK tokens and the image; left to right without an image,
+# which is the likelihood of the text alone; and the first minus the third.
+# Contrastive models score by COSINE, the cosine of the embeddings of image and
+# text.
 AUTOREGRESSIVE = "autoregressive"
 PARALLEL = "parallel"
 BLIND = "blind"
 MINUS_BLIND = "minus_blind"
 
-# Texts of an image that are scored at once, each by itself in memory.
+# Texts of an image scored in one pass; they share no memory.
 _TEXTS_PER_PASS = 16
-# Lengths are rounded up to these: few shapes, so few graphs.
+# Lengths are rounded up to a multiple of this, which limits shapes and graphs.
 _LENGTH_MULTIPLE = 8
-# Sets of texts whose graphs are kept: those of one evaluator and a few more.
+# Number of sets of texts whose graphs are kept, enough for one evaluator.
 _GRAPHS = 4
 
 
 class Predictor:
-    """Images and texts to features, captions and scores.
+    """Computes features, captions and scores of images and texts.
 
     Args:
-        model: A built `Task`, or a `VisionEncoder` alone.
-        tokenizer: The `Tokenizer` it was trained with; None where it reads no
-            texts, or its vocabulary is not there: such a model only gives
-            features.
+        model: A built `Task` or `VisionEncoder`.
+        tokenizer: The `Tokenizer` it was trained with. None if it reads no
+            texts or its vocabulary is missing; such a model has only features.
         preprocessing: The model's `ImagePreprocessing`.
         batch_size: B.
-        hosts: The `Hosts` of a run on several, for evaluators that share the
-            work; None where there is one process.
-        name: What errors call the model: by default its class.
+        hosts: The `Hosts` of a run on several hosts, for evaluators that share
+            the work; None for a single process.
+        name: Name of the model in error messages, by default its class.
     """
 
     def __init__(
@@ -77,36 +87,36 @@ class Predictor:
 
     @classmethod
     def open(cls, path, weights="auto", *, tokenizer=None, batch_size=32):
-        """Opens a trained model, wherever it comes from.
+        """Opens a trained model from any supported source.
 
         Args:
-            path: Folder of a run; a `.keras` file in it, or elsewhere, of a
-                task or of a vision encoder; or an npz of big_vision.
-            weights: Of a run, see `run_folder.load_model`.
-            tokenizer: The `Tokenizer` of a model whose vocabulary does not
-                lie beside it. That of a run is its own.
+            path: Folder of a run; `.keras` file of a task or of a vision
+                encoder, in such a folder or elsewhere; an npz file of
+                big_vision; or a folder of transformers' SigLIP.
+            weights: Weights of a run to load: "final", "best", "latest" or
+                "auto", as in `run_folder.load_model`.
+            tokenizer: `Tokenizer` of a model without a vocabulary beside it. A
+                run has its own, and so has a folder with spiece.model.
             batch_size: B.
 
         Returns:
             A `Predictor`.
 
         Raises:
-            ValueError: There is no model, it is damaged, or a run lacks a
-                file that belongs to it.
+            ValueError: If there is no model, it is damaged, or a file of the
+                run is missing.
         """
         path = os.fspath(path)
         preprocessing = None
         if path.endswith(".npz"):
-            model = big_vision.load_vision_encoder(path)
-            if tokenizer is not None:
-                model = big_vision.load_captioner(
-                    path, max_length=tokenizer.max_length
-                )
+            model = _open_npz(path, tokenizer)
+        elif siglip.is_siglip(path):
+            model, tokenizer = _open_siglip(path, tokenizer)
         else:
             model = run_folder.load_model(path, weights)
             folder = path if files.isdir(path) else os.path.dirname(path)
             described = os.path.join(folder, "preprocessing.json")
-            # An encoder's file may lie in any folder, and reads no texts.
+            # An encoder's file may be in any folder, and it reads no texts.
             if hasattr(model, "parts") and files.exists(described):
                 tokenizer, preprocessing = run_folder.load_preprocessing(folder)
         if tokenizer is not None and hasattr(model, "score_kinds"):
@@ -116,18 +126,18 @@ class Predictor:
         name = f"{path} ({type(model).__name__})"
         return cls(model, tokenizer, preprocessing, batch_size, name=name)
 
-    # What it can do.
+    # Capabilities.
 
     @property
     def score_kinds(self):
-        """Kinds of scores of texts, the one that rankings go by first."""
+        """Kinds of text scores; the first is the one to rank texts by."""
         if self.tokenizer is None:
             return ()
         return getattr(self.model, "score_kinds", ())
 
     @property
     def capabilities(self):
-        """All that this model can do, a tuple of words."""
+        """Tuple of this model's capabilities, such as "features"."""
         found = []
         if self.encoder is not None:
             found.append(FEATURES)
@@ -138,20 +148,20 @@ class Predictor:
         return (*found, *self.score_kinds)
 
     def can(self, capability):
-        """Whether this model can do something, such as "features"."""
+        """Returns whether this model has a capability, such as "features"."""
         if capability == SCORE:
             return bool(self.score_kinds)
         return capability in self.capabilities
 
     def require(self, user, *capabilities):
-        """Refuses a model for what it lacks.
+        """Checks that this model has all of some capabilities.
 
         Args:
-            user: Who needs them, for the message.
-            *capabilities: What is needed; "score" is a score of any kind.
+            user: Name of the user of them, for the message.
+            *capabilities: The capabilities; "score" is a score of any kind.
 
         Raises:
-            ValueError: Naming the user and the model.
+            ValueError: If one is missing; names the user and the model.
         """
         missing = [one for one in capabilities if not self.can(one)]
         if not missing:
@@ -162,6 +172,11 @@ class Predictor:
                 ": it has no tokenizer, as preprocessing.json and "
                 "tokenizer.model of a run are not beside it"
             )
+        elif self.score_kinds == (COSINE,) and missing != [FEATURES]:
+            hint = (
+                ": it compares the embeddings of an image and a text, and "
+                "predicts no tokens"
+            )
         raise ValueError(
             f"{user} needs a model that can: {', '.join(missing)}. Received: "
             f"{self.name}, which can: {', '.join(self.capabilities)}{hint}"
@@ -171,21 +186,21 @@ class Predictor:
 
     @property
     def encoder(self):
-        """The vision encoder; None where the model has none."""
+        """The vision encoder, or None."""
         return _encoder(self.model)
 
     @property
     def image_size(self):
-        """(H, W) of the images that the model takes."""
+        """Size (H, W) of the images that the model takes."""
         return self.preprocessing.image_size
 
     @functools.cached_property
     def decoder(self):
-        """Captions B images at once, greedily."""
+        """A `CaptionDecoder` for batches of B images, greedy."""
         return self.make_decoder()
 
     def make_decoder(self, **options):
-        """A `CaptionDecoder` of this model with other options."""
+        """Makes a `CaptionDecoder` of this model with other options."""
         self.require("Captioning", GENERATE)
         options = {"batch_size": self.batch_size, **options}
         return CaptionDecoder(self.model, self.tokenizer, **options)
@@ -197,48 +212,111 @@ class Predictor:
             images: float [any number, H, W, 3] in [-1, 1].
 
         Returns:
-            float32 [images, D]: `pre_logits`, or the mean of `encoded` of an
-            encoder that does not pool.
+            float32 [images, D]: `pre_logits`, or the mean of `encoded` if the
+            encoder does not pool.
         """
         return self._features(tf.convert_to_tensor(images)).numpy()
 
     @functools.cached_property
     def _features(self):
-        # An encoder alone is no task.
+        # A vision encoder alone is not a task.
         alone = functools.partial(self.encoder, training=False)
         encode = getattr(self.model, "encode_images", alone)
-        # AutoGraph would find nothing to convert, and take long over it.
+        # AutoGraph has nothing to convert here, but would take long.
         return tf.function(
             lambda images: _pooled(encode(images)),
             reduce_retracing=True,
             autograph=False,
         )
 
+    def embed_images(self, images):
+        """Normalized embeddings of images, to be compared with texts.
+
+        Args:
+            images: float [any number, H, W, 3] in [-1, 1].
+
+        Returns:
+            float32 [images, C].
+
+        Raises:
+            ValueError: The model has no cosine score.
+        """
+        self.require("Embedding images", COSINE)
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            some = images[start : start + self.batch_size]
+            found = self._embed_images(tf.constant(self._filled(some)))
+            parts.append(found.numpy()[: len(some)])
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def _embed_images(self):
+        return tf.function(
+            lambda images: self.model.embed_images(images), autograph=False
+        )
+
     # Texts.
 
+    def embed_texts(self, texts):
+        """Normalized embeddings of texts, to be compared with images.
+
+        An embedding is kept until the weights change.
+
+        Args:
+            texts: T strings, at least one.
+
+        Returns:
+            float32 [T, C].
+
+        Raises:
+            ValueError: The model has no cosine score.
+        """
+        table, rows = self._text_embeddings.find(texts)
+        return table[rows]
+
+    @functools.cached_property
+    def _text_embeddings(self):
+        self.require("Embedding texts", COSINE)
+        return TextEmbeddings(self.model, self.tokenizer, self.batch_size)
+
+    def cosines(self, embeddings, texts):
+        """Cosine of each image and each text.
+
+        Args:
+            embeddings: float32 [any number, C], from `embed_images`.
+            texts: T strings, at least one.
+
+        Returns:
+            float64 [images, T]; equal for texts of equal tokens.
+        """
+        table, rows = self._text_embeddings.find(texts)
+        used, places = np.unique(rows, return_inverse=True)
+        embeddings = np.asarray(embeddings, np.float64)
+        return (embeddings @ table[used].astype(np.float64).T)[:, places]
+
     def _kind(self, kind):
-        """The kind asked for, by default the first; refuses what is none."""
+        """The given kind after validation, by default the first."""
         self.require("A score", SCORE)
         kind = self.score_kinds[0] if kind is None else kind
         check_choice(self.score_kinds, kind=kind)
         return kind
 
     def tokens(self, texts):
-        """Token ids int32 [T, L], L the longest text rounded up to 8."""
+        """Token ids int32 [T, L], with L rounded up to a multiple of 8."""
         ids = np.asarray(self.tokenizer(list(texts)), np.int32)
         longest = int((ids != self.tokenizer.pad_id).sum(-1).max(initial=1))
         length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         return ids[:, :length]
 
     def count_tokens(self, texts):
-        """Tokens of each text, eos counted: int64 [T]."""
+        """Number of tokens of each text including eos, int64 [T]."""
         return (self.tokens(texts) != self.tokenizer.pad_id).sum(-1)
 
     def score(self, images, texts, kind=None):
         """Scores of every text for every image.
 
-        A captioner's are log-likelihoods in nats, summed over tokens, eos
-        included.
+        Those of a captioner are log-likelihoods in nats, summed over tokens
+        including eos; those of a contrastive model are cosines.
 
         Args:
             images: float32 [at most B, H, W, 3] in [-1, 1].
@@ -249,6 +327,8 @@ class Predictor:
             float64 [images, T].
         """
         kind = self._kind(kind)
+        if kind == COSINE:
+            return self.cosines(self.embed_images(images), texts)
         count, ids = len(images), self.tokens(texts)
         if kind == BLIND:
             scores = self.model.score_texts(None, ids, kind)  # -> [1, T]
@@ -257,7 +337,7 @@ class Predictor:
         return np.asarray(scores, np.float64)[:count]
 
     def _compiled(self, ids, kind):
-        """Scores of fixed texts: their prefixes are part of the graph."""
+        """Compiled scoring of fixed texts, whose prefixes are in the graph."""
         key = (ids.shape, ids.tobytes(), kind)
         if key not in self._graphs:
             if len(self._graphs) >= _GRAPHS:
@@ -269,7 +349,7 @@ class Predictor:
         return self._graphs[key]
 
     def blind(self, texts):
-        """Scores of texts without any image: float64 [T]."""
+        """Scores of texts without any image, float64 [T]."""
         return self.score([None], texts, BLIND)[0]
 
     def score_captions(self, images, texts, kind=None):
@@ -281,7 +361,7 @@ class Predictor:
             kind: One of `score_kinds`, by default the first.
 
         Returns:
-            A list of float64 [K], one array an image.
+            A list of float64 [K], one array per image.
         """
         kind = self._kind(kind)
         if len(images) != len(texts) or not all(texts):
@@ -289,10 +369,17 @@ class Predictor:
                 "Each image needs a list of at least one text. Received: "
                 f"{len(images)} images, lists of {[*map(len, texts)]} texts"
             )
-        if kind == BLIND:
-            flat = self.blind([text for some in texts for text in some])
-            ends = np.cumsum([len(some) for some in texts])[:-1]
-            return np.split(flat, ends)
+        if kind in (BLIND, COSINE):
+            # Texts that several images share are scored once.
+            flat = [text for some in texts for text in some]
+            ends = np.cumsum([len(some) for some in texts])
+            if kind == BLIND:
+                return np.split(self.blind(flat), ends[:-1])
+            scores = self.cosines(self.embed_images(images), flat)
+            return [
+                row[end - len(some) : end]
+                for row, some, end in zip(scores, texts, ends)
+            ]
         images = self._filled(images)
         most = max(map(len, texts))
         parts = []
@@ -306,7 +393,7 @@ class Predictor:
         return [row[: len(some)] for row, some in zip(scores, texts)]
 
     def _padded(self, texts):
-        """int32 [B, K, L] of ragged lists; what is missing is padding."""
+        """Labels int32 [B, K, L] of ragged lists, filled up with padding."""
         ids = self.tokens([text for some in texts for text in some])
         most = max(map(len, texts))
         shape = (self.batch_size, most, ids.shape[1])
@@ -316,20 +403,56 @@ class Predictor:
         return labels
 
     def _filled(self, images):
-        """The images, followed by grey ones up to B: one shape, one graph."""
+        """Pads images to B with gray ones, so that one graph suffices."""
         images = np.asarray(images, np.float32)
         missing = self.batch_size - len(images)
         if missing < 0:
             raise ValueError(
-                "No more images than `batch_size` go through at once. "
+                "There must be at most `batch_size` images. "
                 f"Received: {len(images)} images, "
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
 
 
+def _open_npz(path, tokenizer):
+    """A model of big_vision; its vision encoder if texts cannot be read."""
+    if tokenizer is None:
+        return big_vision.load_vision_encoder(path)
+    arrays = big_vision.read_arrays(path)
+    if not big_vision.is_two_towers(arrays):
+        return big_vision.load_captioner(
+            arrays, max_length=tokenizer.max_length
+        )
+    model = big_vision.load_two_towers(arrays)
+    _check_length(path, model, tokenizer)
+    return model
+
+
+def _open_siglip(path, tokenizer):
+    """The model of a folder of transformers, and its tokenizer if any."""
+    if not siglip.has_text(path):
+        return siglip.load_siglip_vision(path), None
+    model = siglip.load_siglip(path)
+    vocabulary = os.path.join(path, huggingface_tokenizer.VOCABULARY)
+    if tokenizer is None and files.exists(vocabulary):
+        tokenizer = Tokenizer(vocabulary, model.text_encoder.max_length)
+    if tokenizer is not None:
+        _check_length(path, model, tokenizer)
+    return model, tokenizer
+
+
+def _check_length(path, model, tokenizer):
+    limit = model.text_encoder.max_length
+    if tokenizer.max_length > limit:
+        raise ValueError(
+            f"Texts of {path} have at most {limit} tokens. Received: a "
+            f"tokenizer with max_length={tokenizer.max_length}"
+        )
+
+
 def _encoder(model):
-    """The vision encoder of a task, or the encoder itself; None for none."""
+    """The vision encoder of a task, or None; an encoder itself."""
     parts = getattr(model, "parts", None)
     return model if parts is None else parts.get("vision_encoder")
 

@@ -1,15 +1,18 @@
-"""Batches to predictions: encoder, decoder, captioner, generation."""
+"""Models: encoders, decoder, the methods they train with, and their losses."""
 
 import keras
 
 # Registers the classes of saved models with Keras before any other module of
-# this folder can be half imported (see `cappa_tf/__init__.py`).
-from cappa_tf.models import classification_head  # noqa: F401
+# this folder is partially imported (`cappa_tf/__init__.py` says why).
+from cappa_tf.models import classification_head, text_encoder  # noqa: F401
 
-# Encoders open under every backend, where TensorFlow may not be installed.
+# Encoders open under every backend, even if TensorFlow is not installed.
 if keras.config.backend() == "tensorflow":
     from cappa_tf.models import (  # noqa: F401
+        bag_of_tokens,
         captioner,
         classifier,
+        contrastive,
+        contrastive_captioner,
         text_decoder,
     )

@@ -17,7 +17,7 @@ from cappa_tf.utils.arguments import (
     check_counts,
 )
 
-_EPSILON = 1e-6  # of every LayerNorm (flax's default).
+_EPSILON = 1e-6  # of every LayerNorm, flax's default
 
 
 def layer_norm(name, dtype, use_bias=True):
@@ -28,7 +28,7 @@ def layer_norm(name, dtype, use_bias=True):
 
 
 def by_head(projected):
-    """Keys or values [B, S, H, C] as [B, H, S, C]."""
+    """Transposes keys or values [B, S, H, C] to [B, H, S, C]."""
     return ops.transpose(projected, (0, 2, 1, 3))
 
 
@@ -36,19 +36,20 @@ def by_head(projected):
 class MultiHeadAttention(keras.layers.Layer):
     """Multi-head dot-product attention with explicit keys and values.
 
-    Keys and values are projected by a method of their own, `project`, so that
-    those of an image are computed once however many captions attend to them,
-    and so that a decoding loop can keep them (KV cache).
+    A separate method, `project`, computes keys and values. So those of an image
+    are computed once however many captions attend to them, and a decoding loop
+    can cache them (KV cache).
 
-    Kernels are [D, H, C] and [H, C, D] like the reference's: the optimizer's
-    factored statistics are then per head.
+    Kernels are [D, H, C] and [H, C, D] as in the reference, so that the
+    optimizer's factored statistics are per head.
 
     Args:
         hidden_dim: Width D of queries and output.
         num_heads: Number of heads H; divides D.
         use_bias: Whether the four projections have biases.
-        kernel_initializer: Of the four kernels, as `keras.initializers.get`
-            takes it (fans as of a [D, D] matrix).
+        kernel_initializer: Initializer of the four kernels, in any form that
+            `keras.initializers.get` takes; the fans are those of a [D, D]
+            matrix.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
 
     def build(self, query_shape, memory_shape=None):
-        """Creates the projections; memory_shape defaults to query_shape."""
+        """Creates the projections; `memory_shape` is `query_shape` if None."""
         memory_shape = memory_shape or query_shape
         self._query.build((None, None, query_shape[-1]))
         self._key.build((None, None, memory_shape[-1]))
@@ -102,7 +103,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self._out.build((None, None, self.num_heads, head_dim))
 
     def project(self, memory):
-        """Keys and values of what is attended to.
+        """Projects the attended sequence to keys and values.
 
         Args:
             memory: [B, S, E].
@@ -119,11 +120,11 @@ class MultiHeadAttention(keras.layers.Layer):
             x: [B, T, D].
             keys: [B, S, H, C], from `project`.
             values: [B, S, H, C], from `project`.
-            attention_mask: Optional bool, broadcastable to [B, H, T, S];
-                True where a query may look.
-            by_head: Whether keys and values are [B, H, S, C], see
-                `by_head`: a loop that attends to the same ones again and
-                again need not turn them each time.
+            attention_mask: Optional bool, broadcastable to [B, H, T, S]; True
+                for the keys that a query may attend to.
+            by_head: Whether keys and values are [B, H, S, C], as transposed by
+                the function `by_head`. A loop that attends to them repeatedly
+                then need not transpose them each time.
 
         Returns:
             [B, T, D].
@@ -160,15 +161,15 @@ class MultiHeadAttention(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class _FlatFans(keras.initializers.Initializer):
-    """Initialises an attention kernel as the [D, H * C] matrix it stands for.
+    """Initializes an attention kernel as the [D, H * C] matrix it represents.
 
-    Keras would read [D, H, C] as a convolution and take wrong fans.
+    Keras would treat [D, H, C] as a convolution kernel and use wrong fans.
     """
 
     def __init__(self, name, projection):
         self.name = name
         self.projection = projection
-        # Four kernels that share one initializer would be equal.
+        # If the four kernels shared an initializer, they would be equal.
         is_made = isinstance(name, keras.initializers.Initializer)
         self._initializer = (
             name.clone() if is_made else keras.initializers.get(name)
@@ -188,7 +189,7 @@ class _FlatFans(keras.initializers.Initializer):
 
 
 def _serialized(initializer):
-    """What a configuration holds of an initializer or its name."""
+    """The config of an initializer, or its name."""
     if isinstance(initializer, keras.initializers.Initializer):
         return keras.initializers.serialize(initializer)
     return initializer

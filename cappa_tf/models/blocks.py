@@ -1,7 +1,7 @@
 """Transformer blocks of encoder and decoder, and attention pooling.
 
 Abbreviations for dimensions:
-    B: batch (of images).      N: batch of captions, K captions an image.
+    B: batch (of images).      N: batch of captions, K captions per image.
     P: number of patches.      L: length of the text.
     D: width.                  H: heads.  C: width of one head, D / H.
 """
@@ -16,13 +16,13 @@ from cappa_tf.models.stateless_random import StatelessDropout
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class EncoderBlock(keras.layers.Layer):
-    """Pre-LayerNorm self-attention and MLP, each with a residual.
+    """Pre-LayerNorm self-attention and MLP, each with a residual connection.
 
     Args:
         hidden_dim: Width D.
         num_heads: Attention heads; divides D.
         mlp_dim: Hidden width of the MLP.
-        dropout: Rate after attention, in the MLP and after it.
+        dropout: Dropout rate after attention, in the MLP and after it.
 
     Reference: big_vision models/vit.py `Encoder1DBlock`.
     """
@@ -62,8 +62,8 @@ class EncoderBlock(keras.layers.Layer):
 
         Call arguments:
             x: [B, P, D].
-            seeds: uint32 [B], see `StatelessDropout`.
-            training: Whether to drop.
+            seeds: uint32 [B], dropout seeds, as in `StatelessDropout`.
+            training: Whether to apply dropout.
         """
         y = self._attention_norm(x)
         y = self._attention(y, *self._attention.project(y))
@@ -88,18 +88,18 @@ class EncoderBlock(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class DecoderBlock(keras.layers.Layer):
-    """Self-attention, cross-attention to an image, MLP; each pre-LayerNorm.
+    """Pre-LayerNorm self-attention, cross-attention to an image, and MLP.
 
-    Attention never has biases. Captions of one image stand side by side
-    ([N, ...] with N = B * K): their queries attend to that image's patches as
-    one long row, so the image's keys and values are never repeated.
+    Attention never has biases. The captions of an image are adjacent ([N, ...]
+    with N = B * K): their queries attend to that image's patches as one long
+    sequence, so the image's keys and values are never repeated.
 
     Args:
         hidden_dim: Width D.
         num_heads: Attention heads; divides D.
         mlp_dim: Hidden width of the MLP.
         use_bias: Whether MLP and LayerNorms have biases.
-        dropout: Rate after both attentions, in the MLP and after it
+        dropout: Dropout rate after both attentions, in the MLP and after it
             (deviation: the reference also drops attention weights).
 
     Reference: big_vision models/proj/cappa/cappa.py `EncoderDecoderBlock`.
@@ -126,7 +126,7 @@ class DecoderBlock(keras.layers.Layer):
             place: layer_norm(f"{place}_norm", dtype, use_bias)
             for place in ("self_attention", "cross_attention", "mlp")
         }
-        # flax's attention default, which the reference leaves in place.
+        # LeCun is flax's default for attention, which the reference keeps.
         self.self_attention, self.cross_attention = (
             MultiHeadAttention(
                 hidden_dim,
@@ -170,18 +170,18 @@ class DecoderBlock(keras.layers.Layer):
 
         Call arguments:
             x: [N, L, D]; L = 1 with a cache.
-            memory: Keys and values of the image, two [B, P, H, C] as
-                `cross_attention.project` gives, with a cache [B, H, P, C];
-                None leaves the image out.
+            memory: Keys and values of the image, two [B, P, H, C] from
+                `cross_attention.project`, or with a cache two [B, H, P, C];
+                None omits the image.
             attention_mask: Bool, broadcastable to [N, H, L, keys].
-            cache: None, or (keys, values, index): two [N, H, M, C] of all
-                M positions and the scalar position that x stands at.
-            seeds: uint32 [N], see `StatelessDropout`.
-            training: Whether to drop.
+            cache: None, or (keys, values, index): two [N, H, M, C] for all M
+                positions, and the scalar position of x.
+            seeds: uint32 [N], dropout seeds, as in `StatelessDropout`.
+            training: Whether to apply dropout.
 
         Returns:
             x [N, L, D], and the (keys, values) that were attended to: two
-            [N, L, H, C], or the cache with this position written in.
+            [N, L, H, C], or the cache with this position filled in.
         """
         y = self._norms["self_attention"](x)
         keys, values = self.self_attention.project(y)
@@ -237,9 +237,9 @@ def _dropouts(block, rate, places):
 def _write(cache, entry, index):
     """The cache [N, H, M, C] with the entry [N, 1, H, C] at position `index`.
 
-    A scatter of rows writes into the cache itself where nothing else reads
-    it. `ops.slice_update` would be an op of XLA alone, which a server that
-    has XLA turned off, the default of TensorFlow Serving, refuses to run.
+    A scatter of rows updates the cache in place if nothing else reads it.
+    `ops.slice_update` would be an XLA-only op, which a server without XLA (the
+    default of TensorFlow Serving) refuses to run.
     """
     _, heads, positions, width = cache.shape
     rows = ops.reshape(cache, (-1, width))  # -> [N * H * M, C]
@@ -251,12 +251,11 @@ def _write(cache, entry, index):
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class AttentionPooling(keras.layers.Layer):
-    """One learned query attends to all patches (the "MAP head").
+    """Pooling by a learned query that attends to all patches ("MAP head").
 
     Args:
         num_heads: Attention heads; divides the width.
-        mlp_dim: Hidden width of the MLP; 4 x the width by default. In an
-            encoder it is the encoder's.
+        mlp_dim: Hidden width of the MLP; by default 4 times the width.
 
     Reference: big_vision models/vit.py `MAPHead`.
     """

@@ -1,8 +1,8 @@
-"""The captioner: encoder, decoder and the two objectives that train them.
+"""Captioner: encoder, decoder and the two objectives that train them.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
-    K: captions an image.      N: captions in the batch, B * K.
+    K: captions per image.     N: captions in the batch, B * K.
     L: length of the text.     P: number of patches.
     D: width.                  V: vocabulary.
 """
@@ -10,16 +10,19 @@ Abbreviations for dimensions:
 import dataclasses
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from cappa_tf.models import stateless_random
+from cappa_tf.models.data_checks import check_image_size, check_texts
 from cappa_tf.models.inference import Inference
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task
-from cappa_tf.utils.arguments import check_counts, check_fraction, height_width
+from cappa_tf.utils.arguments import check_counts, check_fraction
 
 _PARALLEL_SALT = stateless_random.salt_of("captioner/parallel")
 _MASKING_SALT = stateless_random.salt_of("captioner/masking")
+_RATIO_SALT = stateless_random.salt_of("captioner/ratio")
 _CAPTION_SALT = stateless_random.salt_of("captioner/caption")
 
 
@@ -27,34 +30,52 @@ _CAPTION_SALT = stateless_random.salt_of("captioner/caption")
 class Captioner(Inference, Task):
     """Encoder and decoder trained by captioning, "CapPa" by default.
 
-    Each training example is drawn to be predicted left to right
-    (autoregressive, "Cap") or all at once from MASK tokens (parallel, "Pa").
+    Each training example is predicted either left to right (autoregressive,
+    "Cap") or all at once from MASK tokens (parallel, "Pa"), chosen at random.
+
+    With a `masking_ratio` that is sampled, a parallel example is one of masked
+    diffusion captioning ("MDC"): the ratio r of each caption is sampled
+    uniformly, each of its positions is MASK with probability r, and the loss
+    of the masked tokens is weighted by 1 / r. Its expectation is an upper
+    bound of the caption's negative log-likelihood.
 
     Args:
-        vision_encoder: `VisionEncoder`; its `encoded` is what is captioned.
+        vision_encoder: `VisionEncoder`; the decoder attends to its `encoded`.
         text_decoder: `TextDecoder` with `encoder_dim` = the encoder's width.
-        masked_pred_prob: Probability that an example is predicted in
-            parallel, in training; 0 is "Cap".
-        masking_ratio: Share of the L input positions that are MASK in a
-            parallel example; the others show their own token.
-        label_smoothing: See `cross_entropy.token_cross_entropy`.
-        seed: Of all draws, together with each example's `index`.
-        chunk_size: Positions whose logits are held at once in the loss.
+        masked_pred_prob: Probability that a training example is predicted in
+            parallel; 0 is "Cap".
+        masking_ratio: Fraction of the L input positions that are MASK in a
+            parallel example; the others show their own token, and all tokens
+            are predicted. Or a pair (low, high): the range (low, high] from
+            which it is sampled for each caption.
+        label_smoothing: Fraction of the target's probability that is spread
+            over the whole vocabulary.
+        seed: Seed of all random choices, together with each example's `index`.
+        chunk_size: Positions whose logits are held in memory at a time.
 
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
+    arXiv 2510.26799 for the sampled ratio.
     """
 
-    selection_metric = "nll_per_token"
     can_generate = True
-    # Cap is autoregressive, Pa parallel prediction.
     short_names = {
         "autoregressive/loss": "cap",
         "autoregressive/nll_per_token": "cap/token",
         "parallel/loss": "pa",
         "parallel/nll_per_token": "pa/token",
         "nll_per_token": None,
+        "masked/nll_per_token": "masked/token",
     }
+    # The parts that the constructor takes, and its other arguments.
+    _PARTS = ("vision_encoder", "text_decoder")
+    _ARGUMENTS = (
+        "masked_pred_prob",
+        "masking_ratio",
+        "label_smoothing",
+        "seed",
+        "chunk_size",
+    )
 
     def __init__(
         self,
@@ -70,9 +91,7 @@ class Captioner(Inference, Task):
     ):
         super().__init__(**kwargs)
         check_fraction(
-            masked_pred_prob=masked_pred_prob,
-            masking_ratio=masking_ratio,
-            label_smoothing=label_smoothing,
+            masked_pred_prob=masked_pred_prob, label_smoothing=label_smoothing
         )
         check_counts(chunk_size=chunk_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -89,18 +108,34 @@ class Captioner(Inference, Task):
         self.vision_encoder = vision_encoder
         self.text_decoder = text_decoder
         self.masked_pred_prob = masked_pred_prob
-        self.masking_ratio = masking_ratio
+        self.masking_ratio = _checked_ratio(masking_ratio)
         self.label_smoothing = label_smoothing
         self.seed = seed
         self.chunk_size = chunk_size
 
     @property
     def parts(self):
-        """See `Task.parts`."""
-        return {
-            "vision_encoder": self.vision_encoder,
-            "text_decoder": self.text_decoder,
-        }
+        """Dict of the two parts, "vision_encoder" and "text_decoder"."""
+        return {name: getattr(self, name) for name in self._PARTS}
+
+    @property
+    def samples_ratio(self):
+        """Whether the masking ratio is sampled for each caption."""
+        return isinstance(self.masking_ratio, tuple)
+
+    @property
+    def left_to_right(self):
+        """Whether any caption is predicted left to right in training.
+
+        One that is not fills MASK tokens in: it is evaluated on masked
+        captions, and generates by filling one position after the other.
+        """
+        return not (self.samples_ratio and self.masked_pred_prob == 1.0)
+
+    @property
+    def selection_metric(self):
+        """The name of the metric that selects the best weights."""
+        return "nll_per_token" if self.left_to_right else "loss"
 
     # Predictions.
 
@@ -111,19 +146,19 @@ class Captioner(Inference, Task):
         return outputs["encoded"]
 
     def call(self, inputs, training=False):
-        """Autoregressive logits of {"image", "labels"}: see `logits`."""
+        """Autoregressive `logits` of a dict with "image" and "labels"."""
         return self.logits(inputs["image"], inputs["labels"], training=training)
 
     def logits(self, images, labels, parallel=False, training=False):
-        """Scores of every token at every position.
+        """Logits of every token at every position.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
             labels: int32 [B, L] or [B, K, L], the captions (not shifted),
                 padded.
-            parallel: False: position t sees the labels before t; True: every
-                position sees only MASK tokens and the image.
-            training: Whether to drop.
+            parallel: If False, position t sees the labels before t; if True,
+                every position sees only MASK tokens and the image.
+            training: Whether to apply dropout.
 
         Returns:
             float32 [B, L, V] or [B, K, L, V].
@@ -149,87 +184,121 @@ class Captioner(Inference, Task):
     # Training.
 
     def compute_losses(self, batch, training=True):
-        """Losses of a batch, one value an example.
+        """Losses of a batch, one value per example.
 
-        In training each example is drawn autoregressive or parallel; in
-        evaluation all are autoregressive.
+        In training the objective of each example is chosen at random; in
+        evaluation all examples are autoregressive, or masked if the captioner
+        is not trained `left_to_right`. The masks of evaluation are a function
+        of the caption.
 
         Args:
             batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
-                padded; in training `index` int64 [B], the
-                position of the example in the training stream. Where L is
-                cut to the batch's longest caption (`length_buckets`),
-                parallel prediction sees fewer MASK positions than the
-                reference, which always has 64: a deviation.
-            training: Whether to draw objectives and to drop.
+                padded; in training `index` int64 [B], the position of the
+                example in the training stream. If L is cut to the batch's
+                longest caption (`length_buckets`), parallel prediction sees
+                fewer MASK positions than in the reference, which always has
+                64: a deviation.
+            training: Whether to choose objectives and apply dropout.
 
         Returns:
             Dict of float32 [B]: `loss`, the mean over each caption's tokens,
             then over the example's K captions (the training loss is the mean
-            of this over the global batch); `nll`, summed over all tokens,
-            without smoothing; `tokens`, how many; `parallel`, 1 where the
-            example was predicted in parallel.
+            of this over the global batch); `nll`, summed over all predicted
+            tokens, without smoothing or weights; `predicted`, their number;
+            `tokens`, the number of all tokens, of which a caption whose ratio
+            is sampled predicts the masked ones only; `parallel`, 1 if the
+            example was predicted in parallel, else 0.
         """
-        labels = batch["labels"]
+        seeds = self._example_seeds(batch, training)
+        encoded = self.encode(batch["image"], seeds, training)
+        return self._decoder_losses(batch["labels"], encoded, seeds, training)
+
+    def _decoder_losses(self, labels, encoded, seeds, training):
+        """`compute_losses` of labels [B, K, L] for encoded images [B, P, D]."""
         if labels.shape.rank != 3:
             raise ValueError(
                 "`labels` must be [B, K, L], K captions of each image. "
                 f"Received: labels of shape {labels.shape}"
             )
         count, captions = tf.shape(labels)[0], labels.shape[1]
-        seeds = caption_seeds = None
-        if training:
-            seeds = stateless_random.example_seeds(
-                self.seed, self._index(batch)
-            )
-            caption_seeds = self._caption_seeds(seeds, captions)
-        parallel = self._draw_parallel(seeds, count)
-        encoded = self.encode(batch["image"], seeds, training)
         flat = tf.reshape(labels, [-1, labels.shape[2] or tf.shape(labels)[2]])
+        real = flat != self.text_decoder.special_tokens.pad
+        caption_seeds = None
+        if training:
+            caption_seeds = self._caption_seeds(seeds, captions)
+        elif not self.left_to_right:
+            caption_seeds = self._seeds_of_captions(flat, real)
+        parallel = self._sample_parallel(seeds, count)
         repeated = tf.repeat(parallel, captions)
+        inputs, predicted, weight = self._decoder_inputs(
+            flat, repeated, caption_seeds
+        )
         hidden = self.text_decoder(
-            self._decoder_inputs(flat, repeated, caption_seeds),
+            inputs,
             self.text_decoder.project_memory(encoded),
             parallel=repeated,
             seeds=caption_seeds,
             training=self.trains("text_decoder", training),
         )
-        loss, nll = self._token_losses(hidden, flat)
-        real = labels != self.text_decoder.special_tokens.pad
-        per_caption = cross_entropy.caption_mean(
-            loss, tf.reshape(real, tf.shape(flat))
-        )
-        tokens = tf.reduce_sum(tf.cast(real, tf.float32), axis=[1, 2])
-        by_image = tf.reshape(tf.reduce_sum(nll, -1), [count, captions])
+        if predicted is not None:
+            predicted = tf.logical_and(predicted, real)
+        loss, nll = self._token_losses(hidden, flat, predicted)
+        if weight is not None:
+            loss = loss * weight[:, None]
+        per_caption = cross_entropy.caption_mean(loss, real)
+
+        def by_image(values):
+            values = tf.reduce_sum(values, axis=-1)  # [N, L] -> [N]
+            values = tf.reshape(values, [count, captions])
+            return tf.reduce_sum(values, axis=1)
+
+        tokens = by_image(tf.cast(real, tf.float32))
+        if predicted is not None:
+            predicted = by_image(tf.cast(predicted, tf.float32))
         return {
             "loss": tf.reduce_mean(
                 tf.reshape(per_caption, [count, captions]), axis=1
             ),
-            "nll": tf.reduce_sum(by_image, axis=1),
+            "nll": by_image(nll),
+            "predicted": tokens if predicted is None else predicted,
             "tokens": tokens,
             "parallel": tf.cast(parallel, tf.float32),
         }
 
     def example_losses(self, batch, training):
-        """See `Task.example_losses`; the batch, `compute_losses`.
+        """Losses of a batch of `compute_losses`, for the trainer.
 
-        In training the figures of the two objectives are given apart.
+        In training the metrics of the two objectives are reported separately.
+
+        Returns:
+            `ExampleLosses`.
         """
-        parts = self.compute_losses(batch, training)
-        nll, tokens = parts["nll"], parts["tokens"]
-        metrics = {"nll_per_token": (nll, tokens)}
-        if training:
+        return self._figures(self.compute_losses(batch, training), training)
+
+    def _figures(self, parts, training):
+        """`ExampleLosses` of what `compute_losses` returns."""
+        nll, predicted = parts["nll"], parts["predicted"]
+        per_token = (nll, predicted)
+        metrics = {"nll_per_token": per_token}
+        if not self.left_to_right:
+            metrics = {"masked/nll_per_token": per_token}
+        elif training:
             parallel = parts["parallel"]
-            for name, drawn in (
+            for name, chosen in (
                 ("autoregressive", 1.0 - parallel),
                 ("parallel", parallel),
             ):
-                metrics[f"{name}/loss"] = (drawn * parts["loss"], drawn)
-                metrics[f"{name}/nll_per_token"] = (drawn * nll, drawn * tokens)
-        return ExampleLosses(parts["loss"], metrics, {"tokens": tokens})
+                metrics[f"{name}/loss"] = (chosen * parts["loss"], chosen)
+                metrics[f"{name}/nll_per_token"] = (
+                    chosen * nll,
+                    chosen * predicted,
+                )
+        return ExampleLosses(
+            parts["loss"], metrics, {"tokens": parts["tokens"]}
+        )
 
     def batch_spec(self, size, captions=1):
-        """See `Task.batch_spec`."""
+        """Specs of `image`, `labels` and `index`, as `Task` defines them."""
         height, width = self.vision_encoder.image_size
         labels = [size, captions, self.text_decoder.max_length]
         return {
@@ -239,7 +308,7 @@ class Captioner(Inference, Task):
         }
 
     def shapes(self, size, captions=1):
-        """See `Task.shapes`."""
+        """Shapes of `encoded`, `decoded` and `logits`, as `Task` defines."""
         encoder, decoder = self.vision_encoder, self.text_decoder
         patches = encoder.grid[0] * encoder.grid[1]
         hidden = (size * captions, decoder.max_length, decoder.hidden_dim)
@@ -250,49 +319,27 @@ class Captioner(Inference, Task):
         }
 
     def check_data(self, data, name):
-        """Refuses data whose vocabulary or sizes are not the model's.
+        """Checks that vocabulary and sizes of a data set fit the model.
 
         Args:
             data: A data set with `tokenizer` and `image_size`.
-            name: The argument it came as, for the message.
+            name: Name of the argument that holds it, for the message.
 
         Raises:
-            ValueError: Naming the file and the bindings that disagree.
+            ValueError: If they do not; names the file and the bindings that
+                disagree.
         """
-        tokenizer, decoder = data.tokenizer, self.text_decoder
-        pieces, rows = tokenizer.vocabulary_size, decoder.vocabulary_size
-        if pieces != rows:
-            many = "more" if pieces > rows else "fewer"
-            raise ValueError(
-                f"The vocabulary {tokenizer.path} has {many} pieces than the "
-                "model: set VOCABULARY_SIZE (TextDecoder.vocabulary_size) to "
-                "the number of pieces, or TOKENIZER (Tokenizer.path) to the "
-                f"file that the model is for. Received: {pieces} pieces, "
-                f"vocabulary_size={rows}"
-            )
-        special = decoder.special_tokens
-        if (tokenizer.pad_id, tokenizer.eos_id) != (special.pad, special.eos):
-            raise ValueError(
-                f"The vocabulary {tokenizer.path} must have the special ids "
-                "of the model (TextDecoder.special_tokens). Received: "
-                f"pad={tokenizer.pad_id}, eos={tokenizer.eos_id} and {special}"
-            )
-        if tokenizer.max_length > decoder.max_length:
-            raise ValueError(
-                "`Tokenizer.max_length` must be at most "
-                "`TextDecoder.max_length`. Received: "
-                f"{tokenizer.max_length} and {decoder.max_length}"
-            )
-        size = height_width("image_size", data.image_size)
-        if size != tuple(self.vision_encoder.image_size):
-            raise ValueError(
-                f"`image_size` of `{name}` must be that of the model. "
-                f"Received: {size} and VisionEncoder.image_size="
-                f"{tuple(self.vision_encoder.image_size)}"
-            )
+        check_texts(data, self.text_decoder, "TextDecoder")
+        check_image_size(data, name, self.vision_encoder)
+
+    def _example_seeds(self, batch, training):
+        """A seed for each example uint32 [B], None in evaluation."""
+        if not training:
+            return None
+        return stateless_random.example_seeds(self.seed, self._index(batch))
 
     def _index(self, batch):
-        """Positions of the examples in the stream; steps x B without them."""
+        """Positions of the examples in the stream, by default from the step."""
         if "index" in batch:
             return batch["index"]
         count = tf.shape(batch["labels"])[0]
@@ -300,45 +347,91 @@ class Captioner(Inference, Task):
         return step * tf.cast(count, tf.int64) + tf.range(count, dtype=tf.int64)
 
     def _caption_seeds(self, seeds, captions):
-        """uint32 [N]: each caption of an image draws for itself."""
+        """A seed for each caption, uint32 [N]."""
         if captions == 1:
             return seeds
-        draws = stateless_random.uniform(seeds, (captions,), _CAPTION_SALT)
+        samples = stateless_random.uniform(seeds, (captions,), _CAPTION_SALT)
         return stateless_random.example_seeds(
-            self.seed, tf.cast(tf.reshape(draws, [-1]) * 2.0**24, tf.int64)
+            self.seed, tf.cast(tf.reshape(samples, [-1]) * 2.0**24, tf.int64)
         )
 
-    def _draw_parallel(self, seeds, count):
+    def _seeds_of_captions(self, labels, real):
+        """A seed for each caption, uint32 [N], from its tokens alone.
+
+        The same caption gets the same mask in every evaluation, whatever the
+        batch is and however long the padding.
+        """
+        length = labels.shape[1]
+        if length is None:
+            length = self.text_decoder.max_length
+        powers = [pow(_HASH_BASE, i, 2**31) for i in range(length)]
+        powers = tf.constant(np.array(powers), tf.int64)[: tf.shape(labels)[1]]
+        tokens = tf.where(real, tf.cast(labels, tf.int64) + 1, 0)
+        return stateless_random.example_seeds(
+            self.seed, tf.reduce_sum(tokens * powers, axis=1)
+        )
+
+    def _sample_parallel(self, seeds, count):
         """Which examples are predicted in parallel, bool [B]."""
+        if not self.left_to_right:
+            return tf.fill([count], True)
         if seeds is None or self.masked_pred_prob == 0.0:
             return tf.fill([count], False)
-        draws = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
-        return draws < self.masked_pred_prob
+        samples = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
+        return samples < self.masked_pred_prob
 
     def _decoder_inputs(self, labels, parallel, seeds):
-        """Shifted labels; for parallel captions masked ones. int32 [N, L]."""
+        """What the decoder reads, and what it has to predict.
+
+        Args:
+            labels: int32 [N, L].
+            parallel: bool [N].
+            seeds: uint32 [N] of the masks; None if no caption is parallel.
+
+        Returns:
+            (inputs, predicted, weight): the shifted labels, or the masked ones
+            of parallel captions, int32 [N, L]; bool [N, L] of the positions
+            to predict, or None for all; float32 [N], the weight of the
+            caption's loss, or None for 1.
+        """
         shifted = self.text_decoder.shift_right(labels)
         if seeds is None or self.masked_pred_prob == 0.0:
-            return shifted
+            return shifted, None, None
+        predicted = weight = None
+        length = tf.shape(labels)[1]
         mask = self.text_decoder.special_tokens.require_mask()
         masked = tf.fill(tf.shape(labels), mask)
-        if self.masking_ratio < 1.0:
-            length = tf.shape(labels)[1]
+        if self.samples_ratio:
+            low, high = self.masking_ratio
+            samples = stateless_random.uniform(seeds, (1,), _RATIO_SALT)
+            ratio = high - (high - low) * samples  # [N, 1] in (low, high]
+            samples = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
+            chosen = samples < ratio
+            masked = tf.where(chosen, masked, labels)
+            predicted = tf.logical_or(chosen, ~parallel[:, None])
+            weight = tf.where(parallel, 1.0 / ratio[:, 0], 1.0)
+        elif self.masking_ratio < 1.0:
             count = tf.cast(length, tf.float32) * self.masking_ratio
-            draws = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
-            rank = tf.argsort(tf.argsort(draws, axis=1), axis=1)
+            samples = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
+            rank = tf.argsort(tf.argsort(samples, axis=1), axis=1)
             chosen = rank < tf.cast(count, tf.int32)
             masked = tf.where(chosen, masked, labels)
-        return tf.where(parallel[:, None], masked, shifted)
+        inputs = tf.where(parallel[:, None], masked, shifted)
+        return inputs, predicted, weight
 
-    def _token_losses(self, hidden, labels):
-        """Loss and nll, each float32 [N, L], 0 at padding."""
+    def _token_losses(self, hidden, labels, predicted=None):
+        """Loss and nll, each float32 [N, L], 0 where nothing is predicted.
+
+        `predicted` is bool [N, L], by default True for all but padding.
+        """
+        if predicted is None:
+            predicted = labels != self.text_decoder.special_tokens.pad
         shape = tf.shape(labels)
         width = hidden.shape[-1]
         loss, nll = cross_entropy.token_cross_entropy(
             tf.reshape(hidden, [-1, width]),
             tf.reshape(labels, [-1]),
-            tf.reshape(labels, [-1]) != self.text_decoder.special_tokens.pad,
+            tf.reshape(predicted, [-1]),
             *self.text_decoder.head_weights,
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
@@ -349,44 +442,40 @@ class Captioner(Inference, Task):
 
     @property
     def score_kinds(self):
-        """See `Task`; "blind" is the decoder without any image.
-
-        A model that was never trained in parallel gives noise there.
-        """
+        """Kinds of scores; "blind" is the decoder without any image."""
+        if not self.left_to_right:
+            return ("parallel",)
+        # A model never trained in parallel yields noise as parallel scores.
         parallel = ("parallel",) if self.masked_pred_prob > 0.0 else ()
         return ("autoregressive", *parallel, "blind")
 
     def score_texts(self, images, labels, kind):
-        """Log-likelihoods; `Task` has the shapes."""
+        """Log-likelihood of every text for every image, float32 [B, T]."""
         images = None if kind == "blind" else images
         return self.score(images, labels, parallel=kind == "parallel")
 
     def score_own_texts(self, images, labels, kind):
-        """Log-likelihoods; `Task` has the shapes."""
+        """Log-likelihoods of each image's own texts, float32 [B, K]."""
         return self.score_captions(images, labels, parallel=kind == "parallel")
 
     # Serialization.
 
     def get_config(self):
         """Returns the constructor's arguments."""
-        names = (
-            "masked_pred_prob masking_ratio label_smoothing seed chunk_size"
-        ).split()
         serialize = keras.saving.serialize_keras_object
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": serialize(self.dtype_policy),
-            "vision_encoder": serialize(self.vision_encoder),
-            "text_decoder": serialize(self.text_decoder),
-            **{name: getattr(self, name) for name in names},
+            **{name: serialize(getattr(self, name)) for name in self._PARTS},
+            **{name: getattr(self, name) for name in self._ARGUMENTS},
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Builds a captioner from `get_config`'s result."""
         config = dict(config)
-        for part in ("vision_encoder", "text_decoder"):
+        for part in cls._PARTS:
             config[part] = keras.saving.deserialize_keras_object(
                 config[part], custom_objects=custom_objects
             )
@@ -397,3 +486,24 @@ class Captioner(Inference, Task):
                 decoder.special_tokens, eos=eos
             )
         return cls(**config)
+
+
+# Of the hash by which the masks of evaluation follow from a caption.
+_HASH_BASE = 1_000_003
+
+
+def _checked_ratio(ratio):
+    """A masking ratio, or the range that it is sampled from as a tuple."""
+    if not isinstance(ratio, list | tuple):
+        check_fraction(masking_ratio=ratio)
+        return ratio
+    valid = len(ratio) == 2 and all(
+        isinstance(x, int | float) and not isinstance(x, bool) for x in ratio
+    )
+    if not valid or not 0.0 <= ratio[0] < ratio[1] <= 1.0:
+        raise ValueError(
+            "`masking_ratio` must be a fraction, or a pair (low, high) with "
+            "0 <= low < high <= 1 to sample it from. Received: "
+            f"masking_ratio={ratio!r}"
+        )
+    return tuple(ratio)

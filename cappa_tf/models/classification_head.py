@@ -1,7 +1,7 @@
-"""The layers between pooled features and logits.
+"""Classification head: the layers between pooled features and logits.
 
-Written with Keras alone: a saved encoder with a head opens under every Keras
-backend.
+Written with Keras only, so that a saved encoder with a head opens under every
+Keras backend.
 
 Abbreviations for dimensions:
     B: batch.  D: width.  R: `rep_size`.  C: number of classes.
@@ -14,7 +14,7 @@ from cappa_tf.utils.arguments import check_counts
 
 
 def head_layers(rep_size, num_classes, dtype):
-    """(tanh layer [D, R], linear layer [D or R, C]), each None if not wanted.
+    """Makes (tanh layer [D, R], linear layer [D or R, C]), each or None.
 
     Reference: big_vision models/vit.py `_Model`, `pre_logits` and `head`.
     """
@@ -29,7 +29,7 @@ def head_layers(rep_size, num_classes, dtype):
             num_classes,
             kernel_initializer="zeros",
             name="head",
-            # float32 even under mixed precision: probabilities come from it.
+            # float32 even under mixed precision, for exact probabilities.
             dtype="float32",
         )
     return representation, head
@@ -45,7 +45,7 @@ def build_head(representation, head, width):
 
 
 def apply_head(representation, head, outputs):
-    """An encoder's outputs with `pre_logits` [B, R] and `logits` [B, C]."""
+    """Adds `pre_logits` [B, R] and `logits` [B, C] to an encoder's outputs."""
     if representation is not None:
         pre_logits = representation(outputs["pre_logits"])
         outputs = {**outputs, "pre_logits": pre_logits}
@@ -56,15 +56,15 @@ def apply_head(representation, head, outputs):
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class EncoderWithHead(VisionEncoder):
-    """What an encoder's file of version 0.1.0 holds that has a head.
+    """A vision encoder with a head, as saved by version 0.1.0.
 
-    Files keep weights by the places of layers: there, a classifier's two
-    layers lie among those of the encoder.
+    Files store weights by the position of layers. In that version a
+    classifier's two layers are among those of the encoder.
 
     Args:
-        rep_size: As `Classifier`.
-        num_classes: As `Classifier`.
-        **kwargs: As `VisionEncoder`.
+        rep_size: Width R of the tanh layer, or None.
+        num_classes: Number of classes C, or None.
+        **kwargs: Arguments of `VisionEncoder`.
     """
 
     def __init__(self, rep_size=None, num_classes=None, **kwargs):
@@ -76,7 +76,7 @@ class EncoderWithHead(VisionEncoder):
         )
 
     def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructor."""
+        """Creates all weights, whose sizes the constructor determines."""
         build_head(self._representation, self._head, self.hidden_dim)
         super().build(input_shape)
 

@@ -1,4 +1,4 @@
-"""A classifier: a vision encoder and a linear head on what it pools.
+"""Classifier: a vision encoder with a linear head on its pooled features.
 
 Abbreviations for dimensions:
     B: batch.  H, W: height and width of the image in pixels.
@@ -14,6 +14,7 @@ from cappa_tf.models.classification_head import (
     build_head,
     head_layers,
 )
+from cappa_tf.models.data_checks import check_image_size
 from cappa_tf.models.losses.classification import softmax_cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task
 from cappa_tf.utils.arguments import check_fraction
@@ -21,24 +22,24 @@ from cappa_tf.utils.arguments import check_fraction
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class Classifier(Task):
-    """An encoder trained to name the class of an image.
+    """Vision encoder trained to predict the class of an image.
 
     Args:
-        vision_encoder: `VisionEncoder` that pools.
+        vision_encoder: `VisionEncoder` whose `pooling` is not "none".
         num_classes: Number of classes C; None for a model without a head,
             which cannot be trained.
         rep_size: Width R of a tanh layer on the pooled features, or None.
-        label_smoothing: Share of the target spread over all classes.
-        seed: Of what is dropped, together with each example's `index`.
+        label_smoothing: Fraction of the target spread over all classes.
+        seed: Seed of dropout, together with each example's `index`.
 
     Call arguments:
         images: [B, H, W, 3] in [-1, 1].
-        seeds: As those of `VisionEncoder`.
-        training: Whether to drop.
+        seeds: uint32 [B], dropout seeds, as in `VisionEncoder`.
+        training: Whether to apply dropout.
 
     Returns:
-        What the encoder returns, `pre_logits` [B, D or R], and `logits`
-        float32 [B, C].
+        Dict of the encoder's outputs, with `pre_logits` [B, D or R] and
+        `logits` float32 [B, C].
     """
 
     short_names = {"accuracy": "acc"}
@@ -71,7 +72,7 @@ class Classifier(Task):
 
     @property
     def parts(self):
-        """See `Task.parts`."""
+        """Dict of the layers "vision_encoder", "representation" and "head"."""
         parts = {
             "vision_encoder": self.vision_encoder,
             "representation": self.representation,
@@ -80,29 +81,33 @@ class Classifier(Task):
         return {k: v for k, v in parts.items() if v is not None}
 
     def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructors."""
+        """Creates all weights, whose sizes the constructors determine."""
         build_head(
             self.representation, self.head, self.vision_encoder.hidden_dim
         )
         super().build(input_shape)
 
     def call(self, images, seeds=None, training=False):
-        """Classifies images; see the class for shapes."""
+        """Classifies images [B, H, W, 3]; the class describes the outputs."""
         training = self.trains("vision_encoder", training)
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return apply_head(self.representation, self.head, outputs)
 
     def encode_images(self, images):
-        """As `Task.encode_images`; `pre_logits` is what the head reads."""
+        """Outputs in inference; `pre_logits` are the inputs of the head."""
         return self(images, training=False)
 
     def example_losses(self, batch, training):
-        """See `Task.example_losses`.
+        """Cross-entropy and accuracy of each example.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `label` int64 [B], -1 where
-                there is none, which counts nowhere; in training `index`.
-            training: Whether to drop.
+            batch: Dict with `image` [B, H, W, 3]; `label` int64 [B], -1 for
+                examples without a label, which are ignored; in training
+                `index` int64 [B].
+            training: Whether to apply dropout.
+
+        Returns:
+            `ExampleLosses`.
         """
         seeds = None
         if training:
@@ -117,7 +122,7 @@ class Classifier(Task):
         return ExampleLosses(loss, {"accuracy": (right, known)}, {})
 
     def batch_spec(self, size, captions=1):
-        """See `Task.batch_spec`."""
+        """Specs of `image`, `label` and `index`, as `Task` defines them."""
         del captions
         height, width = self.vision_encoder.image_size
         return {
@@ -127,7 +132,7 @@ class Classifier(Task):
         }
 
     def shapes(self, size, captions=1):
-        """See `Task.shapes`."""
+        """Shapes of `encoded` and `logits`, as `Task` defines them."""
         del captions
         encoder = self.vision_encoder
         patches = encoder.grid[0] * encoder.grid[1]
@@ -137,18 +142,13 @@ class Classifier(Task):
         }
 
     def check_data(self, data, name):
-        """Refuses data with captions in place of labels, or of another size."""
+        """Checks that data has labels, not captions, and the model's size."""
         if data.tokenizer is not None:
             raise ValueError(
-                "A classifier reads labels, which a data set gives without a "
+                "A classifier needs labels, which a data set yields without a "
                 f"tokenizer. Received: {name} of {data.path} with a tokenizer"
             )
-        if tuple(data.image_size) != self.vision_encoder.image_size:
-            raise ValueError(
-                "`image_size` of model and data must agree. Received: "
-                f"VisionEncoder.image_size={self.vision_encoder.image_size}, "
-                f"image_size={tuple(data.image_size)} of {name}, {data.path}"
-            )
+        check_image_size(data, name, self.vision_encoder)
 
     def get_config(self):
         """Returns the constructor's arguments."""

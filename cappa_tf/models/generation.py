@@ -1,7 +1,7 @@
-"""The decoding loop, with cached keys and values, for every sampler.
+"""Decoding loop with cached keys and values, shared by all samplers.
 
 Abbreviations for dimensions:
-    B: batch (of images).      S: sequences (beams or samples) of an image.
+    B: batch (of images).      S: sequences (beams or samples) per image.
     P: number of patches.      L: length of the text.  N: B * S.
     V: vocabulary.             D: width.
 """
@@ -15,16 +15,16 @@ from cappa_tf.models.sampling import BANNED
 
 
 class _State(NamedTuple):
-    """What one step hands to the next.
+    """State of the loop between two steps.
 
     Attributes:
-        i: int32, the position to be filled.
+        i: int32, the position to fill next.
         tokens: int32 [B, S, L].
         log_probs: float32 [B, S, L], of the tokens.
-        totals: float32 [B, S], sums of what the tokens were chosen by.
-        lengths: int32 [B, S], tokens so far, eos counted.
+        totals: float32 [B, S], sums of the scores of the chosen tokens.
+        lengths: int32 [B, S], tokens so far, including eos.
         ended: bool [B, S].
-        cache: See `TextDecoder.empty_cache`, of N captions.
+        cache: Keys and values of N captions, from `TextDecoder.empty_cache`.
     """
 
     i: tf.Tensor
@@ -36,30 +36,39 @@ class _State(NamedTuple):
     cache: list
 
 
-def decode(decoder, memory, search, rules, *, size, prefix, uniform):
-    """Captions, token by token.
+def decode(
+    decoder, memory, search, rules, *, size, prefix, uniform, masked=False
+):
+    """Generates captions token by token.
 
-    The loop has static shapes (it compiles), uses the image's keys and values
-    without copying them for each sequence, and stops when all have ended.
+    The loop has static shapes (so that it compiles), uses the image's keys and
+    values without copying them for each sequence, and stops when all sequences
+    have ended.
 
     Args:
         decoder: `TextDecoder`.
         memory: From `decoder.project_memory`.
-        search: Of `sampling`: chooses the next token.
+        search: A search of `sampling`, which chooses the next token.
         rules: `sampling.Rules`.
         size: (B, S, L); B may be a tensor.
-        prefix: int32 [B or 1, fewer than L], what each caption begins with.
-        uniform: float32 [B, L, S] in [0, 1), to draw with, or None.
+        prefix: int32 [B or 1, fewer than L], the beginning of each caption.
+        uniform: float32 [B, L, S] in [0, 1), random numbers for sampling, or
+            None.
+        masked: Whether the decoder fills in MASK tokens: the next token is
+            read at its own position, with MASK there and after it. Without a
+            cache, as all positions attend to each other.
 
     Returns:
         tokens: int32 [B, S, L], the best sequence first; eos is kept, pad
             after it.
-        log_probs: float32 [B, S, L], of each token by the model (rules and
-            temperature do not show), 0 after eos.
+        log_probs: float32 [B, S, L], the model's log-probability of each token
+            (before rules and temperature), 0 after eos.
     """
     batch, sequences, length = size
-    memory = tf.nest.map_structure(by_head, memory)
     special = decoder.special_tokens
+    next_hidden = _masked_hidden if masked else _cached_hidden
+    if not masked:
+        memory = tf.nest.map_structure(by_head, memory)
     forced = tf.pad(prefix, [[0, 0], [0, length - prefix.shape[1]]])
 
     def unfinished(state):
@@ -67,17 +76,13 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
 
     def step(state):
         i, flat = state.i, tf.reshape(state.tokens, [-1, length])
-        last = tf.gather(flat, tf.maximum(i - 1, 0), axis=1)
-        last = tf.where(i > 0, last, special.start)
-        hidden, cache = decoder.call_with_cache(
-            last[:, None], memory, state.cache, i
-        )
+        hidden, cache = next_hidden(decoder, memory, flat, state.cache, i)
         log_probs = tf.nn.log_softmax(decoder.logits(hidden)[:, 0])  # [N, V]
         scores = rules.apply(log_probs, flat, i)
         if prefix.shape[1] > 0:
             only = _only(log_probs, tf.repeat(forced[:, i], sequences))
             scores = tf.where(i < prefix.shape[1], only, scores)
-        # Ended captions continue with pad, which counts for nothing.
+        # Ended captions continue with pad, at no change to their total.
         vocabulary = scores.shape[-1]
         is_pad = tf.range(vocabulary) == special.pad
         after = tf.where(is_pad, 0.0, BANNED)
@@ -109,7 +114,7 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
             ended=state.ended | (chosen == special.eos),
         )
 
-    # Beams start as one: copies of the empty caption would stay copies.
+    # Only one beam starts: copies of the empty caption would remain copies.
     first = tf.where(tf.range(sequences) == 0, 0.0, BANNED)
     if uniform is not None:
         first = tf.zeros([sequences])
@@ -124,7 +129,9 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
                 totals=tf.zeros((batch, sequences)) + first,
                 lengths=tf.zeros((batch, sequences), tf.int32),
                 ended=tf.fill((batch, sequences), False),
-                cache=decoder.empty_cache(batch * sequences, length),
+                cache=[]
+                if masked
+                else decoder.empty_cache(batch * sequences, length),
             ),
         ),
     )
@@ -136,12 +143,33 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
     )
 
 
-def draft(decoder, memory, length):
-    """Captions by the parallel mode: all positions at once, in one pass.
+def _cached_hidden(decoder, memory, tokens, cache, i):
+    """Hidden states [N, 1, D] that predict position i, and the cache.
 
-    Verified left to right until they are the greedy captions, these cost more
-    time than greedy decoding itself: a position of a pass over all of them is
-    hardly cheaper than one of the loop, and most drafts need many passes.
+    `tokens` are int32 [N, L], of which those before position i count.
+    """
+    last = tf.gather(tokens, tf.maximum(i - 1, 0), axis=1)
+    last = tf.where(i > 0, last, decoder.special_tokens.start)
+    return decoder.call_with_cache(last[:, None], memory, cache, i)
+
+
+def _masked_hidden(decoder, memory, tokens, cache, i):
+    """As `_cached_hidden`, with MASK from position i on."""
+    most = decoder.max_length
+    tokens = tf.pad(tokens, [[0, 0], [0, most - tokens.shape[1]]])
+    mask = decoder.special_tokens.require_mask()
+    tokens = tf.where(tf.range(most) < i, tokens, mask)
+    everywhere = tf.fill(tf.shape(tokens)[:1], True)
+    hidden = decoder(tokens, memory, parallel=everywhere)
+    return tf.gather(hidden, [i], axis=1), cache
+
+
+def draft(decoder, memory, length):
+    """Captions from parallel prediction, all positions in one pass.
+
+    Verifying these drafts left to right until they equal the greedy captions
+    costs more time than greedy decoding: a position of a full pass is hardly
+    cheaper than one of the loop, and most drafts need many passes.
 
     Args:
         decoder: `TextDecoder` with a MASK token.
@@ -149,8 +177,8 @@ def draft(decoder, memory, length):
         length: L.
 
     Returns:
-        int32 [B, L], the most probable token of each position other than pad;
-        what follows the first eos means nothing.
+        int32 [B, L], the most probable token other than pad at each position;
+        tokens after the first eos are meaningless.
     """
     count = tf.shape(memory[0][0])[0]
     special = decoder.special_tokens
@@ -163,7 +191,7 @@ def draft(decoder, memory, length):
 
 
 def _only(scores, tokens):
-    """Scores [N, V] where the given tokens [N or S] are all there is."""
+    """Scores [N, V] in which all but the given tokens [N or S] are banned."""
     shape = tf.shape(scores)
     tokens = tf.reshape(tokens, [-1, 1])
     repeats = shape[0] // tf.shape(tokens)[0]
@@ -172,7 +200,7 @@ def _only(scores, tokens):
 
 
 def _follow(state, parents):
-    """Sequences continue from `parents`, int32 [B, S]."""
+    """The state in which each sequence continues `parents`, int32 [B, S]."""
     sequences = parents.shape[1]
 
     def gather(x):

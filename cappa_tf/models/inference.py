@@ -1,9 +1,9 @@
-"""What a trained captioner is used for: captions and likelihoods.
+"""Inference with a trained captioner: captions and likelihoods.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
-    K: captions of an image.   L: length of the text in tokens.
-    T: labels to score.        S: captions wanted of an image.
+    K: captions per image.     L: length of the text in tokens.
+    T: labels to score.        S: captions to generate per image.
     N: captions in the batch.
 """
 
@@ -19,14 +19,14 @@ _SAMPLING_SALT = stateless_random.salt_of("captioner/sampling")
 
 
 class GenerationPlan(NamedTuple):
-    """What options of `Inference.generate` come down to.
+    """The options of `Inference.generate` after validation.
 
     Attributes:
-        search: Of `sampling`: chooses the tokens.
+        search: A search of `sampling`, which chooses the tokens.
         rules: `sampling.Rules`.
-        prefix: int32 [B or 1, tokens], what each caption begins with.
-        length: L, the longest caption.
-        sequences: Beams or samples that are followed for an image.
+        prefix: int32 [B or 1, tokens], the beginning of each caption.
+        length: L, the maximum length of a caption.
+        sequences: Number of beams or samples per image.
     """
 
     search: object
@@ -37,10 +37,13 @@ class GenerationPlan(NamedTuple):
 
 
 class Inference:
-    """The part of `Captioner` that needs trained weights."""
+    """Methods of `Captioner` that use trained weights.
 
-    # Set by whoever has it: lets `score` and `generate` take strings. Maps
-    # strings [T] to int32 [T, L].
+    Attributes:
+        tokenizer: Optional function from strings [T] to int32 [T, L]. Once a
+            caller sets it, `score` and `generate` accept strings.
+    """
+
     tokenizer = None
 
     @property
@@ -60,31 +63,35 @@ class Inference:
         seed=0,
         index=None,
     ):
-        """Captions; by default the greedy one.
+        """Generates captions, by default greedily.
+
+        A captioner that is not trained `left_to_right` fills MASK tokens in,
+        one position after the other, with a pass over all positions for each.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
-            max_length: Longest caption L, prefix and eos counted; the
-                decoder's by default.
+            max_length: Maximum length L of a caption, including prefix and
+                eos; the decoder's by default.
             sampler: None (greedy), `sampling.BeamSearch`, or a sampler of
-                `keras_nlp.samplers`: see `sampling.search_of`.
-            prefix: What every caption begins with: a string (needs
+                `keras_nlp.samplers` that `sampling.search_of` supports.
+            prefix: Beginning of every caption: a string (needs
                 `captioner.tokenizer`) or int32 token ids [tokens] or
                 [B, tokens], without eos.
-            min_length: Fewest tokens before eos, the prefix counted.
-            no_repeat_ngram: Size of the n-grams of tokens that may occur
-                only once in a caption, the prefix counted; 0 for any.
+            min_length: Minimum number of tokens before eos, including the
+                prefix.
+            no_repeat_ngram: Size of the token n-grams that may occur only once
+                in a caption, including the prefix; 0 allows repetition.
             num_captions: S; more than one needs beams or samples.
-            seed: Of the samples. The draws of an image are a function of
-                `seed` and its `index` alone.
-            index: int64 [B], position of each image in all that are to be
+            seed: Seed of the samples. The random choices for an image depend
+                only on `seed` and its `index`.
+            index: int64 [B], position of each image among all images to be
                 captioned; 0, 1, ... by default.
 
         Returns:
             Dict with `tokens` int32 [B, L] (eos kept, pad after it),
-            `log_probs` float32 [B, L], of each token by the model, 0 after
-            eos, and `log_likelihood` float32 [B], their sum. With S > 1
-            [B, S, L] and [B, S], best first.
+            `log_probs` float32 [B, L], the model's log-probability of each
+            token, 0 after eos, and `log_likelihood` float32 [B], their sum.
+            With S > 1 these are [B, S, L] and [B, S], best first.
         """
         plan = self.plan_generation(
             max_length,
@@ -110,6 +117,7 @@ class Inference:
             size=(batch, plan.sequences, plan.length),
             prefix=plan.prefix,
             uniform=uniform,
+            masked=not self.left_to_right,
         )
         wanted = 0 if num_captions == 1 else slice(num_captions)
         return _captions(tokens[:, wanted], log_probs[:, wanted])
@@ -124,21 +132,21 @@ class Inference:
         no_repeat_ngram=0,
         num_captions=1,
     ):
-        """What `generate` does with its options, without any image.
+        """Validates the options of `generate`, without any image.
 
         Args:
-            max_length: This and the others: see `generate`.
-            sampler: How tokens are chosen.
-            prefix: What every caption begins with.
-            min_length: Fewest tokens before eos.
-            no_repeat_ngram: Size of n-grams that occur only once.
+            max_length: As in `generate`, like all other arguments.
+            sampler: Chooses the tokens.
+            prefix: Beginning of every caption.
+            min_length: Minimum number of tokens before eos.
+            no_repeat_ngram: Size of n-grams that may occur only once.
             num_captions: S.
 
         Returns:
             A `GenerationPlan`.
 
         Raises:
-            ValueError: An option makes no sense, alone or with the others.
+            ValueError: If an option is invalid, alone or with the others.
         """
         search = sampling.search_of(sampler)
         prefix = self._prefix_ids(prefix)
@@ -154,7 +162,7 @@ class Inference:
         )
 
     def _prefix_ids(self, prefix):
-        """int32 [B or 1, tokens] of a string or of token ids."""
+        """Token ids int32 [B or 1, tokens] of a string or of token ids."""
         if prefix is None:
             return tf.zeros([1, 0], tf.int32)
         if isinstance(prefix, str):
@@ -185,26 +193,26 @@ class Inference:
         sequences = getattr(search, "num_beams", 1)
         if num_captions > sequences:
             raise ValueError(
-                "Several captions need as many beams, or a sampler that "
-                f"draws. Received: num_captions={num_captions}, {search}"
+                "Several captions need as many beams, or a random sampler. "
+                f"Received: num_captions={num_captions}, {search}"
             )
         return sequences
 
     def score(self, images, labels, *, parallel=False):
         """Log-likelihood of each label for each image.
 
-        Summed over tokens up to and including eos, not normalised by length
-        (paper, section 4.2). An image is encoded once, and so is each prefix
-        that labels share: see `scoring`.
+        Summed over tokens up to and including eos, not normalized by length
+        (paper, section 4.2). An image is encoded once, and a prefix that
+        several labels share is decoded once (`models/likelihood.py`).
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1]; None leaves the image out
-                (the blind decoder), B = 1.
+            images: float [B, H, W, 3] in [-1, 1]; None omits the image (the
+                blind decoder), B = 1.
             labels: int32 [T, L] token ids, padded, or T strings (needs
-                `captioner.tokenizer`). Prefixes are shared where the ids are
+                `captioner.tokenizer`). Prefixes are shared only if the ids are
                 known when a graph is traced.
-            parallel: False: left to right; True: all tokens at once, from
-                MASK tokens and the image, one decoder pass an image.
+            parallel: If False, left to right; if True, all tokens at once from
+                MASK tokens and the image, in one decoder pass per image.
 
         Returns:
             float32 [B, T].
@@ -227,13 +235,13 @@ class Inference:
         """Log-likelihood of each image's own captions.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1]; None leaves the images out
-                (the blind decoder).
+            images: float [B, H, W, 3] in [-1, 1]; None omits the images (the
+                blind decoder).
             labels: int32 [B, K, L] token ids, padded.
             parallel: As in `score`.
 
         Returns:
-            float32 [B, K]; 0 for a caption that is all padding.
+            float32 [B, K]; 0 for a caption that consists of padding.
         """
         labels = likelihood.cut_padding(labels, self._special_tokens.pad)
         shape = tf.shape(labels)
@@ -251,7 +259,7 @@ class Inference:
         return -tf.reshape(nll, shape[:2])
 
     def _memory(self, images):
-        """Cross-attention keys and values of images; None without them."""
+        """Cross-attention keys and values of images; None without images."""
         if images is None:
             return None
         return self.text_decoder.project_memory(self.encode(images))
@@ -263,10 +271,10 @@ class Inference:
         return tf.reduce_sum(self._token_losses(hidden, labels)[1], axis=-1)
 
     def _label_ids(self, labels):
-        """int32 [T, L] of token ids or of strings."""
+        """Token ids int32 [T, L] of token ids or of strings."""
         known = tf.get_static_value(labels) if tf.is_tensor(labels) else labels
         if known is not None:
-            # Known now, also where a graph is traced.
+            # The values are known now, even while a graph is traced.
             with tf.init_scope():
                 return self._ids_of_tensor(tf.convert_to_tensor(known))
         return self._ids_of_tensor(labels)
@@ -282,7 +290,7 @@ class Inference:
         return tf.convert_to_tensor(tf.cast(labels, tf.int32))
 
     def _whole_ids(self, text):
-        """Ids of a text, which a `Tokenizer` gives without cutting it."""
+        """Ids of a text, which a `Tokenizer` does not truncate."""
         if hasattr(self.tokenizer, "encode"):
             return self.tokenizer.encode(text)[0]
         ids = np.asarray(self._label_ids([text]))[0]

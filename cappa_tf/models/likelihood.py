@@ -1,13 +1,13 @@
 """Log-likelihoods of many texts for each image.
 
 The reference runs the decoder over all 64 positions of every (image, text)
-pair. Here the texts of a set are put into prefix trees: a prefix that several
-texts share ("a photo of a") is one node, and each node is computed once for
-an image. Where a node may look, at its ancestors, is an attention mask.
+pair. Here the texts are arranged in prefix trees: a prefix that several texts
+share ("a photo of a") is one node, and each node is computed once per image.
+An attention mask lets a node attend to its ancestors only.
 
 Abbreviations for dimensions:
     B: batch (of images).      T: texts, the same for all images.
-    K: texts of each image.    L: length of the text.  M: `max_length`.
+    K: texts per image.        L: length of the text.  M: `max_length`.
     G: groups of texts.        C: texts in a group.    N: nodes of a group.
     P: number of patches.      D: width.               V: vocabulary.
 """
@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from cappa_tf.models.losses import cross_entropy
 
-# Nodes that go through the decoder together for an image. Attention is
+# Nodes that pass through the decoder together for an image. Attention is
 # quadratic in them; beyond a few hundred it costs more than sharing saves.
 NODES_PER_GROUP = 128
 
@@ -28,16 +28,16 @@ NODES_PER_GROUP = 128
 class PrefixGroups:
     """Texts as prefix trees, G of them with N nodes each.
 
-    Node 0 is the empty prefix; the hidden state of a node predicts what
-    follows its prefix. Unused nodes look at themselves only.
+    Node 0 is the empty prefix; the hidden state of a node predicts the token
+    after its prefix. Unused nodes attend to themselves only.
 
     Attributes:
         tokens: int32 [G, N], the input at each node, its prefix's last token.
-        depths: int32 [G, N], its position.
-        ancestors: bool [G, N, N], True where a node may look.
+        depths: int32 [G, N], the position of each node.
+        ancestors: bool [G, N, N], True for the nodes that a node attends to.
         nodes: int32 [G, C, L], the node that predicts each token of a text.
-        targets: int32 [G, C, L], those tokens, pad for none.
-        order: int32 [T], where in the G * C texts each given one is.
+        targets: int32 [G, C, L], the tokens of each text, pad for none.
+        order: int32 [T], the index of each given text among the G * C.
     """
 
     tokens: np.ndarray
@@ -49,7 +49,7 @@ class PrefixGroups:
 
 
 class _Tree:
-    """Grows by one text at a time."""
+    """A prefix tree that grows by one text at a time."""
 
     def __init__(self, start):
         self.children = {}  # (node, token) -> node
@@ -71,7 +71,7 @@ class _Tree:
         self.paths.append(path)
 
     def ancestors(self, size):
-        """Bool [size, size], True where a node may look."""
+        """Bool [size, size], True for the nodes that a node attends to."""
         mask = np.eye(size, dtype=bool)
         for node, parent in enumerate(self.parents[1:], 1):
             mask[node] |= mask[parent]  # Parents come before children.
@@ -79,17 +79,17 @@ class _Tree:
 
 
 def group_by_prefix(labels, special_tokens, nodes_per_group=NODES_PER_GROUP):
-    """Puts texts into prefix trees of about equal size.
+    """Arranges texts in prefix trees of about equal size.
 
     Args:
         labels: int [T, L] token ids, padded.
         special_tokens: The decoder's `SpecialTokens`.
-        nodes_per_group: About how many nodes a tree may have.
+        nodes_per_group: Approximate number of nodes per tree.
 
     Returns:
-        `PrefixGroups`; equal texts are one.
+        `PrefixGroups`; equal texts are stored once.
     """
-    # Sorted, texts with a common beginning are neighbours.
+    # Sorting makes texts with a common beginning neighbors.
     labels, inverse = np.unique(labels, axis=0, return_inverse=True)
     pad, start = special_tokens.pad, special_tokens.start
     lengths = [
@@ -139,7 +139,7 @@ def score_groups(decoder, memory, groups, chunk_size):
         decoder: `TextDecoder`.
         memory: From `decoder.project_memory`, or None (no image, B = 1).
         groups: `PrefixGroups` of T texts.
-        chunk_size: Rows whose logits are held at once.
+        chunk_size: Rows whose logits are held in memory at a time.
 
     Returns:
         float32 [B, T].
@@ -156,7 +156,7 @@ def score_groups(decoder, memory, groups, chunk_size):
             attention_mask=ancestors[None, None],
         )
         hidden = tf.cast(hidden, tf.float32)  # [B, N, D]
-        # The logits of all tokens are needed for their sum alone.
+        # The logits of all tokens are needed only for the normalizer.
         sums = cross_entropy.log_normalizers(
             tf.reshape(hidden, [-1, hidden.shape[-1]]), kernel, bias, chunk_size
         )
@@ -191,8 +191,8 @@ def score_groups(decoder, memory, groups, chunk_size):
 def score_parallel(decoder, memory, labels):
     """Log-likelihood of texts, all tokens predicted at once.
 
-    One pass over M MASK tokens an image, whatever the number of texts: the
-    score of a text does not depend on which others are scored.
+    Takes one pass over M MASK tokens per image, whatever the number of texts.
+    The score of a text does not depend on the other texts.
 
     Args:
         decoder: `TextDecoder` with a MASK token.
@@ -219,10 +219,10 @@ def score_parallel(decoder, memory, labels):
 def cut_padding(labels, pad):
     """Labels [..., L] without the positions that are padding in all texts.
 
-    What is only known when a graph runs keeps its length.
+    Labels whose values are unknown at tracing time keep their length.
     """
-    # A graph captures a tensor of more than 128 elements as one whose values
-    # it does not know: they are looked at before, and kept as a constant.
+    # A graph captures a tensor of more than 128 elements without its values,
+    # so they are read before that and kept as a constant.
     known = labels
     if tf.is_tensor(labels):
         known = tf.get_static_value(labels)

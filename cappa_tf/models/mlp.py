@@ -1,4 +1,4 @@
-"""The MLP of a Transformer block.
+"""MLP of a Transformer block.
 
 Written with `keras.ops` only, so that a saved encoder opens under every Keras
 backend. Numerics follow big_vision (models/vit.py, models/proj/cappa/cappa.py).
@@ -26,8 +26,8 @@ class MLP(keras.layers.Layer):
         mlp_dim: Width of the hidden layer.
         use_bias: Whether both layers have biases.
         dropout: Dropout rate after the gelu.
-        salt: Name that tells this dropout's draws from others (unique
-            within a model).
+        salt: Name that separates this dropout's random numbers from others,
+            unique within a part of the model.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class MLP(keras.layers.Layer):
 
         Call arguments:
             x: [B, T, D].
-            seeds: uint32 [B], see `StatelessDropout`.
-            training: Whether to drop.
+            seeds: uint32 [B], dropout seeds, as in `StatelessDropout`.
+            training: Whether to apply dropout.
         """
         x = ops.gelu(self._expand(x), approximate=True)
         return self._project(self._dropout(x, seeds, training=training))

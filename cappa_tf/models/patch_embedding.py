@@ -1,4 +1,4 @@
-"""Images to patches, each projected to the width of the encoder.
+"""Patch embedding: image patches, projected to the width of the encoder.
 
 B: batch (of images).  H, W: height and width in pixels.  P: patches.  D: width.
 """
@@ -11,8 +11,9 @@ from keras import ops
 class PatchEmbedding(keras.layers.Layer):
     """Cuts images into patches and projects each one.
 
-    A convolution with stride = kernel size (its kernel has that shape), done
-    as one matrix product, which is faster on CPU in both directions.
+    This is a convolution whose stride equals its kernel size (the kernel has
+    that shape), computed as one matrix product, which is faster on CPU in both
+    directions.
 
     Args:
         hidden_dim: Width D of the embeddings.

@@ -1,7 +1,7 @@
-"""Positions, learned or fixed, and learned ones at another resolution.
+"""Position embeddings, learned or fixed, and their resampling.
 
-Resampling is NumPy alone, so that every Keras backend and every converter
-shares it.
+Resampling is plain NumPy, so that every Keras backend and every converter can
+use it.
 
 B: batch.  T: positions of an input.  P: patches.  D: width.
 """
@@ -16,7 +16,7 @@ from cappa_tf.utils.arguments import check_choice
 
 
 def side(patches):
-    """Side of a square grid of that many patches, or None."""
+    """Side of a square grid of `patches` patches, or None if there is none."""
     root = math.isqrt(max(patches, 0))
     return root if root > 0 and root * root == patches else None
 
@@ -25,27 +25,26 @@ def square_grid(patches):
     """(rows, columns) of a square grid.
 
     Raises:
-        ValueError: If that many patches are no square.
+        ValueError: If `patches` is not a square number.
     """
     root = side(patches)
     if root is None:
         raise ValueError(
-            f"{patches} positions are not a square grid, and the arrays do "
-            "not tell its sides: pass `image_size=(height, width)`. "
+            f"{patches} positions do not form a square grid, and the arrays "
+            "do not tell its sides: pass `image_size=(height, width)`. "
             "Received: image_size=None, or one of another number of patches."
         )
     return root, root
 
 
 def resample_positions(table, grid, old_grid=None):
-    """Positions for another resolution, bilinear with fixed corners.
+    """Resamples positions to another grid, bilinearly with fixed corners.
 
     Args:
         table: [1, P, D].
-        grid: (rows, columns) wanted.
-        old_grid: (rows, columns) of the table. Where it is not known (None),
-            P patches as wanted are taken for the wanted grid, others for a
-            square.
+        grid: (rows, columns) of the result.
+        old_grid: (rows, columns) of the table. None means `grid` if that has
+            P patches, else a square.
 
     Returns:
         [1, rows * columns, D]; the table itself if nothing changes.
@@ -53,8 +52,8 @@ def resample_positions(table, grid, old_grid=None):
     Reference: big_vision models/vit.py `resample_posemb`
     (`scipy.ndimage.zoom` of order 1). Deviations: the new grid need not be
     square, and its last row and column are never lost. SciPy sets them to
-    zero for the pairs of sizes where its arithmetic, rounded, ends beyond the
-    old grid (16 to 30, 32 to 16; no size up to 79 from 7, 14 or 27).
+    zero for pairs of sizes where its rounded arithmetic ends beyond the old
+    grid (16 to 30, 32 to 16; no size up to 79 from 7, 14 or 27).
     """
     if old_grid is None and grid[0] * grid[1] == table.shape[1]:
         return table
@@ -69,7 +68,7 @@ def resample_positions(table, grid, old_grid=None):
 
 
 def _interpolation(old, new):
-    """Matrix [new, old] that interpolates linearly, ends on ends."""
+    """Matrix [new, old] of linear interpolation with fixed end points."""
     position = np.arange(new) * ((old - 1) / max(new - 1, 1))
     low = np.clip(np.floor(position).astype(int), 0, max(old - 2, 0))
     share = position - low
@@ -109,11 +108,12 @@ def sincos2d(height, width, dim, temperature=10_000.0):
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class PositionEmbedding(keras.layers.Layer):
-    """Adds positions of a grid (an image's patches, or one row of text).
+    """Adds position embeddings of a grid (image patches, or a row of text).
 
     Args:
         grid: (rows, columns); text of length L has the grid (1, L).
-        kind: "learned" (N(0, 1/sqrt(D)) at the start) or "sincos2d" (fixed).
+        kind: "learned" (initialized with N(0, 1/sqrt(D))) or "sincos2d"
+            (fixed).
     """
 
     def __init__(self, grid, kind="learned", **kwargs):

@@ -1,13 +1,13 @@
-"""How the next token of a caption is chosen, and what may not be chosen.
+"""Search strategies that choose the next token, and rules that ban tokens.
 
-keras_nlp's samplers say what is wanted (temperature, top-k, top-p); their
-`get_next_token` cannot be called in this project's loop, because it draws for
-a whole batch from a seed variable: the captions of an image would depend on
-its neighbours, and would not repeat. The draws here belong to each image. A
-beam search with length penalty, keras_nlp lacks.
+keras_nlp's samplers hold the options (temperature, top-k, top-p), but their
+`get_next_token` cannot be used in this project's loop: it samples for a whole
+batch from a seed variable, so the captions of an image would depend on its
+neighbors and would not be reproducible. Here random numbers belong to each
+image. keras_nlp also lacks a beam search with length penalty.
 
 Abbreviations for dimensions:
-    B: batch (of images).      S: sequences (beams or samples) of an image.
+    B: batch (of images).      S: sequences (beams or samples) per image.
     L: length of the text.     V: vocabulary.       N: B * S.
 """
 
@@ -18,35 +18,34 @@ import tensorflow as tf
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.utils.arguments import check_counts, check_integer, check_number
 
-# Log-probability of what may not be chosen. Finite, so that sums of it still
-# have an order.
+# Log-probability of a banned token. Finite, so that sums still have an order.
 BANNED = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class GreedySearch:
-    """The most probable token."""
+    """Chooses the most probable token."""
 
     def choose(self, totals, scores, lengths, uniform):
-        """See `BeamSearch.choose`."""
+        """The most probable token, with arguments as in `BeamSearch`."""
         del totals, lengths, uniform
         return None, tf.argmax(scores, axis=-1, output_type=tf.int32)
 
     def rank(self, totals, lengths):
-        """See `BeamSearch.rank`."""
+        """The log-likelihoods themselves, float32 [B, S]."""
         del lengths
         return totals
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomSearch:
-    """Draws a token by its probability.
+    """Samples a token according to its probability.
 
     Attributes:
         temperature: Divides the logits; below 1 sharpens.
-        k: Draws among the k most probable tokens only; None for all.
-        p: Of these, draws among the fewest whose probabilities sum up to
-            more than p.
+        k: Number of most probable tokens to sample from; None for all.
+        p: Samples from the fewest of these tokens whose probabilities sum up
+            to more than p.
     """
 
     temperature: float = 1.0
@@ -59,7 +58,7 @@ class RandomSearch:
         check_number("p", self.p, 0.0, 1.0, exclusive=True)
 
     def choose(self, totals, scores, lengths, uniform):
-        """See `BeamSearch.choose`."""
+        """A random token, with arguments as in `BeamSearch`."""
         del totals, lengths
         values = tf.nn.softmax(scores / self.temperature)
         tokens = None
@@ -68,29 +67,30 @@ class RandomSearch:
             values, tokens = tf.math.top_k(values, most)
             before = tf.cumsum(values, axis=-1, exclusive=True)
             values = tf.where(before <= self.p, values, 0.0)
-        # The first token at which the cumulative sum exceeds the draw; just
-        # below 1, or rounding could choose a token of probability 0.
+        # The first token at which the cumulative sum exceeds the threshold,
+        # kept just below 1: rounding could else choose a token of probability
+        # 0.
         sums = tf.cumsum(values, axis=-1)
-        drawn = (uniform * (1.0 - 2.0**-20))[..., None] * sums[..., -1:]
+        threshold = (uniform * (1.0 - 2.0**-20))[..., None] * sums[..., -1:]
         chosen = tf.argmax(
-            tf.cast(sums > drawn, tf.int32), axis=-1, output_type=tf.int32
+            tf.cast(sums > threshold, tf.int32), axis=-1, output_type=tf.int32
         )
         if tokens is not None:
             chosen = tf.gather(tokens, chosen, batch_dims=2)
         return None, chosen
 
     def rank(self, totals, lengths):
-        """See `BeamSearch.rank`."""
+        """The log-likelihoods themselves, float32 [B, S]."""
         del lengths
         return totals
 
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
-    """Keeps the best partial captions by length-normalised log-likelihood.
+    """Keeps the best partial captions by length-normalized log-likelihood.
 
     Attributes:
-        num_beams: How many are kept.
+        num_beams: Number of partial captions to keep.
         length_penalty: Exponent a of ((5 + tokens) / 6)^a, which divides the
             log-likelihood (arXiv 1609.08144, eq. 14); 0 ranks by likelihood,
             which prefers short captions.
@@ -104,18 +104,19 @@ class BeamSearch:
         check_number("length_penalty", self.length_penalty)
 
     def choose(self, totals, scores, lengths, uniform):
-        """One more token for each sequence.
+        """Chooses the next token of each sequence.
 
         Args:
             totals: float32 [B, S], log-likelihoods so far.
             scores: float32 [B, S, V], log-probabilities of the next token,
-                `BANNED` for what may not follow; 0 for pad after the end.
+                `BANNED` for banned tokens; 0 for pad after the end.
             lengths: int32 [B, S], tokens of each sequence with the next one.
-            uniform: float32 [B, S] in [0, 1), to draw with.
+            uniform: float32 [B, S] in [0, 1), random numbers for sampling.
 
         Returns:
-            Which sequence each continues, int32 [B, S] or None (its own),
-            and the token, int32 [B, S].
+            (parents, tokens): the sequence that each one continues, int32
+            [B, S], or None if each continues its own; and the next token,
+            int32 [B, S].
         """
         del uniform
         beams, vocabulary = scores.shape[1:]
@@ -128,11 +129,11 @@ class BeamSearch:
         return places // vocabulary, places % vocabulary
 
     def rank(self, totals, lengths):
-        """What orders the sequences of an image, float32 [B, S].
+        """Scores that order the sequences of an image, float32 [B, S].
 
         Args:
             totals: float32 [B, S], log-likelihoods.
-            lengths: int32 [B, S], tokens, eos counted.
+            lengths: int32 [B, S], number of tokens including eos.
         """
         return totals / self._penalty(lengths)
 
@@ -141,7 +142,7 @@ class BeamSearch:
 
 
 def search_of(sampler):
-    """The search that a sampler stands for.
+    """Returns the search that implements a sampler.
 
     Args:
         sampler: None (greedy), `BeamSearch`, or a `GreedySampler`,
@@ -149,13 +150,13 @@ def search_of(sampler):
             `keras_nlp.samplers`.
 
     Raises:
-        ValueError: Another sampler, or one with a seed of its own.
+        ValueError: If the sampler is of another kind or has its own seed.
     """
     if sampler is None:
         return GreedySearch()
     if isinstance(sampler, GreedySearch | RandomSearch | BeamSearch):
         return sampler
-    # Takes seconds to import: the default does not need it.
+    # Takes seconds to import, and the default does not need it.
     from keras_nlp import samplers
 
     known = (
@@ -186,12 +187,12 @@ def search_of(sampler):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a caption must be like, whichever way it is searched.
+    """Constraints on a caption, for every search.
 
     Attributes:
-        min_length: Fewest tokens before eos.
+        min_length: Minimum number of tokens before eos.
         no_repeat_ngram: Size of the n-grams that may occur only once; 0 for
-            none. Where this leaves no token at all, the caption ends.
+            no such rule. If it leaves no token at all, the caption ends.
         special_tokens: Eos ends a caption; pad is never chosen before it.
     """
 
@@ -208,11 +209,11 @@ class Rules:
 
         Args:
             scores: float32 [N, V].
-            tokens: int32 [N, L], of which those before i are there.
+            tokens: int32 [N, L], of which those before i are filled.
             i: Scalar int32.
 
         Returns:
-            float32 [N, V], `BANNED` where a token may not follow.
+            float32 [N, V], with `BANNED` for banned tokens.
         """
         vocabulary = tf.range(scores.shape[-1])
         is_eos = vocabulary == self.special_tokens.eos
@@ -233,13 +234,13 @@ class Rules:
         for offset in range(n - 1):
             last = tf.gather(tokens, tf.maximum(i - n + 1 + offset, 0), axis=1)
             same &= tokens[:, offset : offset + windows] == last[:, None]
-        # An n-gram that is complete, and n - 1 tokens to compare with it.
+        # Only complete n-grams count, after n - 1 tokens to compare with.
         same &= (tf.range(windows) + n <= i)[None]
         return tf.where(same, tokens[:, n - 1 :], self.special_tokens.pad)
 
 
 def _ban(scores, tokens):
-    """Bans tokens [N, any] (pad, which is banned anyway, for none)."""
+    """Bans tokens [N, any]; pad, which is banned anyway, stands for none."""
     rows = tf.range(tf.shape(tokens)[0])[:, None]
     places = tf.stack([tf.broadcast_to(rows, tf.shape(tokens)), tokens], -1)
     return tf.tensor_scatter_nd_update(

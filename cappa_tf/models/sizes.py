@@ -1,4 +1,4 @@
-"""Sizes of the vision transformers by their names in the literature."""
+"""Sizes of vision transformers, by their names in the literature."""
 
 # hidden_dim, num_layers, num_heads, mlp_dim.
 # Reference: "Scaling Vision Transformers" (arXiv 2106.04560), table 2;
@@ -14,15 +14,15 @@ _SIZES = {
 
 
 def variant(name):
-    """Sizes of a variant such as "B/16".
+    """Returns the sizes of a variant such as "B/16".
 
     Args:
         name: "SIZE/PATCH" with SIZE one of Ti, S, M, B, L, So400m and PATCH
             the side of a patch in pixels.
 
     Returns:
-        Dict with `hidden_dim`, `num_layers`, `num_heads`, `mlp_dim` and
-        `patch_size`: arguments of `VisionEncoder`.
+        Dict of `hidden_dim`, `num_layers`, `num_heads`, `mlp_dim` and
+        `patch_size`, the arguments of `VisionEncoder`.
 
     Raises:
         ValueError: If the name is not of that form.
@@ -30,7 +30,7 @@ def variant(name):
     size, _, patch = str(name).partition("/")
     if size not in _SIZES or not patch.isdigit() or int(patch) < 1:
         raise ValueError(
-            'A variant is "SIZE/PATCH" with SIZE one of '
+            'A variant must be "SIZE/PATCH" with SIZE one of '
             f"{', '.join(_SIZES)}. Received: {name!r}"
         )
     keys = ("hidden_dim", "num_layers", "num_heads", "mlp_dim")

@@ -1,4 +1,4 @@
-"""Token ids that mean something to the model rather than to the text."""
+"""Special token ids, which have a meaning for the model, not in the text."""
 
 import dataclasses
 
@@ -10,16 +10,16 @@ from cappa_tf.utils.arguments import check_integer
 @keras.saving.register_keras_serializable("cappa_tf")
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """The special ids of a vocabulary; by default those CapPa trains with.
+    """The special ids of a vocabulary, by default those of CapPa.
 
     Attributes:
         pad: Fills a caption up to the length of its batch; never predicted.
         start: Input at the first position, which predicts the first token.
-            CapPa has no token of its own for it and uses pad.
+            CapPa uses pad for it.
         eos: Ends a caption.
-        mask: Stands for a token that is not shown (parallel prediction), or
-            None. It may lie one past the vocabulary, as CapPa's does: then
-            it is an input that can never be predicted.
+        mask: Replaces a hidden token in parallel prediction, or None. It may
+            be one past the vocabulary, as in CapPa: then it is an input that
+            can never be predicted.
     """
 
     pad: int = 0
@@ -38,13 +38,13 @@ class SpecialTokens:
             )
 
     def check_vocabulary(self, vocabulary_size):
-        """Refuses ids that a vocabulary of this size does not have.
+        """Checks that the ids exist in a vocabulary of this size.
 
         Args:
             vocabulary_size: Number of tokens that can be predicted.
 
         Raises:
-            ValueError: An id lies beyond it; `mask` may be the next one.
+            ValueError: If an id is beyond it; `mask` may be the next one.
         """
         most = max(self.pad, self.start, self.eos, (self.mask or 0) - 1)
         if most >= vocabulary_size:
@@ -58,7 +58,7 @@ class SpecialTokens:
         """Returns `mask`.
 
         Raises:
-            ValueError: There is none.
+            ValueError: If it is None.
         """
         if self.mask is None:
             raise ValueError(

@@ -1,14 +1,14 @@
-"""Stateless random numbers, one independent stream for each example.
+"""Stateless random numbers, with an independent stream for each example.
 
-Dropout masks, patch choices and objective draws must not depend on how a
+Dropout masks, patch choices and sampled objectives must not depend on how a
 batch is split over replicas or microbatches, and must repeat when a run is
-resumed. So every draw is a pure function of (seed of the example, salt of the
-place that draws, position in the tensor). No seed variable is involved: one
-of another device cannot be read inside a compiled replica. Only a loop that
-gives no seeds, such as `fit` of an exported encoder, gets them from a
+resumed. So every random number is a pure function of (seed of the example,
+salt of the place that uses it, position in the tensor). No seed variable is
+involved, as a compiled replica cannot read one of another device. Only a loop
+that passes no seeds, such as `fit` on an exported encoder, takes them from a
 `SeedGenerator`, as Keras' own layers do.
 
-Abbreviations: B batch.
+B: batch.
 """
 
 import zlib
@@ -20,7 +20,7 @@ _GOLDEN = 0x9E3779B9
 
 
 def _mix(x):
-    """A 32-bit finaliser: every input bit changes half the output bits.
+    """A 32-bit finalizer: every input bit changes half the output bits.
 
     Constants: "lowbias32" of Chris Wellons' hash prospector.
     """
@@ -37,16 +37,16 @@ def _u32(value):
 
 
 def _wrapped(x):
-    """Takes x modulo 2**32, where it is not so already.
+    """Reduces x modulo 2**32, which matters under PyTorch only.
 
-    Keras holds uint32 in 64 signed bits under PyTorch, which has no
-    arithmetic for it; products then agree in their low 32 bits.
+    PyTorch has no arithmetic for uint32, so Keras holds it there in 64 signed
+    bits; products then agree in their low 32 bits.
     """
     return ops.bitwise_and(x, _u32(0xFFFFFFFF))
 
 
 def salt_of(name):
-    """A stable 32-bit number for a name (Python's `hash` changes per run)."""
+    """A stable 32-bit hash of a name (Python's `hash` changes per run)."""
     return zlib.crc32(name.encode())
 
 
@@ -61,7 +61,7 @@ def example_seeds(seed, index):
         uint32 [B].
     """
     index = ops.cast(index, "int64")
-    # In two steps: JAX has 32 bits by default, where 2**32 does not fit.
+    # In two steps, as 2**32 does not fit into the 32 bits of JAX's default.
     high = ops.floor_divide(ops.floor_divide(index, 2**16), 2**16)
     low = ops.cast(index - high * 2**16 * 2**16, "uint32")
     high = ops.cast(high, "uint32")
@@ -70,24 +70,24 @@ def example_seeds(seed, index):
 
 
 def seed_generator(name):
-    """A Keras seed generator that starts at a number made of a name.
+    """A Keras seed generator whose seed is a hash of a name.
 
-    Not at a random one: that would be drawn from what decides the initial
-    weights, which then depended on whether a layer drops.
+    A random seed would come from the generator of the initial weights, which
+    would then depend on whether a layer has dropout.
     """
-    # PyTorch's backend keeps the state in 32 signed bits.
+    # The PyTorch backend keeps the state in 32 signed bits.
     return keras.random.SeedGenerator(salt_of(name) % 2**31)
 
 
 def next_seeds(generator, batch_size):
-    """Seeds of the examples of a batch for which none were given.
+    """Seeds for the examples of a batch that was passed without seeds.
 
     Args:
-        generator: From `seed_generator`; it moves on.
+        generator: From `seed_generator`; its state advances.
         batch_size: B.
 
     Returns:
-        uint32 [B], others at every call.
+        uint32 [B], different at every call.
     """
     state = ops.cast(generator.next(), "uint32")
     stream = _mix(_mix(state[0]) + state[1] * _u32(_GOLDEN))
@@ -100,9 +100,9 @@ def uniform(seeds, shape, salt):
 
     Args:
         seeds: uint32 [B], from `example_seeds`.
-        shape: Tuple of ints without the batch, any dimension of it may be a
+        shape: Tuple of ints without the batch dimension; any of them may be a
             scalar tensor.
-        salt: Python int that tells this draw from others of the example.
+        salt: Python int that separates this stream from others of the example.
 
     Returns:
         float32 [B, *shape], multiples of 2**-24.
@@ -114,27 +114,29 @@ def uniform(seeds, shape, salt):
     stream = _mix(ops.bitwise_xor(seeds, _u32(salt % 2**32)))
     counter = position * _u32(_GOLDEN)
     bits = _mix(ops.expand_dims(stream, 1) + ops.expand_dims(counter, 0))
-    # Through int32: a direct cast of uint32 to float is slow on CPU.
+    # Cast through int32, as a direct cast of uint32 to float is slow on CPU.
     bits = ops.cast(ops.right_shift(bits, _u32(8)), "int32")
     values = ops.cast(bits, "float32") * 2.0**-24
     return ops.reshape(values, (-1, *shape))
 
 
 def dropout(x, rate, seeds, salt):
-    """Zeroes a share `rate` of x [B, ...] and scales the rest up."""
+    """Zeroes a fraction `rate` of x [B, ...] and scales up the rest."""
     keep = uniform(seeds, tuple(ops.shape(x)[1:]), salt) >= rate
     scale = ops.cast(1.0 / (1.0 - rate), x.dtype)
     return ops.where(keep, x * scale, ops.zeros_like(x))
 
 
 def set_salt_prefix(part, prefix):
-    """Gives the draws of one part of a model salts of their own.
+    """Gives the random layers of one part of a model salts of their own.
 
-    Two towers whose blocks have the same names would drop the same elements.
+    Otherwise two towers whose blocks have equal names would drop the same
+    elements.
 
     Args:
-        part: A layer or model; whatever inside has `set_salt_prefix` is told.
-        prefix: The part's name in the model.
+        part: A layer or model; `set_salt_prefix` is called on every layer
+            inside that has it.
+        prefix: Name of the part in the model.
     """
     for layer in part._flatten_layers():
         if hasattr(layer, "set_salt_prefix"):
@@ -146,9 +148,9 @@ class StatelessDropout(keras.layers.Layer):
     """Dropout whose mask is a function of the example's seed.
 
     Args:
-        rate: Share of elements set to zero in training, in [0, 1).
-        salt: Name that tells this layer's draws from others (unique within
-            its part of the model: see `set_salt_prefix`).
+        rate: Fraction of elements set to zero in training, in [0, 1).
+        salt: Name that separates this layer's random numbers from others,
+            unique within its part of the model (`set_salt_prefix`).
     """
 
     def __init__(self, rate, salt, **kwargs):
@@ -163,7 +165,7 @@ class StatelessDropout(keras.layers.Layer):
         self.seed_generator = seed_generator(salt) if rate > 0.0 else None
 
     def set_salt_prefix(self, prefix):
-        """See the function of that name."""
+        """Makes the salt unique across parts; `prefix` names the part."""
         self._salt = salt_of(f"{prefix}/{self.salt}")
 
     def call(self, x, seeds=None, training=False):
@@ -171,11 +173,11 @@ class StatelessDropout(keras.layers.Layer):
 
         Call arguments:
             x: [B, ...].
-            seeds: uint32 [B]; by default those of `seed_generator`.
-            training: Whether to drop.
+            seeds: uint32 [B]; by default from `seed_generator`.
+            training: Whether to drop elements.
 
         Returns:
-            The same shape and dtype as x.
+            Tensor of the shape and dtype of x.
         """
         if not training or self.rate == 0.0:
             return x

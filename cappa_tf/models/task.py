@@ -1,7 +1,7 @@
-"""A task: what a trainer needs to know of a method, and no more.
+"""Task: the interface between a trainable method and the trainer.
 
-The loop, its figures, TensorBoard, validation, the estimate of memory and the
-run folder are written against this class; `Captioner` is one task.
+The loop, its metrics, TensorBoard, validation, the memory estimate and the run
+folder are written against this class; `Captioner` is one task.
 
 Abbreviations for dimensions:
     B: batch (of examples).
@@ -16,59 +16,78 @@ from cappa_tf.models import stateless_random
 
 
 class ExampleLosses(NamedTuple):
-    """The loss of each example, and the figures that are reported of it.
+    """The loss of each example, and its contributions to the metrics.
 
     Attributes:
-        loss: float32 [B]. What is trained is its mean over the global batch.
-        metrics: Name -> (totals, weights), each float32 [B]. The figure is
-            the sum of the totals over the sum of the weights, over all
-            examples of all steps reported together; it is left out where the
-            weights are all zero.
-        counts: Name -> float32 [B], what an example holds that is worth a
-            rate: "tokens" is reported as tokens_per_second.
+        loss: float32 [B]. Training minimizes its mean over the global batch.
+        metrics: Dict name -> (totals, weights), each float32 [B]. The metric
+            is the sum of the totals divided by the sum of the weights, over
+            all examples of the reported steps. It is omitted if all weights
+            are zero.
+        counts: Dict name -> float32 [B], quantities reported as a rate:
+            "tokens" is reported as tokens_per_second.
     """
 
     loss: tf.Tensor
     metrics: dict
     counts: dict
 
+    def times(self, weight):
+        """The loss times a number; all other figures as they are."""
+        return self._replace(loss=self.loss * weight)
+
+    def plus(self, other):
+        """The sum of two losses of the same examples, all figures of both."""
+        return ExampleLosses(
+            self.loss + other.loss,
+            {**self.metrics, **other.metrics},
+            {**self.counts, **other.counts},
+        )
+
 
 class Task(keras.Model):
     """Base class of the methods that can be trained.
 
     A subclass defines `example_losses`, `parts`, `batch_spec` and `shapes`,
-    and what else differs from the defaults here.
+    and overrides any of the other defaults.
 
     Attributes:
-        selection_metric: The name of the figure of validation that decides
-            which weights are the best.
-        selection_mode: "min" or "max": which value of it is best.
-        short_names: Name of a figure -> the name it has in a line of the
-            terminal; None leaves it out there.
-        can_generate: Whether there is `generate`, which writes captions of
-            images: a run then keeps captions of sample images and of the test
-            split.
-        frozen_parts: Names of parts that are not trained, see `freeze`.
+        selection_metric: Name of the validation metric that selects the best
+            weights.
+        selection_mode: "min" or "max", whichever value of it is best.
+        short_names: Dict from the name of a metric to its name in log lines;
+            None omits the metric there.
+        can_generate: Whether the model has `generate`, which captions images.
+            A run then writes captions of sample images and of the test split.
+        needs_whole_batch: Whether the loss of an example depends on the others
+            of the global batch, as in a `WholeBatchTask`.
+        frozen_parts: Names of the parts that `freeze` excludes from training.
+        trained_parts: Names of layers inside frozen parts that are trained.
     """
 
     selection_metric = "loss"
     selection_mode = "min"
     short_names = {}
     can_generate = False
+    needs_whole_batch = False
     frozen_parts = ()
+    trained_parts = ()
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        names = dict.fromkeys(["loss", self.selection_metric])
-        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._fit_metrics = {}
+        self._frozen_variables = frozenset()
 
     def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructors."""
+        """Creates all weights, whose sizes the constructors determine."""
         del input_shape
         for name, part in self.parts.items():
             if not part.built:
                 part.build()
             stateless_random.set_salt_prefix(part, name)
+        if not self._fit_metrics:
+            names = dict.fromkeys(["loss", self.selection_metric])
+            self._fit_metrics = {n: keras.metrics.Mean(n) for n in names}
         self.built = True
 
     def build_from_config(self, config):
@@ -76,20 +95,21 @@ class Task(keras.Model):
         del config
         self.build()
 
-    def freeze(self, names):
-        """Leaves parts out of training, until the next call.
+    def freeze(self, names, trained=()):
+        """Excludes parts from training, until the next call.
 
-        Their weights are no longer among the trainable ones, so they get no
-        gradient, decay or optimizer state; their layers compute as in
-        inference. Nothing of it is saved: a file of the model, or of a part,
-        can be trained as a whole.
+        Must be called before the optimizer is built. The weights of frozen
+        parts are not trainable, so they get no gradient, decay or optimizer
+        state, and their layers run as in inference. The choice is not saved: a
+        model or part loaded from a file can be trained as a whole.
 
         Args:
-            names: Names of `parts`. To be called before the optimizer is
-                built.
+            names: Names of `parts`; those of an earlier call are trained again.
+            trained: Names of layers inside them that are trained all the same,
+                such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
-            ValueError: A name is unknown, or nothing is left to train.
+            ValueError: If a name is unknown, or nothing is left to train.
         """
         parts = self.parts
         unknown = [name for name in names if name not in parts]
@@ -98,7 +118,26 @@ class Task(keras.Model):
                 f"`frozen_parts` must be among the parts of the model, "
                 f"{list(parts)}. Received: {unknown}"
             )
-        self.frozen_parts = tuple(names)
+        inside = {
+            f"{part}/{name}": layer
+            for part in names
+            for name, layer in _layers_inside(parts[part]).items()
+        }
+        unknown = [name for name in trained if name not in inside]
+        if unknown:
+            raise ValueError(
+                "`trained_parts` (TRAINED_PARTS) must be among the layers of "
+                f"the frozen parts, {list(inside)}. Received: {unknown}, with "
+                f"frozen_parts={list(names)}"
+            )
+        self.frozen_parts, self.trained_parts = tuple(names), tuple(trained)
+        kept = {id(v) for name in trained for v in inside[name].variables}
+        self._frozen_variables = frozenset(
+            id(variable)
+            for name in names
+            for variable in parts[name].variables
+            if id(variable) not in kept
+        )
         if not self.trainable_variables:
             raise ValueError(
                 "`frozen_parts` must leave something to train. Received: "
@@ -107,30 +146,46 @@ class Task(keras.Model):
 
     @property
     def trainable_variables(self):
-        """The variables to train: those of frozen parts are left out."""
-        frozen = {
-            id(variable)
-            for name in self.frozen_parts
-            for variable in self.parts[name].variables
-        }
+        """The trainable variables, without those of frozen parts."""
+        frozen = self._frozen_variables
         return [v for v in super().trainable_variables if id(v) not in frozen]
 
-    def trains(self, part, training):
-        """Whether the layers of a part compute as in training.
+    def how_trained(self, part):
+        """Describes which layers of a part are trained, for reports.
 
         Args:
-            part: Its name.
+            part: Name of the part.
+
+        Returns:
+            "" if all are trained, "frozen", or "frozen except pool".
+        """
+        if part not in self.frozen_parts:
+            return ""
+        prefix = f"{part}/"
+        trained = [
+            name.removeprefix(prefix)
+            for name in self.trained_parts
+            if name.startswith(prefix)
+        ]
+        return "frozen" + (f" except {', '.join(trained)}" if trained else "")
+
+    def trains(self, part, training):
+        """Returns whether the layers of a part run as in training.
+
+        Args:
+            part: Name of the part.
             training: Whether the model as a whole is being trained.
         """
         return training and part not in self.frozen_parts
 
     def example_losses(self, batch, training):
-        """Losses and figures of a batch, example by example.
+        """Loss and metrics of each example in a batch.
 
         Args:
-            batch: As `batch_spec` describes it; in evaluation also `_mask`
-                float32 [B], 0 for padding, which need not be heeded here.
-            training: Whether to draw and to drop as training does.
+            batch: Dict of tensors as in `batch_spec`. In evaluation it also
+                has `_mask` float32 [B], 0 for padding; the caller applies it.
+            training: Whether to use the random choices and the dropout of
+                training.
 
         Returns:
             `ExampleLosses`. In evaluation `selection_metric` must be "loss"
@@ -140,7 +195,7 @@ class Task(keras.Model):
 
     @property
     def parts(self):
-        """Name -> layer: what is counted, loaded and frozen by name."""
+        """Dict name -> layer of the parts to count, load and freeze by name."""
         raise NotImplementedError
 
     def batch_spec(self, size, captions=1):
@@ -148,52 +203,71 @@ class Task(keras.Model):
 
         Args:
             size: B.
-            captions: Captions of an image.
+            captions: Captions per image.
 
         Returns:
-            Name -> `tf.TensorSpec`.
+            Dict name -> `tf.TensorSpec`.
         """
         raise NotImplementedError
 
     def shapes(self, size, captions=1):
-        """Shapes worth knowing inside the model: name -> tuple."""
+        """Dict name -> tuple of the main shapes inside the model.
+
+        Args:
+            size: B.
+            captions: Captions per image.
+        """
         raise NotImplementedError
 
     def check_data(self, data, name):
-        """Refuses a data set that does not fit the model.
+        """Checks that a data set fits the model.
 
         Args:
             data: A data set such as `CaptionDataset`.
-            name: The argument it came as, for the message.
+            name: Name of the argument that holds it, for the message.
 
         Raises:
-            ValueError: Naming the file and the bindings that disagree.
+            ValueError: If it does not; names the file and the bindings that
+                disagree.
+        """
+
+    def prepare(self, data):
+        """Takes from the training data what is fixed before the first step.
+
+        The trainer calls it once when a run starts, not when it resumes: what
+        it finds belongs to the weights. Every host calls it.
+
+        Args:
+            data: The training data set.
+
+        Returns:
+            A log line, or None.
         """
 
     def better(self, value, best):
-        """Whether a figure of `selection_metric` beats the best so far."""
+        """Whether a value of `selection_metric` beats the best so far."""
         if best is None:
             return True
         return value < best if self.selection_mode == "min" else value > best
 
-    # What a trained model is used for, by `inference.predictor.Predictor`.
+    # Inference, as used by `inference.predictor.Predictor`.
 
     def encode_images(self, images):
-        """Outputs of the vision encoder, as features are taken from them.
+        """Outputs of the vision encoder in inference, the image features.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
 
         Returns:
-            Dict as `VisionEncoder` returns it, of inference.
+            Dict of `encoded` and `pre_logits` as `VisionEncoder` returns it.
         """
         return self.parts["vision_encoder"](images, training=False)
 
     @property
     def score_kinds(self):
-        """Kinds of scores of texts for images that mean something here.
+        """Kinds of text scores that the model supports.
 
-        The first is the one that a ranking of texts goes by.
+        The first is the one to rank texts by.
         """
         return ()
 
@@ -201,8 +275,8 @@ class Task(keras.Model):
         """Scores of every text for every image.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1]; for "blind" they may be
-                None, which scores as one image.
+            images: float [B, H, W, 3] in [-1, 1]; None is allowed for "blind"
+                and counts as one image.
             labels: int32 [T, L] token ids, padded.
             kind: One of `score_kinds`.
 
@@ -217,35 +291,39 @@ class Task(keras.Model):
         Args:
             images: float [B, H, W, 3] in [-1, 1].
             labels: int32 [B, K, L] token ids, padded.
-            kind: One of `score_kinds`, but "blind".
+            kind: One of `score_kinds` other than "blind".
 
         Returns:
             float32 [B, K].
         """
         raise NotImplementedError
 
-    # Keras' own loop.
+    # Keras' own training loop.
 
     @property
     def metrics(self):
-        """What `fit` and `evaluate` report."""
+        """Metrics that `fit` and `evaluate` report."""
         return list(self._fit_metrics.values())
 
     def train_step(self, batch):
-        """One step of `fit` on a batch as `example_losses` takes it."""
-        with tf.GradientTape() as tape:
+        """One step of `fit` on a batch of the form `batch_spec`."""
+        variables = self.trainable_variables
+        # A frozen part must not be differentiated through.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([variable.value for variable in variables])
             losses = self.example_losses(batch, training=True)
-            # Gradients are summed over replicas: divide by all of them.
+            # Gradients are summed over replicas, so divide by their number.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             loss = tf.reduce_mean(losses.loss) / replicas
             scaled = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        gradients = tape.gradient(scaled, variables)
+        gradients = tape.gradient(
+            scaled, [variable.value for variable in variables]
+        )
         self.optimizer.apply_gradients(zip(gradients, variables))
         return self._update_metrics(losses)
 
     def test_step(self, batch):
-        """One step of `evaluate`; `_mask` [B] (0 = padding) is respected."""
+        """One step of `evaluate`; ignores examples whose `_mask` is 0."""
         losses = self.example_losses(batch, training=False)
         return self._update_metrics(losses, batch.get("_mask"))
 
@@ -257,3 +335,87 @@ class Task(keras.Model):
             mean = tf.math.divide_no_nan(total, weight)
             metric.update_state(mean, weight * mask)
         return {metric.name: metric.result() for metric in self.metrics}
+
+
+class WholeBatchTask(Task):
+    """Base class of tasks whose loss compares the examples of a batch.
+
+    The trainer calls `embed` on each device and microbatch, gathers the
+    embeddings of the global batch, and passes all of them to `batch_losses`.
+    The gradients are then those of the whole batch, however it is split.
+
+    A subclass defines `embed` and `batch_losses` in place of `example_losses`.
+    """
+
+    needs_whole_batch = True
+
+    @property
+    def embedding_width(self):
+        """Width C of the embeddings."""
+        raise NotImplementedError
+
+    def embed(self, batch, training):
+        """Embeds the examples of a batch.
+
+        Args:
+            batch: Dict of tensors as in `batch_spec`.
+            training: Whether to use the random choices and the dropout of
+                training.
+
+        Returns:
+            (images, texts, losses): two float32 [B, C], and `ExampleLosses` of
+            the part of the loss that does not depend on other examples.
+        """
+        raise NotImplementedError
+
+    def batch_losses(self, images, texts, own, mask=None):
+        """Losses that compare own examples with the global batch.
+
+        Args:
+            images: float32 [global batch, C], from `embed`.
+            texts: float32 [global batch, C], from `embed`.
+            own: (offset, B), the examples whose losses are returned.
+            mask: Optional bool [global batch], False for padding, which is not
+                compared with any example.
+
+        Returns:
+            `ExampleLosses` of the B examples.
+        """
+        raise NotImplementedError
+
+    def example_losses(self, batch, training):
+        """Losses of a batch whose examples are compared with each other."""
+        mask = batch.get("_mask")
+        return self.complete(*self.embed(batch, training), mask)
+
+    def complete(self, images, texts, losses, mask=None):
+        """Losses of all examples, once they are compared with each other.
+
+        Args:
+            images: float32 [global batch, C], from `embed`, as are the others.
+            texts: float32 [global batch, C].
+            losses: `ExampleLosses`.
+            mask: Optional float32 [global batch], 0 for padding.
+
+        Returns:
+            `ExampleLosses`.
+        """
+        mask = None if mask is None else mask > 0
+        own = (0, images.shape[0] or tf.shape(images)[0])
+        return losses.plus(self.batch_losses(images, texts, own, mask))
+
+    def train_step(self, batch):
+        """One step of `fit`, on one device."""
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "`fit` compares the examples of one device alone. Train a "
+                f"{type(self).__name__} on several with cappa_tf.train, which "
+                "compares those of the global batch"
+            )
+        return super().train_step(batch)
+
+
+def _layers_inside(part):
+    """Dict name -> layer of a part's own layers that have weights."""
+    layers = getattr(part, "layers", ())
+    return {layer.name: layer for layer in layers if layer.variables}

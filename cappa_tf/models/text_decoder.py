@@ -1,7 +1,7 @@
-"""The decoder that predicts captions, left to right or all at once.
+"""Text decoder that predicts captions, left to right or all at once.
 
 Abbreviations for dimensions:
-    B: batch (of images).      N: batch of captions, K captions an image.
+    B: batch (of images).      N: batch of captions, K captions per image.
     P: number of patches.      L: length of the text.
     M: `max_length`.           V: vocabulary.
     D: width.                  H: heads.  C: width of one head, D / H.
@@ -29,26 +29,27 @@ class TextDecoder(keras.Model):
 
     Args:
         vocabulary_size: Number of token ids V.
-        max_length: Longest text M; the number of positions.
+        max_length: Maximum length M of a text; the number of positions.
         hidden_dim: Width D.
         num_layers: Number of blocks.
         num_heads: Attention heads; divides D.
         mlp_dim: Hidden width of the MLPs.
-        encoder_dim: Width of the encoded patches; `hidden_dim` by default.
+        encoder_dim: Width E of the encoded patches; `hidden_dim` by default.
         use_bias: Whether MLPs and the blocks' LayerNorms have biases. The
             final LayerNorm and the output head always have one, attention
-            never.
+            never has.
         dropout: Dropout rate of the blocks.
         special_tokens: `SpecialTokens`; by default CapPa's, with MASK as an
             input one past the vocabulary. Parallel prediction needs MASK.
         position_embedding: "learned" or "sincos2d" (of a 1 x M grid).
-        embedding_stddev: Spread of the token embeddings at the start. The
-            reference's 1.0 drowns what attention adds to the residual stream
-            until long training has shrunk it; 0.05 makes runs of some
-            thousand steps see the image from the first hundred on.
-        remat: Whether training computes what lies inside a block again for
-            the gradient, in place of keeping it: about a third more time,
-            and one activation a block in memory.
+        embedding_stddev: Standard deviation of the initial token embeddings.
+            At the reference's 1.0 they dominate the residual stream, and hide
+            what attention adds, until long training has shrunk them. With
+            0.05, runs of a few thousand steps use the image after the first
+            hundred.
+        remat: Whether training recomputes the activations inside a block for
+            the gradient instead of storing them. This takes about a third
+            more time and keeps one activation per block in memory.
 
     Reference: big_vision models/proj/cappa/cappa.py `Decoder`.
     """
@@ -112,7 +113,7 @@ class TextDecoder(keras.Model):
     def _make_layers(self):
         dtype = self.dtype_policy
         self._embedding = keras.layers.Embedding(
-            # MASK may be one past what can be predicted.
+            # MASK may be one past the predictable tokens.
             max(self.vocabulary_size, (self.special_tokens.mask or 0) + 1),
             self.hidden_dim,
             embeddings_initializer=keras.initializers.RandomNormal(
@@ -140,7 +141,7 @@ class TextDecoder(keras.Model):
             for i in range(self.num_layers)
         ]
         self._norm = layer_norm("decoder_norm", dtype)
-        # float32 even under mixed precision: log-probabilities come from it.
+        # float32 even under mixed precision, for exact log-probabilities.
         self._head = keras.layers.Dense(
             self.vocabulary_size,
             kernel_initializer="zeros",
@@ -149,7 +150,7 @@ class TextDecoder(keras.Model):
         )
 
     def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructor."""
+        """Creates all weights, whose sizes the constructor determines."""
         text = (None, self.max_length, self.hidden_dim)
         self._embedding.build((None, self.max_length))
         self._positions.build(text)
@@ -170,13 +171,13 @@ class TextDecoder(keras.Model):
         return self._head.kernel, self._head.bias
 
     def shift_right(self, labels):
-        """Inputs that predict `labels` left to right.
+        """Decoder inputs that predict `labels` left to right.
 
         Args:
             labels: int [N, L].
 
         Returns:
-            int [N, L], the start token in front and the last token left out:
+            int [N, L], with the start token first and without the last token:
             [[5, 7, 1]] -> [[0, 5, 7]].
         """
         start = ops.full_like(labels[:, :1], self.special_tokens.start)
@@ -195,12 +196,12 @@ class TextDecoder(keras.Model):
         return [block.cross_attention.project(encoded) for block in self.blocks]
 
     def attention_mask(self, length, parallel=None):
-        """Which positions each position may look at.
+        """Mask of the positions that each position may attend to.
 
         Args:
             length: L.
             parallel: None (all left to right) or bool [N], True for captions
-                predicted all at once, which look everywhere.
+                predicted all at once, which attend to every position.
 
         Returns:
             Bool [1, 1, L, L] or [N, 1, L, L].
@@ -227,13 +228,13 @@ class TextDecoder(keras.Model):
         Call arguments:
             tokens: int [N, L] inputs (already shifted or masked), L <= M.
             memory: From `project_memory`, of B images with N = B * K; None
-                leaves the image out (the blind baseline).
-            parallel: None or bool [N], see `attention_mask`.
-            seeds: uint32 [N] of what is dropped in training; by default
-                those of a `keras.random.SeedGenerator`.
-            training: Whether to drop.
-            positions: Optional int [L], where in its text each token stands;
-                0, 1, ... by default.
+                omits the image (the blind baseline).
+            parallel: None or bool [N], as in `attention_mask`.
+            seeds: uint32 [N], dropout seeds in training; by default from a
+                `keras.random.SeedGenerator`.
+            training: Whether to apply dropout.
+            positions: Optional int [L], the position of each token in its
+                text; 0, 1, ... by default.
             attention_mask: Optional bool, broadcastable to [N, H, L, L], in
                 place of `self.attention_mask(L, parallel)`.
 
@@ -267,15 +268,15 @@ class TextDecoder(keras.Model):
         return self._norm(x)
 
     def empty_cache(self, batch_size, length=None):
-        """Room for the keys and values of captions to be decoded.
+        """Empty cache for the keys and values of captions being decoded.
 
         Args:
             batch_size: N.
             length: Positions to reserve, `max_length` by default.
 
         Returns:
-            For each block (keys, values), zeros [N, H, length, C] in the
-            compute dtype.
+            List of (keys, values) for each block, zeros [N, H, length, C] in
+            the compute dtype.
         """
         head_dim = self.hidden_dim // self.num_heads
         positions = length or self.max_length
@@ -284,17 +285,18 @@ class TextDecoder(keras.Model):
         return [(zeros, zeros) for _ in self.blocks]
 
     def call_with_cache(self, tokens, memory, cache, index):
-        """Hidden state of one position, given all before it.
+        """Hidden state of one position, given the cached ones before it.
 
         Args:
             tokens: int [N, 1], input at position `index`.
-            memory: From `project_memory`, each tensor `by_head`; or None.
+            memory: From `project_memory`, each tensor passed through
+                `attention.by_head`; or None.
             cache: From `empty_cache`, filled up to `index`.
             index: Scalar int, the position.
 
         Returns:
-            [N, 1, D] after the final LayerNorm, and the cache with this
-            position filled.
+            [N, 1, D] after the final LayerNorm, and the cache filled up to and
+            including this position.
         """
         position = ops.slice(
             self._positions.table(), (0, index, 0), (1, 1, self.hidden_dim)
@@ -311,7 +313,7 @@ class TextDecoder(keras.Model):
         return self._norm(x), filled
 
     def logits(self, hidden):
-        """Scores of all tokens: [N, L, D] -> float32 [N, L, V]."""
+        """Logits of all tokens: [N, L, D] -> float32 [N, L, V]."""
         return self._head(hidden)
 
     def get_config(self):

@@ -1,4 +1,4 @@
-"""The vision transformer that captioning pretrains.
+"""Vision encoder: the ViT that captioning pretrains.
 
 Abbreviations for dimensions:
     B: batch.  H, W: height and width of the image in pixels.
@@ -46,28 +46,28 @@ class VisionEncoder(keras.Model):
             multiple of the patch size.
         position_embedding: "learned" or "sincos2d".
         dropout: Dropout rate of the embeddings and blocks.
-        patch_dropout: Share of the patches left out in training, drawn for
-            each example; `encoded` is then shorter. Never in inference.
-        pooling: What `pre_logits` is: "gap" (mean of the patches, CapPa's),
+        patch_dropout: Fraction of the patches left out in training, sampled
+            for each example; `encoded` is then shorter. Not used in inference.
+        pooling: Kind of `pre_logits`: "gap" (mean of the patches, CapPa's),
             "map" (attention pooling), "tok" (a class token) or "none" (no
             `pre_logits`).
-        remat: Whether training computes what lies inside a block again for
-            the gradient, in place of keeping it: about a third more time,
-            and one activation a block in memory.
+        remat: Whether training recomputes the activations inside a block for
+            the gradient instead of storing them. This takes about a third
+            more time and keeps one activation per block in memory.
 
     Call arguments:
         images: [B, H, W, 3] in [-1, 1].
-        seeds: uint32 [B] (`stateless_random.example_seeds`) of what is dropped
-            in training; by default those of a `keras.random.SeedGenerator`.
-        training: Whether to drop.
+        seeds: uint32 [B] (`stateless_random.example_seeds`), dropout seeds in
+            training; by default from a `keras.random.SeedGenerator`.
+        training: Whether to apply dropout.
 
     Returns:
         Dict with `encoded` [B, P, D] after the final LayerNorm (pooling
         "tok": [B, 1 + P, D], class token first) and `pre_logits` [B, D].
-        Logits are a `Classifier`'s.
+        A `Classifier` adds logits.
 
-    Reference: big_vision models/vit.py; patch dropout is this project's own
-    (the reference's captioner documents the option and never reads it).
+    Reference: big_vision models/vit.py. Patch dropout is this project's own
+    (the reference's captioner documents the option but never reads it).
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class VisionEncoder(keras.Model):
             )
 
     def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructor."""
+        """Creates all weights, whose sizes the constructor determines."""
         shape = (None, self.grid[0] * self.grid[1], self.hidden_dim)
         self._patches.build((None, *self.image_size, 3))
         self._positions.build(shape)
@@ -171,7 +171,7 @@ class VisionEncoder(keras.Model):
         self.build()
 
     def call(self, images, seeds=None, training=False):
-        """Encodes images; see the class for shapes."""
+        """Encodes images [B, H, W, 3]; the class describes the outputs."""
         self._check_images(images)
         x = ops.cast(images, self.compute_dtype)
         x = self._positions(self._patches(x))  # -> [B, P, D]
@@ -197,16 +197,20 @@ class VisionEncoder(keras.Model):
             )
 
     def set_salt_prefix(self, prefix):
-        """See `stateless_random.set_salt_prefix`."""
+        """Gives patch dropout a salt of its own within a model.
+
+        Args:
+            prefix: Name of this encoder in the model.
+        """
         self._patch_salt = salt_of(f"{prefix}/patches")
 
     def num_kept_patches(self):
-        """How many patches of an image are encoded in training (at least 1)."""
+        """Number of patches of an image encoded in training, at least 1."""
         patches = self.grid[0] * self.grid[1]
         return max(1, round(patches * (1.0 - self.patch_dropout)))
 
     def _drop_patches(self, x, seeds):
-        """Keeps a random subset of the patches, in their order."""
+        """Keeps a random subset of the patches, in their original order."""
         order = uniform(seeds, (x.shape[1],), self._patch_salt)
         kept = ops.argsort(order, axis=1)[:, : self.num_kept_patches()]
         kept = ops.sort(kept, axis=1)
@@ -226,13 +230,13 @@ class VisionEncoder(keras.Model):
         return outputs
 
     def export(self, filepath, *args, **kwargs):
-        """As `keras.Model.export`; the input is images of any number.
+        """Exports the encoder with `keras.Model.export`, for any batch size.
 
         Args:
-            filepath: As `keras.Model.export`, and the others, too.
-            *args: As there.
-            **kwargs: As there; `input_signature` is by default one float32
-                [None, H, W, 3].
+            filepath: Path to write to.
+            *args: Further arguments of `keras.Model.export`.
+            **kwargs: Keyword arguments of `keras.Model.export`;
+                `input_signature` defaults to one float32 [None, H, W, 3].
         """
         image = keras.InputSpec(shape=(None, *self.image_size, 3))
         image.dtype = "float32"
@@ -252,7 +256,7 @@ class VisionEncoder(keras.Model):
 
     @classmethod
     def from_config(cls, config):
-        """Rebuilds an encoder, one of version 0.1.0 with a head included."""
+        """Rebuilds an encoder, also one with a head from version 0.1.0."""
         heads = {
             name: config[name]
             for name in ("rep_size", "num_classes")
@@ -264,7 +268,7 @@ class VisionEncoder(keras.Model):
             if name not in ("rep_size", "num_classes")
         }
         if heads and cls is VisionEncoder:
-            # Imported here: it is built on this module.
+            # Imported here because that module imports this one.
             from cappa_tf.models.classification_head import EncoderWithHead
 
             return EncoderWithHead(**config, **heads)

@@ -1,1 +1,1 @@
-"""A run on disk: checkpoints, its folder, and whose the folder is."""
+"""Models on disk: checkpoints, the folder of a run, big_vision's files."""

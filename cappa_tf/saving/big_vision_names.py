@@ -1,27 +1,30 @@
-"""The table of names: big_vision's arrays beside this project's variables.
+"""Table of names: big_vision's arrays and the variables of this project.
 
 A row holds the name of an array, the path of the variable (or, with `{}`, of
-the variables of all blocks) and the shape in letters. The letters say which
-sizes an array tells, so the same table yields what to expect, what to build
-and what to write.
+the variables of all blocks) and the shape in letters. A letter is a size that
+the array tells, so the same table gives the shapes to expect, the model to
+build and the arrays to write.
 
 Letters of shapes:
     h, w: height, width of a patch.  P: patches.  D: width.  H: heads.
     C: width of one head, D / H.     M: hidden width of the MLP.
     R: width of pre-logits.          K: classes.
-    E: width of the encoder.         L: longest text.  V: vocabulary.
+    E: width of the encoder.         L: text length.   V: vocabulary.
     T: rows of the token embedding, V or (with MASK) V + 1.
-    N: number of blocks, where they are stacked in one array.
+    N: number of blocks, if they are stacked in one array.
+    I, J: width of the image and of the text tower.  Z: of the embeddings.
 """
 
 import collections
 import dataclasses
 import re
 
-# Where blocks are stacked in a scanned model. Reference: `nn.scan` in
+# Axes along which a scanned model stacks its blocks. Reference: `nn.scan` in
 # big_vision models/vit.py `Encoder`, models/proj/cappa/cappa.py `Decoder`.
 _ENCODER_SCAN_AXIS = 0
 _DECODER_SCAN_AXIS = 1
+
+_GEMMA_VOCABULARY = 256_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Row:
     """One array of big_vision.
 
     Attributes:
-        name: Its name, without `params/`.
-        path: Path of the variable below its model; `{}` stands for the
-            number of the block where blocks are stacked.
+        name: Name of the array, without `params/`.
+        path: Path of the variable below its model; `{}` stands for the number
+            of the block if blocks are stacked.
         shape: Letters (sizes that vary) and ints.
         axis: Axis along which blocks are stacked, or None.
     """
@@ -80,6 +83,7 @@ _ENCODER_BLOCK = [
     *_mlp("MlpBlock_0", "mlp"),
 ]
 
+# As a part of either tower.
 _MAP_HEAD = [
     ("MAPHead_0/probe", "pool/probe", (1, 1, "D")),
     *_attention("MAPHead_0/MultiHeadDotProductAttention_0", "pool/attention"),
@@ -123,13 +127,13 @@ def _blocks(block, name, path, num_layers, scan_axis):
 def vision_rows(
     *, num_layers, scanned=False, learned=True, pooling="gap", rep=False, head=0
 ):
-    """Table of an encoder.
+    """The table of an encoder.
 
     Args:
-        num_layers: Number of blocks; not read where they are stacked.
+        num_layers: Number of blocks; ignored if they are stacked.
         scanned: Whether blocks are stacked.
         learned: Whether positions are learned.
-        pooling: As of `VisionEncoder`.
+        pooling: Pooling of the `VisionEncoder`.
         rep: Whether there is a layer `pre_logits`.
         head: Whether there is a head.
 
@@ -162,10 +166,10 @@ def vision_rows(
 
 
 def text_rows(*, num_layers, scanned=False, learned=True, use_bias=False):
-    """Table of a captioner's decoder.
+    """The table of a captioner's decoder.
 
     Args:
-        num_layers: Number of blocks; not read where they are stacked.
+        num_layers: Number of blocks; ignored if they are stacked.
         scanned: Whether blocks are stacked.
         learned: Whether positions are learned.
         use_bias: Whether the blocks' MLPs and LayerNorms have biases.
@@ -188,12 +192,60 @@ def text_rows(*, num_layers, scanned=False, learned=True, use_bias=False):
     )
 
 
+def text_tower_rows(*, num_layers, scanned=False, pooling="last"):
+    """The table of the text tower of a contrastive model.
+
+    Args:
+        num_layers: Number of blocks; ignored if they are stacked.
+        scanned: Whether blocks are stacked.
+        pooling: Pooling of the `TextEncoder`.
+
+    Returns:
+        List of `Row`, names as below `txt/`.
+    """
+    rows = [
+        ("Embed_0/embedding", "tokens/embeddings", "VD"),
+        ("pos_embedding", "positions/position_embedding", (1, "L", "D")),
+        *_norm("Encoder_0/encoder_norm", "encoder_norm"),
+    ]
+    if pooling == "map":
+        rows += _MAP_HEAD
+    return [Row(n, p, tuple(shape)) for n, p, shape in rows] + _blocks(
+        _ENCODER_BLOCK,
+        "Encoder_0/encoderblock_{}",
+        "encoder_block_{}",
+        num_layers,
+        _ENCODER_SCAN_AXIS if scanned else None,
+    )
+
+
+def contrastive_rows(*, image_head=False, text_head=True, bias=False):
+    """The table of a contrastive head.
+
+    Args:
+        image_head: Whether image features are projected.
+        text_head: Whether text features are projected.
+        bias: Whether there is a bias of the similarities.
+
+    Returns:
+        List of `Row`, names as in the file of a two-tower model.
+    """
+    rows = [("t", "log_temperature", (1,))]
+    if bias:
+        rows.append(("b", "logit_bias", (1,)))
+    if image_head:
+        rows += _dense("img/head", "image", "IZ")
+    if text_head:
+        rows += _dense("txt/head", "text", "JZ")
+    return [Row(n, p, tuple(shape)) for n, p, shape in rows]
+
+
 def _under(names, prefix):
     return any(name.startswith(prefix) for name in names)
 
 
 def _block_count(names, pattern):
-    """One more than the highest number of a block; at least 1."""
+    """Number of blocks, one more than the highest index; at least 1."""
     found = [re.match(pattern, name) for name in names]
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
@@ -226,17 +278,47 @@ def text_structure(names):
     }
 
 
+def pads_with_eos(vocabulary_size):
+    """Whether the text tower of a public file reads padding as eos.
+
+    CLIP, LiT and SigLIP pad with eos; SigLIP 2, of Gemma's vocabulary, with 0.
+    """
+    return vocabulary_size != _GEMMA_VOCABULARY
+
+
+def text_tower_structure(names):
+    """Arguments of `text_tower_rows` for names below `txt/`.
+
+    `pooling` is None without a MAP head: arrays do not tell the others apart.
+    """
+    pattern = r"Encoder_0/encoderblock_(\d+)/"
+    return {
+        "num_layers": _block_count(names, pattern),
+        "scanned": _under(names, "Encoder_0/encoderblock/"),
+        "pooling": "map" if _under(names, "MAPHead_0/") else None,
+    }
+
+
+def contrastive_structure(names):
+    """Arguments of `contrastive_rows` for the names of a two-tower model."""
+    return {
+        "image_head": _under(names, "img/head/"),
+        "text_head": _under(names, "txt/head/"),
+        "bias": "b" in names,
+    }
+
+
 def read_sizes(rows, arrays):
-    """What the arrays say about the sizes.
+    """Reads the sizes from the shapes of the arrays.
 
     Args:
         rows: List of `Row`.
         arrays: Dict of arrays by name.
 
     Returns:
-        Dict from letter to int: for each letter the size on which most
-        arrays agree, so that one misshapen array is found, not followed.
-        A letter of which no array tells is missing.
+        Dict from letter to int. For each letter it holds the size on which
+        most arrays agree, so that one misshapen array is detected. A letter
+        that no array tells is missing.
     """
     votes = collections.defaultdict(collections.Counter)
     for row in rows:
@@ -257,7 +339,7 @@ def read_sizes(rows, arrays):
 
 
 def expected_shapes(rows, sizes, prefix=""):
-    """Dict from name to shape; None for a size that nothing tells."""
+    """Dict from name to shape, with None for an unknown size."""
     return {
         prefix + row.name: tuple(
             sizes.get(s) if isinstance(s, str) else s for s in row.shape
@@ -266,17 +348,18 @@ def expected_shapes(rows, sizes, prefix=""):
     }
 
 
-def check_arrays(expected, arrays, source):
+def check_arrays(expected, arrays, source, owner="a big_vision model"):
     """Compares all names and shapes at once.
 
     Args:
-        expected: Dict from name to shape, as of `expected_shapes`.
+        expected: Dict from name to shape, from `expected_shapes`.
         arrays: Dict of arrays by name.
-        source: What the arrays were read from, for the message.
+        source: Source of the arrays, for the message.
+        owner: What the arrays should be of, for the message.
 
     Raises:
-        ValueError: If any array is missing, extra or misshapen; it names
-            all of them with what was expected and what was found.
+        ValueError: If any array is missing, extra or misshapen. The message
+            lists all of them with the expected and the actual shape.
     """
     missing = expected.keys() - arrays.keys()
     extra = arrays.keys() - expected.keys()
@@ -291,7 +374,7 @@ def check_arrays(expected, arrays, source):
     ]
     if not (missing or extra or misshapen):
         return
-    lines = ["The arrays do not make up one model of big_vision."]
+    lines = [f"The arrays are not those of {owner}."]
     lines += _listed("Missing", missing, lambda n: _shown(expected[n]), " - ")
     lines += _listed("Extra", extra, lambda n: _shown(arrays[n].shape), " + ")
     lines += _listed(
@@ -315,6 +398,6 @@ def _listed(title, names, describe, mark):
 
 
 def _shown(shape):
-    """(32, ?, 16) for (32, None, 16)."""
+    """A shape as text: "(32, ?, 16)" for (32, None, 16)."""
     sizes = ", ".join("?" if s is None else str(s) for s in shape)
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"

@@ -1,14 +1,14 @@
-"""Checkpoints: what a run resumes from, and the best weights so far.
+"""Checkpoints to resume a run from, and its best weights so far.
 
 Layout below the run's folder:
 
     checkpoints/step-<n>.*   model, optimizer, state; the newest N are kept
     best/step-<n>.*          model only, at the best validation so far
 
-A checkpoint is written under a temporary name and renamed; the file
-`checkpoint`, which names the newest one, is replaced last, and older ones are
-deleted after that. A process killed at any moment, or a disk that is full,
-leaves the previous checkpoint loadable.
+A checkpoint is written under a temporary name and then renamed. The file
+`checkpoint`, which names the newest one, is replaced after that, and older
+checkpoints are deleted last. If the process is killed at any moment, or the
+disk is full, the previous checkpoint can still be loaded.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _STATE_KEY = "state/.ATTRIBUTES/py_state"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be written, or does not fit the model."""
+    """A checkpoint cannot be written, or does not fit the model."""
 
 
 class RunState(tf.train.experimental.PythonState):
-    """What is not a tensor: position in the data, best figure, inventory.
+    """State other than tensors: data position, best metric, inventory.
 
     Attributes:
         values: Dict that JSON can hold.
@@ -44,7 +44,7 @@ class RunState(tf.train.experimental.PythonState):
         return json.dumps(self.values)
 
     def deserialize(self, string_value):
-        """Takes the values over; called by TensorFlow when restoring."""
+        """Reads the values from JSON; called by TensorFlow when restoring."""
         self.values = json.loads(string_value)
 
 
@@ -55,8 +55,8 @@ class Checkpoints:
         folder: The run's folder.
         model: Built Keras model.
         optimizer: Built Keras optimizer.
-        keep: How many checkpoints to keep.
-        writes: False reads only: of several hosts, one writes.
+        keep: Number of checkpoints to keep.
+        writes: Whether this process writes; of several hosts only one does.
     """
 
     def __init__(self, folder, model, optimizer, keep=3, writes=True):
@@ -98,14 +98,14 @@ class Checkpoints:
         return tf.train.latest_checkpoint(self._folders[1])
 
     def restore(self):
-        """Goes back to the newest checkpoint that can be read.
+        """Restores the newest checkpoint that can be read.
 
         Returns:
-            Whether there was one. `state.values` then holds what was saved.
+            Whether there was one. If so, `state.values` is restored, too.
 
         Raises:
             CheckpointError: If it is of another model or optimizer, or if
-                there are checkpoints and none can be read.
+                there are checkpoints but none can be read.
         """
         paths = list(reversed(self._manager.checkpoints))
         if self.latest and self.latest not in paths:
@@ -114,7 +114,7 @@ class Checkpoints:
             try:
                 _read(self._all, path, self._everything)
             except (tf.errors.OpError, IndexError) as error:
-                # The reader of a cut file raises IndexError.
+                # The reader of a truncated file raises IndexError.
                 logging.warning("cannot read %s: %s", path, error)
                 continue
             self._saved_step = self.state.values["step"]
@@ -122,12 +122,12 @@ class Checkpoints:
         if paths:
             raise CheckpointError(
                 f"None of these checkpoints can be read: {paths}. Move the "
-                "folder away to start anew."
+                "folder away to start from scratch."
             )
         return False
 
     def restore_best(self):
-        """Puts the best weights into the model; False where there are none."""
+        """Restores the best weights; returns whether there are any."""
         if not self.best:
             return False
         values = self.state.values
@@ -136,7 +136,7 @@ class Checkpoints:
         return True
 
     def save(self, step, **values):
-        """Writes a checkpoint of `step`, unless it is already there."""
+        """Writes a checkpoint of `step`, unless it was the last one saved."""
         if step == self._saved_step:
             return
         self._write(self._manager, step, values, self._everything)
@@ -164,7 +164,7 @@ class Checkpoints:
 
 
 def latest_checkpoint(folder):
-    """Path of the newest checkpoint of a run, None where it has none.
+    """Path of the newest checkpoint of a run, or None.
 
     Args:
         folder: The run's folder.
@@ -173,7 +173,7 @@ def latest_checkpoint(folder):
 
 
 def restore_model(path, model):
-    """Puts the weights of a checkpoint into a built model."""
+    """Restores the weights of a checkpoint into a built model."""
     variables = named_variables(model)
     saved = dict(saved_state(path)["inventory"])
     wanted = variable_inventory(variables)
@@ -191,20 +191,20 @@ def _read(checkpoint, path, variables=None):
 
 def saved_state(path):
     """The state values of a checkpoint, without restoring it."""
-    # `load_checkpoint` first asks whether the path is a folder, which to
-    # ram:// the beginning of any name is.
+    # `load_checkpoint` first checks whether the path is a folder, which is true
+    # of any prefix of a name on ram://.
     reader = tf.compat.v1.train.NewCheckpointReader(path)
     return json.loads(reader.get_tensor(_STATE_KEY))
 
 
 def named_variables(model, optimizer=None):
-    """All variables by names that depend on nothing but the architecture.
+    """All variables by names that depend only on the architecture.
 
-    TensorFlow would follow Python attributes, and does not see layers that
-    Keras 3 keeps in a list: all blocks would be missing. The paths of Keras
-    are complete; what they have beyond (the model's own name, which is there
-    or not depending on who built it, and numbers that tell a second model in
-    one process from the first) is taken off.
+    TensorFlow would follow Python attributes and miss the layers that Keras 3
+    keeps in a list, which include all blocks. The paths of Keras are complete,
+    but two parts of them are removed: the model's own name, whose presence
+    depends on how the model was built, and the numbers that distinguish a
+    second model in the same process from the first.
 
     Args:
         model: Built Keras model.
@@ -219,7 +219,8 @@ def named_variables(model, optimizer=None):
         parts.append(optimizer)
         variables += list(optimizer.variables)
     plain = {part.name: _plain_name(part) for part in parts}
-    # Longest first: one name may begin another. Optimizers write a_b for a/b.
+    # Longest first, as a name may be a prefix of another. Optimizers write a_b
+    # for a/b.
     names = "|".join(sorted(map(re.escape, plain), key=len, reverse=True))
     pattern = re.compile(rf"(?<![^/_])({names})([/_]|$)")
 
@@ -246,15 +247,16 @@ def variable_inventory(variables):
 
 
 def check_inventory(saved, wanted, path):
-    """Refuses a checkpoint whose variables are not those of the model.
+    """Checks that the variables of a checkpoint are those of the model.
 
     Args:
         saved: Inventory in the checkpoint.
-        wanted: Inventory of the model (and optimizer) at hand.
-        path: The checkpoint, for the message.
+        wanted: Inventory of the model (and optimizer).
+        path: Path of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: With what is missing, left over or shaped otherwise.
+        CheckpointError: If any variable is missing, extra or misshapen; the
+            message lists them.
     """
     if saved == wanted:
         return
@@ -275,7 +277,7 @@ def check_inventory(saved, wanted, path):
 
 
 def _remove_unfinished(folder):
-    """Deletes what an interrupted write left under temporary names."""
+    """Deletes temporary files and folders of an interrupted write."""
     if not files.isdir(folder):
         return
     for name in files.listdir(folder):

@@ -1,14 +1,14 @@
-"""The folder of a run: all a model needs, without any configuration.
+"""Folder of a run, from which its model opens without any configuration.
 
 model.json           the model's constructor arguments (Keras)
 tokenizer.model      its vocabulary, if it reads texts
 preprocessing.json   how images and captions become its input
-checkpoints/ best/   see checkpoints.py
+checkpoints/ best/   training state and best weights (checkpoints.py)
 model.keras          the model at the end of the run
 
-Version 0.1.0 wrote captioner.json and captioner.keras. They are read where
-the new ones are missing, and removed once a resumed run has written these:
-an old file must not be taken for the newest weights.
+Version 0.1.0 wrote captioner.json and captioner.keras. They are read if the
+new files are missing, and deleted once a resumed run has written those, so
+that an old file is never taken for the newest weights.
 """
 
 import json
@@ -25,15 +25,15 @@ from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
 
-# Arguments of `Tokenizer` that decide what the model is given.
+# Arguments of `Tokenizer` that determine the model's input.
 _CAPTION = ("max_length", "lowercase", "sticky_eos")
 
 
 def open_workdir(path):
-    """Creates the folder of a run and makes sure files can be written to it.
+    """Creates the folder of a run, checks that it is writable, returns it.
 
     Raises:
-        ValueError: If they cannot.
+        ValueError: If files cannot be written to it.
     """
     try:
         files.check_folder(path)
@@ -46,13 +46,13 @@ def open_workdir(path):
 
 
 def describe_run(workdir, model, data):
-    """Writes what makes the folder complete in itself.
+    """Writes the files that make the folder self-contained.
 
     Args:
         workdir: The run's folder.
         model: A `Task`.
-        data: A data set; its tokenizer, if it has one, and its evaluation
-            preprocessing are kept.
+        data: A data set, whose tokenizer (if any) and evaluation preprocessing
+            are saved.
 
     Raises:
         ValueError: If the folder holds a run with another vocabulary.
@@ -96,7 +96,7 @@ def _remove_old(workdir, name):
 
 
 def _named(workdir, suffix):
-    """Path of model.json or model.keras, under whichever name it is there."""
+    """Path of model.json or model.keras, by the new name or the old one."""
     path = os.path.join(workdir, f"model{suffix}")
     old = os.path.join(workdir, f"captioner{suffix}")
     return old if files.exists(old) and not files.exists(path) else path
@@ -109,13 +109,13 @@ def load_model(path, weights="auto"):
         path: Folder of a run, or a `.keras` file of a task (such as a
             captioner) or of a vision encoder.
         weights: "final" (model.keras), "best" (by validation), "latest"
-            (newest checkpoint), or "auto": the first of these that is there.
+            (newest checkpoint), or "auto", the first of these that exists.
 
     Returns:
-        The `Task` or `VisionEncoder`, built.
+        The built `Task` or `VisionEncoder`.
 
     Raises:
-        ValueError: If there is no such thing at `path`, or it cannot be read.
+        ValueError: If there is no such model at `path`, or it cannot be read.
     """
     path = os.fspath(path)
     choices = ("auto", "final", "best", "latest")
@@ -142,24 +142,25 @@ def load_model(path, weights="auto"):
 
 def _read_keras(path):
     with files.on_disk(path) as local:
-        if not zipfile.is_zipfile(local):  # Keras says that there is no file.
+        # Keras would say that there is no file.
+        if not zipfile.is_zipfile(local):
             raise ValueError(
-                "A model file must be one that Keras has saved whole. "
+                "A model file must be a complete file saved by Keras. "
                 f"Received: {str(path)!r}, which is not a .keras archive or "
-                "is cut"
+                "is truncated"
             )
         try:
             model = keras.saving.load_model(local, compile=False)
-        # Keras raises what zipfile, json, h5py and the constructors do.
+        # Keras passes on any error of zipfile, json, h5py and constructors.
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                "A model file must be one that Keras has saved whole. "
+                "A model file must be a complete file saved by Keras. "
                 f"Received: {str(path)!r} ({type(error).__name__}: {reason})"
             ) from error
     if not isinstance(model, Task | VisionEncoder):
         raise ValueError(
-            "A model file must hold a captioner or another task, or a vision "
+            "A model file must hold a task, such as a captioner, or a vision "
             "encoder. "
             f"Received: {str(path)!r}, which holds a {type(model).__name__}"
         )
@@ -173,10 +174,10 @@ def _restored(workdir, checkpoint):
         model.build()
     try:
         restore_model(checkpoint, model)
-    # The reader of a cut file raises IndexError.
+    # The reader of a truncated file raises IndexError.
     except (tf.errors.OpError, IndexError) as error:
         raise ValueError(
-            f"A checkpoint must be whole. Received: {checkpoint} ({error})"
+            f"A checkpoint must be complete. Received: {checkpoint} ({error})"
         ) from error
     return model
 
@@ -191,12 +192,12 @@ def _read_json(path):
 
 
 def load_preprocessing(workdir):
-    """How a run's images and texts were prepared.
+    """Loads the tokenizer and the image preprocessing of a run.
 
     Returns:
-        (tokenizer, preprocessing), a `Tokenizer` on the run's own vocabulary,
-        None where the model reads no texts, and the `ImagePreprocessing` of
-        its evaluation.
+        (tokenizer, preprocessing): a `Tokenizer` with the run's vocabulary, or
+        None if the model reads no texts, and the `ImagePreprocessing` of its
+        evaluation.
 
     Raises:
         ValueError: If the folder is not that of a run.
@@ -217,7 +218,7 @@ def load_preprocessing(workdir):
             tokenizer = Tokenizer(vocabulary, **saved["tokenizer"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "A run's preprocessing.json must have `image`, and `tokenizer` "
-            f"where texts are read. Received: {path} ({error!r})"
+            "A run's preprocessing.json must have `image`, and `tokenizer` if "
+            f"the model reads texts. Received: {path} ({error!r})"
         ) from error
     return tokenizer, image

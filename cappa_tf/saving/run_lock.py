@@ -1,17 +1,18 @@
-"""A run's folder belongs to one run: the file `run.lock` in it.
+"""Lock on the folder of a run, so that only one run writes to it.
 
-Two things say that the run it names is alive. The operating system's lock on
-the file, which ends with the process however that ends: enough on one machine,
-and on file systems that share locks between machines. And a heartbeat in the
-file, for those that do not: whoever finds the name of a run on another machine
-watches for a while whether it still beats (the clocks need not agree).
+The file `run.lock` names the run, and two things show that this run is alive.
+The first is the operating system's lock on the file, which is released however
+the process ends. It suffices on one machine, and on file systems that share
+locks between machines. The second, for other file systems, is a heartbeat in
+the file: a process that finds the name of a run on another machine watches for
+a while whether the heartbeat changes (the clocks need not agree).
 
-In a bucket (`gs://...`) there are no locks, and no file that is made only if
-it is not there: the heartbeat is all. A second run is refused while the first
-one beats. After a run that was killed the next one waits for `PATIENCE`. Of
-two that start at the same moment, the one whose name stays in the file goes
-on; the other one stops when it looks, at the latest a beat later, and until
-then both may have written.
+A bucket (`gs://...`) has no locks, and no way to create a file only if it does
+not exist, so there the heartbeat is all. A second run is refused while the
+first one beats. After a run that was killed, the next one waits for
+`PATIENCE`. If two start at the same moment, the one whose name remains in the
+file continues. The other one stops at its next check, at most one beat later;
+until then both may have written.
 """
 
 import contextlib
@@ -30,33 +31,35 @@ from cappa_tf.saving.run_folder import open_workdir
 from cappa_tf.utils import files
 
 FILE_NAME = "run.lock"
-# Seconds between two beats, and without one before a run counts as gone.
+# Seconds between two beats, and without a beat until a run counts as dead.
 BEAT = 5.0
 PATIENCE = 30.0
-# Seconds until what another machine writes at the same time is seen.
+# Seconds until a simultaneous write of another machine is visible.
 SETTLE = 2.0
 
-# What flock says where the file system has no locks.
+# Errors of flock on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-# The record is always written whole over itself, so it has one length.
+# The record is always overwritten as a whole, so its length is fixed.
 _LENGTH = 512
 
 
 class WorkdirInUseError(ValueError):
-    """Another run has the folder."""
+    """Another run is using the folder."""
 
 
 class RunLock:
-    """`with RunLock(workdir) as lock:` around a run that writes to a folder.
+    """Context manager that holds the lock on the folder of a run.
 
-    The folder is made if it is not there, and goes again if the run leaves
-    nothing in it. What a killed process of this machine left half written goes.
+    Entering creates the folder if it does not exist, and deletes unfinished
+    files that a killed process of this machine has left there. Leaving deletes
+    a folder that was created here and is empty.
 
     Args:
         workdir: The folder.
 
     Raises:
-        WorkdirInUseError: On entering, with host and process of the other run.
+        WorkdirInUseError: On entering, if another run uses the folder; the
+            message names its host and process.
         ValueError: On entering, if the folder cannot be written to.
     """
 
@@ -98,7 +101,7 @@ class RunLock:
         self._thread.join()
         with contextlib.suppress(OSError):
             if self._other() is None:
-                # Who has opened it already finds that it has no name.
+                # A process that has it open notices that it was deleted.
                 files.remove(self._path)
         _close(self._file)
         if self._made:
@@ -106,13 +109,13 @@ class RunLock:
                 os.rmdir(self._workdir)
 
     def check(self):
-        """Makes sure that the folder is still this run's.
+        """Checks that the folder still belongs to this run.
 
         Raises:
-            WorkdirInUseError: Another run has taken it over, because this
-                one stood still for too long or the file was deleted.
+            WorkdirInUseError: If another run has taken it over, because this
+                one was suspended for too long or the file was deleted.
         """
-        # A bucket takes its time to answer: there the last beat has looked.
+        # A bucket is slow to answer, so there the last beat has checked.
         other = self._taken_by if self._is_remote else self._other()
         if other is not None:
             raise self._in_use(other)
@@ -126,16 +129,16 @@ class RunLock:
 
     def _in_use(self, record):
         return WorkdirInUseError(
-            "`workdir` must be of one run at a time. Wait for the other one, "
-            "stop it, or choose another folder. Received: "
-            f"workdir={str(self._workdir)!r}, which another run has: "
+            "`workdir` must be used by one run at a time. Wait for the other "
+            "run, stop it, or choose another folder. Received: "
+            f"workdir={str(self._workdir)!r}, which another run is using: "
             f"process {record.get('pid', 'unknown')} on host "
             f"{record.get('host', 'unknown')}, started "
             f"{record.get('started', 'unknown')}"
         )
 
     def _open(self):
-        """Opens the file; whether the system's lock on it is held."""
+        """Opens the file; returns whether the system's lock on it is held."""
         if self._is_remote:
             return False
         while True:
@@ -158,7 +161,7 @@ class RunLock:
                     _close(self._file)
                     raise
                 locked = False
-            # A run that ended in between has deleted what was opened.
+            # A run that ended in between may have deleted the opened file.
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
                     return locked
@@ -166,31 +169,31 @@ class RunLock:
             open_workdir(self._workdir)
 
     def _check_former(self, record, locked):
-        """Makes sure that the run that the file names is gone.
+        """Checks that the run that the file names has ended.
 
         Args:
-            record: What the file says; None if it was new.
+            record: The record in the file; None if the file is new.
             locked: Whether the system's lock is held.
         """
         if record is None:
             return
         here = record.get("machine") == self._record["machine"]
-        # Who has the system's lock is alone on this machine.
+        # The holder of the system's lock is the only run on this machine.
         if not (here and locked) and self._beats(record):
             raise self._in_use(record)
         logging.warning(
-            "%s was left behind by process %s on host %s, which is gone: this "
-            "run takes the folder over",
+            "%s was left behind by process %s on host %s, which has ended: "
+            "this run takes over the folder",
             self._path,
             record.get("pid", "unknown"),
             record.get("host", "unknown"),
         )
 
     def _beats(self, record):
-        """Watches whether another run still writes."""
+        """Watches for a heartbeat of another run; returns whether one came."""
         logging.warning(
-            "%s names process %s on host %s: waiting up to %.0f s for a sign "
-            "of life",
+            "%s names process %s on host %s: waiting up to %.0f s for its "
+            "heartbeat",
             self._path,
             record.get("pid", "unknown"),
             record.get("host", "unknown"),
@@ -207,7 +210,7 @@ class RunLock:
         beat = 0
         while not self._ended.wait(BEAT):
             beat += 1
-            with contextlib.suppress(OSError):  # A full disk may pass.
+            with contextlib.suppress(OSError):  # A full disk may be temporary.
                 self._taken_by = self._other()
                 if self._taken_by is None:
                     self._write(beat)
@@ -217,14 +220,14 @@ class RunLock:
         if self._is_remote:
             files.write_bytes(self._path, content)
             return
-        # In place: another file of this name would not be the locked one.
+        # In place, as a new file of this name would not be the locked one.
         os.pwrite(self._file, content.ljust(_LENGTH - 1) + b"\n", 0)
         os.fsync(self._file)
 
     def _read(self):
-        """What the file says: None if nothing, {} if it is not a record."""
+        """The record in the file: None if empty, {} if it is not a record."""
         try:
-            # Opened anew: a network file system then asks its server.
+            # Reopened, so that a network file system asks its server.
             content = files.read_bytes(self._path).strip()
             return json.loads(content) if content else None
         except OSError:
@@ -233,7 +236,7 @@ class RunLock:
             return {}
 
     def _read_soon(self):
-        """What a run that has the lock is about to write."""
+        """The record of a run that has the lock and is about to write it."""
         for _ in range(40):
             record = self._read()
             if record:
@@ -243,7 +246,7 @@ class RunLock:
 
 
 def _machine():
-    """What no other machine, and no other start of this one, is called."""
+    """An identifier of this machine since it was last booted."""
     try:
         path = pathlib.Path("/proc/sys/kernel/random/boot_id")
         return path.read_text().strip()

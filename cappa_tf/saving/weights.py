@@ -1,4 +1,4 @@
-"""The weights of a model by name, under any Keras backend."""
+"""Weights of a model by name, under any Keras backend."""
 
 import os
 
@@ -21,5 +21,5 @@ def variables_by_path(model):
 
 
 def to_numpy(variable):
-    """A variable as a NumPy array of float32."""
+    """Converts a variable to a float32 NumPy array."""
     return ops.convert_to_numpy(variable).astype(np.float32)

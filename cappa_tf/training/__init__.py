@@ -1,1 +1,1 @@
-"""Predictions to weights: losses, optimizers, schedules, trainer."""
+"""Training: the step and its loop, optimizers, distribution, reporting."""

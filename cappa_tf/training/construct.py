@@ -1,4 +1,4 @@
-"""Model and optimizer of a run."""
+"""Construction of the model and the optimizer of a run."""
 
 import contextlib
 import random
@@ -8,33 +8,41 @@ import tensorflow as tf
 
 
 def build_model(
-    model, optimizer, strategy, seed=0, precision=None, frozen_parts=()
+    model,
+    optimizer,
+    strategy,
+    seed=0,
+    precision=None,
+    frozen_parts=(),
+    trained_parts=(),
 ):
-    """Creates all weights and optimizer state where the strategy wants them.
+    """Creates all weights and optimizer state under the strategy's scope.
 
-    Variables that come to life inside the traced step fail under
-    `MirroredStrategy`, so nothing is left to be built later.
+    Variables created inside the traced step fail under `MirroredStrategy`, so
+    everything is built here.
 
     Args:
         model: A `Task`, or a constructor of one.
         optimizer: A Keras optimizer, or a constructor of one.
         strategy: The run's strategy.
-        seed: Decides the initial weights (of a constructed model).
+        seed: Seed of the initial weights, if the model is constructed here.
         precision: Dtype policy such as "mixed_bfloat16"; None keeps the
-            policy that is set.
-        frozen_parts: Names of the parts to leave out of training.
+            current policy.
+        frozen_parts: Names of the parts to exclude from training.
+        trained_parts: Names of layers inside them to train all the same.
 
     Returns:
         (model, optimizer), both built.
 
     Raises:
-        ValueError: If one was built for other devices or another precision.
+        ValueError: If the model or the optimizer was built for other devices
+            or another precision.
     """
     with _seeded(seed), _dtype_policy(precision), strategy.scope():
         model = constructed(model, "model", "example_losses", "weights")
         if not model.built:
             model.build()
-        model.freeze(frozen_parts)
+        model.freeze(frozen_parts, trained_parts)
         several = strategy.num_replicas_in_sync > 1
         if several and isinstance(optimizer, keras.optimizers.Optimizer):
             raise ValueError(
@@ -68,11 +76,10 @@ def _check_built(model, strategy, precision):
 
 @contextlib.contextmanager
 def _seeded(seed):
-    """Decides what Keras' initializers draw.
+    """Seeds Keras' initializers, which use Python's random generator.
 
-    They take their seeds from Python's generator. `keras.utils.
-    set_random_seed` would also clear TensorFlow's cache of kernels, and with
-    it every vocabulary that a tokenizer has opened.
+    `keras.utils.set_random_seed` would also clear TensorFlow's kernel cache,
+    and with it every vocabulary that a tokenizer has opened.
     """
     state = random.getstate()
     random.seed(seed)
@@ -93,7 +100,7 @@ def _dtype_policy(precision):
 
 
 def parameter_counts(model):
-    """Number of parameters of each part of a `Task` and `total`, as a dict."""
+    """Dict of the number of parameters: `total`, and by part of a `Task`."""
     return {
         name: sum(v.value.shape.num_elements() for v in part.trainable_weights)
         for name, part in {"total": model, **model.parts}.items()
@@ -101,18 +108,18 @@ def parameter_counts(model):
 
 
 def constructed(value, name, *attributes):
-    """The object itself, whether it or its constructor is given.
+    """Returns an object, calling its constructor if that is what was given.
 
     A constructor (in a gin file `@Captioner`, without parentheses) lets the
     trainer set seed, precision and devices before any weight exists.
 
     Args:
         value: An object, or a function without arguments that returns one.
-        name: The argument's name, for the message.
-        *attributes: What the object must have.
+        name: The argument's name, for error messages.
+        *attributes: Names of attributes that the object must have.
 
     Raises:
-        ValueError: If it lacks one of them.
+        ValueError: If the object lacks one of them.
     """
     if not all(hasattr(value, a) for a in attributes) or isinstance(
         value, type

@@ -1,23 +1,20 @@
-"""Evaluators (`evaluation/evaluator.py`) while a model is trained."""
+"""Evaluators (`evaluation/evaluator.py`) run during training."""
 
 from cappa_tf.inference.predictor import Predictor
 
 
 class Evaluators:
-    """Runs evaluators on the model as it stands.
+    """Runs evaluators on the model's current weights.
 
-    The chief runs them for all hosts: they only read weights, of which every
-    host has a copy. Those that say `on_all_hosts` share the work.
+    The chief runs them for all hosts, as they only read weights, of which
+    every host has a copy. Evaluators with `on_all_hosts` set share the work.
 
     Args:
         evaluators: A list of evaluators; may be empty.
         model: The `Task`.
-        data: Data set whose tokenizer and preprocessing the model has.
-        batch_size: Images at once.
+        data: Data set whose tokenizer and preprocessing the model uses.
+        batch_size: Number of images per batch.
         hosts: The run's `Hosts`.
-
-    Raises:
-        ValueError: The model lacks what an evaluator needs.
     """
 
     def __init__(self, evaluators, model, data, batch_size, hosts):
@@ -27,14 +24,15 @@ class Evaluators:
         self._predictor = None
 
     def open(self):
-        """Opens what the evaluators measure on, if there are any.
+        """Checks the evaluators and opens their data.
 
         Raises:
-            ValueError: It is not there.
+            ValueError: If the model lacks what an evaluator needs, or its data
+                cannot be found.
         """
         if not self._evaluators:
             return
-        # One for the whole run: it keeps what was traced.
+        # One for the whole run, so that its functions are traced once.
         self._predictor = Predictor(
             self._model,
             self._data.tokenizer,
@@ -50,11 +48,11 @@ class Evaluators:
                 one.open()
 
     def __call__(self):
-        """Runs all.
+        """Runs all evaluators.
 
         Returns:
-            Dict "evaluation/<name of the evaluator>/<metric>" -> number; the
-            same on all hosts.
+            Dict "evaluation/<evaluator's name>/<metric>" -> number, the same
+            on all hosts.
         """
         figures = {}
         for one in self._evaluators:
@@ -62,5 +60,5 @@ class Evaluators:
             if shared or self._hosts.is_chief:
                 for metric, value in one.run(self._predictor):
                     figures[f"evaluation/{one.name}/{metric}"] = value
-        # No host continues while the chief still reads its weights.
+        # The other hosts wait until the chief has finished reading weights.
         return self._hosts.first(figures) if self._evaluators else figures

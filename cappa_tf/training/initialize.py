@@ -1,19 +1,19 @@
-"""First weights of a run, read from another run or from a model's file.
+"""Initial weights of a run, read from another run or from a model file.
 
-Parts (`Task.parts`) are matched by name, their arrays by path. Learned
-positions of an image are resampled where the resolution is another; whatever
-else differs is refused, with both sides.
+Parts (`Task.parts`) are matched by name, their arrays by path. Learned image
+positions are resampled if the resolution differs. Any other difference is an
+error that lists both sides.
 """
 
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
-from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import to_numpy, variables_by_path
 
 _POSITIONS = "positions/position_embedding"
-# Differences that a message lists.
+# Maximum number of differences that an error message lists.
 _MOST_LINES = 12
 
 
@@ -23,14 +23,14 @@ def first_weights(model, weights, workdir):
     Args:
         model: Built `Task`.
         weights: The run's `WeightSettings`.
-        workdir: The run's folder: a run that resumes reads nothing but its
-            own checkpoint.
+        workdir: The run's folder. If it holds a checkpoint, nothing is read,
+            as the run resumes from that.
 
     Returns:
-        A line for the log that says what was read, or None.
+        A log line that says what was read, or None.
 
     Raises:
-        ValueError: As `initialize`.
+        ValueError: If `initialize` cannot read the weights.
     """
     if weights.initialize_from is None or latest_checkpoint(workdir):
         return None
@@ -38,21 +38,21 @@ def first_weights(model, weights, workdir):
 
 
 def initialize(model, path, parts=None):
-    """Puts the weights of another model into a built one.
+    """Copies the weights of another model into a built one.
 
     Args:
         model: Built `Task`.
         path: Folder of a run (its final, else its best, else its newest
-            weights), `.keras` file of a captioner or of a vision encoder, or
-            npz file of big_vision.
-        parts: Names of the parts to read; None for all of the model.
+            weights), `.keras` file of a model or of a vision encoder, npz file
+            of big_vision, or folder of transformers' SigLIP.
+        parts: Names of the parts to read; None for the whole model.
 
     Returns:
-        A line for the log that says what was read.
+        A log line that says what was read.
 
     Raises:
-        ValueError: Nothing can be read at `path`, it lacks a part, or arrays
-            do not fit; the message lists what each side has.
+        ValueError: If `path` cannot be read or lacks a part, or if arrays do
+            not fit; the message lists what each side has.
     """
     wanted = list(model.parts) if parts is None else list(parts)
     _check_parts(
@@ -62,8 +62,7 @@ def initialize(model, path, parts=None):
     )
     source = _open(path, model, wanted)
     _check_parts(
-        f"`initialize_from` must have what is read from it. {path} has the "
-        "parts",
+        f"`initialize_from` must have the parts to read. {path} has the parts",
         wanted,
         source,
     )
@@ -79,8 +78,8 @@ def initialize(model, path, parts=None):
         more = len(problems) - _MOST_LINES
         problems[_MOST_LINES:] = [f"  ... and {more} more"] * (more > 0)
         raise ValueError(
-            f"`initialize_from` must fit the model. Received: {path}, where "
-            "these differ:\n" + "\n".join(problems)
+            f"`initialize_from` must fit the model. Received: {path}, which "
+            "differs in:\n" + "\n".join(problems)
         )
     for variable, value in pairs:
         variable.assign(value)
@@ -93,16 +92,18 @@ def _check_parts(rule, wanted, parts):
     missing = [name for name in wanted if name not in parts]
     if missing:
         raise ValueError(
-            f"{rule} {list(parts)}: name those to read in `initialize_parts` "
+            f"{rule} {list(parts)}; list those to read in `initialize_parts` "
             f"(INITIALIZE_PARTS). Received: {missing}"
         )
 
 
 def _open(path, model, wanted):
-    """The parts of the model at `path`, as a dict of layers."""
+    """The parts of the model at `path`, as a dict of layers by name."""
     try:
         if path.endswith(".npz"):
             found = _open_npz(path, model, wanted)
+        elif siglip.is_siglip(path):
+            found = _open_siglip(path, wanted)
         else:
             found = load_model(path)
     except (ValueError, OSError) as error:
@@ -113,20 +114,29 @@ def _open(path, model, wanted):
 
 
 def _open_npz(path, model, wanted):
-    """A model of big_vision; what its arrays do not tell is the model's."""
+    """A model of big_vision; sizes its arrays do not tell are `model`'s."""
     arrays = big_vision.read_arrays(path)
     size = getattr(model.parts.get("vision_encoder"), "image_size", None)
+    if wanted != ["vision_encoder"] and big_vision.is_two_towers(arrays):
+        return big_vision.load_two_towers(arrays, size)
     if wanted == ["vision_encoder"] or not big_vision.is_captioner(arrays):
         return big_vision.load_vision_encoder(arrays, size)
     decoder = model.parts.get("text_decoder")
-    # Learned positions of a text tell its length.
+    # Learned text positions tell the maximum length.
     fixed = getattr(decoder, "position_embedding", None) == "sincos2d"
     length = decoder.max_length if fixed else None
     return big_vision.load_captioner(arrays, size, max_length=length)
 
 
+def _open_siglip(path, wanted):
+    """A model of transformers; the image tower alone if that is enough."""
+    if wanted != ["vision_encoder"] and siglip.has_text(path):
+        return siglip.load_siglip(path)
+    return siglip.load_siglip_vision(path)
+
+
 def _arrays(source, part, notes):
-    """Arrays of a part by path, for the resolution of another."""
+    """Arrays of `source` by path, resampled to the resolution of `part`."""
     arrays = {
         name: to_numpy(variable)
         for name, variable in variables_by_path(source).items()
@@ -145,14 +155,14 @@ def _arrays(source, part, notes):
 
 
 def _differences(found, variables):
-    """Lines, one for each array that is missing, left over or misshapen."""
+    """Yields a line for each array that is missing, extra or misshapen."""
     for name in sorted(found.keys() | variables.keys()):
         shapes = [
             tuple(side[name].shape) if name in side else None
             for side in (found, variables)
         ]
         if None in shapes:
-            where = "the model" if shapes[0] is None else "what is read"
+            where = "the model" if shapes[0] is None else "the file"
             yield f"{name}: only in {where}, {shapes[0] or shapes[1]}"
         elif shapes[0] != shapes[1]:
-            yield f"{name}: {shapes[0]} is read, {shapes[1]} in the model"
+            yield f"{name}: {shapes[0]} in the file, {shapes[1]} in the model"

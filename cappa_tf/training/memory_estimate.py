@@ -1,20 +1,20 @@
-"""How much memory a training step will need, found without running it.
+"""Estimate of the memory a training step needs, without running it.
 
-Weights, gradients and optimizer state are counted. Activations come from the
-traced graph of one microbatch's gradient: its operations are walked in order,
-each output alive until its last use, and the peak is what counts. Scratch
-space of the kernels, fragmentation and buffers of the input pipeline come on
-top; XLA may fuse and need less.
+Weights, gradients and optimizer state are counted. Activations are taken from
+the traced gradient graph of one microbatch: its operations are visited in
+order, each output stays alive until its last use, and the peak is reported.
+Kernel scratch space, fragmentation and input pipeline buffers come on top; XLA
+may fuse operations and need less.
 
-B: examples of one replica's microbatch.  K: captions an image.
+B: examples of one replica's microbatch.  K: captions per image.
 L: text length in tokens.  P: patches.  D: width.
 """
 
 import tensorflow as tf
 
-from cappa_tf.training.step import TrainLoop
+from cappa_tf.training.gradients import TaskGradients, function
 
-# These give out their input's memory under another shape or name.
+# Operations whose output shares the memory of their input.
 _ALIASES = {
     "EnsureShape",
     "ExpandDims",
@@ -32,19 +32,19 @@ _FREE = {"Const", "Placeholder", "Shape"}
 def estimate(
     model, optimizer, strategy, batch_size, accumulation_steps=1, captions=1
 ):
-    """Estimates the memory of one device.
+    """Estimates the memory that one device needs.
 
     Args:
         model: Built `Task`.
         optimizer: Built optimizer.
         strategy: The run's strategy.
-        batch_size: Of all devices and microbatches.
-        accumulation_steps: Microbatches a step.
+        batch_size: Global batch size, over all devices and microbatches.
+        accumulation_steps: Microbatches per step.
         captions: K.
 
     Returns:
-        Dict of bytes by what they hold, with their sum as `total`, and
-        `shapes`, of one microbatch and of what the model makes of it.
+        Dict of bytes by use, with their sum as `total`, and `shapes`, a dict
+        of the shapes of one microbatch and of the model's activations.
     """
     weights = [variable.value for variable in model.weights]
     trained = [variable.value for variable in model.trainable_variables]
@@ -57,7 +57,7 @@ def estimate(
         "gradients": copies * _bytes(trained),
         "optimizer state": _bytes([v.value for v in optimizer.variables]),
         "batch": accumulation_steps * _bytes(batch.values()),
-        "activations": _activations(model, strategy, batch, batch_size),
+        "activations": _activations(model, batch, batch_size),
     }
     shapes = {name: tuple(spec.shape) for name, spec in batch.items()}
     shapes |= model.shapes(size, captions)
@@ -65,7 +65,7 @@ def estimate(
 
 
 def table(parts):
-    """The estimate as lines of text (the logits are made in chunks)."""
+    """The estimate as lines of text, for printing."""
     lines = [f"{name:15} {shape}" for name, shape in parts["shapes"].items()]
     lines += [
         f"{name:15} {size / 2**20:>13,.1f} MiB"
@@ -75,18 +75,17 @@ def table(parts):
     return "\n".join(lines)
 
 
-def _activations(model, strategy, batch, batch_size):
+def _activations(model, batch, batch_size):
     # Traced for one device: all have the same shapes.
-    loop = TrainLoop(strategy, model, None, batch_size)
-    function = tf.function(loop.microbatch_gradients, autograph=False)
-    graph = function.get_concrete_function(batch).graph
+    step = function(TaskGradients(model, batch_size).of_microbatch)
+    graph = step.get_concrete_function(batch).graph
     gradients = _bytes([v.value for v in model.trainable_variables])
-    # At the peak the gradients made so far are alive too: counted above.
+    # The gradients alive at the peak are already counted in `estimate`.
     return max(0, peak_bytes(graph, unknown=_most_integers(batch)) - gradients)
 
 
 def _most_integers(batch):
-    """Tokens of a batch: what a dimension left open may at most become."""
+    """Tokens of a batch, the upper bound of an unknown dimension."""
     return max(
         spec.shape.num_elements()
         for spec in batch.values()
@@ -95,11 +94,11 @@ def _most_integers(batch):
 
 
 def peak_bytes(graph, unknown=1):
-    """Most memory alive at once when a graph runs in order of its operations.
+    """Peak memory of a graph whose operations run in order, in bytes.
 
     Args:
         graph: A `tf.Graph` (of a traced function).
-        unknown: Size to take for a dimension that the trace left open.
+        unknown: Size to assume for a dimension that is unknown in the trace.
     """
     operations = graph.get_operations()
     base, last_use = {}, {}
@@ -129,14 +128,14 @@ def peak_bytes(graph, unknown=1):
 
 
 def _inner_peak(graph, op, unknown):
-    """Peak inside a loop's or branch's body, beside its own outputs."""
+    """Peak inside the body of a loop or branch, excluding its outputs."""
     names = [
         value.name
         for value in op.node_def.attr.values()
         for value in [value.func]
         if value.name
     ]
-    bodies = [graph._get_function(name) for name in names]  # no public way
+    bodies = [graph._get_function(name) for name in names]  # no public API
     inner = [peak_bytes(b.graph, unknown) for b in bodies if b is not None]
     outputs = sum(_tensor_bytes(t, unknown) for t in op.outputs)
     return max(0, max(inner, default=0) - outputs)

@@ -1,4 +1,4 @@
-"""The end of a run: figures, captions and their sheet, the model as a file."""
+"""Results of a run: final metrics, captions, their sheet, the model file."""
 
 import os
 
@@ -25,7 +25,7 @@ def finish(
     hosts,
     evaluate=dict,
 ):
-    """Evaluates the trained model and writes what it is judged by.
+    """Evaluates the trained model and writes the results to the run's folder.
 
     Args:
         model: The `Task`, with the weights to keep.
@@ -33,13 +33,13 @@ def finish(
         workdir: The run's folder.
         step: Number of finished steps.
         evaluation: `EvaluationSettings`.
-        batch_size: Examples at once, over all devices of all hosts.
+        batch_size: Batch size, over all devices of all hosts.
         strategy: The run's strategy.
-        hosts: The run's `Hosts`: each evaluates its part, the chief writes.
-        evaluate: Gives further figures, a dict by name.
+        hosts: The run's `Hosts`. Each evaluates its part; the chief writes.
+        evaluate: Function that returns further metrics, a dict by name.
 
     Returns:
-        What `results.json` holds: `step` and the figures.
+        The contents of `results.json`, a dict of `step` and the metrics.
     """
     if hosts.is_chief:
         save_model(workdir, model)
@@ -48,7 +48,7 @@ def finish(
         figures |= _caption(
             model, data, workdir, evaluation, batch_size, strategy, hosts
         )
-    elif data is not None:
+    if data is not None and model.selection_metric not in figures:
         figures |= Validation(strategy, hosts, model, data, batch_size)()
     figures |= evaluate()
     if hosts.is_chief:
@@ -58,7 +58,7 @@ def finish(
 
 
 def _caption(model, data, workdir, evaluation, batch_size, strategy, hosts):
-    """Captions all images of a split; puts the first ones on a sheet."""
+    """Captions all images of a split and writes a sheet of the first ones."""
     decoder = CaptionDecoder(
         model,
         data.tokenizer,
@@ -84,7 +84,7 @@ def _caption(model, data, workdir, evaluation, batch_size, strategy, hosts):
             os.path.join(workdir, "sheet.png"),
             result.rows[: evaluation.sheet_images],
             title=f"{workdir}, {data.path} {data.split}",
-            # Hardly any caption of a photo is word for word a reference.
+            # A caption of a photo hardly ever equals a reference exactly.
             marks=result.metrics["exact_match"] > 0.05,
         )
     return result.metrics

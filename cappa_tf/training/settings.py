@@ -1,7 +1,7 @@
-"""The numbers of a run, in the four objects that `train.train` takes.
+"""Settings of a run: the four objects that `train.train` takes.
 
-Each is frozen and checked when it is made. A gin file binds them by name
-(`settings.RunSettings.total_steps = 1000`), as gin/runs/pretrain.gin does.
+Each is frozen and validated on construction. A gin file binds the fields by
+name (`settings.RunSettings.total_steps = 1000`), as gin/runs/pretrain.gin does.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How long a run trains, on how much at once, and how often it saves.
+    """Length of a run, its batch size, and how often it logs and saves.
 
     Raises:
-        ValueError: Naming the first that is of the wrong type or too small.
+        ValueError: If a field is of the wrong type or too small; names it.
     """
 
     total_steps: int
     """Optimizer steps of the whole run."""
 
     batch_size: int
-    """Examples a step, over all devices and microbatches."""
+    """Examples per step, over all devices and microbatches."""
 
     accumulation_steps: int = 1
-    """Microbatches whose gradients make one step."""
+    """Microbatches whose gradients are summed for one step."""
 
     steps_per_loop: int = 50
-    """Most steps run on the device in one call."""
+    """Maximum number of steps run on the device in one call."""
 
     log_steps: int = 50
     """Steps between log lines."""
@@ -38,11 +38,11 @@ class RunSettings:
     """Steps between checkpoints."""
 
     keep_checkpoints: int = 3
-    """How many of them to keep."""
+    """Number of checkpoints to keep."""
 
     seed: int = 0
-    """Of initial weights and of the data order. (A captioner's own `seed`
-    decides its draws.)"""
+    """Seed of the initial weights and of the data order. (A captioner's own
+    `seed` decides its random choices.)"""
 
     def __post_init__(self):
         counts = dataclasses.asdict(self)
@@ -51,44 +51,45 @@ class RunSettings:
 
     @property
     def microbatch(self):
-        """Examples that go through at once, over all devices."""
+        """Examples per forward pass, over all devices."""
         return self.batch_size // self.accumulation_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """When a run is measured, on what, and what is kept of it.
+    """How often a run is evaluated, and what its final evaluation includes.
 
     Raises:
-        ValueError: Naming the first that is of the wrong type or too small.
+        ValueError: If a field is of the wrong type or too small; names it.
     """
 
     eval_steps: int | None = None
-    """Steps between validations; None only at the end."""
+    """Steps between validations; None validates only at the end."""
 
     evaluator_steps: int | None = None
-    """Steps between runs of the evaluators; None only at the end."""
+    """Steps between runs of the evaluators; None runs them only at the end."""
 
     eval_batch_size: int | None = None
-    """Examples at once in evaluation, over all devices; by default those of a
+    """Batch size of evaluation, over all devices; None uses the size of a
     training microbatch."""
 
     sample_images: int = 8
-    """Evaluation images captioned at every validation, where the model
-    captions; 0 for none."""
+    """Number of evaluation images to caption at every validation, if the model
+    can generate captions."""
 
     final_evaluation: bool = True
-    """Whether to caption the test split at the end, or, where the model does
-    not caption, to measure on it what validation measures."""
+    """Whether to caption the test split at the end. The validation metrics are
+    computed on it if the metric that selects the best weights is not among the
+    figures of the captions, as for a model that generates none."""
 
     final_weights: str = "last"
-    """Weights to end with: "last", or "best" by validation."""
+    """Weights to finish with: "last", or "best" according to validation."""
 
     caption_metrics: bool = False
-    """Whether the final evaluation computes BLEU and CIDEr of captions."""
+    """Whether the final evaluation computes BLEU and CIDEr of the captions."""
 
     sheet_images: int = 24
-    """Captioned images on the final sheet."""
+    """Number of captioned images on the final sheet."""
 
     def __post_init__(self):
         arguments.check_counts(
@@ -108,40 +109,40 @@ class EvaluationSettings:
         )
 
     def batch_size(self, settings):
-        """Examples at once in evaluation.
+        """Returns the batch size of evaluation, over all devices.
 
         Args:
-            settings: The run's `RunSettings`.
+            settings: The run's `RunSettings`, for the default.
         """
         return self.eval_batch_size or settings.microbatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """What a run computes on, and how exactly.
+    """Devices of a run, numeric precision, compilation and determinism.
 
     Raises:
-        ValueError: Naming the first that is of the wrong type or unknown.
+        ValueError: If a field is of the wrong type or unknown; names it.
     """
 
     strategy: str = "auto"
-    """"auto", "one", "mirrored", "multi_worker" or "tpu", see
-    `make_strategy`."""
+    """Distribution strategy: "auto", "one", "mirrored", "multi_worker" or
+    "tpu", as `make_strategy` describes them."""
 
     devices: list | None = None
-    """Device names for one or mirrored; None for all."""
+    """Device names for "one" or "mirrored"; None for all devices."""
 
     precision: str | None = None
-    """Dtype policy: "float32", "mixed_bfloat16", "bfloat16"; None keeps the
-    policy that is set."""
+    """Dtype policy: "float32", "mixed_bfloat16" or "bfloat16"; None keeps the
+    current policy."""
 
     jit_compile: bool | str = "auto"
-    """True, False, or "auto": XLA where there is an accelerator that it
-    compiles for."""
+    """Whether to compile with XLA; "auto" does so if there is an accelerator
+    that XLA supports."""
 
     deterministic: bool = False
-    """Use deterministic kernels only: the same run gives the same weights, bit
-    by bit, on the same kind of device."""
+    """Whether to use deterministic kernels only: the same run then gives
+    bitwise the same weights on the same kind of device."""
 
     def __post_init__(self):
         arguments.check_choice((None, *PRECISIONS), precision=self.precision)
@@ -153,25 +154,31 @@ class ComputeSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightSettings:
-    """Where the first weights come from, and which are not trained.
+    """Source of the initial weights, and the parts that are not trained.
 
-    Parts are those of the model's `Task.parts`: "vision_encoder" and
-    "text_decoder" of a captioner.
+    Parts are named as in the model's `Task.parts`: "vision_encoder" and
+    "text_decoder" for a captioner; "vision_encoder", "text_encoder" and
+    "contrastive_head" for a contrastive model.
 
     Raises:
-        ValueError: Naming the first that is of the wrong type.
+        ValueError: If a field is of the wrong type; names it.
     """
 
     initialize_from: str | None = None
-    """Folder of a run, `.keras` file or npz file of big_vision that the
-    weights are read from before the first step; None for random ones."""
+    """Run folder, `.keras` file, npz file of big_vision or folder of
+    transformers' SigLIP from which to read the weights before the first step;
+    None for random weights."""
 
     initialize_parts: list | tuple | None = None
-    """The parts to read; None for all of the model."""
+    """Names of the parts to read; None for the whole model."""
 
     frozen_parts: list | tuple = ()
-    """Parts whose weights stay as they are: without gradients, decay or
-    optimizer state, and computed as in inference (nothing is dropped)."""
+    """Names of the parts that are not trained: they get no gradients, decay or
+    optimizer state, and run as in inference (without dropout)."""
+
+    trained_parts: list | tuple = ()
+    """Names of layers inside frozen parts that are trained all the same, such
+    as "vision_encoder/pool", the attention pooling on frozen features."""
 
     def __post_init__(self):
         path, parts = self.initialize_from, self.initialize_parts
@@ -188,4 +195,6 @@ class WeightSettings:
                     "`initialize_from`. Received: "
                     f"initialize_parts={parts!r}, initialize_from={path!r}"
                 )
-        arguments.check_names(frozen_parts=self.frozen_parts)
+        arguments.check_names(
+            frozen_parts=self.frozen_parts, trained_parts=self.trained_parts
+        )

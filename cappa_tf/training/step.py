@@ -1,42 +1,37 @@
 """The training step, and the compiled loop that runs many of them.
 
-B: examples of one replica's batch.  A: accumulation steps (microbatches).
-S: steps of one loop.  M: sums that are kept of a step.
+M: room for the sums that are kept of a step.
 """
-
-import functools
 
 import tensorflow as tf
 
+from cappa_tf.training.gradients import TaskGradients, function
 from cappa_tf.training.optimizers.base import apply_summed
-from cappa_tf.training.reporting.metrics import Sums
-
-# Room for the sums of a step: which there are is known only once it has been
-# traced, and the loop around it needs a static shape before that.
-_MOST_SUMS = 64
+from cappa_tf.training.reporting.metrics import SumsLayout
 
 
 class TrainLoop:
-    """Runs training steps on the device; metrics come back once a call.
+    """Runs training steps on the device; returns metrics once per call.
 
-    One step, the arithmetic of Keras' own TensorFlow trainer spelled out for
+    A step does what Keras' own TensorFlow trainer does, spelled out for
     several replicas: the per-example losses are summed and divided by the
-    GLOBAL batch, so that the SUM of the replicas' gradients (and of the
-    microbatches') is the gradient of the mean; then the optimizer applies it.
+    GLOBAL batch size, so that the SUM of the replicas' gradients (and of the
+    microbatches') is the gradient of the mean; the optimizer then applies it.
 
     Args:
         strategy: The strategy under whose scope model and optimizer were built.
         model: A `Task`.
         optimizer: A built Keras optimizer.
         batch_size: Global batch size (all replicas, all microbatches).
-        accumulation_steps: Microbatches a step, one after the other.
-        jit_compile: Compile with XLA; with several replicas only forward and
-            backward pass are, as XLA cannot read another device's variables.
-        stop: Optional boolean `tf.Variable`; once true, on any host, all
-            hosts' loops end at the same step boundary.
+        accumulation_steps: Microbatches per step, processed in sequence.
+        jit_compile: Whether to compile with XLA. With several replicas only
+            the forward and backward pass are compiled, as XLA cannot read
+            another device's variables.
+        stop: Optional boolean `tf.Variable`. Once it is true on any host, the
+            loops of all hosts end at the same step boundary.
         measure_wait: Whether to time the wait for data; TensorFlow allows no
             clock in its deterministic mode.
-        num_hosts: Processes that run this loop side by side.
+        num_hosts: Number of processes that run this loop in parallel.
     """
 
     def __init__(
@@ -54,20 +49,20 @@ class TrainLoop:
         self._strategy = strategy
         self._model = model
         self._optimizer = optimizer
-        self._batch_size = batch_size
-        self._accumulation_steps = accumulation_steps
         self._replicas = strategy.num_replicas_in_sync
         self._stop = tf.constant(False) if stop is None else stop
         self._num_hosts = num_hosts
         self._measure_wait = measure_wait
-        self._gradients_fn = self._gradients
+        # With several replicas only forward and backward pass are compiled.
+        alone = self._replicas == 1
+        self._gradients = TaskGradients(
+            model, batch_size, accumulation_steps, jit_compile and not alone
+        )
         self._step_fn = self._replica_step
-        if jit_compile and self._replicas == 1:
-            self._step_fn = _function(self._step_fn, jit_compile=True)
-        elif jit_compile:
-            self._gradients_fn = _function(self._gradients, jit_compile=True)
-        self._loop = _function(self._run_steps)
-        self._names = None  # of the sums, once a step has been traced
+        if jit_compile and alone:
+            self._step_fn = function(self._step_fn, jit_compile=True)
+        self._loop = function(self._run_steps)
+        self._layout = SumsLayout()
 
     def __call__(self, iterator, steps):
         """Runs up to `steps` steps.
@@ -78,14 +73,14 @@ class TrainLoop:
 
         Returns:
             (sums, steps, waited, weight_norm, stopped): `metrics.Sums` of the
-            steps, their number, seconds spent waiting for the next batch
-            (None where not measured), global norm of the weights afterwards,
-            whether some host asked to stop.
+            steps, the number of steps run, seconds spent waiting for batches
+            (None if not measured), global norm of the weights afterwards, and
+            whether any host asked to stop.
         """
         sums, done, waited, norm, stopped = self._loop(
             iterator, tf.constant(steps)
         )
-        sums = Sums.unpacked(self._names, sums.numpy().tolist())
+        sums = self._layout.unpacked(sums.numpy().tolist())
         waited = float(waited) if self._measure_wait else None
         return sums, int(done), waited, float(norm), bool(stopped)
 
@@ -104,13 +99,13 @@ class TrainLoop:
             )
 
         # Sums over a loop can pass 2^24 tokens, where float32 stops counting.
-        totals = tf.zeros([_MOST_SUMS], tf.float64)
+        totals = tf.cast(SumsLayout.zeros(), tf.float64)
         done, stopping, totals, waited = tf.while_loop(
             unfinished,
             step,
             (
                 tf.constant(0),
-                # Of several hosts, none knows yet what the others do.
+                # Several hosts must first agree to stop, within a step.
                 tf.logical_and(self._stop, self._num_hosts == 1),
                 totals,
                 tf.zeros([], tf.float64),
@@ -126,9 +121,9 @@ class TrainLoop:
         return totals, done, waited, norm, stopping
 
     def _global_step(self, batch):
-        """Metric sums [M] of all replicas; whether a host asked to stop."""
+        """Metric sums [M] of all replicas, and whether a host asked to stop."""
         if self._num_hosts > 1:
-            # Any host's wish goes round with the sums it makes anyway.
+            # The request to stop is reduced together with the metric sums.
             sums = self._strategy.run(self._step_and_stop, args=(batch,))
             sums = self._strategy.reduce("SUM", sums, axis=None)
             return sums[:-1], sums[-1] > 0.0
@@ -142,15 +137,15 @@ class TrainLoop:
         return tf.concat([sums, [stop]], axis=0)
 
     def _stop_after(self, sums):
-        """This host's wish to stop, as it is once `sums` are there."""
+        """Whether this host asks to stop, read after `sums` are computed."""
         with tf.control_dependencies([sums]):
             return tf.identity(self._stop)
 
     def _timed_next(self, iterator, after):
-        """The next batch and how long the step had to wait for it, in s.
+        """The next batch and the time the step waited for it, in seconds.
 
-        On an accelerator the host runs ahead of the device; the figure is
-        then an upper bound on the time the device stood still.
+        On an accelerator the host runs ahead of the device, so the time is an
+        upper bound on how long the device was idle.
         """
         if not self._measure_wait:
             return iterator.get_next(), tf.zeros([], tf.float64)
@@ -161,16 +156,16 @@ class TrainLoop:
         parts = tf.nest.flatten(batch, expand_composites=True)
         with tf.control_dependencies(parts):
             got = tf.timestamp()
-        # The step begins once the clock is read: the executor might else read
-        # it after the step (and does with one thread).
+        # Make the step wait for the clock: otherwise the executor may read it
+        # after the step (and does so with one thread).
         with tf.control_dependencies([got]):
             parts = [_identity(x) for x in parts]
         batch = tf.nest.pack_sequence_as(batch, parts, expand_composites=True)
         return batch, got - asked
 
     def _replica_step(self, batch):
-        """One replica's part of a step; returns its metric sums [M]."""
-        gradients, sums = self._gradients_fn(batch)
+        """One replica's part of a step; returns its packed sums [M]."""
+        gradients, sums = self._gradients(batch)
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
             gradients = context.all_reduce(
@@ -180,74 +175,12 @@ class TrainLoop:
         variables = self._model.trainable_variables
         apply_summed(self._optimizer, gradients, variables)
         # Every replica has the same norm, and all replicas' sums are added.
-        share = 1.0 / self._replicas
-        return tf.concat([sums[:-2], [norm * share, share]], axis=0)
-
-    def _gradients(self, batch):
-        """Sums gradients and metrics over the microbatches of a batch."""
-        count = self._accumulation_steps
-        if count == 1:
-            return self.microbatch_gradients(batch)
-        parts = {key: _microbatches(x, count) for key, x in batch.items()}
-
-        def add_one(i, gradients, sums):
-            micro = {key: value[i] for key, value in parts.items()}
-            more, more_sums = self.microbatch_gradients(micro)
-            added = [a + b for a, b in zip(gradients, more)]
-            return i + 1, added, sums + more_sums
-
-        variables = self._model.trainable_variables
-        zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
-        sums = tf.zeros([_MOST_SUMS])
-        _, gradients, sums = tf.while_loop(
-            lambda i, *_: i < count,
-            add_one,
-            (tf.constant(0), zeros, sums),
-            maximum_iterations=count,
-        )
-        return gradients, sums
-
-    def microbatch_gradients(self, batch):
-        """Dense gradients of one microbatch, and its sums [M]."""
-        variables = [v.value for v in self._model.trainable_variables]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(variables)
-            losses = self._model.example_losses(batch, training=True)
-            loss = tf.reduce_sum(losses.loss) / self._batch_size
-        gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
-        # Embedding lookups give IndexedSlices; norms, sums over microbatches
-        # and factored moments all need the dense gradient.
-        dense = [tf.convert_to_tensor(g) for g in gradients]
-        return dense, self._sums_of(losses)
-
-    def _sums_of(self, losses):
-        """Sums over the examples of one microbatch, float32 [M].
-
-        The last two places are those of the gradient's norm.
-        """
-        self._names, values = Sums.packed(losses)
-        room = _MOST_SUMS - len(values)
-        if room < 2:
-            raise ValueError(
-                f"A task may report {_MOST_SUMS} sums. Received: {self._names}"
-            )
-        return tf.pad(tf.stack(values), [[0, room]])
-
-
-# AutoGraph has nothing to convert in the model or here, and takes as long to
-# find that out as all the rest of the tracing.
-_function = functools.partial(tf.function, autograph=False)
+        share = tf.constant(1.0 / self._replicas)
+        sums.figures["gradient_norm"] = (norm * share, share)
+        return self._layout.packed(sums)
 
 
 def _identity(tensor):
-    """The tensor, where it is."""
+    """Identity on the tensor's own device."""
     with tf.device(tensor.device):
         return tf.identity(tensor)
-
-
-def _microbatches(value, count):
-    """[B, ...] as [A, B / A, ...]; the text length may be open."""
-    shape = tf.concat([[count, -1], tf.shape(value)[1:]], axis=0)
-    parts = tf.reshape(value, shape)
-    parts.set_shape([count, value.shape[0] // count, *value.shape[1:]])
-    return parts

@@ -1,16 +1,16 @@
-"""The root function of a run: arguments to a trained, evaluated model.
+"""The entry point of training: from settings to a trained, evaluated model.
 
-What `train` does, in this order, each in a module of its own:
+`train` takes these steps in order, each from a module of its own:
 
     arguments checked           settings.py
     devices, hosts              strategies.py, hosts.py
     model and optimizer built   construct.py
-    first weights read          initialize.py, unless the run resumes
+    initial weights read        initialize.py, unless the run resumes
     folder made and claimed     run_lock.py
     data prepared               the function `prepare`, if given
-    data and model compared     `Task.check_data`
+    data checked against model  `Task.check_data`
     run resumed                 trainer.py, checkpoints.py
-    steps, figures, evaluation  trainer.py, step.py, metrics.py, validation.py
+    steps, metrics, evaluation  trainer.py, step.py, metrics.py, validation.py
     results, sheet, model file  results.py
 
 It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
@@ -67,7 +67,7 @@ def train(
     on_start=None,
     on_first_step=None,
 ):
-    """Trains a model; run again with the same workdir, it resumes.
+    """Trains a model; called again with the same `workdir`, it resumes.
 
     Args:
         model: A `Task` such as `Captioner`, or better its constructor (in a
@@ -78,29 +78,30 @@ def train(
         train_data: Data set to train on, such as `CaptionDataset`, or its
             constructor.
         workdir: Folder of checkpoints, logs and results; made if missing.
-        settings: How long to train, on how much at once, how often to save.
-        evaluation: When to measure what.
-        compute: What to compute on, and how exactly.
-        weights: Where the first weights come from, and which stay.
-        eval_data: Data set for validation; None for none.
+        settings: Number of steps, batch size, and how often to log and save.
+        evaluation: Which evaluations to run, and how often.
+        compute: Devices, precision, compilation and determinism.
+        weights: Where the initial weights come from, and which are frozen.
+        eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation; `eval_data` by default.
         evaluators: `Evaluator`s to run between steps and at the end; their
-            figures go to TensorBoard, to the log and into results.json.
+            metrics go to TensorBoard, to the log and to results.json.
         prepare: Function without arguments, called before data is opened, on
             the first host only.
-        dry_run: Build everything, print shapes, parameters and an estimate of
-            memory, read no data, and stop.
+        dry_run: Builds everything, prints shapes, parameter counts and a
+            memory estimate, and stops without reading any data.
         on_start: Called with `workdir` before the first step of this process,
             on the first host only.
-        on_first_step: Called with `workdir` and the step after it, likewise.
+        on_first_step: Called with `workdir` and the number of finished steps
+            after the first step of this process, on the first host only.
 
     Returns:
-        Dict of the final figures: `step`, `interrupted` (the signal's name or
-        None), and, at the end of a run, what results.json holds.
+        Dict of the final metrics: `step`, `interrupted` (the signal's name or
+        None), and, once the run is complete, the contents of results.json.
 
     Raises:
-        ValueError: For what cannot be run, naming argument or file; also
-            where another run has the folder.
+        ValueError: If an argument or a file cannot be used (the message names
+            it), or another run holds the folder.
         FloatingPointError: If loss or weights stop being finite.
         WorkerLostError: If another process of the run has ended.
     """
@@ -111,7 +112,7 @@ def train(
     strategy = _open_devices(settings, evaluation, compute)
     hosts = Hosts(strategy)
     with hosts.explain_loss():
-        # First what can fail at once: no data is touched for a wrong model.
+        # What can fail right away comes before any data is read.
         model, optimizer = build_model(
             model,
             optimizer,
@@ -119,8 +120,10 @@ def train(
             settings.seed,
             compute.precision,
             weights.frozen_parts,
+            weights.trained_parts,
         )
         _check_captions(model, evaluation)
+        _check_pairs(model, settings, evaluation, hosts)
         origin = first_weights(model, weights, workdir)
         if dry_run:
             return _report(
@@ -146,14 +149,14 @@ def train(
                 origin=origin,
             )
             with plain_data_errors(*data), trainer:
-                # Not before the folder turned out to hold this very run.
+                # Only now is it certain that the folder belongs to this run.
                 if on_start is not None and hosts.is_chief:
                     on_start(workdir)
                 return trainer.run(on_first_step)
 
 
 def _check_arguments(workdir, evaluators, dry_run):
-    """Refuses what no settings object has checked."""
+    """Checks the arguments that are not part of a settings object."""
     if not isinstance(workdir, str) or not workdir:
         raise ValueError(
             f"`workdir` must be a path. Received: workdir={workdir!r}"
@@ -163,18 +166,36 @@ def _check_arguments(workdir, evaluators, dry_run):
 
 
 def _check_captions(model, evaluation):
-    """Refuses scores of captions that the end of the run could not give."""
+    """Checks that caption metrics can be computed at the end of the run."""
     if evaluation.caption_metrics:
         if not model.can_generate:
             raise ValueError(
-                "`caption_metrics` are for models that caption. Received: "
+                "`caption_metrics` needs a model that captions. Received: "
                 f"caption_metrics=True, model={type(model).__name__}"
             )
         check_installed()
 
 
+def _check_pairs(model, settings, evaluation, hosts):
+    """Refuses batches in which an example has nothing to be compared with."""
+    if not model.needs_whole_batch:
+        return
+    sizes = {
+        "batch_size": settings.batch_size,
+        "eval_batch_size": evaluation.batch_size(settings) // hosts.count,
+    }
+    for name, size in sizes.items():
+        if size < 2:
+            raise ValueError(
+                f"`{name}` must be at least 2 for a {type(model).__name__}, "
+                "which compares each example with the others of the batch (in "
+                "evaluation, of one host's part of it). Received: "
+                f"{name}={size}"
+            )
+
+
 def _open_devices(settings, evaluation, compute):
-    """The strategy, and whether the batches can be shared out under it."""
+    """Creates the strategy and checks that it can split the batches."""
     if compute.deterministic:
         tf.config.experimental.enable_op_determinism()
     strategy = make_strategy(compute.strategy, compute.devices)
@@ -190,10 +211,11 @@ def _open_devices(settings, evaluation, compute):
 
 @contextlib.contextmanager
 def _claimed(workdir, hosts):
-    """The folder as that of this run alone; the first host claims it for all.
+    """Claims the folder for this run; the first host does so for all hosts.
 
     Yields:
-        A function that raises an error once another run has taken it over.
+        A function that raises an error once another run has taken over the
+        folder.
     """
     with contextlib.ExitStack() as stack:
         check, problem = None, None
@@ -202,7 +224,7 @@ def _claimed(workdir, hosts):
                 check = stack.enter_context(RunLock(workdir)).check
             except ValueError as error:
                 problem = error
-        # No host waits for one that has given up.
+        # The other hosts must not wait for a chief that has given up.
         message = hosts.first(problem and str(problem))
         if problem is not None:
             raise problem
@@ -212,7 +234,7 @@ def _claimed(workdir, hosts):
 
 
 def _open_data(model, train_data, eval_data, test_data):
-    """The three data sets, checked against the model."""
+    """Opens the three data sets and checks them against the model."""
     opened = {"train_data": train_data, "eval_data": eval_data}
     opened["test_data"] = eval_data if test_data is None else test_data
     for name, data in opened.items():
@@ -224,16 +246,16 @@ def _open_data(model, train_data, eval_data, test_data):
 
 
 def _report(model, optimizer, strategy, settings, train_data, origin):
-    """Prints and returns what `--dry_run` shows."""
+    """Prints and returns the report of `--dry_run`."""
     if origin:
         print(origin)
     counts = parameter_counts(model)
     for part, count in counts.items():
-        frozen = ", frozen" if part in model.frozen_parts else ""
-        print(f"{part:15} {count:>13,} parameters{frozen}")
+        how = model.how_trained(part)
+        print(f"{part:15} {count:>13,} parameters{how and ', ' + how}")
     captions = getattr(train_data, "captions_per_image", 1)
-    if captions == "all":  # Only the data knows how many: not read here.
-        print("The estimate counts one caption an image.")
+    if captions == "all":  # The number is unknown until the data is read.
+        print("The estimate counts one caption per image.")
         captions = 1
     estimate = memory_estimate.estimate(
         model,

@@ -1,4 +1,4 @@
-"""One run: the loop over steps, and what happens between them."""
+"""The training loop of one run, and the work between its steps."""
 
 import collections
 import contextlib
@@ -36,9 +36,9 @@ from cappa_tf.training.validation import Validation
 
 @contextlib.contextmanager
 def plain_data_errors(*datasets):
-    """Raises a data set's own error where reading it ended a step.
+    """Raises a data set's own error if reading from it made a step fail.
 
-    TensorFlow passes an error from inside an input pipeline on as one of its
+    TensorFlow wraps an error raised inside an input pipeline in one of its
     own, with the text buried in a trace; the data set keeps the original.
     """
     try:
@@ -61,10 +61,10 @@ class Data(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
-    """Trains a built task on opened data, from where its folder stands.
+    """Trains a built task on opened data, resuming from its folder.
 
-    `with Trainer(...) as trainer: trainer.run()`: what reads and writes
-    happens inside the block, nothing of it in the constructor.
+    Use it as `with Trainer(...) as trainer: trainer.run()`. All I/O happens
+    inside the block, none in the constructor.
 
     Args:
         model: Built `Task`.
@@ -75,11 +75,11 @@ class Trainer:
         evaluation: `EvaluationSettings`.
         compute: `ComputeSettings`.
         strategy: The strategy the model was built under.
-        hosts: The `Hosts` of that strategy. The chief alone writes.
-        evaluators: List of evaluators, see `train.train`.
-        check_claim: Called between loops; raises an error once the folder is
-            another run's.
-        origin: Line of the log about the first weights, or None.
+        hosts: The `Hosts` of that strategy. Only the chief writes.
+        evaluators: List of evaluators, as passed to `train.train`.
+        check_claim: Called between loops; raises an error once another run
+            has taken over the folder.
+        origin: Log line about the source of the initial weights, or None.
     """
 
     model: Task
@@ -97,12 +97,15 @@ class Trainer:
 
     @property
     def step(self):
-        """Optimizer steps made so far."""
+        """Number of finished optimizer steps."""
         return int(self.optimizer.iterations.numpy())
 
     def __enter__(self):
-        """Resumes, if there is a checkpoint; opens all the loop needs."""
+        """Resumes if there is a checkpoint; opens what the loop needs."""
         self._resume()
+        self._prepared = None
+        if not self._resumed:
+            self._prepared = self.model.prepare(self.data.train)
         if self.hosts.is_chief:
             describe_run(self.workdir, self.model, self.data.train)
         batch_size = self.evaluation.batch_size(self.settings)
@@ -155,19 +158,19 @@ class Trainer:
         self._resumed = self._checkpoints.restore()
         self.hosts.check_same("the same checkpoint", self._checkpoints.latest)
         state = self._checkpoints.state.values
-        # Counted in examples: the batch size may change between two starts.
+        # Counted in examples, as the batch size may change between two starts.
         self._examples = state.get("examples", 0)
         # "best_nll" in checkpoints of version 0.1.0.
         self._best = state.get("best", state.get("best_nll"))
 
     def run(self, on_first_step=None):
-        """Trains to the end or to an interruption.
+        """Trains until the end or until interrupted.
 
         Args:
             on_first_step: Called with folder and step after the first step.
 
         Returns:
-            As `train.train`.
+            Dict of the final metrics, as `train.train` returns it.
         """
         self._announce()
         with Interruption() as interruption:
@@ -182,15 +185,15 @@ class Trainer:
             )
         else:
             figures |= self._finish()
-        # None leaves while the chief may still be writing.
+        # No host may exit while the chief could still be writing.
         self.hosts.wait()
         return figures
 
     def _announce(self):
         counts = parameter_counts(self.model)
         parts = ", ".join(
-            f"{name.replace('_', ' ')} {count:,}"
-            + (" frozen" if name in self.model.frozen_parts else "")
+            f"{name.replace('_', ' ')} {count:,} "
+            f"{self.model.how_trained(name)}".rstrip()
             for name, count in counts.items()
             if name != "total"
         )
@@ -204,8 +207,9 @@ class Trainer:
                 f"resuming from {self._checkpoints.latest}, example "
                 f"{self._examples}"
             )
-        elif self.origin:
-            self._progress.line(self.origin)
+        else:
+            for line in filter(None, (self.origin, self._prepared)):
+                self._progress.line(line)
 
     # The loop.
 
@@ -224,22 +228,22 @@ class Trainer:
             num_hosts=self.hosts.count,
         )
         interval = Interval(settings.batch_size)
-        first, stopped = True, self._knows_to_stop(interruption)
+        first, stopped = True, self._stops_alone(interruption)
         while self.step < settings.total_steps and not stopped:
-            # The first call traces and compiles: one step, and not timed.
+            # The first call traces and compiles, so it is one untimed step.
             steps = 1 if first else self._steps_to_next_event()
             stopped = self._run_loop(loop, iterator, steps, interval, not first)
             if first and on_first_step is not None and self.hosts.is_chief:
                 on_first_step(self.workdir, self.step)
             first = False
             self._between_loops(interval)
-            stopped = stopped or self._knows_to_stop(interruption)
+            stopped = stopped or self._stops_alone(interruption)
         self._save()
 
-    def _knows_to_stop(self, interruption):
-        """Whether to stop without asking, as the only host there is.
+    def _stops_alone(self, interruption):
+        """Whether a single host was interrupted.
 
-        Several must agree, which they do in every step.
+        Several hosts must agree to stop, which they do in every step.
         """
         return self.hosts.count == 1 and interruption.signal is not None
 
@@ -258,7 +262,7 @@ class Trainer:
         )
 
     def _steps_to_next_event(self):
-        """Steps until something happens between two, at most a loop's."""
+        """Steps until the next log line, checkpoint or evaluation is due."""
         s, step = self.settings, self.step
         periods = [
             s.log_steps,
@@ -270,7 +274,7 @@ class Trainer:
         return min(s.steps_per_loop, s.total_steps - step, *ahead)
 
     def _run_loop(self, loop, iterator, steps, interval, timed):
-        """Makes up to `steps` steps; whether the hosts agreed to stop."""
+        """Runs up to `steps` steps; returns whether hosts agreed to stop."""
         before = self.step
         with Stopwatch() as watch:
             sums, done, waited, self._weight_norm, stopped = loop(
@@ -297,7 +301,7 @@ class Trainer:
             self._log(interval.result())
         if evaluation.eval_steps and step % evaluation.eval_steps == 0 or last:
             self._validate()
-        # At the end they run with the weights that are kept: `_finish`.
+        # At the end `_finish` runs them with the final weights.
         every = evaluation.evaluator_steps
         if every and step % every == 0 and not last:
             with averaged_weights(self.model, self.optimizer):
@@ -310,7 +314,7 @@ class Trainer:
             self.step, examples=self._examples, best=self._best
         )
 
-    # Figures.
+    # Metrics.
 
     def _log(self, figures):
         figures["weight_norm"] = self._weight_norm
@@ -340,7 +344,7 @@ class Trainer:
         self._progress.figures(self.step, named)
 
     def _evaluate(self):
-        """Runs the evaluators; returns their figures by name."""
+        """Runs the evaluators; returns their metrics by name."""
         figures = self._evaluators()
         if figures:
             self._summaries.scalars(self.step, figures)
@@ -348,11 +352,11 @@ class Trainer:
         return figures
 
     def _finish(self):
-        """Final evaluation and export, with the weights that were asked for."""
+        """Runs the final evaluation and export with the chosen weights."""
         evaluation = self.evaluation
         with averaged_weights(self.model, self.optimizer):
             if evaluation.final_weights == "best":
-                self.hosts.wait()  # for the chief to have written them
+                self.hosts.wait()  # until the chief has written them
                 self._checkpoints.restore_best()
             figures = results.finish(
                 self.model,

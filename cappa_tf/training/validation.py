@@ -1,45 +1,62 @@
-"""Figures of a whole split, each example counted once.
+"""Metrics over a whole split, each example counted once.
 
 B: batch (padded at the end of the split).
 """
+
+import functools
 
 import numpy as np
 import tensorflow as tf
 
 from cappa_tf.training.distribution.strategies import on_replicas
+from cappa_tf.training.gradients import function
 
 
 class Validation:
-    """What a task reports in evaluation, over one split.
+    """Computes the loss and the metrics of a task over one split.
 
-    Hold on to one object for a whole run: its graph is traced once per text
+    Reuse one object for a whole run, as its graph is traced once per text
     length.
 
     Args:
         strategy: The run's strategy.
         hosts: The run's `Hosts`; each evaluates its part of the split.
         model: A `Task`.
-        data: Has `evaluate(batch_size, host, num_hosts)`, a host's part of
-            the split in padded batches with `_mask` [B], 1 where an example
-            is real.
-        batch_size: Over all devices of all hosts.
+        data: Data set whose `evaluate(batch_size, host, num_hosts)` returns a
+            host's part of the split in padded batches with `_mask` [B], 1 for
+            real examples.
+        batch_size: Batch size over all devices of all hosts. The examples of a
+            task that compares them (`WholeBatchTask`) are compared within a
+            host's part of such a batch.
     """
 
     def __init__(self, strategy, hosts, model, data, batch_size):
         self._hosts, self._model = hosts, model
         self._data, self._batch_size = data, batch_size
         self._names = None  # of the sums, once a batch has been traced
-        self._sums = on_replicas(strategy, self._example_sums, hosts.count)
+        shared = functools.partial(on_replicas, strategy, num_hosts=hosts.count)
+        if model.needs_whole_batch:
+            # However many devices embed a batch, it is compared as one.
+            self._embed = shared(
+                lambda batch: model.embed(batch, training=False)
+            )
+            self._sums = function(self._batch_sums)
+        else:
+            self._sums = shared(
+                lambda batch: self._example_sums(
+                    batch, model.example_losses(batch, training=False)
+                )
+            )
 
     def __call__(self):
         """Evaluates the split.
 
         Returns:
-            Dict: each metric of the task; `loss`, its mean over the examples;
-            `examples`, how many there were.
+            Dict of each metric of the task; `loss`, its mean over the
+            examples; and `examples`, their number.
 
         Raises:
-            ValueError: If the split holds nothing that can be measured.
+            ValueError: If the split has no example with a caption.
         """
         totals = 0.0
         for batch in self._batches():
@@ -52,7 +69,7 @@ class Validation:
                 "The evaluation split must hold at least one caption. "
                 f"Received: {examples} examples without any"
             )
-        # The loss last: it is what the others explain.
+        # The loss goes last, after the metrics that explain it.
         pairs["loss"] = pairs.pop("loss")
         figures = {
             name: total / weight for name, (total, weight) in pairs.items()
@@ -66,13 +83,17 @@ class Validation:
             self._batch_size // hosts.count, hosts.index, hosts.count
         )
 
-    def _example_sums(self, batch):
-        """Float32 [B, 2 * figures]: totals and weights, zeros for padding."""
+    def _batch_sums(self, batch):
+        embedded = self._embed(batch)
+        losses = self._model.complete(*embedded, batch["_mask"])
+        return self._example_sums(batch, losses)
+
+    def _example_sums(self, batch, losses):
+        """Totals and weights, float32 [B, 2 * metrics], zeros for padding."""
         mask = batch["_mask"]  # [B]
-        losses = self._model.example_losses(batch, training=False)
         figures = {"loss": (losses.loss, mask), **losses.metrics}
         self._names = list(figures)
-        # A padding example may hold anything, NaN included: where, not times.
+        # A padding example may yield NaN, so it is masked with `where`.
         real = [
             tf.where(mask > 0, value, 0.0)
             for pair in figures.values()

@@ -30,7 +30,7 @@ def _png(value, side=4):
 
 
 def _record(i):
-    """A record whose grey value is 6 times its number, or a bad one."""
+    """A record whose gray value is 6 times its number, or a bad one."""
     image = {
         5: b"not an image",
         6: _png(9, 30)[:40],
@@ -42,7 +42,7 @@ def _record(i):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """40 records in 2 shards, 5 of them bad in as many ways."""
+    """40 records in 2 shards, 5 of them bad in different ways."""
     real = schema.serialize
     monkeypatch.setattr(
         schema,
@@ -68,12 +68,12 @@ def make(data, **options):
 
 
 def numbers(batch):
-    """Which records a batch shows, by their grey values."""
+    """Which records a batch has, by their gray values."""
     return np.round((batch["image"][:, 0, 0, 0] + 1) * 127.5 / 6).astype(int)
 
 
 def counts(records):
-    """Number of each reason among some bad records."""
+    """Counts of some bad records by reason."""
     reasons = [BAD[i] for i in records]
     return {reason: reasons.count(reason) for reason in reasons}
 
@@ -85,7 +85,7 @@ def test_training_goes_on_around_bad_records(data, cache):
     index = np.concatenate([batch["index"] for batch in batches])
     np.testing.assert_array_equal(index, np.arange(COUNT))
     seen = np.concatenate([numbers(batch) for batch in batches])
-    # Every good one comes; a bad one's place is a good one of its batch.
+    # Every good record occurs; a bad one is replaced by one of its batch.
     assert set(seen) == set(range(COUNT)) - set(BAD)
     np.testing.assert_array_equal(
         seen, np.concatenate([batch["label"] for batch in batches])
@@ -132,7 +132,7 @@ def test_stops_above_the_bound(data):
 
 
 class Lengths:
-    """Stands for a tokenizer: a caption's length is its only token."""
+    """In place of a tokenizer: the length of a caption is its only token."""
 
     max_length = 1
     pad_id = 0
@@ -324,7 +324,7 @@ def test_a_shard_that_vanishes_during_the_run(data, bound):
     next(stream)
     os.remove(path)
     if bound == 1.0:
-        # How far was read ahead depends on the machine: a few epochs at most.
+        # How far is read ahead depends on the machine: at most a few epochs.
         later = [numbers(next(stream)) for _ in range(40)][30:]
         assert {n % 2 for n in np.concatenate(later) if n} == {1}
         assert dataset.skipped["lost record"] >= COUNT // 2

@@ -1,4 +1,4 @@
-"""What is no model, or no longer a whole one, is named."""
+"""The run folder: missing, damaged and old files."""
 
 import shutil
 import zipfile
@@ -47,7 +47,7 @@ def _file(run_folder, tmp_path, change):
 )
 def test_a_damaged_file_is_named(run_folder, tmp_path, change):
     path = _file(run_folder, tmp_path, change)
-    with pytest.raises(ValueError, match="saved whole. Received: .*model.kera"):
+    with pytest.raises(ValueError, match="by Keras. Received: .*model.kera"):
         saving.load_model(path)
 
 
@@ -76,7 +76,7 @@ def test_a_run_of_version_0_1_0_opens_and_takes_the_new_names(
     old = saving.load_model(tmp_path)
     model = saving.load_model(run_folder)
     assert len(old.weights) == len(model.weights)
-    # What a resumed run writes: the old file must not hide its weights.
+    # Written by a resumed run; the old file must not hide its weights.
     saving.save_model(str(tmp_path), model)
     names = {path.name for path in tmp_path.iterdir()}
     assert "model.keras" in names and "captioner.keras" not in names

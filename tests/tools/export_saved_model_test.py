@@ -47,7 +47,7 @@ def test_it_writes_a_version_and_what_starts_a_server(served, tmp_path):
     [
         ("backbone", "--version=2", "--version does not go with"),
         ("saved_model", "--image_size=32", "--image_size does not go with"),
-        ("saved_model", "--name=Two words", "`name` must be lower-case"),
+        ("saved_model", "--name=Two words", "must consist of lower-case"),
         ("saved_model", "--max_length=9", "at most the decoder's 8"),
     ],
 )

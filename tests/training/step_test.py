@@ -1,4 +1,4 @@
-"""One step is one step, however it is split; figures are exact."""
+"""A step is the same however it is split; metrics are exact."""
 
 import keras
 import numpy as np
@@ -97,7 +97,7 @@ def test_compiled_step_is_the_step(folder, plain):
 
 
 def test_only_the_wait_for_data_is_timed(folder, monkeypatch):
-    """The clock is read twice between two steps, never beside one."""
+    """The clock is read twice between two steps, never during one."""
     events = []
 
     def event(name, value, dtype):
@@ -163,9 +163,15 @@ def test_inside_the_block_the_weights_are_their_average():
 
 def test_interval_divides_by_what_was_counted():
     interval = Interval(batch_size=4)
-    names = (["loss", "parallel/loss", "never/loss"], ["tokens"])
-    values = [8.0, 4.0, 2.0, 1.0, 0.0, 0.0, 12.0, 0.5, 1.0]
-    sums = Sums.unpacked(names, values)
+    sums = Sums(
+        {
+            "loss": (8.0, 4.0),
+            "parallel/loss": (2.0, 1.0),
+            "never/loss": (0.0, 0.0),
+            "gradient_norm": (0.5, 1.0),
+        },
+        {"tokens": 12.0},
+    )
     interval.add(sums, steps=1, seconds=100.0, waited=99.0, timed=False)
     interval.add(sums, steps=1, seconds=2.0, waited=0.5)
     figures = interval.result()
@@ -173,7 +179,7 @@ def test_interval_divides_by_what_was_counted():
     assert figures["parallel/loss"] == 2.0
     assert "never/loss" not in figures
     assert figures["gradient_norm"] == 0.5
-    # The first, untimed loop compiled: it says nothing about speed.
+    # The first loop compiles and is not timed.
     assert figures["images_per_second"] == 2.0
     assert figures["tokens_per_second"] == 6.0
     assert figures["data_wait_share"] == 0.25

@@ -1,1 +1,1 @@
-"""Losses of the methods."""
+"""Loss functions."""

@@ -14,7 +14,7 @@ def softmax_cross_entropy(logits, labels, label_smoothing=0.0):
     Args:
         logits: [B, C].
         labels: Integers [B] from 0 to C - 1.
-        label_smoothing: Share of the target that is spread evenly over all
+        label_smoothing: Fraction of the target that is spread evenly over all
             classes.
 
     Returns:

@@ -2,11 +2,12 @@
 
 The logits of a CapPa batch (8,192 captions x 64 positions x 32,000 tokens)
 would take 67 GB, most of it for padding. Here the real positions are gathered,
-their logits computed a chunk at a time and never kept: the backward pass
-computes them again. Cost follows the real tokens, memory one chunk.
+and their logits are computed one chunk at a time and never stored: the backward
+pass recomputes them. Time is proportional to the number of real tokens, memory
+to one chunk.
 
 Abbreviations for dimensions:
-    R: positions (all captions' all positions, one after the other).
+    R: positions (of all captions, concatenated).
     C: positions in a chunk.  D: width.  V: vocabulary.
 """
 
@@ -30,16 +31,16 @@ def token_cross_entropy(
     Args:
         hidden: [R, D], the decoder's outputs.
         targets: int32 [R], the token to predict at each position.
-        valid: bool [R], False where there is nothing to predict (padding).
+        valid: bool [R], False for padding, where nothing is predicted.
         kernel: [D, V] of the output head.
         bias: [V] of the output head.
-        label_smoothing: Share of the target's probability that is spread
+        label_smoothing: Fraction s of the target's probability that is spread
             over the whole vocabulary, in [0, 1).
-        chunk_size: Positions whose logits are held at once.
+        chunk_size: Positions whose logits are held in memory at a time.
 
     Returns:
         loss: float32 [R], 0 where not valid, differentiable in hidden, kernel
-            and bias: (1 - s) nll + s * (mean nll of all tokens).
+            and bias: (1 - s) * nll + s * (mean nll of all tokens).
         nll: float32 [R], 0 where not valid; carries no gradient.
     """
     if not 0.0 <= label_smoothing < 1.0:
@@ -51,7 +52,7 @@ def token_cross_entropy(
     static_positions = hidden.shape[0]
     if static_positions is not None:
         chunk_size = min(chunk_size, static_positions)
-    # Real positions first; a stable sort keeps the captions' order.
+    # Real positions come first; a stable sort keeps their order.
     order = tf.argsort(tf.cast(~valid, tf.int32), stable=True)
     chunks = -(-positions // chunk_size)
     order = tf.pad(order, [[0, chunks * chunk_size - positions]])
@@ -75,20 +76,20 @@ def token_cross_entropy(
 
 
 def log_normalizers(hidden, kernel, bias, chunk_size=DEFAULT_CHUNK_SIZE):
-    """Log of the summed exponentials of each position's logits.
+    """Log-sum-exp of each position's logits.
 
     Args:
         hidden: [R, D], the decoder's outputs.
         kernel: [D, V] of the output head.
         bias: [V] of the output head.
-        chunk_size: Positions whose logits are held at once.
+        chunk_size: Positions whose logits are held in memory at a time.
 
     Returns:
         float32 [R].
     """
     count = tf.shape(hidden)[0]
     chunks = -(-count // chunk_size)
-    # Chunks of equal size, as few rows of padding as there are chunks.
+    # Chunks of equal size need at most as many rows of padding as chunks.
     size = -(-count // tf.maximum(chunks, 1))
     hidden = tf.pad(hidden, [[0, chunks * size - count], [0, 0]])
 
@@ -181,7 +182,7 @@ def _loop(count, body, state):
 
 
 def _logits(hidden, kernel, bias):
-    """Float32 [C, V]."""
+    """Logits float32 [C, V] of hidden states [C, D]."""
     product = tf.matmul(hidden, tf.cast(kernel, hidden.dtype))
     return tf.cast(product, tf.float32) + tf.cast(bias, tf.float32)
 
@@ -211,8 +212,8 @@ def _logits_gradient(logits, targets, smoothing, d_loss):
 def caption_mean(values, valid):
     """Mean over the real tokens of each caption.
 
-    Captions count alike whatever their length, as in big_vision
-    (utils.py `weighted_softmax_xent`): not one mean over all tokens.
+    Captions count equally whatever their length, as in big_vision (utils.py
+    `weighted_softmax_xent`), unlike in one mean over all tokens.
 
     Args:
         values: float32 [..., L], 0 where not valid.

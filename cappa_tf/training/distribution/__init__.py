@@ -1,1 +1,1 @@
-"""Devices and hosts that take part in a run."""
+"""Distribution of a run over devices and hosts."""

@@ -1,9 +1,9 @@
-"""What the processes of a run on several hosts tell each other.
+"""Communication between the hosts of a run.
 
 Every host runs the same loop over its own examples, with its own copy of the
-weights; TensorFlow sums gradients and figures over them in each step. Beside
-that they only exchange small Python values, at points that all of them reach.
-The first host is the chief: the only one that writes.
+weights; TensorFlow sums gradients and metrics over the hosts in each step.
+Apart from that they exchange only small Python values, at points that all of
+them reach. The first host is the chief, the only one that writes.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from cappa_tf.training.distribution.strategies import tf_config_workers
 
-# What the operations between hosts end with when a process or a connection is
-# gone: at once, or when TensorFlow's coordination service misses heartbeats.
+# Errors of collective operations after a process or a connection is lost:
+# at once, or when TensorFlow's coordination service misses heartbeats.
 _LOST = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
@@ -29,15 +29,16 @@ class WorkerLostError(RuntimeError):
 
 
 class Hosts:
-    """The hosts of a run, as this one sees them.
+    """The hosts of a run, and this process's place among them.
 
     Args:
-        strategy: The run's strategy. All but `MultiWorkerMirroredStrategy`
-            are driven by one process: one host here.
+        strategy: The run's strategy. Every strategy other than
+            `MultiWorkerMirroredStrategy` is driven by one process and counts
+            as one host.
 
     Attributes:
         count: Number of hosts.
-        index: Which of them this is, from 0.
+        index: Index of this host, from 0.
     """
 
     def __init__(self, strategy):
@@ -59,56 +60,56 @@ class Hosts:
         return self.index == 0
 
     def gather(self, value):
-        """Values of all hosts; every host must call it.
+        """Gathers a value from every host; every host must call it.
 
         Args:
             value: Anything that can be pickled.
 
         Returns:
-            A list by host, the same on all of them.
+            List of the values in order of the hosts, the same on all hosts.
         """
         if self.count == 1:
             return [value]
         pickled = pickle.dumps(value)
         padded = pickled + b"\0" * (-len(pickled) % 4)
-        # As int32, which all devices can exchange.
+        # Sent as int32, which all devices can exchange.
         words = np.frombuffer(padded, np.int32)
         message = np.concatenate([np.array([len(pickled)], np.int32), words])
         return list(_messages(self._gather(message).numpy()))
 
     def first(self, value):
-        """The first host's value that is not None, on all hosts."""
+        """The first value that is not None in order of the hosts."""
         given = (v for v in self.gather(value) if v is not None)
         return next(given, None)
 
     def wait(self):
-        """Returns once all hosts have come to this point."""
+        """Returns once all hosts have reached this point."""
         self.gather(None)
 
     def check_same(self, what, value):
-        """Refuses to continue where hosts differ in what they found.
+        """Checks that all hosts have found the same value.
 
         Args:
-            what: What the value is, for the message.
-            value: This host's.
+            what: Description of the value, for the message.
+            value: This host's value.
 
         Raises:
-            ValueError: With the values of all hosts.
+            ValueError: If the values differ; the message lists all of them.
         """
         values = self.gather(value)
         if any(other != values[0] for other in values):
             raise ValueError(
-                f"All hosts must find {what}: the folder of the run must be "
-                "one that they share. Received, by host: "
+                f"All hosts must find {what}; the run's folder must be shared "
+                "by all of them. Received, by host: "
                 f"{dict(enumerate(values))}"
             )
 
     @contextlib.contextmanager
     def explain_loss(self):
-        """Says in plain words that another process has ended.
+        """Turns the errors of a lost process into one plain message.
 
         Raises:
-            WorkerLostError: In place of what TensorFlow makes of it.
+            WorkerLostError: In place of TensorFlow's own error.
         """
         try:
             yield
@@ -123,7 +124,7 @@ class Hosts:
             ) from error
 
     def _gather_words(self, words):
-        """int32 [words of all hosts], one host's after the other's."""
+        """Concatenates the words of all hosts, int32 [any]."""
 
         def share():
             context = tf.distribute.get_replica_context()
@@ -135,7 +136,7 @@ class Hosts:
 
 
 def _messages(words):
-    """The Python values that a row of (length, words) holds."""
+    """Yields the Python values pickled in a sequence of (length, words)."""
     while len(words):
         length = int(words[0])
         end = 1 + -(-length // 4)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the next step boundary, not in the middle."""
+"""Interruption of a run by Ctrl-C or SIGTERM, at the next step boundary."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ import tensorflow as tf
 
 
 class Interruption:
-    """`with Interruption() as interruption:` around a training run.
+    """Context manager that catches Ctrl-C and SIGTERM during a training run.
 
     Many steps run inside one call into TensorFlow, during which Python runs
-    no signal handler. So the signal's number is written to a pipe (by C, at
-    once) and a thread that reads it sets `stop`, which the compiled loop looks
-    at before each step. A second signal acts as if nobody had caught the first.
+    no signal handler. So Python's C code writes the signal's number to a pipe
+    right away, and a thread that reads it sets `stop`, which the compiled loop
+    checks before each step. A second signal has its default effect.
 
     Attributes:
         stop: Boolean `tf.Variable`, true once the run should end.
-        signal: The signal's name, or None.
+        signal: Name of the signal received, or None.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -48,7 +48,7 @@ class Interruption:
         thread = threading.Thread(target=self._watch, args=(reader,))
         thread.daemon = True
         thread.start()
-        # Unwound in reverse: no more wake-ups, pipe closed, thread ends.
+        # Undone in reverse order: no more wake-ups, pipe closed, thread ends.
         self._stack.callback(os.close, reader)
         self._stack.callback(thread.join)
         self._stack.callback(os.close, writer)

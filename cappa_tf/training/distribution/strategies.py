@@ -1,13 +1,13 @@
-"""Which devices take part in a run, and how batches reach them.
+"""Distribution strategies, and the distribution of batches to devices.
 
-Every choice is explicit or found (`auto`), and an impossible one is refused
-with what was found:
+The strategy is chosen explicitly or found (`auto`). If a choice is impossible,
+the error says what was found instead:
 
     one           one device of this process
     mirrored      several devices of this process
-    multi_worker  one process a host, all of them named in TF_CONFIG, with all
-                  GPUs of each (or its CPU)
-    tpu           the TPU that TPU_NAME names, or that this machine has
+    multi_worker  one process per host, all of them named in TF_CONFIG, with
+                  all GPUs of each host (or its CPU)
+    tpu           the TPU that TPU_NAME names, or the one in this machine
 
 B: global batch.  R: replicas, over all hosts.  H: hosts.
 """
@@ -28,21 +28,21 @@ _TF_CONFIG_FORM = (
 
 
 def make_strategy(name="auto", devices=None):
-    """Returns the `tf.distribute.Strategy` a run works under.
+    """Creates the `tf.distribute.Strategy` of a run.
 
-    To be called before TensorFlow has done anything else: several workers and
-    TPUs are connected first.
+    Must be called before TensorFlow has run anything, as several workers and
+    TPUs have to be connected first.
 
     Args:
-        name: "one", "mirrored", "multi_worker", "tpu", or "auto": the first
-            of multi_worker (where TF_CONFIG names several), tpu (where there
-            is one), mirrored (several GPUs) and one that is possible.
+        name: "one", "mirrored", "multi_worker", "tpu", or "auto", which takes
+            the first that is possible of "multi_worker" (if TF_CONFIG names
+            several workers), "tpu", "mirrored" (with several GPUs) and "one".
         devices: Optional list of device names such as `["GPU:0", "GPU:1"]`
-            for one or mirrored; by default all GPUs, or all logical CPUs
-            where there is no GPU.
+            for "one" or "mirrored"; by default all GPUs, or all logical CPUs
+            if there is no GPU.
 
     Raises:
-        ValueError: If the choice is unknown, or what it needs is not there.
+        ValueError: If the name is unknown or the devices are not available.
     """
     if name not in STRATEGIES:
         raise ValueError(
@@ -70,7 +70,7 @@ def make_strategy(name="auto", devices=None):
 
 
 def _best_choice(workers, devices):
-    """What "auto" stands for here."""
+    """The strategy's name that "auto" stands for on this machine."""
     if len(workers) > 1:
         return "multi_worker"
     if devices is None and _tpu_name() is not None:
@@ -80,14 +80,14 @@ def _best_choice(workers, devices):
 
 
 def tf_config_workers():
-    """The workers that the environment variable TF_CONFIG names.
+    """Reads the workers from the environment variable TF_CONFIG.
 
     Returns:
-        (addresses, index): a list, the chief first, and which of them this
-        process is; ([], 0) where the variable is not set or names no cluster.
+        (addresses, index): a list, the chief first, and the index of this
+        process in it; ([], 0) if the variable is not set or has no cluster.
 
     Raises:
-        ValueError: If it cannot be understood.
+        ValueError: If the variable is malformed.
     """
     text = os.environ.get("TF_CONFIG", "").strip()
     try:
@@ -95,7 +95,7 @@ def tf_config_workers():
         cluster = dict(config.get("cluster", {}))
         jobs = {job: cluster.pop(job, []) for job in ("chief", "worker")}
         if cluster:
-            raise ValueError(f"jobs {sorted(cluster)} have no place here")
+            raise ValueError(f"jobs {sorted(cluster)} are not supported")
         addresses = [*jobs["chief"], *jobs["worker"]]
         if not addresses:
             return [], 0
@@ -104,8 +104,8 @@ def tf_config_workers():
             raise ValueError(f"there is no {kind} {index} in the cluster")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            "TF_CONFIG must name chief and workers, and which one this process "
-            f"is, as in {_TF_CONFIG_FORM}. Received: TF_CONFIG={text} "
+            "TF_CONFIG must name the chief and the workers, and which one this "
+            f"process is, as in {_TF_CONFIG_FORM}. Received: TF_CONFIG={text} "
             f"({type(error).__name__}: {error})"
         ) from error
     return addresses, index + (len(jobs["chief"]) if kind == "worker" else 0)
@@ -130,15 +130,15 @@ def _multi_worker(workers, index, devices):
         return tf.distribute.MultiWorkerMirroredStrategy()
     except RuntimeError as error:
         raise ValueError(
-            "`strategy='multi_worker'` must be chosen before TensorFlow has "
+            "`strategy='multi_worker'` must be created before TensorFlow has "
             f"run anything in this process. Received: {error}"
         ) from error
 
 
 def _tpu_name():
-    """What TensorFlow's resolver is to look for; None where there is no TPU.
+    """TPU name for TensorFlow's resolver; None if there is no TPU.
 
-    Asking the resolver itself would make it ask Google's metadata server.
+    The resolver itself would query Google's metadata server to find out.
     """
     for variable in ("TPU_NAME", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS"):
         if os.environ.get(variable):
@@ -183,22 +183,23 @@ def _mirrored(devices):
 
 
 def use_xla(jit_compile):
-    """Whether to compile a step with XLA here.
+    """Returns whether to compile a step with XLA on this machine.
 
-    A GPU newer than all that TensorFlow was built for ends the process ("PTX
-    version 8.5 does not support target 'sm_120'": tensorflow#111958, with the
-    wheels of 2.20 and 2.21 and NVIDIA's Blackwell). A line of the log says so.
+    On a GPU newer than those TensorFlow was built for, XLA aborts the process
+    ("PTX version 8.5 does not support target 'sm_120'": tensorflow#111958,
+    with the wheels of 2.20 and 2.21 on NVIDIA's Blackwell). Logs a warning for
+    such a GPU.
 
     Args:
-        jit_compile: True or False, or "auto": on TPUs, and on GPUs that it
-            compiles for.
+        jit_compile: True, False, or "auto": on TPUs and on GPUs that XLA
+            supports.
     """
     unknown = _unknown_gpu() if jit_compile else None
     if jit_compile != "auto":
         if unknown:
             logging.warning(
-                "jit_compile=True may end the process, 'auto' leaves XLA off: "
-                "%s",
+                "jit_compile=True may abort the process; 'auto' leaves XLA "
+                "off: %s",
                 unknown,
             )
         return jit_compile
@@ -209,7 +210,7 @@ def use_xla(jit_compile):
 
 
 def _unknown_gpu():
-    """What is wrong with a GPU that XLA has no code for; None without one."""
+    """Description of a GPU that XLA does not support; None without one."""
     newest = _newest_compute_capability()
     for gpu in tf.config.get_visible_devices("GPU"):
         details = tf.config.experimental.get_device_details(gpu)
@@ -232,7 +233,7 @@ def _newest_compute_capability():
 
 
 def check_batch_size(name, batch_size, replicas, accumulation_steps=1):
-    """Refuses a global batch that replicas and microbatches cannot share.
+    """Checks that replicas and microbatches divide the global batch evenly.
 
     Raises:
         ValueError: If it is not a multiple of replicas * accumulation_steps.
@@ -246,16 +247,16 @@ def check_batch_size(name, batch_size, replicas, accumulation_steps=1):
 
 
 def training_iterator(strategy, make_dataset, batch_size):
-    """Iterator over an endless training stream, dealt out to the replicas.
+    """Iterator over an endless training stream, distributed to the replicas.
 
     Step s trains on the examples s * B ... (s + 1) * B - 1 of the stream,
-    whatever the number of hosts and replicas: a host reads the positions that
-    are its own (position modulo H), and its replicas take turns.
+    whatever the number of hosts and replicas: a host reads its own positions
+    (position modulo H), and its replicas take turns.
 
     Args:
         strategy: The run's strategy.
         make_dataset: Function of (batch size, host, number of hosts) that
-            returns that host's part of the stream in such batches.
+            returns the host's part of the stream in batches of that size.
         batch_size: B.
     """
     replicas = strategy.num_replicas_in_sync
@@ -270,8 +271,8 @@ def training_iterator(strategy, make_dataset, batch_size):
         )
         if isinstance(strategy, tf.distribute.TPUStrategy):
             check_static_shapes(stream.element_spec)
-        # Otherwise the hosts ask each other before every batch whether the
-        # stream has ended.
+        # Without this the hosts would communicate before every batch about
+        # whether the stream has ended.
         return stream.apply(
             tf.data.experimental.assert_cardinality(
                 tf.data.INFINITE_CARDINALITY
@@ -282,37 +283,37 @@ def training_iterator(strategy, make_dataset, batch_size):
 
 
 def check_static_shapes(spec):
-    """Refuses batches for which a TPU would have to compile while it runs.
+    """Checks that all batches have one shape, so that a TPU compiles once.
 
     Args:
-        spec: Dict of `tf.TensorSpec`, of a data set.
+        spec: Dict of `tf.TensorSpec`, the element spec of a data set.
 
     Raises:
-        ValueError: If a shape is open, as with several text lengths.
+        ValueError: If a dimension is unknown, as with several text lengths.
     """
     shapes = {name: part.shape for name, part in spec.items()}
     if not all(shape.is_fully_defined() for shape in shapes.values()):
         raise ValueError(
-            "On a TPU all batches must have one shape: leave `length_buckets` "
-            f"of the training data None. Received: {shapes}"
+            "On a TPU all batches must have the same shape; leave "
+            f"`length_buckets` of the training data None. Received: {shapes}"
         )
 
 
 def on_replicas(strategy, function, num_hosts=1):
-    """Makes a function share its batch out to the devices of this host.
+    """Splits the batch of a function among the devices of this host.
 
-    Evaluation needs no more: each host has its own examples, and its copy of
-    the weights. Nothing waits for another host.
+    Evaluation needs nothing else: each host has its own examples and its own
+    copy of the weights, and does not wait for another.
 
     Args:
         strategy: The run's strategy.
-        function: Maps tensors (or dicts of them) with the batch in front to
-            such tensors.
+        function: Maps tensors (or dicts of them) with a leading batch
+            dimension to tensors of the same kind.
         num_hosts: H.
 
     Returns:
-        A compiled function with the same signature. Its batch must be
-        divisible by the number of devices; their results are joined again.
+        A compiled function with the same signature. The batch size must be
+        divisible by the number of devices; their results are concatenated.
     """
     local = strategy.num_replicas_in_sync // num_hosts
     if local == 1:
@@ -360,8 +361,8 @@ def _check_devices(devices):
     missing = [name for name in devices if name not in known]
     if missing:
         raise ValueError(
-            f"`devices` names what is not there: {missing}. Received: "
-            f"devices={list(devices)}; this machine has {_found()}"
+            f"`devices` must name devices of this machine, not {missing}. "
+            f"Received: devices={list(devices)}; this machine has {_found()}"
         )
     return list(devices)
 

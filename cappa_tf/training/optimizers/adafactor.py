@@ -1,8 +1,8 @@
-"""The memory-saving Adafactor variant with which the paper trains.
+"""Adafactor, in the memory-saving variant that the paper trains with.
 
 "Scaling Vision Transformers" (arXiv 2106.04560, section 3.4) took Adafactor
-(arXiv 1804.04235), put momentum back in half precision and left out its
-relative step, parameter scaling and update clipping. Reference code:
+(arXiv 1804.04235), added momentum in half precision and left out its relative
+step, parameter scaling and update clipping. Reference code:
 big_vision/optax.py `scale_by_adafactor`.
 """
 
@@ -33,7 +33,7 @@ def factored_axes(shape, min_dim_size_to_factor):
         min_dim_size_to_factor: Smallest size of the second largest axis.
 
     Returns:
-        `(second largest, largest)`, of equal ones the last; or `None`.
+        `(second largest, largest)`, the last of equal axes, or `None`.
     """
     if len(shape) < 2:
         return None
@@ -47,11 +47,11 @@ def factored_axes(shape, min_dim_size_to_factor):
 class Adafactor(ScheduledOptimizer):
     """Adafactor with bfloat16 momentum and a capped decay.
 
-    The second moment of a variable with two large axes is kept as the means
+    The second moment of a variable with two large axes is stored as its means
     over each of them: n + m numbers in place of n * m. Its decay at step t
     (from 1) is `min(beta2_cap, 1 - t ** -decay_exponent)`. The momentum is an
-    average of the scaled gradients without bias correction. Clipping, decay
-    and schedule: see `ScheduledOptimizer`.
+    average of the scaled gradients without bias correction. Clipping, weight
+    decay and schedule are those of `ScheduledOptimizer`.
 
     Args:
         learning_rate: Base learning rate.
@@ -60,7 +60,7 @@ class Adafactor(ScheduledOptimizer):
             `learning_rate`.
         global_clip_norm: Largest global gradient norm; `None` to not clip.
         beta2_cap: Largest decay of the second moment.
-        decay_exponent: How fast that decay approaches 1.
+        decay_exponent: Exponent that sets how fast that decay approaches 1.
         momentum: Weight of the past in the average; 0 keeps none and saves
             its memory.
         momentum_dtype: Type of the stored average, "bfloat16" or "float32".
@@ -109,7 +109,7 @@ class Adafactor(ScheduledOptimizer):
         self.epsilon = check_number("epsilon", epsilon, exclusive=True)
 
     def build(self, variables):
-        """Creates second moments, factored where worth it, and momentum."""
+        """Creates the second moments, factored if possible, and momentum."""
         if self.built:
             return
         super().build(variables)
@@ -149,7 +149,7 @@ class Adafactor(ScheduledOptimizer):
         )
 
     def direction(self, gradient, index):
-        """Gradient over the root of its second moment, averaged."""
+        """Gradient divided by the root of its second moment, averaged."""
         update = self._scale(gradient, index)
         if not self.momentum:
             return update
@@ -166,7 +166,7 @@ class Adafactor(ScheduledOptimizer):
         second, largest = factored_axes(
             gradient.shape, self.min_dim_size_to_factor
         )
-        # Means keep their axis (size 1) to line up with the gradient.
+        # Means keep their axis (size 1) to broadcast with the gradient.
         row, column = (
             ops.expand_dims(
                 self._decay_into(moment, ops.mean(square, axis)), axis

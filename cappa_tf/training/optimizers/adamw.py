@@ -1,4 +1,4 @@
-"""AdamW, the familiar alternative to the paper's Adafactor."""
+"""AdamW, a common alternative to the paper's Adafactor."""
 
 import keras
 from keras import ops
@@ -16,14 +16,14 @@ from cappa_tf.utils.arguments import check_number
 class AdamW(ScheduledOptimizer):
     """Adam with the clipping, decay and schedule of `ScheduledOptimizer`.
 
-    Not the paper's optimizer: the familiar alternative for small runs. As
-    `optax.scale_by_adam`, with bias correction.
+    A common choice for small runs; the paper trains with Adafactor. The
+    direction is that of `optax.scale_by_adam`, with bias correction.
 
     Args:
         learning_rate: Base learning rate.
         schedule: A `schedules.Schedule`; `None` for a constant multiplier 1.
         weight_decay: Decoupled decay of kernels, independent of
-            `learning_rate`: 1e-4 here is what `AdamW` of Keras calls 0.1 at a
+            `learning_rate`: 1e-4 here equals 0.1 in the `AdamW` of Keras at a
             learning rate of 1e-3.
         global_clip_norm: Largest global gradient norm; `None` to not clip.
         beta_1: Decay of the average gradient.
@@ -87,7 +87,7 @@ class AdamW(ScheduledOptimizer):
             )
 
     def direction(self, gradient, index):
-        """Average gradient over the root of its average square."""
+        """Average gradient divided by the root of the average square."""
         first, second = self._first_moments[index], self._second_moments[index]
         mean = moving_average(first, gradient, self.beta_1)
         square = moving_average(second, ops.square(gradient), self.beta_2)

@@ -1,14 +1,14 @@
-"""Evaluating the moving average of the weights in place of the weights."""
+"""Evaluation with the moving average of the weights."""
 
 import contextlib
 
 
 @contextlib.contextmanager
 def averaged_weights(model, optimizer):
-    """Inside the block the model has its averaged weights.
+    """Gives the model its averaged weights inside a `with` block.
 
-    Does nothing for an optimizer without an average (`use_ema=False`), and
-    before the first step, when there is none yet.
+    Does nothing for an optimizer without an average (`use_ema=False`), or
+    before the first step, when there is no average yet.
 
     Args:
         model: The model that `optimizer` trains.

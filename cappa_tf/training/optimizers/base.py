@@ -1,14 +1,14 @@
-"""What the optimizers of this project share.
+"""Base class of the optimizers: clipping, decoupled decay and schedule.
 
-One step, in the order of the reference (big_vision/optax.py `make`):
+A step computes, in the order of the reference (big_vision/optax.py `make`):
 
     gradients  scaled to a global norm of at most `global_clip_norm`
-    direction  what the algorithm makes of the gradient
+    direction  the algorithm's transform of the gradient
     update     learning_rate * direction + weight_decay * w (kernels only)
     w          w - schedule(step) * update
 
-So the decay does not depend on the base learning rate, unlike the `AdamW` of
-Keras, and one schedule scales both.
+So the decay does not depend on the base learning rate, unlike that of Keras'
+`AdamW`, and one schedule scales both.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from cappa_tf.utils.arguments import check_number
 
 
 def dense_gradients(gradients):
-    """Gradients as dense tensors; `None` stays `None`.
+    """Converts gradients to dense tensors; `None` stays `None`.
 
-    The gradient of an embedding lookup arrives as slices in which one row may
-    occur many times. Norms and second moments need the sum of them.
+    The gradient of an embedding lookup arrives as slices in which a row may
+    occur many times. Norms and second moments need the sum of the slices.
     """
     return [g if g is None else tf.convert_to_tensor(g) for g in gradients]
 
@@ -41,10 +41,10 @@ def global_norm(tensors):
 
 
 def clip_by_global_norm(gradients, max_norm):
-    """Scales all gradients by one factor so that their norm fits.
+    """Scales all gradients by one factor so that their norm is in bounds.
 
     Same as `optax.clip_by_global_norm`: below `max_norm` nothing changes, not
-    even by rounding, and a gradient that is not finite stays visible.
+    even by rounding, and a gradient that is not finite remains so.
 
     Args:
         gradients: List of dense tensors.
@@ -59,11 +59,11 @@ def clip_by_global_norm(gradients, max_norm):
 
 
 def moving_average(average, value, decay):
-    """One step of an average that may be stored in bfloat16.
+    """One step of a moving average that may be stored in bfloat16.
 
-    As `optax.ema` with an `accumulator_dtype` has it: the stored average is
+    Same as `optax.ema` with an `accumulator_dtype`: the stored average is
     scaled in its own type (so 0.9 becomes 0.8984375 in bfloat16, and the
-    product is rounded), the sum is float32 and rounded when it is stored.
+    product is rounded); the sum is float32, and rounded when it is stored.
 
     Args:
         average: float32 or bfloat16 variable with the average so far.
@@ -71,7 +71,7 @@ def moving_average(average, value, decay):
         decay: Weight of the past, in [0, 1).
 
     Returns:
-        The new average as float32, not yet stored.
+        The new average as float32; the caller stores it.
     """
     stored = tf.as_dtype(average.dtype)
     past = tf.cast(tf.convert_to_tensor(average), tf.float32)
@@ -82,10 +82,11 @@ def moving_average(average, value, decay):
 
 
 def _round_to_bfloat16(x):
-    """float32 rounded to the nearest bfloat16, ties to even.
+    """Rounds float32 to the nearest bfloat16, ties to even.
 
-    In integers, as XLA leaves out a cast to bfloat16 and back: measured, that
-    moves single updates by 0.4%, and a step would depend on `jit_compile`.
+    Integer arithmetic is used because XLA elides a cast to bfloat16 and back.
+    That was measured to change single updates by 0.4%, so a step would depend
+    on `jit_compile`.
     """
     bits = tf.bitcast(x, tf.uint32)
     odd = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 16), 1)
@@ -94,16 +95,16 @@ def _round_to_bfloat16(x):
 
 
 def apply_summed(optimizer, gradients, variables):
-    """Makes one step with gradients that are summed over the replicas.
+    """Applies gradients that have already been summed over the replicas.
 
-    `Optimizer.apply` of Keras sums the gradients of all replicas itself: those
-    of a loop that has done so (for their norm, or over microbatches) would
-    become as many times too large as there are replicas.
+    Keras' `Optimizer.apply` sums the gradients of all replicas itself. If the
+    loop has already done so (for the norm, or over microbatches), they would
+    become too large by a factor of the number of replicas.
 
     Args:
         optimizer: Any built Keras optimizer.
         gradients: List of tensors, the same on every replica.
-        variables: The variables they belong to.
+        variables: List of variables, in the order of the gradients.
     """
     with _summed(optimizer):
         optimizer.apply(gradients, variables)
@@ -111,9 +112,9 @@ def apply_summed(optimizer, gradients, variables):
 
 @contextlib.contextmanager
 def _summed(optimizer):
-    """Inside the block the optimizer takes gradients for summed ones."""
-    # An attribute of the object hides the method. The replicas' threads enter
-    # and leave the block in step with each other.
+    """Makes an optimizer skip its own sum over replicas inside the block."""
+    # An instance attribute hides the method. The replicas' threads enter and
+    # leave the block in lockstep.
     optimizer._all_reduce_sum_gradients = list
     try:
         yield
@@ -122,19 +123,19 @@ def _summed(optimizer):
 
 
 class ScheduledOptimizer(keras.optimizers.Optimizer):
-    """Clipping, decoupled decay and schedule around a `direction`.
+    """Optimizer with clipping, decoupled decay and a schedule.
 
-    A subclass makes its state in `build` and gives `direction`. The state of
-    a variable is kept in lists ordered like the variables of `build`.
+    A subclass creates its state in `build` and implements `direction`. State
+    is kept in lists in the order of the variables passed to `build`.
 
-    `apply` and `apply_gradients` sum the gradients over the replicas as those
-    of Keras do, but before they are clipped. Who has summed them already
-    calls `apply_summed`.
+    `apply` and `apply_gradients` sum the gradients over the replicas as in
+    Keras, but before clipping. Code that has already summed them calls
+    `apply_summed`.
 
     Args:
         learning_rate: Base learning rate.
         schedule: A `schedules.Schedule`; `None` for a constant multiplier 1.
-        weight_decay: Share of a kernel that is subtracted at multiplier 1.
+        weight_decay: Fraction of a kernel subtracted per step at multiplier 1.
             Applies to variables named `kernel`; embeddings, positions, biases
             and scales are never decayed.
         global_clip_norm: Largest global gradient norm; `None` to not clip.
@@ -144,7 +145,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         name: Name of the optimizer.
 
     Raises:
-        ValueError: An argument is not a number or out of its range.
+        ValueError: If an argument is not a number or is out of range.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 f"`use_ema` must be a bool. Received: use_ema={use_ema!r}"
             )
-        # Keras reads a callable rate at every step, also for its callbacks.
+        # Keras evaluates a callable rate at every step, also for callbacks.
         super().__init__(
             learning_rate=lambda: self.learning_rate_at(self.iterations),
             weight_decay=check_number("weight_decay", weight_decay),
@@ -184,7 +185,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         self.global_clip_norm = global_clip_norm
 
     def multiplier_at(self, step):
-        """Schedule's multiplier after `step` finished steps, in [0, 1]."""
+        """Multiplier of the schedule after `step` finished steps, in [0, 1]."""
         if self.schedule is None:
             return ops.ones((), "float32")
         return self.schedule(step)
@@ -203,7 +204,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         ]
 
     def direction(self, gradient, index):
-        """Turns a gradient into a step of unit learning rate.
+        """Turns a gradient into the update at a learning rate of 1.
 
         Args:
             gradient: float32 tensor of the variable's shape.
@@ -215,7 +216,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         raise NotImplementedError
 
     def apply(self, grads, trainable_variables=None):
-        """Makes one step with each replica's own gradients."""
+        """Applies one step with each replica's own gradients."""
         super().apply(dense_gradients(grads), trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
@@ -233,14 +234,14 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             self._update_average(value, index)
 
     def _update_average(self, value, index):
-        """Moves the average of a variable; the first step starts it."""
+        """Updates the average of a variable; the first step initializes it."""
         average = self._model_variables_moving_average[index]
         momentum = self.ema_momentum * ops.cast(self.iterations > 0, "float32")
         past = ops.cast(tf.convert_to_tensor(average), "float32")
         self.assign(average, momentum * past + (1.0 - momentum) * value)
 
     def _backend_apply_gradients(self, grads, trainable_variables):
-        # Replaces clip, coupled decay, accumulation and averages of Keras,
+        # Replaces Keras' clipping, coupled decay, accumulation and averages,
         # none of which follow the order of this module.
         pairs = self._all_reduce_sum_gradients(zip(grads, trainable_variables))
         grads, trainable_variables = zip(*pairs)
@@ -278,7 +279,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
 
 
 def check_momentum_dtype(momentum_dtype):
-    """Returns the type in which momentum is stored, if it is a known one."""
+    """Returns the dtype of stored momentum after checking that it is known."""
     if momentum_dtype not in ("bfloat16", "float32"):
         raise ValueError(
             "`momentum_dtype` must be 'bfloat16' or 'float32'. "

@@ -17,7 +17,7 @@ from cappa_tf.utils.arguments import check_integer, check_number
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up times a decay that the subclass gives.
+    """Linear warm-up times a decay that the subclass defines.
 
     Args:
         total_steps: Length of the run in optimizer steps.
@@ -30,7 +30,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         The multiplier, a float32 scalar.
 
     Raises:
-        ValueError: The steps are no integers, or the warm-up would not end
+        ValueError: If the steps are not integers, or the warm-up would not end
             before the run.
     """
 
@@ -57,7 +57,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         raise NotImplementedError
 
     def progress(self, step):
-        """Share of the steps after the warm-up that is done, in [0, 1]."""
+        """Finished fraction of the steps after the warm-up, in [0, 1]."""
         steps_after_warmup = self.total_steps - self.warmup_steps
         return ops.clip((step - self.warmup_steps) / steps_after_warmup, 0, 1)
 
@@ -108,10 +108,10 @@ class Linear(Schedule):
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class Rsqrt(Schedule):
-    """Inverse square root, for runs whose length is decided on the way.
+    """Inverse square root, for runs whose length is not fixed in advance.
 
-    `1 / sqrt(1 + (step - warmup_steps) / timescale)` after the warm-up, 1
-    during it. The optional cooldown brings the last steps linearly to 0.
+    The decay is `1 / sqrt(1 + (step - warmup_steps) / timescale)` after the
+    warm-up and 1 during it. The optional cooldown goes linearly to 0.
 
     Args:
         total_steps: Length of the run; only the cooldown depends on it.

@@ -1,1 +1,1 @@
-"""Figures of a run: terminal, log file, TensorBoard."""
+"""Reporting of a run's metrics: terminal, log file, TensorBoard."""

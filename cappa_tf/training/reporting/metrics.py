@@ -1,4 +1,4 @@
-"""Turns the sums of training loops into the figures people read."""
+"""Metrics of the log lines, computed from the sums of training loops."""
 
 import dataclasses
 import math
@@ -9,48 +9,42 @@ import tensorflow as tf
 
 @dataclasses.dataclass
 class Sums:
-    """Sums over examples and steps of what a task reports.
+    """Sums of a task's metrics over examples and steps.
 
     Attributes:
-        figures: Name -> (total, weight); their ratio is the figure.
-        counts: Name -> total.
+        figures: Dict name -> (total, weight), whose ratio is the metric.
+        counts: Dict name -> total.
     """
 
     figures: dict = dataclasses.field(default_factory=dict)
     counts: dict = dataclasses.field(default_factory=dict)
 
-    @staticmethod
-    def packed(losses):
-        """Sums over one batch, as a list for a compiled loop.
+    @classmethod
+    def of(cls, losses):
+        """Sums over one batch, as scalar tensors.
 
         Args:
             losses: `task.ExampleLosses`.
-
-        Returns:
-            (names, scalars): what `unpacked` wants of it, and the tensors.
         """
         loss = (losses.loss, tf.ones_like(losses.loss))
         figures = {"loss": loss, **losses.metrics}
-        pairs = [value for pair in figures.values() for value in pair]
-        values = [*pairs, *losses.counts.values()]
-        names = (list(figures), list(losses.counts))
-        return names, [tf.reduce_sum(value) for value in values]
+        return cls(
+            {
+                name: (tf.reduce_sum(total), tf.reduce_sum(weight))
+                for name, (total, weight) in figures.items()
+            },
+            {name: tf.reduce_sum(x) for name, x in losses.counts.items()},
+        )
 
-    @classmethod
-    def unpacked(cls, names, values):
-        """The sums of many batches, added up place by place.
-
-        Args:
-            names: As `packed` gave them.
-            values: Floats; the last two are total and weight of the norm of
-                the gradient.
-        """
-        figures, counts = names
-        pairs = zip(values[0::2], values[1::2])
-        found = cls(dict(zip(figures, pairs)))
-        found.counts = dict(zip(counts, values[2 * len(figures) :]))
-        found.figures["gradient_norm"] = tuple(values[-2:])
-        return found
+    def of_both(self, other):
+        """Sums of the same examples, to whose loss `other` adds a part."""
+        (own, weight), (more, _) = self.figures["loss"], other.figures["loss"]
+        figures = {
+            **self.figures,
+            **other.figures,
+            "loss": (own + more, weight),
+        }
+        return Sums(figures, {**self.counts, **other.counts})
 
     def add(self, other):
         """Adds the sums of further steps."""
@@ -66,10 +60,53 @@ class Sums:
         return all(map(math.isfinite, (*pairs, *self.counts.values())))
 
 
-class Interval:
-    """What happened since the last log line.
+class SumsLayout:
+    """Sums as one vector, for a compiled loop.
 
-    Rates count the time inside training loops only: evaluation, checkpoints
+    Which sums there are is known only once a step has been traced, and the
+    loop around it needs a static shape before that.
+    """
+
+    SIZE = 64
+
+    def __init__(self):
+        self._names = None
+
+    @classmethod
+    def zeros(cls):
+        """The vector of no examples, float32 [SIZE]."""
+        return tf.zeros([cls.SIZE])
+
+    def packed(self, sums):
+        """`Sums` of tensors as float32 [SIZE], and remembers their names."""
+        self._names = (list(sums.figures), list(sums.counts))
+        pairs = [value for pair in sums.figures.values() for value in pair]
+        values = [*pairs, *sums.counts.values()]
+        if len(values) > self.SIZE:
+            raise ValueError(
+                f"A task may report {self.SIZE} sums. Received: {self._names}"
+            )
+        return tf.pad(tf.stack(values), [[0, self.SIZE - len(values)]])
+
+    def unpacked(self, vector):
+        """`Sums` of a vector that is a sum of such vectors.
+
+        Args:
+            vector: A tensor, or a list of floats.
+        """
+        figures, counts = self._names
+        values = tf.unstack(vector) if tf.is_tensor(vector) else vector
+        pairs = zip(values[0::2], values[1::2])
+        return Sums(
+            dict(zip(figures, pairs)),
+            dict(zip(counts, values[2 * len(figures) :])),
+        )
+
+
+class Interval:
+    """Metrics and rates since the last log line.
+
+    Rates count only the time inside training loops, so evaluation, checkpoints
     and the compilation of the first step do not make a run look slower.
     """
 
@@ -87,10 +124,10 @@ class Interval:
 
         Args:
             sums: `Sums` of all examples of the loop.
-            steps: Steps of the loop.
+            steps: Number of steps of the loop.
             seconds: Wall time of the loop.
             waited: Seconds of it spent waiting for data, or None.
-            timed: False where the time includes compilation.
+            timed: False if the time includes compilation.
         """
         self._sums.add(sums)
         if timed:
@@ -100,13 +137,13 @@ class Interval:
             self._waited = None if waited is None else self._waited + waited
 
     def result(self):
-        """The figures of the interval, which then starts anew.
+        """Returns the metrics of the interval and starts a new one.
 
         Returns:
-            Dict: each figure the task reports, left out where its weight is
-            zero, "loss" first; "gradient_norm" (mean over steps);
-            "images_per_second", a rate of each count ("tokens_per_second")
-            and "data_wait_share" once a loop was timed.
+            Dict of each metric the task reports with a nonzero weight, "loss"
+            first; "gradient_norm" (mean over steps); and, once a loop was
+            timed, "images_per_second", a rate of each count (such as
+            "tokens_per_second") and "data_wait_share".
         """
         figures = {
             name: total / weight
@@ -125,7 +162,7 @@ class Interval:
 
 
 class Stopwatch:
-    """`with Stopwatch() as watch: ...; watch.seconds`."""
+    """Wall time of a block: `with Stopwatch() as watch`, `watch.seconds`."""
 
     def __enter__(self):
         self._began = time.perf_counter()

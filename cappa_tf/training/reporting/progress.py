@@ -1,4 +1,4 @@
-"""What a person sees in the terminal, and what is kept of it in a file."""
+"""Progress of a run in the terminal, and its log file."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import tqdm
 
 from cappa_tf.utils import files
 
-# Names in the lines, which should fit a terminal; tasks have more of them.
+# Short names that keep a line within the terminal's width; tasks add their own.
 _SHORT = {
     "gradient_norm": "grad",
     "weight_norm": "weights",
@@ -22,15 +22,15 @@ _SHORT = {
 class Progress:
     """A progress bar with the time left, and one line per log interval.
 
-    Lines go above the bar and into `train.log` of the run's folder, each
-    with date and time in the file.
+    Lines are printed above the bar and appended to `train.log` in the run's
+    folder, there with date and time.
 
     Args:
         folder: The run's folder; None writes no file.
         total_steps: Length of the run.
-        initial_step: The step it starts at.
-        shown: False keeps the terminal quiet (all but the chief).
-        short_names: See `Task.short_names`.
+        initial_step: Step at which the bar starts.
+        shown: False prints nothing (on all hosts but the chief).
+        short_names: Dict of metric names to those shown, `Task.short_names`.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Progress:
             unit="step",
             dynamic_ncols=True,
             disable=not shown,
-            # Redrawn at most once a second: logs of batch jobs stay readable.
+            # At most one redraw per second keeps logs of batch jobs readable.
             mininterval=1.0,
         )
 
     def advance(self, steps):
-        """Moves the bar."""
+        """Moves the bar by a number of steps."""
         self._bar.update(steps)
 
     def line(self, text):
-        """Prints a line and keeps it."""
+        """Prints a line and appends it to the log file."""
         if self._file:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             self._file.append(f"{stamp} {text}")
@@ -64,7 +64,7 @@ class Progress:
             sys.stdout.flush()
 
     def figures(self, step, figures):
-        """One line of figures, such as `step 50  loss 3.21  ...`."""
+        """Writes a line of metrics, such as `step 50  loss 3.21  ...`."""
         names = {name: self._short_names.get(name, name) for name in figures}
         parts = [
             f"{names[name]} {_short(value)}"
@@ -74,7 +74,7 @@ class Progress:
         self.line("  ".join([f"step {step}", *parts]))
 
     def close(self):
-        """Ends the bar and the file."""
+        """Closes the bar and the file."""
         self._bar.close()
         if self._file:
             self._file.close()

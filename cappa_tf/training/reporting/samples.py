@@ -1,4 +1,4 @@
-"""A few evaluation images, captioned again and again as training goes on.
+"""Sample captions of a few evaluation images, renewed during training.
 
 B: sample images of one host.  H, W: height and width in pixels.
 """
@@ -16,11 +16,11 @@ class Samples:
     """Captions the first images of a data set, for TensorBoard and a file.
 
     Args:
-        folder: The run's folder: the newest sheet is its samples.png.
+        folder: The run's folder, where samples.png is the newest sheet.
         model: Built captioner.
         data: Evaluation data set.
-        count: How many images.
-        hosts: The run's `Hosts`, each of which captions its part of them.
+        count: Number of images.
+        hosts: The run's `Hosts`, each of which captions its part.
     """
 
     def __init__(self, folder, model, data, count, hosts):
@@ -38,15 +38,14 @@ class Samples:
     def _take(self, batch):
         real = batch["_mask"].numpy() > 0
         real &= batch["index"].numpy() < self._count
-        # One reference is enough here.
-        labels = batch["labels"].numpy()[real][:, 0]
+        labels = batch["labels"].numpy()[real][:, 0]  # one reference each
         texts = self._data.tokenizer.detokenize(labels)
         self._references = [[text] for text in texts]
         self._images = batch["image"].numpy()[real]  # [B, H, W, 3]
         self._indices = batch["index"].numpy()[real].tolist()
 
     def write(self, step, summaries):
-        """Captions the images with the weights as they are."""
+        """Captions the images with the current weights."""
         keys = [str(i) for i in range(len(self._images))]
         rows = self._decoder.decode(self._images, keys, self._references)
         for row, image in zip(rows, self._images, strict=True):
@@ -65,10 +64,10 @@ class Samples:
         summaries.text(step, "samples/captions", "\n".join(lines))
         write_sheet(self._path, rows, title=f"step {step}")
         sheet = tf.io.decode_png(tf.io.read_file(self._path), channels=3)
-        summaries.picture(step, "samples/sheet", sheet)
+        summaries.image(step, "samples/sheet", sheet)
 
 
 def _png(image):
-    """Encoded bytes of an image in [-1, 1]."""
+    """PNG bytes of an image with values in [-1, 1]."""
     pixels = tf.saturate_cast(tf.round((image + 1.0) * 127.5), tf.uint8)
     return tf.io.encode_png(pixels).numpy()

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run.  H, W: height and width in pixels."""
+"""TensorBoard summaries of a run.  H, W: height and width in pixels."""
 
 import os
 
@@ -33,7 +33,7 @@ class Summaries:
             with self._writer.as_default(step):
                 tf.summary.text(name, text)
 
-    def picture(self, step, name, pixels):
+    def image(self, step, name, pixels):
         """Writes one image, uint8 [H, W, 3]."""
         if self._writer is not None:
             with self._writer.as_default(step):
@@ -41,6 +41,6 @@ class Summaries:
             self._writer.flush()
 
     def close(self):
-        """Ends the file."""
+        """Closes the file."""
         if self._writer is not None:
             self._writer.close()

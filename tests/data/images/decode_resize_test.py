@@ -1,4 +1,4 @@
-"""Promises of decoding and resizing."""
+"""Decoding and resizing: formats, scales and limits."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ H, W = 24, 36
 
 
 def _picture(height=H, width=W):
-    """A smooth colour image, so that lossy formats stay close to it."""
+    """A smooth color image, so that lossy formats remain close to it."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
     return np.clip(rgb, 0, 255).astype(np.uint8)
@@ -194,7 +194,7 @@ def test_bad_files_fail(name):
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_too_many_pixels_are_refused_from_the_header(file_format):
     encoded = encode(_picture(), file_format)
-    # With the pixels cut off, only the header can have been looked at. (A
+    # Without the pixels, only the header can have been read. (A
     # JPEG's size comes after its tables.)
     head = tf.constant(encoded if file_format == "JPEG" else encoded[:64])
     with pytest.raises(
@@ -242,7 +242,7 @@ def test_model_range():
 
 
 def _photo(height, width):
-    """Detail at all scales, a JPEG of it, and what a good shrink gives."""
+    """Detail at all scales, a JPEG of it, and the result of a good resize."""
     random = np.random.default_rng(0)
     rough = random.uniform(96, 160, (height // 8, width // 8, 3))
     pixels = Image.fromarray(rough.astype(np.uint8)).resize((width, height))
@@ -289,7 +289,7 @@ def test_sides_that_no_scale_divides_are_rounded_up():
 
 
 def _mean_difference_to_antialiased(encoded, size, at_least):
-    """Grey levels between a shrink and a full decode, antialiased."""
+    """Difference in gray levels from a full, antialiased decode."""
     exact = decode_resize.resize(
         decode_resize.decode(encoded), size, antialias=True
     )
@@ -301,8 +301,8 @@ def _mean_difference_to_antialiased(encoded, size, at_least):
 
 @pytest.mark.parametrize("side, better", [(56, 0.7), (80, 1.1), (112, 1.1)])
 def test_reduced_decoding_is_close_to_an_antialiased_shrink(side, better):
-    # At a factor of 2 the four neighbours are all there is; beyond it, they
-    # miss pixels that a reduced scale takes in.
+    # At a factor of 2 the four neighbors are all pixels; beyond it, they
+    # miss pixels that a reduced scale includes.
     encoded, size = _photo(224, 448), (side, side)
     reduced = _mean_difference_to_antialiased(encoded, size, size)
     plain = _mean_difference_to_antialiased(encoded, size, None)

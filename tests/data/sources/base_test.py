@@ -1,4 +1,4 @@
-"""Promises that every source keeps, whatever its files are."""
+"""Behavior common to all sources, whatever their files."""
 
 import io
 import tarfile
@@ -25,7 +25,7 @@ SIZE = 8
 
 
 def image(number):
-    """A PNG whose pixels say which example it is."""
+    """A PNG whose pixels tell which example it is."""
     file = io.BytesIO()
     Image.new("L", (SIZE, SIZE), 10 * number).save(file, "PNG")
     return file.getvalue()
@@ -63,7 +63,7 @@ def write_tars(path):
 
 
 def write_img2dataset(path):
-    """As img2dataset 1.45 does: jpg is what it calls any image."""
+    """Writes like img2dataset 1.45, which calls any image jpg."""
     for number in range(SHARDS):
         name = str(path / f"{number:05d}.tfrecord")
         with tf.io.TFRecordWriter(name) as writer:
@@ -147,7 +147,7 @@ def open_tfds(path, **options):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The same 21 examples in every form."""
+    """The same 21 examples in every format."""
     path = tmp_path_factory.mktemp
     folder = write_tfds(path("tfds"))
     return {
@@ -369,7 +369,7 @@ def test_what_a_damaged_shard_lost_is_counted(tmp_path, damage, alone):
     split = tfrecords.TFRecords(tmp_path).split("train")
     counter = bad_records.SkipCounter(10.0, split.num_examples, "data")
     split.check(counter)
-    # A shard alone that is cut is taken to have lost what it still has.
+    # A single truncated shard counts as many lost records as it still has.
     expected = 4 if alone and damage != "overwritten" else 6
     assert counter.counts == {"damaged shard": expected}
     strict = bad_records.SkipCounter(0.05, split.num_examples, "data")

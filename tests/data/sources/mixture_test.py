@@ -1,4 +1,4 @@
-"""Promises of mixtures: exact shares, each source as it would be alone."""
+"""Mixtures: exact shares, and each source in its own order."""
 
 import os
 
@@ -16,7 +16,7 @@ SHARES = mixture.shares([5, 3, 2])
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory):
-    """Three sources; a record says which one it is of and its number."""
+    """Three sources; a record tells its source and its number."""
     folder = tmp_path_factory.mktemp("members")
     result = []
     for name, counts in COUNTS.items():
@@ -39,7 +39,7 @@ def reading(**options):
 
 
 def take(stream, count):
-    """(positions, records) of the first elements, the tag taken off."""
+    """(positions, records) of the first elements, without the tag."""
     pairs = list(stream.take(count).as_numpy_iterator())
     for _, record in pairs:
         assert "abc"[record[0]] == record[1:2].decode()

@@ -1,4 +1,4 @@
-"""Promises of the streams: epochs are permutations, any start continues."""
+"""Streams: epochs are permutations, and any start continues."""
 
 import os
 import pathlib
@@ -215,7 +215,7 @@ def test_damage_shifts_no_other_record(shards, damage, tmp_path):
     positions, found = _take(STREAMS["readers"](damaged, 0), 2 * N)
     assert positions == list(range(2 * N))
     lost = [w for w, r in zip(whole, found) if w != r]
-    # A wrong checksum costs its record, a lost end all that was in it.
+    # A wrong checksum costs its record, truncation all records after it.
     expected = {
         _cut: range(14, 17),
         _flip_a_byte: range(13, 14),
