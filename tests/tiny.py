@@ -1,4 +1,4 @@
-"""The smallest captioner and data set that can be trained, for tests."""
+"""Tiny models and data sets that can be trained, for tests."""
 
 import dataclasses
 import functools
@@ -98,7 +98,7 @@ def make_bag_of_tokens(size, **kwargs):
 
 
 class Data:
-    """Images in a colour that their two words decide, made on the spot."""
+    """Images in a color that their two words determine, made in memory."""
 
     image_size = (16, 16)
     path = "tiny"
@@ -185,5 +185,5 @@ def with_settings(**flat):
 
 
 def run(folder, **overrides):
-    """Trains; returns what `train` does."""
+    """Trains; returns the result of `train`."""
     return train(**with_settings(**arguments(folder, **overrides)))

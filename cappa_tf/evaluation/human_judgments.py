@@ -1,4 +1,4 @@
-"""Correlation of the model's likelihood with human judgments of captions.
+"""Correlation of the model's score with human judgments of captions.
 
 Flickr8k (Hodosh et al. 2013) has judgments of captions, most of them written
 for other images:
@@ -10,7 +10,7 @@ A caption is named "other.jpg#2" for the third one of other.jpg.
 
 As in CLIPScore (arXiv 2104.08718, section 4) captions that were written for
 the image itself are left out (158 of 5,822 of the experts'), and each expert's
-rating is a separate pair (likelihood, rating), three pairs per caption. The
+rating is a separate pair (score, rating), three pairs per caption. The
 literature reports Kendall's tau-c for the experts and tau-b for CrowdFlower;
 this module computes both for either.
 """
@@ -129,7 +129,7 @@ def correlations(values, ratings):
 
 
 class Judgments(Evaluator):
-    """Correlation of the model's likelihood with people's judgments.
+    """Correlation of the model's score with people's judgments.
 
     Args:
         path: Folder of Flickr8k with its captions file, its images and, in the
@@ -190,10 +190,12 @@ class Judgments(Evaluator):
         """Scores every judged caption for its image.
 
         Returns:
-            A `Report` with `tau_b` and `tau_c` of the log-likelihood. With a
-            prefix it has those of the log-likelihood per token (`per_token/`),
-            by parallel prediction (`parallel/`), without the image (`blind/`),
-            and with the image minus without it (`minus_blind/`).
+            A `Report` with `tau_b` and `tau_c` of the log-likelihood, or of
+            the cosine (which orders captions as CLIPScore does, unless it is
+            negative). With a prefix that of a captioner has those of the
+            log-likelihood per token (`per_token/`), by parallel prediction
+            (`parallel/`), without the image (`blind/`), and with the image
+            minus without it (`minus_blind/`).
         """
         self.check(predictor)
         by_image, captions, paths = self._read()

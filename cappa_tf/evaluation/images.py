@@ -2,15 +2,21 @@
 
 Dimensions:
     B: batch of images.
+    K: maximum number of labels of an image.
     H, W: height and width the model takes.
 """
 
 import collections
+import json
 import os
+
+import numpy as np
+import tensorflow as tf
 
 from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.sources import prepared
 from cappa_tf.evaluation import captioning
+from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_counts
 
 
@@ -120,3 +126,67 @@ class EvaluationImages:
         if host:  # The first host reports these.
             self.skipped -= collections.Counter(data.noted)
         self.skipped = +self.skipped
+
+    def multi_labelled(self, preprocessing, batch_size, labels):
+        """Reads images with labels of another source, several an image.
+
+        Args:
+            preprocessing: `ImagePreprocessing`.
+            batch_size: B.
+            labels: Dict from the key of an image to a list of class numbers,
+                from `read_labels`. Images without any are left out.
+
+        Yields:
+            (images float32 [at most B, H, W, 3] in [-1, 1], labels int64 [at
+            most B, K] filled up with -1, their positions in the split).
+        """
+        data = self._data(None, preprocessing)
+        most = max(map(len, labels.values()), default=0)
+        without = 0
+        for images, positions, examples in captioning.batches(data, batch_size):
+            rows = [labels.get(example.key, []) for example in examples]
+            known = np.array([bool(row) for row in rows])
+            without += int((~known).sum())
+            if known.any():
+                filled = [row + [-1] * (most - len(row)) for row in rows if row]
+                yield (
+                    images.numpy()[known],
+                    np.array(filled, np.int64),
+                    np.array(positions)[known],
+                )
+        self.skipped = collections.Counter(data.skipped)
+        self.skipped["no label"] += without
+        self.skipped = +self.skipped
+
+
+def read_labels(path, num_classes):
+    """Reads a JSON file of several labels per image.
+
+    Args:
+        path: An object from the keys of images to lists of class numbers, as
+            in {"val/1.jpg": [3, 7], "val/2.jpg": []}.
+        num_classes: C.
+
+    Returns:
+        The dict.
+
+    Raises:
+        ValueError: The file is missing or has another form; names the image.
+    """
+    try:
+        found = json.loads(files.read_text(path))
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} must be an object from keys of images to lists of class "
+            f"numbers. Received: a {type(found).__name__}"
+        )
+    for key, labels in found.items():
+        numbers = labels if isinstance(labels, list) else [None]
+        if not all(type(n) is int and 0 <= n < num_classes for n in numbers):
+            raise ValueError(
+                f"Labels in {path} must be lists of numbers from 0 to "
+                f"{num_classes - 1}. Received: {labels!r} of {key!r}"
+            )
+    return found

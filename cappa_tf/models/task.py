@@ -60,9 +60,9 @@ class Task(keras.Model):
         can_generate: Whether the model has `generate`, which captions images.
             A run then writes captions of sample images and of the test split.
         needs_whole_batch: Whether the loss of an example depends on the others
-            of the global batch, see `WholeBatchTask`.
+            of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
-        trained_parts: Names of what is trained inside frozen parts.
+        trained_parts: Names of layers inside frozen parts that are trained.
     """
 
     selection_metric = "loss"
@@ -105,8 +105,8 @@ class Task(keras.Model):
 
         Args:
             names: Names of `parts`; those of an earlier call are trained again.
-            trained: Names of layers inside them that are trained nevertheless,
-                such as "vision_encoder/pool". They, too, drop nothing.
+            trained: Names of layers inside them that are trained all the same,
+                such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
@@ -151,13 +151,13 @@ class Task(keras.Model):
         return [v for v in super().trainable_variables if id(v) not in frozen]
 
     def how_trained(self, part):
-        """How much of a part is trained, for reports.
+        """Describes which layers of a part are trained, for reports.
 
         Args:
             part: Name of the part.
 
         Returns:
-            "" for all of it, "frozen", or "frozen except pool".
+            "" if all are trained, "frozen", or "frozen except pool".
         """
         if part not in self.frozen_parts:
             return ""
@@ -385,8 +385,21 @@ class WholeBatchTask(Task):
 
     def example_losses(self, batch, training):
         """Losses of a batch whose examples are compared with each other."""
-        images, texts, losses = self.embed(batch, training)
         mask = batch.get("_mask")
+        return self.complete(*self.embed(batch, training), mask)
+
+    def complete(self, images, texts, losses, mask=None):
+        """Losses of all examples, once they are compared with each other.
+
+        Args:
+            images: float32 [global batch, C], from `embed`, as are the others.
+            texts: float32 [global batch, C].
+            losses: `ExampleLosses`.
+            mask: Optional float32 [global batch], 0 for padding.
+
+        Returns:
+            `ExampleLosses`.
+        """
         mask = None if mask is None else mask > 0
         own = (0, images.shape[0] or tf.shape(images)[0])
         return losses.plus(self.batch_losses(images, texts, own, mask))

@@ -7,7 +7,7 @@ error that lists both sides.
 
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
-from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import to_numpy, variables_by_path
@@ -43,8 +43,8 @@ def initialize(model, path, parts=None):
     Args:
         model: Built `Task`.
         path: Folder of a run (its final, else its best, else its newest
-            weights), `.keras` file of a captioner or of a vision encoder, or
-            npz file of big_vision.
+            weights), `.keras` file of a model or of a vision encoder, npz file
+            of big_vision, or folder of transformers' SigLIP.
         parts: Names of the parts to read; None for the whole model.
 
     Returns:
@@ -102,6 +102,8 @@ def _open(path, model, wanted):
     try:
         if path.endswith(".npz"):
             found = _open_npz(path, model, wanted)
+        elif siglip.is_siglip(path):
+            found = _open_siglip(path, wanted)
         else:
             found = load_model(path)
     except (ValueError, OSError) as error:
@@ -115,6 +117,8 @@ def _open_npz(path, model, wanted):
     """A model of big_vision; sizes its arrays do not tell are `model`'s."""
     arrays = big_vision.read_arrays(path)
     size = getattr(model.parts.get("vision_encoder"), "image_size", None)
+    if wanted != ["vision_encoder"] and big_vision.is_two_towers(arrays):
+        return big_vision.load_two_towers(arrays, size)
     if wanted == ["vision_encoder"] or not big_vision.is_captioner(arrays):
         return big_vision.load_vision_encoder(arrays, size)
     decoder = model.parts.get("text_decoder")
@@ -122,6 +126,13 @@ def _open_npz(path, model, wanted):
     fixed = getattr(decoder, "position_embedding", None) == "sincos2d"
     length = decoder.max_length if fixed else None
     return big_vision.load_captioner(arrays, size, max_length=length)
+
+
+def _open_siglip(path, wanted):
+    """A model of transformers; the image tower alone if that is enough."""
+    if wanted != ["vision_encoder"] and siglip.has_text(path):
+        return siglip.load_siglip(path)
+    return siglip.load_siglip_vision(path)
 
 
 def _arrays(source, part, notes):

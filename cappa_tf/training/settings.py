@@ -157,15 +157,17 @@ class WeightSettings:
     """Source of the initial weights, and the parts that are not trained.
 
     Parts are named as in the model's `Task.parts`: "vision_encoder" and
-    "text_decoder" for a captioner.
+    "text_decoder" for a captioner; "vision_encoder", "text_encoder" and
+    "contrastive_head" for a contrastive model.
 
     Raises:
         ValueError: If a field is of the wrong type; names it.
     """
 
     initialize_from: str | None = None
-    """Run folder, `.keras` file or npz file of big_vision from which to read
-    the weights before the first step; None for random weights."""
+    """Run folder, `.keras` file, npz file of big_vision or folder of
+    transformers' SigLIP from which to read the weights before the first step;
+    None for random weights."""
 
     initialize_parts: list | tuple | None = None
     """Names of the parts to read; None for the whole model."""
@@ -175,7 +177,7 @@ class WeightSettings:
     optimizer state, and run as in inference (without dropout)."""
 
     trained_parts: list | tuple = ()
-    """Names of layers inside frozen parts that are trained nevertheless, such
+    """Names of layers inside frozen parts that are trained all the same, such
     as "vision_encoder/pool", the attention pooling on frozen features."""
 
     def __post_init__(self):

@@ -1,4 +1,6 @@
-"""Zero-shot: accuracies by hand, and of a model that knows the classes."""
+"""Zero-shot accuracies, by hand and of a model that knows the classes."""
+
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from cappa_tf.evaluation.images import EvaluationImages
 
 
 def test_figures_by_hand():
-    """Ranks 0, 1, 5, and a tie of the best two, which counts as lost."""
+    """Ranks 0, 1, 5, and a tie of the best two, which counts as an error."""
     scores = np.array(
         [
             [9, 1, 2, 3, 4, 5],
@@ -133,6 +135,28 @@ def test_limit_and_bad_names(folder, tmp_path):
         few.evaluate(predictor)
     with pytest.raises(ValueError, match="'nowhere'"):
         zero_shot.ZeroShot(folder / "labels", "nowhere").open()
+
+
+def test_several_labels_of_a_file(folder, tmp_path):
+    """Images 0 and 3 are red, 1 green, 2 blue."""
+    path = tmp_path / "several.json"
+    several = {"0": [1, 0], "1": [1], "2": [0], "3": []}
+    with (folder / "labels" / "labels.jsonl").open() as file:
+        names = [json.loads(line)["image"] for line in file]
+    keys = {str(i): name for i, name in enumerate(names)}
+    path.write_text(json.dumps({keys[i]: row for i, row in several.items()}))
+    evaluator = zero_shot.ZeroShot(
+        folder / "labels", labels=path, templates=["{} square"]
+    )
+    evaluator.open()
+    report = evaluator.evaluate(scoring.knowing_predictor(tmp_path))
+    assert report.metrics["top_1"] == pytest.approx(2 / 3)
+    assert report.details["num_images"] == 3
+    assert report.details["skipped"] == {"no label": 3}
+    for wrong in ("[]", '{"0": 1}', '{"0": [3]}', '{"0": ["a"]}', "{"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="several.json"):
+            evaluator.open()
 
 
 def test_names_of_the_clothing_set():

@@ -1,4 +1,4 @@
-"""Objectives, draws, scores and decoding of the whole captioner."""
+"""Objectives, random choices, scores and decoding of the captioner."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""The benchmarks compare ways of computing the same."""
+"""The benchmarks compare equivalent computations."""
 
 import pytest
 import tensorflow as tf
@@ -32,7 +32,7 @@ def test_both_ways_give_the_same_loss():
 
 
 def test_ways_to_score_give_the_same_scores():
-    """Also a whole run of the ways, at a size that takes no time."""
+    """Also runs all methods, at a very small size."""
     captioner = score.make_captioner("Ti/8", 16, 14, 30, layers=1)
     labels = score.make_labels(9, 14, 30)
     lengths = (labels != 0).sum(1)

@@ -1,11 +1,14 @@
-"""First weights from another model: parts by name, at any resolution."""
+"""Initial weights from another model: parts by name, at any resolution."""
+
+import importlib.util
 
 import numpy as np
 import pytest
 import tiny
+from random_contrastive import make_contrastive
 
 from cappa_tf.models.positions import resample_positions
-from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import variables_by_path
 from cappa_tf.training.initialize import initialize
@@ -43,7 +46,7 @@ def _source():
 
 @pytest.fixture(scope="module", name="files")
 def _files(source, tmp_path_factory):
-    """The same weights as all that they can be read from."""
+    """The same weights in every source that can be read."""
     folder = tmp_path_factory.mktemp("files")
     source.save(folder / "captioner.keras")
     source.vision_encoder.save(folder / "encoder.keras")
@@ -86,6 +89,47 @@ def test_positions_are_resampled(files, source, name):
     assert_same(model.text_decoder, source.text_decoder)
     if name.endswith(".keras"):
         assert "resampled from 2x2 to 4x3" in line
+
+
+@pytest.fixture(scope="module", name="towers")
+def _towers(tmp_path_factory):
+    """Two towers, and what they can be read from."""
+    folder = tmp_path_factory.mktemp("towers")
+    model = make_contrastive()
+    model.save(folder / "towers.keras")
+    big_vision.save_two_towers(model, folder / "towers.npz")
+    names = ["towers.keras", "towers.npz"]
+    if importlib.util.find_spec("safetensors") is not None:
+        siglip.save_siglip(model, folder / "siglip")
+        names.append("siglip")
+    return model, [str(folder / name) for name in names]
+
+
+def test_two_towers_or_one_of_them(towers):
+    source, paths = towers
+    for path in paths:
+        model = type(source).from_config(source.get_config())
+        model.build()
+        before = values(model.text_encoder)
+        initialize(model, path, ["vision_encoder"])
+        assert_same(model.vision_encoder, source.vision_encoder)
+        assert_same(values(model.text_encoder), before)
+        initialize(model, path)
+        for name, part in model.parts.items():
+            assert_same(part, source.parts[name])
+
+
+def test_the_image_tower_of_two_for_a_captioner_at_another_size(towers):
+    _, paths = towers
+    model = make(image_size=32, mlp_dim=24, pooling="map")
+    for path in paths:
+        initialize(model, path, ["vision_encoder"])
+        with pytest.raises(ValueError, match="has the parts.*text_decoder"):
+            initialize(model, path)
+    # Pooling by attention has weights that other encoders lack.
+    model = make(image_size=32, mlp_dim=24)
+    with pytest.raises(ValueError, match="pool/attention.*: only in the file"):
+        initialize(model, path, ["vision_encoder"])
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import tiny
 from conftest import two_devices
 
 from cappa_tf.training.construct import build_model
+from cappa_tf.training.distribution.hosts import Hosts
 from cappa_tf.training.distribution.strategies import (
     make_strategy,
     training_iterator,
 )
+from cappa_tf.training.gradients import TaskGradients
 from cappa_tf.training.optimizers.adafactor import Adafactor
 from cappa_tf.training.step import TrainLoop
+from cappa_tf.training.validation import Validation
 
 STEPS = 20
 CONTRASTIVE = ("softmax", "sigmoid")
@@ -109,3 +112,56 @@ def test_fit_on_several_devices_is_refused(folder):
         model = tiny.make_contrastive(tiny.vocabulary(folder)[1])
         with pytest.raises(ValueError, match="compares the examples of one"):
             model.train_step({"image": tf.zeros([2, 16, 16, 3])})
+
+
+def test_validation_compares_the_whole_batch_on_any_devices(folder):
+    size = tiny.vocabulary(folder)[1]
+    found = []
+    for strategy in (make_strategy("one"), two_devices()):
+        model, _ = build_model(
+            lambda: tiny.make_contrastive(size), Adafactor, strategy
+        )
+        # 30 examples in batches of 8: the last one is padded.
+        data = tiny.Data(folder, examples=30)
+        found.append(Validation(strategy, Hosts(strategy), model, data, 8)())
+    one, two = found
+    assert one["examples"] == 30
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_captions_that_are_all_alike_are_each_others_negatives(folder):
+    """As in the reference: a match can only be guessed, and nothing is NaN."""
+    model = tiny.make_contrastive(tiny.vocabulary(folder)[1])
+    model.build()
+    batch = next(iter(tiny.Data(folder).train(4)))
+    batch["labels"] = tf.repeat(batch["labels"][:1], 4, axis=0)
+    gradients, sums = TaskGradients(model, 4)(batch)
+    assert float(sums.figures["loss"][0]) / 4 >= np.log(4) / 2
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": 0.0}, "`temperature` must be a number > 0"),
+        ({"temperature": float("nan")}, "`temperature`"),
+        ({"loss": "sigmoid"}, "needs a `bias`"),
+        ({"bias": float("inf")}, "`bias`"),
+        ({"embedding_dim": (8, None)}, "one width"),
+        ({"pooling": "none"}, "that pools"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.make_contrastive(40, **given)
+
+
+def test_a_batch_without_negatives_is_refused(folder, tmp_path):
+    size = tiny.vocabulary(folder)[1]
+    with pytest.raises(ValueError, match="`batch_size` must be at least 2"):
+        tiny.run(
+            folder,
+            model=lambda: tiny.make_contrastive(size),
+            workdir=str(tmp_path),
+            batch_size=1,
+        )

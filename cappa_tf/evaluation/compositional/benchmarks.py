@@ -1,13 +1,14 @@
 """Compositional benchmarks: SugarCrepe, ARO and synthetic scenes.
 
-A choice is won if the right caption is more likely than all wrong ones. Every
-subset is reported for four scores: left to right; parallel prediction (of
-models trained with it); the text without any image (`blind`, which shows what
-language alone achieves: nearly everything on ARO); and the first minus the
-third.
+A choice is won if the right caption scores higher than all wrong ones. Every
+subset is reported for four scores of a captioner: left to right; parallel
+prediction (of models trained with it); the text without any image (`blind`,
+which shows what language alone achieves: nearly everything on ARO); and the
+first minus the third. A contrastive model has one, the cosine of its
+embeddings.
 
 Reference: arXiv 2306.07915, section 4.4: the caption with the higher
-log-likelihood wins. A tie counts as an error.
+log-likelihood, or cosine, wins. A tie counts as an error.
 
 Letters: B images per batch, K texts of one image.
 """
