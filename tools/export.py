@@ -10,9 +10,9 @@
 backbone: the vision encoder as a Keras file, which opens with TensorFlow, JAX
 or PyTorch. siglip: a folder for transformers, a `SiglipModel` of a contrastive
 model in SigLIP's form, otherwise a `SiglipVisionModel`. timm: a folder for
-`timm.create_model("local-dir:...")`. saved_model: the captioner for TensorFlow
-Serving, in a new VERSION below the folder, with the files beside it that a
-server is started with.
+`timm.create_model("local-dir:...")`. saved_model: the captioner or contrastive
+model for TensorFlow Serving, in a new VERSION below the folder, with the files
+beside it that a server is started with.
 """
 
 import pathlib
@@ -70,7 +70,7 @@ def _define_serving_flags(where):
         "version": "number of the version; one more than the highest",
         "max_length": "longest caption in tokens; the decoder's",
         "max_batch_size": "most images at once; 32",
-        "max_texts": "most texts to score for an image; 1,000",
+        "max_texts": "most texts or labels for an image; 1,000",
         "max_pixels": "images of more are refused; the limit of the run",
     }
     for name, meaning in numbers.items():
@@ -153,7 +153,7 @@ def _timm(options):
 def _saved_model(options):
     _refuse(options, ["image_size"])
     from cappa_tf.export import saved_model, serving_files
-    from cappa_tf.inference.predictor import GENERATE
+    from cappa_tf.inference.predictor import GENERATE, SCORE
 
     serving_files.check_protos()
     files.check_output("output", options.output, is_folder=True)
@@ -162,19 +162,27 @@ def _saved_model(options):
         values = {name: options[name].value for name in names}
         return {k: v for k, v in values.items() if v is not None}
 
-    predictor = _opened(options, GENERATE)
-    service = saved_model.CaptionService(
-        predictor.model,
-        predictor.tokenizer,
-        predictor.preprocessing,
-        **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
+    predictor = _opened(options, SCORE)
+    limits = given("max_batch_size", "max_texts", "max_pixels")
+    make = saved_model.CaptionService
+    if predictor.can(GENERATE):
+        limits |= given("max_length")
+    else:
+        make = saved_model.ContrastiveService
+        if options.max_length is not None:
+            raise ValueError(
+                "--max_length is for captioners. "
+                f"Received: --max_length={options.max_length}"
+            )
+    service = make(
+        predictor.model, predictor.tokenizer, predictor.preprocessing, **limits
     )
     path = saved_model.export_saved_model(
         options.output, service, **given("name", "version")
     )
     height, width = service.image_size
     return (
-        f"{path}: captioner for TensorFlow Serving, "
+        f"{path}: {service.kind} for TensorFlow Serving, "
         f"{service.num_bytes / 2**20:.0f} MiB of weights, images of "
         f"{height} x {width} pixels"
     )
