@@ -1,8 +1,8 @@
-"""A plugin of pytest: what passed in one environment is not run in the next.
+"""Pytest plugin that skips tests that passed in another environment.
 
     pytest -p passed --passed=FILE
 
-leaves out the tests that FILE names, a line each, and adds those that pass.
+deselects the tests listed in FILE, one per line, and adds those that pass.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Notes a test whose body has passed."""
+    """Adds a passed test to the file."""
     report = yield
     if report.when == "call" and report.passed:
         with item.config.getoption("passed").open("a") as file:

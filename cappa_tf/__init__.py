@@ -1,9 +1,9 @@
 """CapPa in TensorFlow and Keras 3: vision encoders pretrained by captioning.
 
-The public names below are imported when they are first used (PEP 562), so
-`import cappa_tf` costs nothing: TensorFlow takes several seconds to load. The
-classes of saved models are registered with Keras as soon as there is a Keras,
-before or after this import, so that `keras.saving.load_model` opens them.
+The public names below are imported when they are first used (PEP 562), so that
+`import cappa_tf` is fast: TensorFlow takes several seconds to load. The classes
+of saved models are registered with Keras as soon as Keras is imported, before
+or after this package, so that `keras.saving.load_model` opens them.
 """
 
 import importlib
@@ -15,10 +15,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adafactor": "cappa_tf.training.optimizers.adafactor",
     "AdamW": "cappa_tf.training.optimizers.adamw",
+    "BagOfTokens": "cappa_tf.models.bag_of_tokens",
     "CaptionDataset": "cappa_tf.data.caption_dataset",
     "Captioner": "cappa_tf.models.captioner",
     "Classifier": "cappa_tf.models.classifier",
     "ComputeSettings": "cappa_tf.training.settings",
+    "ContrastiveCaptioner": "cappa_tf.models.contrastive_captioner",
     "Cosine": "cappa_tf.training.optimizers.schedules",
     "DatasetDescription": "cappa_tf.data.schema",
     "EvaluationSettings": "cappa_tf.training.settings",
@@ -48,7 +50,7 @@ def __getattr__(name):
 
 @wrapt.when_imported("keras")
 def _register(keras):
-    """Lets Keras find the classes of saved models by their names."""
+    """Registers the classes of saved models with Keras."""
     del keras
     importlib.import_module("cappa_tf.models")
 

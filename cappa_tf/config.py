@@ -1,16 +1,16 @@
-"""From flags to a parsed, checked and saved configuration.
+"""Configuration: from flags to parsed, checked and saved gin bindings.
 
-This is the only file that knows gin. The files under gin/ name what is built
-(dynamic registration: no decorators in the library) and bind one root
-function, `cappa_tf.training.train.train`:
+This is the only module that uses gin. The files under gin/ name the objects to
+build (by dynamic registration, without decorators in the library) and bind one
+root function, `cappa_tf.training.train.train`:
 
     parse(["gin/quickstart.gin"], ["TOTAL_STEPS=500"], workdir="runs/mine")
     run(on_start=save_config, on_first_step=save_operative_config)
 
-gin alone lets four mistakes pass, all of them caught by `parse`, before
-anything is built or read: a misspelled macro is to gin a new macro; a class
-with **kwargs (every Keras class) takes any name; a binding in a scope that
-nothing uses does nothing; and values have no types.
+gin alone does not detect four kinds of mistakes. `parse` catches all of them,
+before anything is built or read: a misspelled macro, which to gin is a new
+macro; an argument unknown to a class with **kwargs (every Keras class); a
+binding in a scope that nothing uses; and values of a wrong type.
 """
 
 import functools
@@ -29,15 +29,15 @@ from cappa_tf.utils import files
 
 ROOT = "cappa_tf.training.train.train"
 EVALUATION_ROOT = "cappa_tf.evaluation.evaluate.evaluate"
-# A file may serve several roots: what it binds for another is not a mistake.
+# A file may serve several roots, so a binding for another root is not an error.
 _ROOTS = (ROOT, EVALUATION_ROOT)
 
-# gin has no public way to list bindings; the version is bounded for it.
+# gin has no public API to list bindings, so pyproject.toml bounds its version.
 _BINDINGS = gin.config._CONFIG
 
 
-# Modules that files of version 0.1.0, a run's config.gin among them, import
-# from where they lay then, by the names that they have in bindings.
+# New locations of modules that files of version 0.1.0, including a run's
+# config.gin, import from their old ones, by their names in bindings.
 _MOVED = {
     "cappa_tf.data": {
         "img2dataset": "sources.tfrecords",
@@ -62,14 +62,14 @@ _MOVED = {
 }
 
 
-# Files of version 0.1.0 that were a size and a captioner of it in one.
+# Files of version 0.1.0 that combined a size and a captioner.
 _SIZED = re.compile(
     r"gin/models/(ti16|s16|m16|b16|l16|l14|so400m14|mini8|small16|tiny8)\.gin"
 )
 _CAPTIONER = "gin/models/captioner.gin"
 
-# Arguments of the root function in version 0.1.0 that are fields of a settings
-# object now: its class, the root's argument that takes it, the fields.
+# Arguments of the root function in version 0.1.0 that are now fields of a
+# settings object: (its class, the root's argument for it) -> the fields.
 _SETTINGS = "cappa_tf.training.settings"
 _MOVED_ARGUMENTS = {
     ("RunSettings", "settings"): (
@@ -87,7 +87,7 @@ _MOVED_ARGUMENTS = {
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run, and which binding is at fault."""
+    """The configuration is invalid; the message names the binding."""
 
 
 def define_flags(runs=True, flag_values=flags.FLAGS):
@@ -95,28 +95,33 @@ def define_flags(runs=True, flag_values=flags.FLAGS):
     flags.DEFINE_multi_string(
         "gin_file",
         [],
-        "Such as gin/quickstart.gin; repeatable, later wins.",
+        "Configuration file, such as gin/quickstart.gin; repeatable, later "
+        "files win.",
         flag_values=flag_values,
     )
     flags.DEFINE_multi_string(
         "gin_param",
         [],
-        "Such as \"DATA='data/mine'\"; repeatable, wins over files.",
+        "Binding, such as \"DATA='data/mine'\"; repeatable, wins over files.",
         flag_values=flag_values,
     )
     if not runs:
         return
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run (WORKDIR), which is continued."
+        "workdir",
+        None,
+        "Folder of the run (WORKDIR); an existing run is resumed.",
     )
-    flags.DEFINE_bool("dry_run", False, "Build all, print sizes, and stop.")
+    flags.DEFINE_bool(
+        "dry_run", False, "Build everything, print sizes, and stop."
+    )
 
 
 def parse_flags(**macros):
-    """Parses what the flags of `define_flags` name.
+    """Parses the configuration that the flags of `define_flags` name.
 
     Args:
-        **macros: Values of a tool's own flags, by macro; None where not given.
+        **macros: Values of a tool's own flags, by macro; None if not given.
 
     Raises:
         SystemExit: With the `ConfigError`'s message and no traceback.
@@ -134,18 +139,19 @@ def parse_flags(**macros):
 
 
 def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
-    """Parses and checks a configuration; it is locked afterwards.
+    """Parses and checks a configuration, and locks it.
 
     Args:
-        gin_files: Paths, as given, or below the folder that holds gin/ (the
-            repository or the installed package); later files win.
+        gin_files: Paths relative to the working directory or to the folder of
+            gin/ (the repository or the installed package); later files win.
         gin_params: Strings "NAME = VALUE", which win over files.
-        workdir: Sets the macro WORKDIR, or None.
-        root: Full name of the function that everything hangs from.
+        workdir: Value of the macro WORKDIR, or None.
+        root: Full name of the root function.
 
     Raises:
-        ConfigError: Nothing binds the root; a file cannot be found or parsed;
-            a binding is misspelled, missing, of a wrong type or has no effect.
+        ConfigError: If nothing binds the root, a file cannot be found or
+            parsed, or a binding is misspelled, missing, of a wrong type or
+            without effect.
     """
     if isinstance(gin_files, str) or isinstance(gin_params, str):
         given = f"gin_files={gin_files!r}, gin_params={gin_params!r}"
@@ -163,7 +169,7 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
             _parse_file(_CAPTIONER)
             path = f"gin/sizes/{sized[1]}.gin"
         _parse_file(path)
-        # What a later file replaces (another optimizer) had a use before.
+        # Bindings that a later file replaces (another optimizer) count as used.
         for one in {root, *_ROOTS}:
             used |= _Walk(one).used
     params = list(gin_params)
@@ -178,21 +184,21 @@ def run(root=ROOT, **kwargs):
     """Calls the root function with the parsed configuration.
 
     Args:
-        root: As given to `parse`.
-        **kwargs: Arguments that are no configuration, such as `dry_run`.
+        root: Full name of the root function, as given to `parse`.
+        **kwargs: Arguments that are not configured, such as `dry_run`.
 
     Returns:
-        What the root function returns.
+        The result of the root function.
     """
     return gin.get_configurable(root)(**kwargs)
 
 
 def arguments(root=ROOT):
-    """Arguments that `run` would give to the root function, built.
+    """Builds the arguments that `run` would pass to the root function.
 
     Returns:
-        A dict, defaults included. What the files reference without "()"
-        (`model`, `optimizer`) is still to be called.
+        A dict including defaults. Arguments that the files reference without
+        "()" (`model`, `optimizer`) are constructors that must still be called.
     """
     function = gin.config._REGISTRY[root].wrapped
     named, _ = config_checks.parameters(function)
@@ -208,15 +214,16 @@ def load_run(workdir, gin_params=(), root=ROOT):
     """Parses the configuration that a run saved in its workdir.
 
     Args:
-        workdir: Folder of the run; where it lay before does not matter.
-        gin_params: Strings "NAME = VALUE", for example of moved data.
-        root: As given to `parse`.
+        workdir: Folder of the run, which may have been moved.
+        gin_params: Strings "NAME = VALUE", for example for moved data.
+        root: Full name of the root function.
 
     Returns:
-        The dict of `arguments`. Call what it holds before another `parse`.
+        The dict of `arguments`, whose constructors must be called before
+        another `parse`.
 
     Raises:
-        ConfigError: There is no config.gin, or as `parse`.
+        ConfigError: If there is no config.gin, or `parse` refuses it.
     """
     path = os.path.join(files.absolute(workdir), "config.gin")
     if not files.isfile(path):
@@ -229,18 +236,18 @@ def load_run(workdir, gin_params=(), root=ROOT):
 
 
 def save_config(workdir):
-    """Writes what was parsed to WORKDIR/config.gin; call it on the chief."""
+    """Writes the parsed bindings to WORKDIR/config.gin, on the chief."""
     files.write_text(os.path.join(workdir, "config.gin"), gin.config_str())
 
 
 def save_operative_config(workdir, step):
-    """Writes all values in use, defaults included, beside the checkpoints.
+    """Writes all values in use, including defaults, to the run's folder.
 
-    gin knows a value once its constructor has been called: call this on the
-    chief after the first step.
+    gin knows a value only after its constructor has been called, so this must
+    be called after the first step, on the chief.
 
     Args:
-        workdir: The folder.
+        workdir: Folder of the run.
         step: Number of finished steps, for the name of the file.
     """
     path = os.path.join(workdir, f"operative_config-{step}.gin")
@@ -249,10 +256,10 @@ def save_operative_config(workdir, step):
 
 @functools.cache
 def gin_root():
-    """The folder that holds gin/: of a checkout, or of an installed wheel.
+    """The folder that contains gin/, of a checkout or an installed wheel.
 
-    Its files are then found from any working directory: what lies there comes
-    first, so that a person's own files can take the place of these.
+    Its files are then found from any working directory. Files there come
+    first, so that users can override the shipped ones.
     """
     package = pathlib.Path(__file__).resolve().parent
     for folder in (package.parent, package):
@@ -268,14 +275,14 @@ def _shipped():
 
 
 def _moved(text):
-    """A gin file with the modules and files that have moved by new names."""
+    """Updates a gin file to the new names of moved modules and files."""
     text = re.sub(
         rf"^include '{_SIZED.pattern}'",
         rf"include '{_CAPTIONER}'\ninclude 'gin/sizes/\1.gin'",
         text,
         flags=re.M,
     )
-    # What imports nothing knows the names by the files that it includes.
+    # A file without imports has the names from the files that it includes.
     names = {} if "dynamic_registration" in text else _new_names()
 
     def imported(found):
@@ -297,7 +304,7 @@ def _moved(text):
 
 
 def _new_names():
-    """Old name of a module -> the new one, where one is as good as a path."""
+    """Dict from the old to the new name of each moved module."""
     return {
         old: new.rpartition(".")[2]
         for moved in _MOVED.values()
@@ -306,7 +313,7 @@ def _new_names():
 
 
 def _renamed(text, names):
-    """Bindings and references with other names of modules."""
+    """Renames modules in bindings and references."""
     # "scope/module.Class.argument = @scope/module.Class()"
     return re.sub(
         r"(^|@)((?:\w+/)*)(\w+)(?=\.)",
@@ -320,14 +327,14 @@ _parse_key = gin.config.ParsedBindingKey.parse
 
 
 def _parse_moved_key(key):
-    """A binding's key; of a moved argument, the one that it has now.
+    """Parses a binding's key; a moved argument gets its current key.
 
     gin calls this for each binding of a file, in a block or not, and of the
-    command line. The old name was an argument of the root function, so no
-    file of version 0.1.0 names the object that has it now: it is bound here.
+    command line. The old name was an argument of the root function, and no file
+    of version 0.1.0 binds the object that now has it, so it is bound here.
 
     Args:
-        key: "scope/module.name.argument", or these three apart.
+        key: "scope/module.name.argument", or these three separately.
     """
     if isinstance(key, str):
         key = gin.config_parser.parse_binding_key(key)
@@ -345,7 +352,7 @@ def _parse_moved_key(key):
 
 
 def _bind_settings(cls, argument):
-    """Makes sure that the root function is given an object of that class."""
+    """Binds an object of the class to the root function, unless bound."""
     if argument not in _BINDINGS.get(("", ROOT), {}):
         gin.parse_config(
             "from __gin__ import dynamic_registration\n"
@@ -363,7 +370,7 @@ _SIZE_MACROS = set()
 
 
 class _GinFile(io.StringIO):
-    """A gin file as `_moved` gives it; gin names it in its messages."""
+    """A gin file updated by `_moved`; its name appears in gin's messages."""
 
     def __init__(self, path):
         text = _moved(files.read_text(path))
@@ -373,7 +380,7 @@ class _GinFile(io.StringIO):
         self.name = path
 
 
-# Before gin's own readers, so that included files are read by it, too.
+# Inserted before gin's own readers, so that it also reads included files.
 gin.config._FILE_READERS.insert(0, (_GinFile, files.isfile))
 
 
@@ -389,7 +396,7 @@ def _parse_file(path):
 
 
 def _parse_param(param):
-    """Parses one "NAME = VALUE"; returns the key of what it binds."""
+    """Parses one "NAME = VALUE"; returns the key of the binding."""
     param = _renamed(param, _new_names())
     name, equals, value = param.partition("=")
     name = name.strip()
@@ -413,8 +420,8 @@ def _parse_param(param):
 
 
 def _reason(error):
-    """What gin's parser says, with the line."""
-    if isinstance(error, tokenize.TokenError):  # From Python 3.12 on.
+    """Message of gin's parser, with the line."""
+    if isinstance(error, tokenize.TokenError):  # since Python 3.12
         reason, (line, _) = error.args
         return f"{reason} (line {line})"
     return str(error)
@@ -424,12 +431,12 @@ def _reason(error):
 
 
 def _check(root, used, given):
-    """Raises ConfigError for what would fail, or do nothing, in a run.
+    """Raises ConfigError for bindings that would fail or have no effect.
 
     Args:
         root: Full name of the root function.
         used: Keys of bindings that had an effect after some file.
-        given: Keys of the bindings of the command line.
+        given: Keys of the bindings on the command line.
     """
     walk = _Walk(root)
     if not walk.found_root:
@@ -443,13 +450,13 @@ def _check(root, used, given):
     problems += walk.problems.values()
     if problems:
         raise ConfigError("\n  ".join(["", *problems]).strip())
-    # Saved files must parse again, without this command line's history.
+    # Saved files must parse again without the files that were overridden.
     for key in unread:
         _BINDINGS.pop(key, None)
 
 
 def _no_effect(key, walk):
-    """The message for a binding that nothing reads, with a guess."""
+    """The message for a binding that nothing reads, with a suggestion."""
     scope, selector = key
     name = _key_name(key)
     guess = config_checks.guess(name, [_key_name(other) for other in walk.used])
@@ -460,7 +467,7 @@ def _no_effect(key, walk):
 
 
 def _key_name(key):
-    """MACRO, or scope/module.Class as the files write it."""
+    """Name of a key as in the files: MACRO or scope/module.Class."""
     scope, selector = key
     short = ".".join(selector.split(".")[-2:])
     named = [scope] if selector == "gin.macro" else [scope, short]
@@ -468,15 +475,17 @@ def _key_name(key):
 
 
 class _Walk:
-    """All that a run reads, found from the root without building anything.
+    """All bindings that a run reads, found without building anything.
 
-    Bindings reach only what the files reference, so following the references
-    visits exactly the constructors that a run calls through gin.
+    Bindings apply only to objects that the files reference, so following the
+    references from the root visits exactly the constructors that a run calls
+    through gin.
 
     Attributes:
         found_root: Whether anything binds the root.
         used: Keys (scope, selector) of bindings that are read.
-        problems: Messages: missing, unknown and wrongly typed arguments.
+        problems: Dict of messages about missing, unknown and wrongly typed
+            arguments.
     """
 
     def __init__(self, root):
@@ -488,7 +497,7 @@ class _Walk:
             self._visit((), gin.config._REGISTRY[root], True)
 
     def _visit(self, scopes, configurable, evaluated):
-        """Checks one call: `configurable` inside the scopes."""
+        """Checks the call of a configurable inside the scopes."""
         if (scopes, configurable.selector) in self._visited:
             return
         self._visited.add((scopes, configurable.selector))
@@ -513,11 +522,11 @@ class _Walk:
             elif reference.configurable.selector != "gin.constant":
                 self._visit(inner, reference.configurable, reference.evaluate)
                 if not reference.evaluate and not reference.scopes:
-                    # It is called later, perhaps outside these scopes.
+                    # It is called later, possibly outside of these scopes.
                     self._visit((), reference.configurable, False)
 
     def _follow_macro(self, scopes, reader):
-        """Visits what a macro stands for; `reader` names who asks for it."""
+        """Visits the value of a macro that `reader` refers to."""
         key = ("/".join(scopes), "gin.macro")
         if key in _BINDINGS:
             self.used.add(key)
@@ -529,7 +538,7 @@ class _Walk:
             )
 
     def _check_call(self, short, function, bound, evaluated):
-        """Names, types and presence of the arguments of one call."""
+        """Checks names, types and presence of the arguments of one call."""
         known, labels = {}, {}
         for name, bound_value in bound.items():
             value, macros = _resolve(bound_value)
@@ -544,28 +553,28 @@ class _Walk:
                     setting,
                 )
                 known[name] = config_checks.UNKNOWN
-            # What is built, or a tuple with parts that are.
+            # An object that gin builds, or a tuple with such parts.
             if any(gin.config.iterate_references({"": value})):
                 known[name] = config_checks.UNKNOWN
-        # What is only referenced may get arguments from its caller.
+        # A constructor that is only referenced may get further arguments.
         for problem in config_checks.problems(
             short, function, known, labels, complete=evaluated
         ):
             self._problem(problem)
 
     def _problem(self, message, key=None):
-        """Keeps one message for each key, by default for each message."""
+        """Keeps one message per key; by default the message is its key."""
         self.problems.setdefault(key or message, message)
 
 
 def _resolve(value):
-    """The value behind macros, and the macros' names on the way."""
+    """The value after resolving macros, and the names of these macros."""
     macros = []
     while isinstance(value, gin.config.ConfigurableReference):
         if value.configurable.selector == "gin.constant":
             return value.scoped_configurable_fn(), macros
         name = "/".join(value.scopes)
-        # A circle of macros ends here; gin reports it when it is read.
+        # A cycle of macros ends here; gin reports it when it is read.
         if not _is_macro(value) or name in macros:
             break
         macros.append(name)

@@ -1,9 +1,8 @@
-"""What a function or a constructor accepts: names, and types of values.
+"""Checks of the arguments of a call: their names, and types of values.
 
-Keras classes take `**kwargs`, so a misspelled argument travels far before
-anything notices it. The names are therefore collected over all base classes.
-An argument's annotation says what it accepts; without one, the default's type
-does.
+Keras classes take `**kwargs`, so a misspelled argument would be noticed late.
+The names are therefore collected over all base classes. The type of an argument
+is that of its annotation, or without one that of its default.
 """
 
 import collections.abc
@@ -12,7 +11,7 @@ import inspect
 import types
 import typing
 
-# A value that is there but not known yet.
+# A value that is given but not known yet.
 UNKNOWN = object()
 
 _NUMBERS = {int: "an integer", float: "a number"}
@@ -24,12 +23,13 @@ def parameters(function_or_class):
     """Arguments that can be given by keyword.
 
     Args:
-        function_or_class: What would be called.
+        function_or_class: The function or class to be called.
 
     Returns:
-        A dict from name to `inspect.Parameter`, its annotation evaluated, and
-        whether any other name is accepted too (a function with `**kwargs`;
-        of a class with `**kwargs`, the names of its bases are known).
+        (parameters, is_open): a dict from name to `inspect.Parameter` with an
+        evaluated annotation; and whether any other name is accepted, too (by a
+        function with `**kwargs`; for a class with `**kwargs`, the names of its
+        bases are known).
     """
     if not inspect.isclass(function_or_class):
         return _keywords(function_or_class)
@@ -52,7 +52,7 @@ def _keywords(function):
         return {}, True
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # An annotation that cannot be evaluated says nothing.
+    except Exception:  # An annotation that cannot be evaluated is ignored.
         hints = {}
     named, is_open = {}, False
     for name, parameter in signature.parameters.items():
@@ -68,14 +68,14 @@ def _keywords(function):
 
 
 def problems(called, function, values, labels, complete):
-    """What is wrong with the arguments of one call.
+    """Finds the errors in the arguments of one call.
 
     Args:
         called: Name of the function or class, for the messages.
-        function: What would be called.
+        function: The function or class to be called.
         values: Dict of the arguments; `UNKNOWN` fits everything.
-        labels: What set an argument, where it has a name of its own.
-        complete: Whether all required arguments must be among them.
+        labels: Dict from an argument to the macro that sets it, if any.
+        complete: Whether all required arguments must be given.
 
     Returns:
         A list of messages.
@@ -106,20 +106,20 @@ def problems(called, function, values, labels, complete):
 
 
 def guess(name, known):
-    """The end of a message: " Did you mean X?", or nothing."""
+    """End of a message, " Did you mean X?" or ""."""
     similar = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {similar[0]}?" if similar else ""
 
 
 def expected(parameter, value):
-    """What an argument accepts, if `value` is not that.
+    """Describes what an argument accepts if `value` is of another type.
 
     Args:
         parameter: `inspect.Parameter` with an evaluated annotation.
-        value: The literal to be given.
+        value: The literal value of the argument.
 
     Returns:
-        A phrase such as "an integer", or None if `value` may be right.
+        A phrase such as "an integer", or None if `value` may be valid.
     """
     hint, default = parameter.annotation, parameter.default
     if hint is not parameter.empty:
@@ -128,7 +128,7 @@ def expected(parameter, value):
         return _PHRASES.get(hint) or inspect.formatannotation(hint)
     if default is parameter.empty or default is None or value is None:
         return None
-    # A number stands for a pair of numbers too (image_size=224).
+    # A number may be replaced by a pair of numbers (image_size=224).
     if type(default) in _NUMBERS and not isinstance(value, (tuple, list)):
         hint, phrase = type(default), _NUMBERS[type(default)]
     elif isinstance(default, bool):
@@ -141,7 +141,7 @@ def expected(parameter, value):
 
 
 def fits(value, hint):
-    """Whether a literal is of an annotated type; unknown types always fit."""
+    """Returns whether a literal has a type; unknown types always fit."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in (typing.Any, inspect.Parameter.empty):
         return True

@@ -1,6 +1,6 @@
-"""Every shipped gin file parses and builds what it says it builds.
+"""Every shipped gin file parses and builds the model it describes.
 
-The files are found by looking, so a new one cannot escape.
+The files are found by a glob, so that new ones are tested, too.
 """
 
 import json
@@ -21,7 +21,7 @@ PARTS = sorted(
 )
 PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
 
-# What must be given, where a file leaves it open.
+# Parameters that a file requires.
 GIVEN = ("DATA='here'",)
 GIVEN_FOR = {
     "gin/data/folder.gin": ("TOKENIZER='here'",),
@@ -55,7 +55,7 @@ def parse(*files, params=GIVEN, workdir="runs/test"):
 
 
 def build(constructor):
-    """A model without values: its shapes are all that is looked at."""
+    """A model without values, as only its shapes are checked."""
     try:
         with keras.StatelessScope(initialize_variables=False):
             model = constructor()
@@ -183,7 +183,7 @@ def test_the_saved_configuration_parses_again(path, tmp_path):
 
 @pytest.mark.parametrize("path", RUNNABLE + PARTS)
 def test_no_file_binds_a_name_twice(path):
-    """The last one would win, silently."""
+    """The last binding would win silently."""
     lines = (ROOT / path).read_text().splitlines()
     names = [line.split("=")[0].strip() for line in lines if " = " in line]
     macros = [name for name in names if name.isupper()]
@@ -191,7 +191,7 @@ def test_no_file_binds_a_name_twice(path):
 
 
 def test_quickstart_runs_and_records_what_it_ran(tmp_path):
-    """Two steps of the real thing, with the smallest model and few images."""
+    """Two steps of a real run, with the smallest model and few images."""
     params = [
         f"DATA={str(tmp_path / 'scenes')!r}",
         "scenes.prepare.num_train=300",
@@ -222,5 +222,5 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
     assert sizes[0] == sizes[1]
     measured = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 <= measured["evaluation/scenes/blind/macro"] <= 1
-    # The operative one holds what nobody set.
+    # The operative configuration also holds defaults.
     assert "AdamW.beta_1 = 0.9" in operative.read_text()

@@ -1,4 +1,4 @@
-"""What tests of evaluators share: a model that knows, one that does not."""
+"""Helpers of evaluator tests: a perfect model, and an untrained one."""
 
 import json
 
@@ -12,16 +12,16 @@ from cappa_tf.inference.predictor import Predictor
 from cappa_tf.saving import run_folder
 
 PREPROCESSING = ImagePreprocessing(16, reduced_decode=False, max_pixels=None)
-# As many colours as `tiny.WORDS` names.
+# As many colors as in `tiny.WORDS`.
 COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
 
 
 class Knowing:
-    """In place of a captioner: says how red, green or blue an image is.
+    """In place of a captioner: tells how red, green or blue an image is.
 
-    A text with a colour's name scores the logarithm of how much of the
-    image has that colour, less `prior` for each letter "e" of the text,
-    which is what it thinks of a text without an image.
+    A text with the name of a color scores the logarithm of how much of the
+    image has that color, minus `prior` for each letter "e" of the text,
+    which is its score of a text without an image.
     """
 
     score_kinds = ("autoregressive", "parallel", "blind")
@@ -53,7 +53,7 @@ class Knowing:
 
 
 def _match(image, text):
-    """Log share of the colours that the text names, in the image."""
+    """Log fraction of the image that has the colors in the text."""
     level = (image.mean((0, 1)) + 1) / 2
     share = level / max(level.sum(), 1e-6) + 1e-6
     return sum(
@@ -61,8 +61,49 @@ def _match(image, text):
     )
 
 
+class KnowingEmbeddings:
+    """In place of a contrastive model: embeds colors.
+
+    An image has the embedding of its colors, a text of those that it names.
+    """
+
+    score_kinds = ("cosine",)
+    can_generate = False
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.parts = {"vision_encoder": self._encode}
+        self.texts = 0
+
+    def _encode(self, images, training):
+        del training
+        return {"pre_logits": tf.reduce_mean(images, axis=[1, 2])}
+
+    def embed_images(self, images):
+        level = (tf.reduce_mean(images, axis=[1, 2]) + 1) / 2 + 1e-3
+        return level / tf.norm(level, axis=1, keepdims=True)
+
+    def embed_texts(self, labels):
+        return tf.numpy_function(self._named, [labels], tf.float32)
+
+    def _named(self, labels):
+        self.texts += int((labels != 0).any(1).sum())
+        texts = self._tokenizer.detokenize(labels)
+        found = [[name in text for name in COLOURS] for text in texts]
+        found = np.array(found, "float32") + 1e-3
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def contrastive_predictor(folder, batch_size=4):
+    """`tiny.make_contrastive` with random weights and its vocabulary."""
+    data = tiny.Data(folder)
+    model = tiny.make_contrastive(tiny.vocabulary(folder)[1])
+    model.build()
+    return Predictor(model, data.tokenizer, PREPROCESSING, batch_size)
+
+
 def tiny_predictor(folder, batch_size=4):
-    """A model with random weights, its vocabulary, and what it sees."""
+    """A model with random weights, its vocabulary and preprocessing."""
     data = tiny.Data(folder)
     return Predictor(
         random_model(folder), data.tokenizer, PREPROCESSING, batch_size
@@ -87,19 +128,19 @@ def knowing_predictor(folder, prior=0.0, batch_size=4):
     )
 
 
-def save_run(folder, vocabulary):
-    """The folder of a run that has not learnt anything."""
-    model, data = random_model(vocabulary), tiny.Data(vocabulary)
+def save_run(folder, vocabulary, model=None):
+    """The folder of an untrained run."""
+    model, data = model or random_model(vocabulary), tiny.Data(vocabulary)
     run_folder.describe_run(str(folder), model, data)
     run_folder.save_model(str(folder), model)
     return folder
 
 
 def write_colours(folder, count=6):
-    """Images in one colour each; labels.jsonl and captions.jsonl.
+    """Images in one color each; labels.jsonl and captions.jsonl.
 
-    Image i has colour i % 3, the captions "<colour> square" and "square
-    <colour>", and the split "test" (the first six) or "train".
+    Image i has color i % 3, the captions "<color> square" and "square
+    <color>", and the split "test" (the first six) or "train".
     """
     folder.mkdir(parents=True, exist_ok=True)
     labels, captions = [], []
@@ -118,3 +159,29 @@ def write_colours(folder, count=6):
         ]
         (folder / name / f"{name}.jsonl").write_text("\n".join(lines))
     return folder
+
+
+_EXPERT = """\
+red.png\tblue.png#0\t1\t1\t2
+red.png\tother.png#1\t4\t3\t4
+red.png\tred.png#0\t4\t4\t4
+blue.png\tred.png#0\t1\t1\t1
+blue.png\tother.png#0\t4\t4\t4
+"""
+
+
+def write_judgments(folder):
+    """A folder in Flickr8k's form: a red, a blue and a black image."""
+    (folder / "judgments").mkdir(parents=True)
+    texts = {
+        "red": ["red square"],
+        "blue": ["blue square"],
+        "other": ["blue", "red"],
+    }
+    rows = []
+    for name, captions in texts.items():
+        colour = COLOURS.get(name, (0, 0, 0))
+        Image.new("RGB", (9, 9), colour).save(folder / f"{name}.png")
+        rows.append(json.dumps({"image": f"{name}.png", "captions": captions}))
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    (folder / "judgments" / "ExpertAnnotations.txt").write_text(_EXPERT)

@@ -1,4 +1,4 @@
-"""A run of the real captioner on real shards, small enough to be repeated."""
+"""A small run of the real captioner on real shards."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def data(folder, split="train", **options):
 
 
 def make_model(folder, remat=False, num_layers=1, **kwargs):
-    """A captioner that draws all there is to draw."""
+    """A captioner that uses all kinds of random choices."""
     small = {
         "hidden_dim": 16,
         "num_layers": num_layers,
@@ -86,7 +86,7 @@ def make_model(folder, remat=False, num_layers=1, **kwargs):
 
 
 def run(folder, workdir, **overrides):
-    """Trains; returns what `train` does.
+    """Trains; returns the result of `train`.
 
     Args:
         folder: Of the data.
@@ -124,7 +124,7 @@ def run(folder, workdir, **overrides):
 
 
 def plain_run(folder, workdir):
-    """Trains only, and saves every other step; deterministic."""
+    """Trains without evaluation, saves every other step; deterministic."""
     run(
         folder,
         workdir,
@@ -173,7 +173,7 @@ def worker(index, folder, workdir, blow=None, sample_images=0):
 
 
 def signal_after(step, number):
-    """Makes this process send itself a signal once `step` steps are made."""
+    """Makes this process send itself a signal after `step` steps."""
     real = run_module.Trainer._between_loops
 
     def between(self, interval):

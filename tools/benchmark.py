@@ -1,4 +1,4 @@
-"""Measures what this project claims about cost; prints ratios.
+"""Runs the benchmarks behind this project's claims about cost.
 
     python tools/benchmark.py memory
 
@@ -17,30 +17,31 @@ from cappa_tf.utils import console
 from tools import benchmarks
 
 BENCHMARKS = {
-    "data": "images a second and memory from shards to batches",
-    "generate": "time of the ways to caption",
+    "data": "images per second and memory from shards to batches",
+    "generate": "time of different ways to caption",
     "memory": "peak memory and time of the loss, and of a training step",
     "score": "time of the likelihoods of many labels",
 }
 
 
 def load(arguments):
-    """The benchmark that a command line names.
+    """Loads the benchmark that a command line names.
 
     Args:
-        arguments: What follows the program's name.
+        arguments: Command line after the program's name.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: The first argument is not the name of a benchmark.
+        ValueError: If the first argument is not the name of a benchmark.
     """
     name = arguments[0] if arguments else ""
     if name not in BENCHMARKS:
         known = "".join(f"\n    {k:10}{v}" for k, v in BENCHMARKS.items())
         raise ValueError(
-            f"Name a benchmark first. Received: {arguments}. There are:{known}"
+            "The first argument must be the name of a benchmark. Received: "
+            f"{arguments}. Benchmarks are:{known}"
         )
     return importlib.import_module(f"{benchmarks.__name__}.{name}")
 

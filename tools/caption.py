@@ -7,12 +7,12 @@
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=top_p \
         --top_p=0.9 --temperature=0.8 --num_captions=5 --seed=1 photo.jpg
 
-One line per caption, the best of an image first: its log-likelihood (the sum
-over its tokens, in nats), the number of tokens, the end of the caption
-counted, and the caption; jsonl has the log-probability of each token, too.
-An image that cannot be read is named on stderr (and is an `error` row of
-jsonl), and the others continue. Exit code 0 if all were captioned, 1 if some
-could not be read, 2 if there was nothing to caption.
+Prints one line per caption, the best of an image first: its log-likelihood (the
+sum over its tokens, in nats), the number of tokens including the end of the
+caption, and the caption; jsonl also has the log-probability of each token. An
+image that cannot be read is reported on stderr (and as an `error` row of
+jsonl), and the others are still captioned. The exit code is 0 if all were
+captioned, 1 if some could not be read, 2 if there was nothing to caption.
 """
 
 import math
@@ -36,22 +36,22 @@ def define_flags():
         "weights",
         "auto",
         ["auto", "final", "best", "latest"],
-        "Which weights of the run: at its end, best by validation, of the "
-        "newest checkpoint, or the first of these that is there.",
+        "Weights of the run: at its end, best by validation, those of the "
+        "newest checkpoint, or the first of these that exists.",
     )
-    flags.DEFINE_enum("format", "table", ["table", "jsonl"], "Of the output.")
+    flags.DEFINE_enum("format", "table", ["table", "jsonl"], "Output format.")
     flags.DEFINE_integer(
         "batch_size",
         None,
-        "Images captioned at once; 32 by default, fewer of few images, so that "
-        "results come bit by bit.",
+        "Images per batch; 32 by default, fewer for few images, so that "
+        "results appear gradually.",
         lower_bound=1,
     )
     _define_generation_flags()
 
 
-# The flags that each sampler has a use for; None of them has a default here,
-# so that one given in vain is noticed.
+# The flags that each sampler uses. None of them has a default here, so that a
+# flag without effect is detected.
 _USES = {
     "greedy": (),
     "random": ("temperature", "seed"),
@@ -66,25 +66,42 @@ _PLAIN = ("prefix", "min_length", "no_repeat_ngram", "num_captions")
 
 
 def _define_generation_flags():
-    flags.DEFINE_enum("sampler", "greedy", list(_USES), "Chooses the tokens.")
-    flags.DEFINE_float("temperature", None, "Of drawing; 1 by default.")
-    flags.DEFINE_integer("top_k", None, "Draws among the k best; top_k: 5.")
-    flags.DEFINE_float("top_p", None, "Draws among the best p; 0.9.")
-    flags.DEFINE_integer("seed", None, "Of drawing; 0 by default.")
-    flags.DEFINE_integer("beams", None, "Captions that are followed; 4.")
-    flags.DEFINE_float("length_penalty", None, "Of beams; 0.6 by default.")
-    flags.DEFINE_string("prefix", None, "What every caption begins with.")
-    flags.DEFINE_integer("min_length", 0, "Fewest tokens of a caption.")
-    flags.DEFINE_integer(
-        "no_repeat_ngram", 0, "Size of n-grams that occur only once; 0: any."
+    flags.DEFINE_enum(
+        "sampler", "greedy", list(_USES), "Method that chooses the tokens."
     )
-    flags.DEFINE_integer("num_captions", 1, "Captions of an image.")
+    flags.DEFINE_float(
+        "temperature", None, "Temperature of sampling; 1 by default."
+    )
+    flags.DEFINE_integer(
+        "top_k", None, "Samples from the k best tokens; 5 by default of top_k."
+    )
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        "Samples from the best tokens with this total probability; 0.9 by "
+        "default.",
+    )
+    flags.DEFINE_integer("seed", None, "Seed of sampling; 0 by default.")
+    flags.DEFINE_integer("beams", None, "Number of beams; 4 by default.")
+    flags.DEFINE_float(
+        "length_penalty", None, "Length penalty of beams; 0.6 by default."
+    )
+    flags.DEFINE_string("prefix", None, "Beginning of every caption.")
+    flags.DEFINE_integer(
+        "min_length", 0, "Minimum number of tokens of a caption."
+    )
+    flags.DEFINE_integer(
+        "no_repeat_ngram",
+        0,
+        "Size of n-grams that may occur only once; 0 for no such rule.",
+    )
+    flags.DEFINE_integer("num_captions", 1, "Captions per image.")
 
 
 def _generation(captioner):
-    """Options of `captioner.generate` that the flags ask for.
+    """Options of `captioner.generate` according to the flags.
 
-    A wrong value ends the program in a line that names the flags given.
+    An invalid value ends the program with a line that names the given flags.
     """
     given = {
         name: FLAGS[name].value
@@ -110,7 +127,7 @@ def _options():
     vain = sorted(given.keys() - set(_USES[FLAGS.sampler]))
     if vain:
         raise app.UsageError(
-            f"--sampler={FLAGS.sampler} has no use for --{', --'.join(vain)}"
+            f"--sampler={FLAGS.sampler} does not use --{', --'.join(vain)}"
         )
     options = {
         name: FLAGS[name].value
@@ -142,14 +159,14 @@ def _sampler(
 
 
 def main(argv):
-    """Loads the model and prints a line per image."""
+    """Loads the model and captions the images."""
     with console.errors_as_lines("caption"):
         return _caption_all(argv[1:])
 
 
 def _caption_all(arguments):
-    """Captions what the arguments name; returns the exit code."""
-    # TensorFlow takes seconds to load: --help should not.
+    """Captions the images in the arguments; returns the exit code."""
+    # TensorFlow takes seconds to load, and --help does not need it.
     from cappa_tf.data.images import image_files
     from cappa_tf.inference.predictor import GENERATE, Predictor
 
@@ -167,7 +184,7 @@ def _caption_all(arguments):
             words = ", ".join(map(repr, dict.fromkeys(unknown)))
             print(
                 f"--prefix={FLAGS.prefix}: the vocabulary of the model has no "
-                f"piece for {words}, which is unknown to it",
+                f"piece for {words}, which becomes the unknown token",
                 file=sys.stderr,
             )
     decoder = predictor.make_decoder(
@@ -180,7 +197,7 @@ def _caption_all(arguments):
     with tqdm.tqdm(total=len(paths), unit="image", miniters=1) as bar:
         for path, row, reason in rows:
             unreadable += row is None
-            # Before the line, which draws the bar anew below itself.
+            # Before the line, which redraws the bar below it.
             bar.update()
             _print(path, row, reason)
     if unreadable:
@@ -204,7 +221,7 @@ def _print(path, row, reason):
         ranked = enumerate([row, *row.others], 1)
         lines = [one(path, rank, each) for rank, each in ranked]
     for line in lines:
-        # The bar on stderr steps aside while a line is printed.
+        # Clears the bar on stderr while a line is printed.
         tqdm.tqdm.write(line, file=sys.stdout)
 
 
@@ -224,7 +241,7 @@ def _json(path, rank, row):
         "log_likelihood": row.log_likelihood,
         "tokens": len(row.pieces),
         "pieces": row.pieces,
-        # Below what float32 can hold: null.
+        # null if the probability is too small for float32.
         "log_probs": [math.log(p) if p else None for p in row.probabilities],
     }
     return console.json_line(values)

@@ -9,7 +9,8 @@
 
 An npz of a captioner becomes a captioner, one of two towers (`img/...` and
 `txt/...`: CLIP, LiT, SigLIP) a contrastive model, one of a ViT a vision
-encoder. --to=big_vision also takes the folder of a run.
+encoder. --to=big_vision also takes the folder of a run. --to=big_vision also
+takes the folder of a run.
 """
 
 import pathlib
@@ -39,16 +40,16 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_list(
         "image_size",
         None,
-        "Side of the images in pixels, or HEIGHT,WIDTH: where the arrays do "
-        "not tell it (sincos2d positions, grids that are not square), or to "
-        "resample learned positions. Only with --from=big_vision.",
+        "Side of the images in pixels, or HEIGHT,WIDTH. Needed if the arrays "
+        "do not tell it (sincos2d positions, grids that are not square); "
+        "resamples learned positions. Only with --from=big_vision.",
         **where,
     )
     flags.DEFINE_integer(
         "max_length",
         None,
-        "Longest text, where positions are sincos2d; 64 by default. Only "
-        "with --from=big_vision.",
+        "Maximum length of a text if positions are sincos2d; 64 by default. "
+        "Only with --from=big_vision.",
         lower_bound=1,
         **where,
     )
@@ -76,23 +77,23 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_bool(
         "scan",
         False,
-        "Stack the blocks, as models with scan=True have them. Only with "
+        "Stack the blocks, as in models with scan=True. Only with "
         "--to=big_vision.",
         **where,
     )
 
 
 def convert(options):
-    """Reads, converts and writes.
+    """Reads, converts and writes a model.
 
     Args:
         options: The parsed flags.
 
     Returns:
-        What was written, in words.
+        Description of the output, for printing.
 
     Raises:
-        ValueError: If flags contradict each other or the input is no model.
+        ValueError: If flags contradict each other or the input is not a model.
     """
     _check(options)
     model = _read(options)
@@ -140,7 +141,7 @@ def _check(options):
 
 
 def _read(options):
-    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    # TensorFlow takes seconds to load, and is needed only with valid flags.
     from cappa_tf.saving import run_folder
 
     with console.naming("input", options.input):
@@ -190,7 +191,7 @@ def _write_big_vision(model, options):
 
 
 def main(argv):
-    """Converts; errors of the input are one line."""
+    """Converts a model; input errors are printed as one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     with console.errors_as_lines("convert"):

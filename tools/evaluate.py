@@ -1,42 +1,50 @@
-"""Measures a trained model on a task.
+"""Evaluates a trained model on a task.
 
     python tools/evaluate.py --task=caption --checkpoint=runs/mine \
         --data=data/mine
     python tools/evaluate.py --task=zero_shot --checkpoint=runs/mine \
         --data=pets --templates="a photo of a {}" --parallel
+    python tools/evaluate.py --task=zero_shot --checkpoint=runs/clip_s16 \
+        --data=pets --templates=clip_paper
     python tools/evaluate.py --task=sugar_crepe --checkpoint=runs/mine \
         --data=sugar_crepe --pictures=coco/val2017
     python tools/evaluate.py --gin_file=gin/evaluation/zero_shot.gin \
         --checkpoint=runs/mine --data=pets
 
-A gin file may have several evaluators, the same as while a model trains;
---data is its macro DATA. --task and the flags after it are short forms.
+A gin file may have several evaluators, the same ones as during training; --data
+is its macro DATA. --task and the flags that go with it are short forms.
 
 Tasks:
     caption      greedy captions: CIDEr, BLEU, ROUGE-L, METEOR (with Java);
-                 each image's own result, and image sheets of the worst and
+                 the result of each image, and image sheets of the worst and
                  the best
     perplexity   likelihood of people's captions, with and without the image
-    retrieval    which caption, which image, by likelihood: Recall@1, 5, 10
-    zero_shot    which class name is the likeliest caption
+    retrieval    captions of an image and images of a caption: Recall@1, 5, 10
+    zero_shot    classification by the class name that fits an image best
+    geometry     embeddings of a contrastive model: modality gap, alignment,
+                 uniformity
     fewshot      ridge regression on frozen features of few examples a class
     sugar_crepe  right caption against hard negatives; --data has its 7 files
-    aro          the same in ARO's form; --data is one of its files
-    scenes       the same for drawn scenes; --data is their folder
-    judgments    Kendall's tau with people's judgments; --data is Flickr8k
+    aro          the same in ARO's format; --data is one of its files
+    scenes       the same for synthetic scenes; --data is their folder
+    judgments    Kendall's tau with human judgments; --data is Flickr8k
 
---data is what training reads: a folder of TFRecords (tools/prepare_data.py) or
-of images, for caption, perplexity and retrieval with captions.jsonl or another
-table of captions, for zero_shot and fewshot with labels.jsonl, lines such as
+--data may be anything that training reads: a folder of TFRecords
+(tools/prepare_data.py), or one of images. caption, perplexity and retrieval
+need captions.jsonl or another table of captions, zero_shot and fewshot need
+labels.jsonl with lines such as
 {"image": "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
+
+A captioner scores by likelihood, a contrastive model by the cosine of its
+embeddings; the latter has no captions and no perplexity.
 
 --checkpoint is the folder of a run or its .keras file; fewshot takes any
 .keras file (captioner or vision encoder) and an npz of big_vision, too. A
-model that cannot do what is asked for is refused before any data is read. A
-table is printed; the figures are written as JSON to --output, by default
-beside the checkpoint (of several evaluators, --output is a folder), results
-one by one (of an image, a choice) to .jsonl and sheets to .png files of the
-same name. A figure that is not defined is null.
+model that cannot perform the task is refused before any data is read. A table
+is printed; the metrics are written as JSON to --output, by default beside the
+checkpoint (with several evaluators, --output is a folder), the results of
+single images or choices to .jsonl files and sheets to .png files of the same
+name. A metric that is not defined is null.
 """
 
 import json
@@ -56,11 +64,11 @@ def define_flags(flag_values=flags.FLAGS):
     """Defines the flags of this tool."""
     where = {"flag_values": flag_values}
     config.define_flags(runs=False, **where)
-    flags.DEFINE_enum("task", None, sorted(TASKS), "What to measure.", **where)
+    flags.DEFINE_enum("task", None, sorted(TASKS), "Evaluator.", **where)
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Folder of a run, .keras file or big_vision's npz.",
+        "Folder of a run, .keras file or npz file of big_vision.",
         required=True,
         **where,
     )
@@ -68,26 +76,29 @@ def define_flags(flag_values=flags.FLAGS):
         "weights",
         "auto",
         ["auto", "final", "best", "latest"],
-        "Which weights of a run: at its end, best by validation, of the "
-        "newest checkpoint, or the first of these that is there.",
+        "Weights of a run: at its end, best by validation, those of the "
+        "newest checkpoint, or the first of these that exists.",
         **where,
     )
-    flags.DEFINE_string("data", None, "What to measure on, see above.", **where)
+    flags.DEFINE_string(
+        "data", None, "Data to evaluate on, described above.", **where
+    )
     flags.DEFINE_string(
         "test_split",
         None,
-        "Split to measure on: by default test, of scenes heldout.",
+        "Split to evaluate on; by default test, for scenes heldout.",
         **where,
     )
     flags.DEFINE_integer(
         "limit",
         None,
-        "Only so many images; all by default, of retrieval 100.",
+        "Maximum number of images; by default all, but 100 for retrieval by "
+        "likelihood.",
         lower_bound=1,
         **where,
     )
     flags.DEFINE_integer(
-        "batch_size", 32, "Images at once.", lower_bound=1, **where
+        "batch_size", 32, "Images per batch.", lower_bound=1, **where
     )
     flags.DEFINE_string(
         "output",
@@ -105,14 +116,14 @@ def _define_benchmark_flags(where):
     flags.DEFINE_string(
         "pictures",
         None,
-        "Folder of the images that sugar_crepe's and aro's files name.",
+        "sugar_crepe, aro: folder of the images that their files name.",
         **where,
     )
     flags.DEFINE_enum(
         "judgments",
         "expert",
         ["expert", "crowdflower"],
-        "Whose judgments.",
+        "judgments: source of the judgments.",
         **where,
     )
 
@@ -121,13 +132,29 @@ def _define_label_flags(where):
     flags.DEFINE_bool(
         "parallel",
         False,
-        "zero_shot, retrieval: score in parallel mode, too.",
+        "zero_shot, retrieval: also score by parallel prediction.",
         **where,
     )
     flags.DEFINE_multi_string(
         "templates",
         ["a photo of a {}"],
-        "zero_shot: captions of a class, {} being its name; repeat for more.",
+        "zero_shot: caption of a class with {} in place of its name; repeat "
+        "for more. clip_paper stands for 81 of them, clip_best for 8.",
+        **where,
+    )
+    flags.DEFINE_string(
+        "labels",
+        None,
+        "zero_shot: JSON file from keys of images to lists of class numbers, "
+        "any of which is right, in place of the data's labels.",
+        **where,
+    )
+    flags.DEFINE_enum(
+        "aliases",
+        None,
+        ["first", "all", "whole"],
+        "zero_shot: part to use of a class name with commas, which separate "
+        "aliases; by default first by cosine, whole by likelihood.",
         **where,
     )
     flags.DEFINE_list(
@@ -140,18 +167,24 @@ def _define_label_flags(where):
 
 def _define_fewshot_flags(where):
     flags.DEFINE_string(
-        "train_split", "train", "fewshot: split to learn from.", **where
+        "train_split", "train", "fewshot: split to train on.", **where
     )
     flags.DEFINE_list(
-        "shots", ["1", "5", "10", "25"], "Examples of each class.", **where
+        "shots",
+        ["1", "5", "10", "25"],
+        "fewshot: numbers of examples per class.",
+        **where,
     )
     flags.DEFINE_list(
-        "l2", ["1024"], "Penalties of the regression, above 0.", **where
+        "l2",
+        ["1024"],
+        "fewshot: penalties of the regression, above 0.",
+        **where,
     )
     flags.DEFINE_integer(
         "num_seeds",
         3,
-        "Draws of the examples to learn from.",
+        "fewshot: number of samples of the training examples.",
         lower_bound=1,
         **where,
     )
@@ -159,14 +192,14 @@ def _define_fewshot_flags(where):
         "resize",
         "squash",
         ["squash", "resize_small"],
-        "zero_shot, fewshot: the whole image (as the paper's numbers are "
-        "taken) or its middle. fewshot also cuts a margin off: 224 of 256.",
+        "zero_shot, fewshot: use the whole image (as for the paper's results) "
+        "or its center. fewshot also crops a margin: 224 of 256 pixels.",
         **where,
     )
 
 
 # A task maps the parsed flags to its evaluator. TensorFlow takes seconds to
-# load, so each imports for itself: --help need not wait for it.
+# load, so each imports its own modules, and --help needs none of them.
 
 
 def _caption(options):
@@ -189,7 +222,7 @@ def _retrieval(options):
     return Retrieval(
         options.data,
         _split(options),
-        limit=options.limit or 100,
+        limit=options.limit,
         parallel=options.parallel,
     )
 
@@ -200,12 +233,19 @@ def _zero_shot(options):
     return ZeroShot(
         options.data,
         _split(options),
+        labels=options.labels,
         class_names=options.class_names,
-        templates=options.templates,
+        templates=_templates(options.templates),
+        aliases=options.aliases,
         resize=options.resize,
         parallel=options.parallel,
         limit=options.limit,
     )
+
+
+def _templates(values):
+    """The name of a set of templates, or a list of templates."""
+    return values[0] if len(values) == 1 and "{}" not in values[0] else values
 
 
 def _fewshot(options):
@@ -249,6 +289,12 @@ def _judgments(options):
     return Judgments(options.data, options.judgments, limit=options.limit)
 
 
+def _geometry(options):
+    from cappa_tf.evaluation.embedding_geometry import EmbeddingGeometry
+
+    return EmbeddingGeometry(options.data, _split(options), limit=options.limit)
+
+
 TASKS = {
     "caption": _caption,
     "perplexity": _perplexity,
@@ -259,6 +305,7 @@ TASKS = {
     "aro": _aro,
     "scenes": _scenes,
     "judgments": _judgments,
+    "geometry": _geometry,
 }
 
 
@@ -291,13 +338,13 @@ def _numbers(name, values, kind):
 
 # Flags that only --task reads.
 _OF_TASKS = (
-    "test_split limit parallel templates class_names train_split shots l2 "
-    "num_seeds resize pictures judgments"
+    "test_split limit parallel templates labels aliases class_names "
+    "train_split shots l2 num_seeds resize pictures judgments"
 ).split()
 
 
 def _evaluators(options):
-    """The evaluators that --task or the gin files ask for."""
+    """The evaluators of --task or of the gin files."""
     if not options.gin_file:
         if options.task is None or options.data is None:
             raise ValueError(
@@ -313,8 +360,8 @@ def _evaluators(options):
     vain = [n for n in ("task", *_OF_TASKS) if options[n].present]
     if vain:
         raise ValueError(
-            f"--{vain[0]} does not go with --gin_file: a --gin_param sets what "
-            f"the file binds. Received: --{vain[0]}={options[vain[0]].value}"
+            f"--{vain[0]} does not go with --gin_file; use --gin_param to set "
+            f"a binding. Received: --{vain[0]}={options[vain[0]].value}"
         )
     params = list(options.gin_param)
     if options.data is not None:
@@ -324,10 +371,10 @@ def _evaluators(options):
 
 
 def evaluate(options):
-    """Runs what is asked for; prints tables and writes files.
+    """Runs the evaluators, prints tables and writes files.
 
     Returns:
-        Path of the (last) JSON file.
+        Path of the last JSON file.
     """
     evaluators = _evaluators(options)
     outputs = [
@@ -336,7 +383,7 @@ def evaluate(options):
     if files.exists(options.checkpoint):
         for output in outputs:
             files.check_output("output", output)
-    # TensorFlow takes seconds to load: wrong flags need not wait for it.
+    # TensorFlow takes seconds to load, and is needed only with valid flags.
     from cappa_tf.evaluation import evaluate as evaluation
     from cappa_tf.inference.predictor import Predictor
 
@@ -361,7 +408,7 @@ def _output(options, name, count):
 
 
 def write_report(report, name, options, path):
-    """Writes a `Report`: its JSON to `path`, all else beside it."""
+    """Writes a `Report`: its JSON to `path`, and other files beside it."""
     from cappa_tf.evaluation.evaluator import json_value
     from cappa_tf.evaluation.sheet import write_sheet
 
@@ -393,7 +440,7 @@ def write_report(report, name, options, path):
 
 
 def _write_lines(path, lines):
-    # A name that is not UTF-8 becomes an escape, which JSON knows, too.
+    # A name that is not UTF-8 becomes an escape sequence, as JSON allows.
     text = "".join(f"{line}\n" for line in lines)
     files.write_text(path, text, errors="backslashreplace")
 
@@ -406,7 +453,7 @@ def default_output(checkpoint, task):
 
 
 def main(argv):
-    """Evaluates; errors of the input are one line."""
+    """Evaluates a model; input errors are printed as one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     with console.errors_as_lines("evaluate"):

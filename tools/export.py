@@ -1,4 +1,4 @@
-"""Exports a trained model to other people's programs.
+"""Exports a trained model to Keras, PyTorch or TensorFlow Serving.
 
     python tools/export.py --what=backbone --checkpoint=runs/mine \
         --output=encoder.keras --image_size=384
@@ -7,12 +7,14 @@
     python tools/export.py --what=saved_model --checkpoint=runs/mine \
         --output=models/captioner
 
-backbone: the vision encoder as a Keras file, which opens with TensorFlow, JAX
-or PyTorch. siglip: a folder for transformers, a `SiglipModel` of a contrastive
-model in SigLIP's form, otherwise a `SiglipVisionModel`. timm: a folder for
-`timm.create_model("local-dir:...")`. saved_model: the captioner or contrastive
-model for TensorFlow Serving, in a new VERSION below the folder, with the files
-beside it that a server is started with.
+Values of --what:
+    backbone     the vision encoder as a Keras file, which opens with
+                 TensorFlow, JAX or PyTorch
+    siglip       a folder for transformers: a `SiglipModel` of a contrastive
+                 model in SigLIP's form, otherwise a `SiglipVisionModel`
+    timm         a folder for `timm.create_model("local-dir:...")`
+    saved_model  the model for TensorFlow Serving, in a new VERSION below
+                 the folder, with configuration files for a server beside it
 """
 
 import pathlib
@@ -30,7 +32,7 @@ def define_flags(flag_values=flags.FLAGS):
     """Defines the flags of this tool."""
     where = {"flag_values": flag_values}
     flags.DEFINE_enum(
-        "what", None, list(EXPORTS), "What to write.", required=True, **where
+        "what", None, list(EXPORTS), "Format.", required=True, **where
     )
     flags.DEFINE_string(
         "checkpoint",
@@ -44,8 +46,8 @@ def define_flags(flag_values=flags.FLAGS):
         "weights",
         "auto",
         ["auto", "final", "best", "latest"],
-        "Which weights of the run: at its end, best by validation, of the "
-        "newest checkpoint, or the first of these that is there.",
+        "Weights of the run: at its end, best by validation, those of the "
+        "newest checkpoint, or the first of these that exists.",
         **where,
     )
     flags.DEFINE_string(
@@ -54,24 +56,24 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_list(
         "image_size",
         None,
-        "Side of the images in pixels, or HEIGHT,WIDTH, if it is not that of "
-        "training: learned positions are resampled. Not for saved_model.",
+        "Side of the images in pixels, or HEIGHT,WIDTH, if it differs from "
+        "that of training; resamples learned positions. Not for saved_model.",
         **where,
     )
     _define_serving_flags(where)
 
 
 def _define_serving_flags(where):
-    """What only --what=saved_model takes; None is the function's default."""
+    """Defines the flags of saved_model; None is the function's default."""
     flags.DEFINE_string(
-        "name", None, "saved_model: what the server calls it.", **where
+        "name", None, "saved_model: name of the model on the server.", **where
     )
     numbers = {
         "version": "number of the version; one more than the highest",
-        "max_length": "longest caption in tokens; the decoder's",
-        "max_batch_size": "most images at once; 32",
-        "max_texts": "most texts or labels for an image; 1,000",
-        "max_pixels": "images of more are refused; the limit of the run",
+        "max_length": "maximum tokens of a caption; the decoder's",
+        "max_batch_size": "maximum images per request; 32",
+        "max_texts": "maximum texts or labels per image; 1,000",
+        "max_pixels": "maximum pixels of an image; the limit of the run",
     }
     for name, meaning in numbers.items():
         flags.DEFINE_integer(
@@ -80,17 +82,17 @@ def _define_serving_flags(where):
 
 
 def export(options):
-    """Reads a checkpoint and writes what was asked for.
+    """Reads a checkpoint and writes it in the chosen format.
 
     Args:
         options: The parsed flags.
 
     Returns:
-        What was written, in words.
+        Description of the output, for printing.
 
     Raises:
-        ValueError: If flags contradict each other, the checkpoint is none,
-            or the wanted form cannot hold the model.
+        ValueError: If flags contradict each other, the checkpoint cannot be
+            opened, or the format cannot represent the model.
     """
     parse_height_width("image_size", options.image_size)
     if options.what != "saved_model":
@@ -103,7 +105,7 @@ def _backbone(options):
         raise ValueError(
             f"--output must end in .keras. Received: --output={options.output}"
         )
-    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    # TensorFlow takes seconds to load, and is needed only with valid flags.
     from cappa_tf.export import keras_backbone
 
     files.check_output("output", options.output)
@@ -188,7 +190,7 @@ def _saved_model(options):
     )
 
 
-# What --what names; each writes --output and says what it wrote.
+# Values of --what; each function writes --output and returns its description.
 EXPORTS = {
     "backbone": _backbone,
     "siglip": _siglip,
@@ -211,7 +213,7 @@ def _refuse(options, names):
 
 
 def _opened(options, capability):
-    """The `Predictor` of --checkpoint, which must be able to do this."""
+    """The `Predictor` of --checkpoint, which must have a capability."""
     from cappa_tf.inference.predictor import Predictor
 
     with console.naming("checkpoint", options.checkpoint):
@@ -245,7 +247,7 @@ def _described(options, kind, model):
 
 
 def main(argv):
-    """Exports; errors of the input are one line."""
+    """Exports a model; input errors are printed as one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     with console.errors_as_lines("export"):

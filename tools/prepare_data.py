@@ -1,31 +1,32 @@
-"""Turns a folder of captioned images into a data set of TFRecord shards.
+"""Converts a folder of captioned images to a data set of TFRecord shards.
 
     python tools/prepare_data.py --input=photos --output=photos_prepared
 
---input is a folder, or a table in it. What is understood:
+--input is a folder, or a table in it. Supported layouts:
 
-    captions.jsonl        {"image": "a/1.jpg", "captions": ["...", "..."]} a
-                          line, or "caption"; optional "split", "label", "key"
-    captions.csv .tsv     a row for each caption; comma, tab, semicolon or
-    .txt                  bar; with a header, or image and caption
+    captions.jsonl        lines {"image": "a/1.jpg", "captions": ["...", ...]},
+                          or "caption"; optional "split", "label", "key"
+    captions.csv .tsv     a row per caption; comma, tab, semicolon or bar;
+    .txt                  with a header, or image and caption
     metadata.jsonl .csv   Hugging Face's imagefolder (file_name, text), also
     .parquet              in train/, validation/ and test/
     .json                 a list of such rows, COCO's captions_*.json, or
                           Karpathy's dataset_*.json with its splits
     .parquet              paths or images, Hugging Face's or img2dataset's
                           (the extra 'parquet')
-    a/1.jpg a/1.txt       a text file beside each image, one caption a line
+    a/1.jpg a/1.txt       a text file beside each image, one caption per line
 
-The image's column may be called image, file_name, filename, filepath, path,
-...; the caption's caption, captions, text, title, .... Rows of one image are
-put together. Text is UTF-8, or UTF-16 with a byte order mark.
+The column of the image may be called image, file_name, filename, filepath,
+path, ...; that of the caption caption, captions, text, title, .... Rows of one
+image are merged. Text is UTF-8, or UTF-16 with a byte order mark.
 
-Splits keep the names the captions file gives them ("train", "dev", "test",
-...); without any, --split_fractions draws them. Unusable images and captions
-are skipped, counted, and listed in OUTPUT/prepare_data.log.
+Splits have the names of the captions file ("train", "dev", "test", ...). If it
+has none, images are assigned to splits at random by --split_fractions. Images
+and captions that cannot be used are skipped, counted, and listed in
+OUTPUT/prepare_data.log.
 
 A conversion that was killed resumes with the same command. --runner converts
-on Apache Beam, to the same bytes; Beam's own options come after --:
+on Apache Beam, with the same bytes as result; Beam's own options follow --:
 
     python tools/prepare_data.py --input=photos --output=photos_prepared \
         --num_shards=64 --runner=DirectRunner -- \
@@ -46,7 +47,7 @@ from cappa_tf.utils.arguments import check_extra
 
 FLAGS = flags.FLAGS
 LOG_NAME = "prepare_data.log"
-# So many names of each reason are printed; the log has all.
+# Maximum number of names to print for each reason; the log has all.
 MOST_NAMES = 5
 
 
@@ -58,24 +59,25 @@ def define_flags():
     flags.DEFINE_string(
         "captions",
         None,
-        "Table of the captions, if not to be guessed; images are then looked "
-        "for below --input.",
+        "Table of the captions, if it should not be guessed; image paths are "
+        "then relative to --input.",
     )
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_string(
         "name", None, "Name of the data set; by default that of --output."
     )
-    flags.DEFINE_integer("num_shards", 8, "Shards of a split.", lower_bound=1)
+    flags.DEFINE_integer("num_shards", 8, "Shards per split.", lower_bound=1)
     flags.DEFINE_list(
         "split_fractions",
         None,
         "For example train=0.9,test=0.1; replaces the splits of the captions "
-        "file. Images without a split go by train=0.9,validation=0.1.",
+        "file. By default images without a split are divided by "
+        "train=0.9,validation=0.1.",
     )
     flags.DEFINE_integer(
         "resize",
         None,
-        "Shrink images so that the shorter side is at most this long, and "
+        "Downsize images so that the shorter side is at most this long, and "
         "store them as JPEG. By default files are stored as they are.",
         lower_bound=1,
     )
@@ -85,7 +87,7 @@ def define_flags():
     flags.DEFINE_integer(
         "max_pixels",
         25_000_000,
-        "Skip images of more pixels, unless --resize shrinks them.",
+        "Skip images of more pixels, unless --resize downsizes them.",
         lower_bound=1,
     )
     flags.DEFINE_integer(
@@ -100,7 +102,7 @@ def define_flags():
     flags.DEFINE_integer(
         "workers",
         None,
-        "Threads that read and check images; by default one a core.",
+        "Threads that read and check images; by default one per core.",
         lower_bound=1,
     )
     flags.DEFINE_string(
@@ -111,12 +113,12 @@ def define_flags():
         "converts.",
     )
     flags.DEFINE_bool(
-        "overwrite", False, "Replace another data set that lies in --output."
+        "overwrite", False, "Replace another data set in --output."
     )
 
 
 def main(argv):
-    """Prepares the data; what cannot be done is one line, not a traceback."""
+    """Prepares the data; input errors are printed as one line."""
     if len(argv) > 1 and FLAGS.runner is None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     with console.errors_as_lines("prepare_data"):
@@ -124,8 +126,8 @@ def main(argv):
 
 
 def prepare(beam_arguments):
-    """Plans, converts and publishes, as the flags say."""
-    # TensorFlow takes seconds to load: --help should not.
+    """Plans, converts and publishes a data set according to the flags."""
+    # TensorFlow takes seconds to load, and --help does not need it.
     from cappa_tf.data.prepare import conversion, dataset_writer
     from cappa_tf.data.sources import image_rows
 
@@ -164,11 +166,11 @@ def prepare(beam_arguments):
     files.write_text(log, lines, errors="backslashreplace")
     print_table(description, skipped)
     if reused:
-        print(f"{reused} shards taken over from an interrupted conversion")
+        print(f"{reused} shards reused from an interrupted conversion")
 
 
 def convert(plans, beam_arguments):
-    """Makes the shards, in this process or on Beam."""
+    """Writes the shards, in this process or on Beam."""
     from cappa_tf.data.prepare import conversion
 
     if FLAGS.runner is None:
@@ -179,14 +181,14 @@ def convert(plans, beam_arguments):
         return
     from cappa_tf.data.prepare import beam
 
-    # Worker processes that Beam starts on this machine find the package, too.
+    # Lets worker processes that Beam starts on this machine find the package.
     paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     beam.convert(plans, FLAGS.runner, beam_arguments, FLAGS.workers)
 
 
 def parse_fractions(items):
-    """{"train": 0.9, "test": 0.1} of ["train=0.9", "test=0.1"], or None."""
+    """Parses ["train=0.9", "test=0.1"] to a dict; None for None."""
     if items is None:
         return None
     fractions = {}
@@ -205,7 +207,7 @@ def parse_fractions(items):
 
 
 def print_table(description, skipped):
-    """Prints the splits written and what was skipped, by reason."""
+    """Prints the splits written, and the skipped items by reason."""
     print(f"{'split':<24}{'images':>10}{'captions':>10}{'shards':>8}")
     for split in description.splits:
         content = description.split(split)

@@ -1,4 +1,4 @@
-"""Asks a server for captions, scores, labels or embeddings.
+"""Requests captions, scores, labels or embeddings from a server.
 
     python tools/serving_client.py photo.jpg folder/
     python tools/serving_client.py --signature=score \
@@ -12,13 +12,13 @@
     python tools/serving_client.py --concurrency=8 --batch_size=4 --repeat=10 \
         folder/
 
-For models that `tools/export.py --what=saved_model` wrote: caption, score and
-embed of a captioner; embed_image, embed_text and zero_shot of a contrastive
-model. One line per image (or text, for embed_text) on stdout; on stderr what
-failed, and at the end images a second and the percentiles of a request's
-latency. gRPC needs the extra `serving` (`pip install 'cappa-tf[serving]'`),
-REST nothing more than this project. Exit code 0 if all images were answered, 1
-if some were not, 2 if there was nothing to send.
+The server must run a model that `tools/export.py --what=saved_model` wrote:
+caption, score and embed are signatures of a captioner, embed_image, embed_text
+and zero_shot of a contrastive model. Prints one line per image (per text for
+embed_text) to stdout; errors, and finally images per second and the percentiles
+of a request's latency, go to stderr. gRPC needs the extra `serving` (`pip
+install 'cappa-tf[serving]'`); REST needs no extra. The exit code is 0 if all
+images were answered, 1 if some were not, 2 if there was nothing to send.
 """
 
 import concurrent.futures
@@ -56,16 +56,20 @@ def define_flags(flag_values=flags.FLAGS):
         "(REST) by default.",
         **where,
     )
-    flags.DEFINE_enum("protocol", "grpc", [*PORTS], "How to ask.", **where)
+    flags.DEFINE_enum("protocol", "grpc", [*PORTS], "Protocol.", **where)
     flags.DEFINE_string(
         "model",
         None,
-        "What the server calls the model; by default captioner or contrastive, "
-        "as the signature says.",
+        "Name of the model on the server; by default captioner or contrastive, "
+        "depending on the signature.",
         **where,
     )
     flags.DEFINE_enum(
-        "signature", "caption", [*SIGNATURES], "What to ask for.", **where
+        "signature",
+        "caption",
+        [*SIGNATURES],
+        "Signature of the model to call.",
+        **where,
     )
     flags.DEFINE_multi_string(
         "text",
@@ -75,40 +79,43 @@ def define_flags(flag_values=flags.FLAGS):
         **where,
     )
     flags.DEFINE_string(
-        "texts_file", None, "File of such texts, one a line.", **where
+        "texts_file",
+        None,
+        "File of such texts, one per line.",
+        **where,
     )
     flags.DEFINE_integer(
         "batch_size",
         1,
-        "Images (or texts, for embed_text) of a request.",
+        "Images (for embed_text: texts) per request.",
         lower_bound=1,
         **where,
     )
     flags.DEFINE_integer(
-        "concurrency", 1, "Requests at a time.", lower_bound=1, **where
+        "concurrency", 1, "Parallel requests.", lower_bound=1, **where
     )
     flags.DEFINE_integer(
         "repeat",
         1,
-        "How often to send everything, for a load test; answers are printed "
-        "once.",
+        "Number of times to send everything, for a load test; answers are "
+        "printed once.",
         lower_bound=1,
         **where,
     )
     flags.DEFINE_float(
-        "timeout", 60.0, "Seconds a request may take.", 0.001, **where
+        "timeout", 60.0, "Timeout of a request in seconds.", 0.001, **where
     )
     flags.DEFINE_enum(
         "format",
         "table",
         ["table", "jsonl"],
-        "Of the output; features are only written as jsonl.",
+        "Output format; features are only written as jsonl.",
         **where,
     )
 
 
 def ask(client, signature, items, texts):
-    """Asks about some images or texts in one request.
+    """Sends images, after reading them, or texts in one request.
 
     Args:
         client: `RestClient` or `GrpcClient`.
@@ -120,7 +127,7 @@ def ask(client, signature, items, texts):
         rows: A dict for each item: `image` (the path) or `text`, and either
             `error` or the answer (`caption` and `log_likelihood`; `scores`, a
             dict from text to log-likelihood or score; or `embedding`).
-        seconds: What the request took; None if no file could be read.
+        seconds: Duration of the request; None if no file could be read.
     """
     rows, contents = {}, {}  # by position in `items`
     name = "image"
@@ -143,12 +150,12 @@ def ask(client, signature, items, texts):
 
 def _read(paths, contents, rows):
     """Reads files into `contents`; what cannot be read gets a row."""
-    # TensorFlow takes seconds to load: --help and wrong flags need not wait.
+    # TensorFlow takes seconds to load, and is needed only with valid flags.
     from cappa_tf.data.images import image_files
 
     for i, path in enumerate(paths):
         try:
-            # Turned and converted as tools/caption.py does it.
+            # Rotated and converted as in tools/caption.py.
             contents[i] = image_files.read(path)
         except image_files.UnusableError as error:
             rows[i] = {"error": error.reason}
@@ -178,7 +185,7 @@ def _row(signature, outputs, i, texts):
             "log_likelihood": float(outputs["log_likelihood"][i]),
         }
     scores = outputs["score" if signature == "zero_shot" else "log_likelihood"]
-    # A server that batches may have added columns on the right.
+    # A server that batches may have padded columns on the right.
     numbers = [float(scores[i][j]) for j in range(len(texts))]
     return {"scores": dict(zip(texts, numbers))}
 
@@ -188,7 +195,7 @@ def _text(value):
 
 
 def send_all(client, options, items, texts):
-    """Sends all files or texts, several requests at a time.
+    """Sends all files or texts, with several requests in parallel.
 
     Args:
         client: `RestClient` or `GrpcClient`.
@@ -197,7 +204,7 @@ def send_all(client, options, items, texts):
         texts: As of `ask`.
 
     Yields:
-        What `ask` returns, for each request, in order.
+        (rows, seconds) of each request, as `ask` returns them, in order.
     """
     size = options.batch_size
     batches = [items[i : i + size] for i in range(0, len(items), size)]
@@ -208,7 +215,7 @@ def send_all(client, options, items, texts):
             batches * options.repeat,
         )
     finally:
-        # Nobody may want the rest: `| head` has what it asked for.
+        # The rest may not be needed, as with `| head`.
         pool.shutdown(cancel_futures=True)
 
 
@@ -267,7 +274,7 @@ def main(argv):
 
 
 def _send_and_print(options, arguments):
-    """Sends what the arguments name; returns the exit code."""
+    """Sends the images in the arguments, or texts; returns the exit code."""
     texts = _texts(options)
     table = options.format == "table"
     if table and options.signature.startswith("embed"):

@@ -1,21 +1,22 @@
-"""Trains a captioner as a gin file says; run again, it resumes.
+"""Trains a model as configured by gin files; run again, it resumes.
 
     python tools/train.py --gin_file=gin/quickstart.gin
     python tools/train.py --gin_file=gin/cappa_l16.gin --workdir=runs/l16 \
         --gin_param="DATA='data/mine'"
 
-Ctrl-C and SIGTERM write a checkpoint and end the program with exit code 0;
-the same command then resumes with the next batch. What cannot be run (a wrong
-configuration, data that does not fit, a loss that is not finite) ends it with
-a message and exit code 1.
+Ctrl-C and SIGTERM write a checkpoint and end the program with exit code 0; the
+same command then resumes with the next batch. Errors (an invalid configuration,
+data that does not fit, a loss that is not finite) end it with a message and
+exit code 1.
 """
 
 import os
 import pathlib
 import sys
 
-# Keeps the memory of a step for the next one. By default large blocks go back
-# to the system after every use: of 70 s of CPU time, 10 s were page faults.
+# Keeps the memory of a step for the next one. By default large blocks are
+# returned to the system after every use, and of 70 s of CPU time 10 s were page
+# faults.
 os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -29,7 +30,7 @@ def main(argv):
     """Parses and checks the configuration, then runs it."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
-    # TensorFlow takes seconds to load: --help need not wait for it.
+    # TensorFlow takes seconds to load, and --help does not need it.
     from cappa_tf.data.stream import caching
     from cappa_tf.training.distribution.hosts import WorkerLostError
 

@@ -4,16 +4,16 @@ r"""Trains a SentencePiece vocabulary on the captions of a data set.
         --vocabulary_size=4000
 
 reads the captions of the training split and writes
-photos_prepared/tokenizer.model; --text=FILE reads one caption a line instead.
-Any other data is read as training reads it, with the files and parameters of
+photos_prepared/tokenizer.model; --text=FILE reads one caption per line instead.
+Any other data is read as in training, with the gin files and parameters of
 tools/train.py:
 
     python tools/train_tokenizer.py --gin_file=gin/cappa_b16.gin \
         --gin_file=gin/data/webdataset.gin \
         --gin_param="DATA='cc3m/{split}-*.tar'" --output=cc3m/tokenizer.model
 
-To be given to both: TOKENIZER (here --output does), and VOCABULARY_SIZE there
-is --vocabulary_size here.
+Training then needs the same TOKENIZER (set by --output here) and the
+VOCABULARY_SIZE given as --vocabulary_size here.
 """
 
 import os
@@ -36,7 +36,7 @@ def define_flags():
     """Defines the flags of this tool."""
     flags.DEFINE_string("data", None, "Folder of a prepared data set.")
     flags.DEFINE_string("split", "train", "Split of --data to read.")
-    flags.DEFINE_string("text", None, "Text file, one caption a line.")
+    flags.DEFINE_string("text", None, "Text file, one caption per line.")
     config.define_flags(runs=False)
     flags.adopt_module_key_flags(config)  # So that --help shows them.
     flags.DEFINE_string(
@@ -52,8 +52,8 @@ def define_flags():
     flags.DEFINE_float(
         "character_coverage",
         1.0,
-        "Fraction of characters with a piece of their own; 0.9995 for many "
-        "languages.",
+        "Fraction of characters with a piece of their own; 0.9995 for "
+        "languages with many characters.",
         0.98,
         1.0,
     )
@@ -61,12 +61,15 @@ def define_flags():
         "byte_fallback", False, "Spell unknown characters as bytes."
     )
     flags.DEFINE_integer(
-        "max_captions", 1_000_000, "Captions to train on.", lower_bound=1
+        "max_captions",
+        1_000_000,
+        "Maximum number of captions to train on.",
+        lower_bound=1,
     )
 
 
 def main(argv):
-    """Trains; what cannot be done is one line, not a traceback."""
+    """Trains a vocabulary; input errors are printed as one line."""
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     with console.errors_as_lines("train_tokenizer"):
@@ -74,8 +77,8 @@ def main(argv):
 
 
 def train():
-    """Trains and prints, as the flags say."""
-    # TensorFlow takes seconds to load: --help should not.
+    """Trains a vocabulary and prints its coverage, according to the flags."""
+    # TensorFlow takes seconds to load, and --help does not need it.
     from cappa_tf.data import tokenizer
 
     captions, output = find_captions()
@@ -99,13 +102,13 @@ def train():
     )
     print(f"wrote {output}")
     if size < FLAGS.vocabulary_size:
-        print(f"the captions give no more than {size} pieces")
+        print(f"the captions yield only {size} pieces")
     step = max(1, len(texts) // SAMPLE)
     print_coverage(output, texts[::step])
 
 
 def find_captions():
-    """What the flags name: an iterator of captions, and the file to write."""
+    """Returns an iterator of captions, and the path of the file to write."""
     from cappa_tf.data import tokenizer
     from cappa_tf.data.sources.prepared import PreparedData
 
@@ -124,7 +127,7 @@ def find_captions():
     params = list(FLAGS.gin_param)
     if FLAGS.output is not None:
         params.append(f"TOKENIZER = {FLAGS.output!r}")
-    # Nothing is run, so nothing is written there.
+    # No run is started, so nothing is written to the workdir.
     config.parse(FLAGS.gin_file, params, workdir="unused")
     data = config.arguments()["train_data"]
     return read_captions(data.records), data.tokenizer.path
@@ -140,7 +143,7 @@ def read_lines(path):
 
 
 def read_captions(records):
-    """Captions of a split's `Records`."""
+    """Yields the captions of a split's `Records`."""
     examples = records.read_examples()
     for example in tqdm.tqdm(
         examples, total=records.num_examples, unit=" images"
@@ -149,7 +152,7 @@ def read_captions(records):
 
 
 def print_coverage(path, texts):
-    """Prints what the vocabulary makes of a sample of the captions."""
+    """Prints statistics of the vocabulary on a sample of the captions."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -162,7 +165,7 @@ def print_coverage(path, texts):
     print(f"pieces                {processor.get_piece_size()}")
     print(f"captions sampled      {len(texts)}")
     print(f"unknown               {unknown / max(total, 1):.4%} of tokens")
-    print(f"tokens a word         {(total - len(texts)) / max(words, 1):.2f}")
+    print(f"tokens per word       {(total - len(texts)) / max(words, 1):.2f}")
     print(
         f"tokens with eos       median {lengths[len(lengths) // 2]}, "
         f"99% {lengths[int(0.99 * (len(lengths) - 1))]}, "

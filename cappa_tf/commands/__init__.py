@@ -1,9 +1,9 @@
-"""The commands of an installed package: `cappa-train` is tools/train.py.
+"""Commands of the installed package: `cappa-train` runs tools/train.py.
 
-pyproject.toml names them. Each runs its file of tools/ as `python` would run
-it. That folder is beside the package in a checkout, and in here in a wheel,
-so that what a tool adds to `sys.path` (its parent's parent) holds nothing but
-tools/ there, too.
+pyproject.toml lists them. Each runs its file of tools/ as `python` would. That
+folder is beside the package in a checkout, and in this folder in a wheel, so
+that the path a tool adds to `sys.path` (its parent's parent) contains only
+tools/ there.
 """
 
 import ast
@@ -17,10 +17,7 @@ def _run(tool):
     """Runs a tool as the main program.
 
     Args:
-        tool: Its name, such as "prepare_data".
-
-    Returns:
-        What the program exits with, where it returns.
+        tool: Name of the tool, such as "prepare_data".
     """
     path = _folder() / f"{tool}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -40,7 +37,7 @@ def _folder():
 
 
 def with_commands(text):
-    """A help text with `cappa-train` where it says `python tools/train.py`."""
+    """Replaces `python tools/train.py` by `cappa-train` in a help text."""
     return re.sub(
         r"(?:python )?\btools/(\w+)\.py",
         lambda found: "cappa-" + found[1].replace("_", "-"),

@@ -1,1 +1,1 @@
-"""Bytes to batches: sources, records, images, text, pipeline."""
+"""Data: sources, records, images, text and the input pipeline."""

@@ -1,8 +1,8 @@
-"""Records of captioned images to batches: what training and evaluation read.
+"""Data set of captioned images, in batches for training and evaluation.
 
 Dimensions:
     B: batch size.
-    K: captions an image.
+    K: captions per image.
     L: text length.
     H, W: height and width the model takes.
     N: examples of the split.
@@ -24,72 +24,71 @@ from cappa_tf.utils import arguments
 class CaptionDataset:
     """One split of a source: a folder of prepared data, or any other.
 
-    The constructor checks its arguments and opens nothing. Both streams give
+    The constructor checks its arguments and opens nothing. Both streams yield
     dicts of tensors with a static batch size:
 
         train     "image" float32 [B, H, W, 3] in [-1, 1], "labels" int32
-                  [B, K, L], K captions an image, and "index"
-                  int64 [B], the position in the endless stream.
+                  [B, K, L], K captions per image, and "index" int64 [B], the
+                  position in the endless stream.
         evaluate  the same, with the index counting the split's records in
                   order, and "_mask" float32 [B]: 0 for padding (and for bad
                   records), 1 for examples.
 
-    Without a tokenizer there are no "labels", records need no caption, and
-    "label" int64 [B] (-1 for none) is given.
+    Without a tokenizer there is "label" int64 [B] (-1 for none) in place of
+    "labels", and records need no caption.
 
     The training stream is a function of (seed, start_index) alone: started at
-    n it is the stream started at 0 from example n on, and each epoch holds
-    every example exactly once (see `shuffling.py`; of a mixture, those of each
-    source: `mixture.py`). A bad record (lost, damaged,
-    without caption, too large) is skipped, counted and named in the log. Its
-    position is given to its neighbour in the batch, so that step times batch
-    size stays the position in the stream.
+    n it equals the stream started at 0 from example n on, and each epoch holds
+    every example exactly once (`shuffling.py`; in a mixture this holds for
+    each source, `mixture.py`). A bad record (lost, damaged, without caption,
+    too large) is skipped, counted and named in the log. Its neighbor in the
+    batch takes its place, so that step times batch size remains the position
+    in the stream.
 
     Args:
         path: Folder of the data set that tools/prepare_data.py wrote, folder
-            of images (`image_folder.ImageFolder`), or a source: see
+            of images (`image_folder.ImageFolder`), or a source as defined in
             `sources/base.py`.
         split: Name of the split.
         tokenizer: A `Tokenizer`, or None.
         image_size: H and W, one integer or a pair.
-        batch_size: B where `train` and `evaluate` are not told.
-        seed: Seed of order, captions and augmentation where `train` is not
-            told.
+        batch_size: Default B of `train` and `evaluate`.
+        seed: Default seed of `train` for order, captions and augmentation.
         shuffle: Whether `train` shuffles the records.
-        shuffle_buffer: Records held for shuffling where the split is too
-            large for memory; changing it changes the order.
-        num_readers: Shards read in turns in that case; changing it changes
-            the order.
-        captions_per_image: K, or "all" for the most any record has. `train`
-            draws them (without repetition while a record has enough, then all
-            over again); `evaluate` takes the first ones.
-        max_words: Words, as spaces part them, of the longest caption `train`
-            draws; of an image that has only longer ones, its shortest. None
-            for no such limit. `evaluate` has all.
+        shuffle_buffer: Records held for shuffling if the split is too large
+            for memory; changing it changes the order.
+        num_readers: Shards read in turn in that case; changing it changes the
+            order.
+        captions_per_image: K, or "all" for the maximum of any record. `train`
+            samples them (without repetition while a record has enough, then
+            from all again); `evaluate` takes the first ones.
+        max_words: Maximum number of words, separated by spaces, of the
+            captions that `train` samples; of an image that has only longer
+            ones it takes the shortest. None for no limit. `evaluate` uses all.
         flip: Whether `train` mirrors half of the images.
-        crop_scale: (least, most) fraction of the area `train` cuts out, or
+        crop_scale: (min, max) fraction of the area that `train` crops, or
             None for the whole image.
-        crop_aspect: (least, most) width / height of the cut, relative to the
+        crop_aspect: (min, max) width / height of the crop, relative to the
             image's.
-        shift: Pixels `train` moves the image at most; not with crop_scale.
-        decode_size: Images are first resized to this (H, W) and the crop is
-            taken from there; by default image_size, or with crop_scale 1.15
-            times it.
+        shift: Maximum number of pixels by which `train` shifts the image; not
+            with crop_scale.
+        decode_size: Size (H, W) to which images are resized before cropping;
+            by default image_size, or 1.15 times that with crop_scale.
         resize: "squash" (aspect ratio is lost, as in the recipe) or
             "resize_small_central_crop".
         resize_small: Length of the shorter side for the latter, by default
             256 / 224 of the longer side of image_size.
-        antialias: Whether shrinking averages over all pixels.
-        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8,
-            the smallest that covers the size wanted. False decodes all pixels
-            and takes the four nearest ones, as the recipe does.
-        length_buckets: Text lengths: "labels" are cut to the smallest one
-            that holds the batch's longest caption. None for always L.
-        cache: "stream" reads the shards anew each epoch; "records" holds
-            their bytes in memory; "images" holds pixels (decoded and resized,
-            uint8) and token ids, and costs nearly nothing after its first
+        antialias: Whether downsizing averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8, the
+            smallest scale that covers the requested size. False decodes all
+            pixels and interpolates the four nearest ones, as in the recipe.
+        length_buckets: Text lengths; "labels" are cut to the smallest one that
+            holds the batch's longest caption. None always uses L.
+        cache: "stream" reads the shards again in each epoch; "records" keeps
+            their bytes in memory; "images" keeps pixels (decoded and resized,
+            uint8) and token ids, and takes nearly no time after its first
             pass. None decides between the first two by the split's size.
-        max_pixels: An image with more is a bad record.
+        max_pixels: Maximum size of an image; a larger one is a bad record.
         max_skipped_fraction: Fraction of bad records above which reading
             stops with an error.
         num_parallel_calls: Threads for decoding; None lets tf.data decide.
@@ -174,17 +173,17 @@ class CaptionDataset:
 
     @property
     def num_examples(self):
-        """N, bad records included."""
+        """N, including bad records."""
         return self.records.num_examples
 
     @property
     def max_captions(self):
-        """Captions of the record that has most of them."""
+        """Maximum number of captions of a record."""
         return self.records.max_captions
 
     @property
     def num_captions(self):
-        """K: labels an image has in a batch."""
+        """K, the number of captions of an image in a batch."""
         if self.tokenizer is None:
             return 0
         if self.captions_per_image == "all":
@@ -193,7 +192,7 @@ class CaptionDataset:
 
     @property
     def skipped(self):
-        """A dict reason -> number of bad records met so far, at any time."""
+        """Dict reason -> number of bad records found so far."""
         return {} if self._skips is None else self._skips.counts
 
     @property
@@ -203,28 +202,29 @@ class CaptionDataset:
 
     @property
     def failure(self):
-        """The ValueError by which bad records stopped reading, or None."""
+        """The ValueError with which bad records stopped reading, or None."""
         return None if self._skips is None else self._skips.failure
 
+    @tf.autograph.experimental.do_not_convert
     def train(
         self, batch_size=None, start_index=0, seed=None, host=0, num_hosts=1
     ):
         """The endless training stream.
 
-        Several hosts share one stream: position P goes to host P % num_hosts,
-        so that the batches of all hosts together are those of one host with
-        a batch of that size, whatever their number. A host reads no more than
-        its own where their number divides `num_readers`.
+        Several hosts share one stream: position P goes to host P % num_hosts.
+        So the batches of all hosts together are those of one host with a batch
+        of their total size. A host reads only its own records if the number of
+        hosts divides `num_readers`.
 
         Args:
             batch_size: B, of this host; by default the constructor's.
             start_index: Position of the first example, over all hosts.
-            seed: By default the constructor's.
-            host: Number of this host.
-            num_hosts: How many share the stream.
+            seed: Seed of the stream; by default the constructor's.
+            host: Index of this host.
+            num_hosts: Number of hosts that share the stream.
 
         Returns:
-            A tf.data.Dataset of the batches described above.
+            A `tf.data.Dataset` of the batches described in the class.
         """
         batch_size = self._batch_size(batch_size)
         seed = self.seed if seed is None else seed
@@ -260,17 +260,19 @@ class CaptionDataset:
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
+    @tf.autograph.experimental.do_not_convert
     def evaluate(self, batch_size=None, host=0, num_hosts=1):
-        """One pass over the split in order, the last batch filled up.
+        """One pass over the split in order, with the last batch padded.
 
         Args:
             batch_size: B, of this host; by default the constructor's.
-            host: Number of this host.
-            num_hosts: How many share the records: host h gets those with
-                index % num_hosts == h, and as many batches as the others.
+            host: Index of this host.
+            num_hosts: Number of hosts that share the records: host h gets
+                those with index % num_hosts == h, in the same number of
+                batches as the others.
 
         Returns:
-            A tf.data.Dataset of the batches described above.
+            A `tf.data.Dataset` of the batches described in the class.
         """
         key = (self._batch_size(batch_size), host, num_hosts)
         dataset_arguments.hosts(host, num_hosts)
@@ -306,16 +308,43 @@ class CaptionDataset:
         """The split as Python objects, in the order of `evaluate`.
 
         Args:
-            limit: Most examples to read; None for all.
+            limit: Maximum number of examples to read; None for all.
 
         Returns:
-            An iterator of `schema.Example`s; example i is index i of
+            An iterator of `schema.Example`s; example i has the index i in
             `evaluate`. A bad record has neither image nor captions.
         """
         return self.records.read_examples(limit)
 
+    def read_captions(self, limit):
+        """Captions of the training stream, without decoding any image.
+
+        Args:
+            limit: Most records to read; an epoch at most is read.
+
+        Yields:
+            A list of all captions of a record, for each of the first records
+            of `train` with the constructor's seed. Bad records are left out.
+        """
+        reading = base.Reading(
+            self.seed,
+            self.shuffle,
+            self.shuffle_buffer,
+            self.num_readers,
+            self.cache,
+        )
+        records = self.records.stream(reading, 0)
+        records = records.take(min(limit, self.num_examples)).prefetch(16)
+        for _, serialized in records.as_numpy_iterator():
+            try:
+                captions = self.records.deserialize(serialized).captions
+            except ValueError:  # `train` counts it.
+                continue
+            captions = [caption.strip() for caption in captions]
+            yield [caption for caption in captions if caption]
+
     def _train_batches(self, batch_size, start_index, reading):
-        """Decoded batches in training order, by way of the cache."""
+        """Decoded batches in training order, from the cache if there is one."""
         if self.cache == "images":
             numbers = self.records.numbers(reading, start_index)
             pixels = self._pixels_in_memory()
@@ -343,7 +372,7 @@ class CaptionDataset:
         )
 
     def _finish(self, batch, image):
-        """Value range and labels of a decoded batch."""
+        """Converts a decoded batch to the model's value range and labels."""
         result = {
             "image": decode_resize.to_model_range(image),
             "index": batch["index"],
@@ -358,7 +387,7 @@ class CaptionDataset:
         return {**result, "labels": labels}
 
     def _pixels_in_memory(self):
-        """The decoded split, made at first use."""
+        """The decoded split, created at first use."""
         if self._pixels is None:
             wanted = self.tokenizer is not None
             most = self.max_captions if wanted else 0
@@ -371,7 +400,7 @@ class CaptionDataset:
         return self._pixels
 
     def _open(self):
-        """Opens records and vocabulary; checks the files."""
+        """Opens records and vocabulary, and checks the files."""
         if self.tokenizer is not None:
             self.tokenizer.load()
             self.records.check_captions()
@@ -390,7 +419,7 @@ class CaptionDataset:
 
 
 def _cut(labels, buckets, pad_id):
-    """Cuts int32 [B, K, L] to the least of `buckets` that holds all tokens."""
+    """Cuts int32 [B, K, L] to the smallest bucket that holds all tokens."""
     longest = tf.reduce_max(
         tf.reduce_sum(tf.cast(labels != pad_id, tf.int32), axis=-1)
     )

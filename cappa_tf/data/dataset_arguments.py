@@ -1,4 +1,4 @@
-"""Checks of the arguments of a `CaptionDataset`."""
+"""Validation of the arguments of a `CaptionDataset`."""
 
 import math
 
@@ -8,7 +8,11 @@ CACHES = (None, "stream", "records", "images")
 
 
 def interval(name, value, most):
-    """Demands (least, most) with 0 < least <= most, or None."""
+    """Checks that a value is (min, max) with 0 < min <= max <= most, or None.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if value is None:
         return
     numbers = isinstance(value, tuple | list) and all(
@@ -16,16 +20,19 @@ def interval(name, value, most):
     )
     if not numbers or len(value) != 2 or not 0 < value[0] <= value[1] <= most:
         raise ValueError(
-            f"`{name}` must be two numbers, 0 < least <= most <= {most}. "
+            f"`{name}` must be two numbers, 0 < min <= max <= {most}. "
             f"Received: {name}={value!r}"
         )
 
 
 def caption_dataset(data):
-    """Refuses arguments of a `CaptionDataset` that cannot work.
+    """Checks the arguments of a `CaptionDataset`.
 
     Args:
-        data: The `CaptionDataset`, its arguments being attributes.
+        data: The `CaptionDataset`, which has its arguments as attributes.
+
+    Raises:
+        ValueError: If one is invalid; names it.
     """
     if not isinstance(data.split, str):
         raise ValueError(
@@ -63,7 +70,7 @@ def caption_dataset(data):
 
 
 def buckets(length_buckets, tokenizer):
-    """The sorted text lengths to cut to; the longest is always one."""
+    """Sorted text lengths to cut to, including the maximum; None for none."""
     if length_buckets is None or tokenizer is None:
         return None
     longest = tokenizer.max_length
@@ -78,12 +85,12 @@ def buckets(length_buckets, tokenizer):
 
 
 def decode_size(size, image_size, crop_scale):
-    """The (H, W) images are held at before cropping; None means by default.
+    """Size (H, W) of the images before cropping.
 
     Args:
-        size: As the user gave it.
+        size: The user's choice; None for the default.
         image_size: (H, W) the model takes.
-        crop_scale: As of `CaptionDataset`.
+        crop_scale: The argument of `CaptionDataset`.
     """
     if size is not None:
         return arguments.height_width("decode_size", size)
@@ -92,7 +99,7 @@ def decode_size(size, image_size, crop_scale):
 
 
 def hosts(host, num_hosts):
-    """Demands a host's number and their count."""
+    """Checks the index of a host and the number of hosts."""
     arguments.check_integer("num_hosts", num_hosts, 1)
     arguments.check_integer("host", host, 0)
     if host >= num_hosts:

@@ -1,4 +1,4 @@
-"""dataset.json: what a folder of shards holds, and whether it still does."""
+"""Description of a folder of shards, dataset.json, and its verification."""
 
 import dataclasses
 import hashlib
@@ -11,8 +11,8 @@ from cappa_tf.utils import files
 
 FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
-# The record schema as people and other readers see it; `schema.parse` is
-# the same in code.
+# The record schema for people and for other readers; `schema.parse` implements
+# it.
 FEATURES = {
     "image/encoded": {"dtype": "bytes", "shape": []},
     "captions": {"dtype": "bytes", "shape": [None]},
@@ -23,11 +23,11 @@ FEATURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One TFRecord file of a split, as the description recorded it.
+    """One TFRecord file of a split, according to the description.
 
     Attributes:
         path: Full path of the file.
-        num_examples: Records in it.
+        num_examples: Number of records in it.
         num_bytes: Size of the file.
         sha256: Hexadecimal digest of the file.
     """
@@ -71,7 +71,7 @@ class DatasetDescription:
         """Reads the description of a data set.
 
         Raises:
-            ValueError: There is none, or it is not one of this schema.
+            ValueError: If there is none, or it has another schema.
         """
         path = os.path.join(os.fspath(directory), FILE_NAME)
         try:
@@ -79,7 +79,7 @@ class DatasetDescription:
                 content = json.loads(file.read())
         except tf.errors.NotFoundError:
             raise ValueError(
-                f"A data set is a folder with a {FILE_NAME} "
+                f"A data set must be a folder with a {FILE_NAME} "
                 "(cappa-prepare-data writes one; an interrupted "
                 f"preparation leaves none). Received: {directory}"
             ) from None
@@ -89,23 +89,23 @@ class DatasetDescription:
         return cls(directory, content)
 
     def save(self):
-        """Writes dataset.json, whole or not at all."""
+        """Writes dataset.json atomically."""
         path = os.path.join(self.directory, FILE_NAME)
         files.write_json(path, self.content, indent=1)
 
     @property
     def name(self):
-        """The data set's name, the first part of each shard's name."""
+        """Name of the data set, the first part of each shard's name."""
         return self.content["name"]
 
     @property
     def metadata(self):
-        """What the writer noted about the source (free form)."""
+        """The writer's notes about the source, a dict of free form."""
         return self.content.get("metadata", {})
 
     @property
     def splits(self):
-        """The names of the splits, in the order they were written."""
+        """Names of the splits, in the order in which they were written."""
         return list(self.content["splits"])
 
     def split(self, split):
@@ -130,11 +130,11 @@ class DatasetDescription:
         ]
 
     def num_examples(self, split):
-        """Records of a split."""
+        """Number of records of a split."""
         return self.split(split)["num_examples"]
 
     def max_captions(self, split):
-        """Captions of the record of the split that has most of them."""
+        """Maximum number of captions of a record of a split."""
         return self.split(split)["max_captions"]
 
     def disagreements(self, split, checksums=False):
@@ -142,11 +142,11 @@ class DatasetDescription:
 
         Args:
             split: Name of the split.
-            checksums: Whether to read every byte and compare SHA-256, too.
+            checksums: Whether to also read every byte and compare SHA-256.
 
         Returns:
             A list of (shard, its size on disk): 0 for a missing shard, the
-            right size for one that only its checksum gives away.
+            expected size if only the checksum differs.
         """
         wrong = []
         for shard in self.shards(split):
@@ -164,7 +164,7 @@ class DatasetDescription:
             checksums: Whether to compare SHA-256 as well as sizes.
 
         Raises:
-            ValueError: Some shard is missing or differs; it names them.
+            ValueError: If shards are missing or differ; names the first ones.
         """
         wrong = []
         for split in self.splits:
@@ -174,7 +174,7 @@ class DatasetDescription:
 
 
 def file_size(path):
-    """Bytes of a file, 0 where there is none that can be read."""
+    """Size of a file in bytes, 0 if it cannot be read."""
     if not tf.io.gfile.exists(path):
         return 0
     if os.path.exists(path) and not os.access(path, os.R_OK):
@@ -204,7 +204,7 @@ def _what_differs(shard, size):
 
 
 def _check_content(path, content):
-    """Refuses what is not a description of this schema version."""
+    """Checks that JSON content is a description of this schema version."""
     missing = {"name", "schema_version", "splits"} - set(content)
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}")

@@ -1,7 +1,7 @@
-"""`ImagePreprocessing`: image files to what a model takes, everywhere alike.
+"""Image preprocessing: image files to the input of a model.
 
-One object for training, evaluation, captioning of files and serving: it is
-saved with a model, and what is rebuilt from that reads the same pixels.
+The same object serves training, evaluation, captioning of files and serving.
+It is saved with a model, and the one rebuilt from that yields the same pixels.
 
 Dimensions:
     h, w: height and width of an image as it is stored.
@@ -18,14 +18,14 @@ from cappa_tf.data.images import decode_resize, image_files
 from cappa_tf.utils import arguments
 
 RESIZE_MODES = ("squash", "resize_small_central_crop")
-# The length that is resized to for a crop of 224, where the shorter side is
+# Ratio of the resized length to that of the crop, if the shorter side is
 # resized (and in the paper's evaluations of frozen features).
 MARGIN = 256 / 224
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreprocessing:
-    """Decodes, turns (EXIF), resizes and crops images; sets the value range.
+    """Decodes, rotates (EXIF), resizes, crops and normalizes images.
 
     Attributes:
         image_size: (H, W); one integer for both.
@@ -33,13 +33,14 @@ class ImagePreprocessing:
             "resize_small_central_crop".
         resize_small: Length of the shorter side for the latter; by default
             256 / 224 of the longer side of image_size.
-        antialias: Whether shrinking averages over all pixels.
-        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8,
-            the smallest that covers the size wanted. False decodes all pixels
-            and takes the four nearest ones, as the recipe does.
-        max_pixels: An image with more is refused by its header; None for any.
-        squash_size: (H, W) that "squash" resizes to before the middle is cut
-            out; None for image_size, so that nothing is cut off.
+        antialias: Whether downsizing averages over all pixels.
+        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8, the
+            smallest scale that covers the requested size. False decodes all
+            pixels and interpolates the four nearest ones, as in the recipe.
+        max_pixels: Maximum size of an image, which is read from its header;
+            None for no limit.
+        squash_size: (H, W) to which "squash" resizes before the central crop;
+            None for image_size, so that nothing is cropped.
     """
 
     image_size: int | tuple | list
@@ -77,14 +78,14 @@ class ImagePreprocessing:
 
     @classmethod
     def from_json(cls, values):
-        """The object that `to_json` described.
+        """Rebuilds the object from the dict of `to_json`.
 
         Args:
-            values: A dict; "reduced_decode" is missing in those of runs older
-                than the option, which were trained on full decodes.
+            values: A dict; "reduced_decode" is missing in runs older than the
+                option, which were trained on full decodes.
 
         Raises:
-            ValueError: It describes none.
+            ValueError: If it does not describe such an object.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if (
@@ -99,7 +100,7 @@ class ImagePreprocessing:
         return cls(**{"reduced_decode": False, **values})
 
     def to_json(self):
-        """A dict of JSON values, for `from_json`."""
+        """Returns a dict of JSON values, for `from_json`."""
         values = dataclasses.asdict(self)
         for name in ("image_size", "squash_size"):
             if values[name] is None:
@@ -109,12 +110,13 @@ class ImagePreprocessing:
         return values
 
     def with_margin(self, margin):
-        """The same, but only the middle of each image is taken.
+        """Returns the same preprocessing with a margin that is cropped.
 
         Args:
-            margin: Length resized to, in those of the crop; 1 leaves out no
-                more than the aspect ratio asks for. Rounded down, as in the
-                reference (big_vision configs/proj/cappa/pretrain.py).
+            margin: Ratio of the resized length to that of the crop; 1 crops
+                only what the aspect ratio requires. Lengths are rounded down,
+                as in the reference (big_vision
+                configs/proj/cappa/pretrain.py).
 
         Returns:
             An `ImagePreprocessing` of the same image_size.
@@ -126,10 +128,12 @@ class ImagePreprocessing:
         return dataclasses.replace(self, resize_small=max(size))
 
     def scaled(self, size):
-        """The same for another image size, `resize_small` in proportion.
+        """Returns the same preprocessing for another image size.
+
+        `resize_small` is scaled in proportion.
 
         Args:
-            size: (H, W), as augmentation wants images before it crops.
+            size: (H, W), the size of images before augmentation crops them.
 
         Returns:
             An `ImagePreprocessing`.
@@ -150,18 +154,17 @@ class ImagePreprocessing:
 
         Args:
             encoded: Scalar string tensor.
-            in_python: Whether Python may decode what is neither JPEG nor PNG;
-                False for a graph that leaves this process, which then does
-                not know the formats that only Pillow reads.
-            min_side: Least length of the shorter side.
+            in_python: Whether Python may decode the formats that only Pillow
+                reads; False for a graph that is exported from this process.
+            min_side: Minimum length of the shorter side.
 
         Returns:
-            uint8 [H, W, 3]. What cannot be decoded, or is too large or too
-            small, raises `tf.errors.InvalidArgumentError`.
+            uint8 [H, W, 3]. An image that cannot be decoded, or is too large
+            or too small, raises `tf.errors.InvalidArgumentError`.
         """
         at_least = None
         if self.reduced_decode:
-            # Not smaller than what is compared with `min_side`.
+            # Decoded no smaller than `min_side`, which is compared below.
             at_least = [max(side, min_side) for side in self._resized]
         image = decode_resize.decode(
             encoded,
@@ -179,7 +182,7 @@ class ImagePreprocessing:
 
     @property
     def _resized(self):
-        """(height, width) that no side is resized below."""
+        """Minimum (height, width) after resizing."""
         if self.resize == "squash":
             return self.squash_size or self.image_size
         return (self.resize_small, self.resize_small)
@@ -196,27 +199,27 @@ class ImagePreprocessing:
         return image[top : top + height, left : left + width]
 
     def __call__(self, encoded):
-        """`decode`, as the model takes it: float32 [H, W, 3] in [-1, 1]."""
+        """Decodes an image file to float32 [H, W, 3] in [-1, 1]."""
         return decode_resize.to_model_range(self.decode(encoded))
 
     def read(self, path, box=None):
         """Reads an image file, outside of any graph.
 
         Args:
-            path: The file, local or in a bucket.
-            box: (left, top, width, height) in pixels of the only part to
-                take, or None for all of it.
+            path: Path of the file, local or in a bucket.
+            box: (left, top, width, height) in pixels of the part to use, or
+                None for the whole image.
 
         Returns:
-            float32 [H, W, 3] in [-1, 1], a NumPy array.
+            NumPy array, float32 [H, W, 3] in [-1, 1].
 
         Raises:
-            image_files.UnusableError: It cannot be used.
+            image_files.UnusableError: If the image cannot be used.
         """
         return self.read_bytes(image_files.read_bytes(path), box)
 
     def read_bytes(self, content, box=None):
-        """As `read`, of the bytes of an image file."""
+        """Does the same as `read` with the bytes of an image file."""
         try:
             with tf.device("CPU:0"):
                 if box is None:
@@ -234,7 +237,7 @@ class ImagePreprocessing:
 
     @functools.cached_property
     def _compiled(self):
-        # AutoGraph would find nothing to convert, and take long over it.
+        # AutoGraph has nothing to convert here, but would take long.
         return tf.function(
             self.__call__,
             input_signature=[tf.TensorSpec([], tf.string)],

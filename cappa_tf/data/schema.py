@@ -1,10 +1,10 @@
-"""The record schema and the sharded, atomic writer.
+"""Record schema, and the sharded, atomic writer of data sets.
 
 One record is one image with all its captions:
 
     image/encoded  bytes        JPEG, PNG, GIF, BMP or WebP file contents
-    captions       bytes list   UTF-8, one or many
-    key            bytes        unique name (of the file, usually)
+    captions       bytes list   UTF-8, one or more
+    key            bytes        unique name (usually that of the file)
     label          int64        optional class
 
 Files are `<name>-<split>.tfrecord-00000-of-00008`; `dataset.json` beside them
@@ -35,12 +35,12 @@ __all__ = [
 
 @dataclasses.dataclass
 class Example:
-    """One image and what is said about it.
+    """One image with its captions.
 
     Attributes:
         key: Unique name, for logs, sheets and results.
         image: Contents of an image file.
-        captions: One or many captions.
+        captions: One or more captions.
         label: Class number, or None.
     """
 
@@ -73,7 +73,7 @@ def deserialize(serialized):
     """The inverse of `serialize`, in Python.
 
     Raises:
-        ValueError: The bytes are not a record of this schema.
+        ValueError: If the bytes are not a record of this schema.
     """
     try:
         feature = tf.train.Example.FromString(serialized).features.feature
@@ -102,8 +102,8 @@ def parse(serialized):
         serialized: Scalar string tensor.
 
     Returns:
-        A dict: "image/encoded" and "key" scalar strings, "captions" string
-        [number of captions], "label" scalar int64 (-1 where there is none).
+        Dict of "image/encoded" and "key", scalar strings; "captions", string
+        [number of captions]; and "label", scalar int64 (-1 for none).
     """
     return tf.io.parse_single_example(
         serialized,
@@ -128,21 +128,20 @@ def write_dataset(
 ):
     """Writes examples as shards with a description, all or nothing.
 
-    Shards are written in a hidden folder inside `output_dir`, moved to their
-    names when all are complete, and the description comes last: whoever finds
-    a dataset.json finds a complete data set. Example i of a split goes to
-    shard i modulo the number of shards; a split with fewer examples than
-    shards gets as many shards as examples. The same examples give the same
-    bytes.
+    Shards are written in a hidden folder inside `output_dir` and renamed when
+    all are complete. The description is written last, so that a folder with a
+    dataset.json holds a complete data set. Example i of a split goes to shard
+    i modulo the number of shards; a split with fewer examples than shards gets
+    one shard per example. The same examples yield the same bytes.
 
     Args:
         examples: A dict split -> iterable of `Example`, or an iterable of
             (split, `Example`); read once, never held in memory.
-        output_dir: Folder to write to, made if need be.
+        output_dir: Folder to write to; created if missing.
         name: Name of the data set.
-        num_shards: Shards of a split, or a dict split -> shards.
-        metadata: JSON-able dict kept in the description. Its "source", if
-            any, tells one data set of this name from another.
+        num_shards: Number of shards per split, or a dict split -> number.
+        metadata: JSON-able dict stored in the description. Its "source", if
+            any, distinguishes data sets of the same name.
         overwrite: Whether an existing data set of another name or source may
             be replaced. One of the same name and source always is.
 
@@ -150,7 +149,7 @@ def write_dataset(
         The `DatasetDescription`.
 
     Raises:
-        ValueError: There are no examples, a name does not do, or the folder
+        ValueError: If there are no examples, a name is invalid, or the folder
             holds something else.
     """
     output_dir = os.fspath(output_dir)
@@ -176,7 +175,7 @@ class ShardWriter(contextlib.AbstractContextManager):
     """Appends examples to one TFRecord file and counts them.
 
     Args:
-        path: The file, made or replaced.
+        path: Path of the file, which is created or replaced.
     """
 
     def __init__(self, path):
@@ -249,7 +248,7 @@ class _SplitWriter(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _incomplete_directory(output_dir):
-    """A hidden folder for half-written shards, gone at the end."""
+    """A hidden folder for unfinished shards, deleted at the end."""
     files.remove_abandoned(output_dir)
     path = files.temporary_name(os.path.join(output_dir, "shards"))
     files.makedirs(path)
@@ -260,7 +259,7 @@ def _incomplete_directory(output_dir):
 
 
 def _pairs(examples):
-    """(split, example) of either form that `write_dataset` takes."""
+    """Yields (split, example) of either form that `write_dataset` takes."""
     if not isinstance(examples, dict):
         yield from examples
         return

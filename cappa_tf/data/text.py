@@ -1,7 +1,7 @@
-"""Text in bytes: one rule for captions and tables, wherever they lie.
+"""Text decoding, by one rule for captions and tables of all sources.
 
 UTF-8 is read with or without a byte order mark, UTF-16 and UTF-32 with one.
-Anything else is refused: which of many encodings it is, no rule tells.
+Anything else is an error, as no rule can tell which encoding it is.
 """
 
 import codecs
@@ -24,15 +24,15 @@ def decode(content, errors="strict"):
 
     Args:
         content: Bytes.
-        errors: What happens to bytes that are not UTF-8, as in
-            `bytes.decode`. With "surrogateescape", `is_text` tells where they
-            are; text with another mark is always decoded strictly.
+        errors: How to handle bytes that are not UTF-8, as in `bytes.decode`.
+            With "surrogateescape", `is_text` detects them afterwards. Text
+            with another mark is always decoded strictly.
 
     Returns:
         A string without a byte order mark.
 
     Raises:
-        ValueError: The bytes are not text of these encodings.
+        ValueError: If the bytes are not text in one of these encodings.
     """
     mark, encoding = next(
         (pair for pair in _MARKS if content.startswith(pair[0])),
@@ -52,7 +52,7 @@ def decode(content, errors="strict"):
 
 
 def decode_in_graph(strings):
-    """`decode` in a TensorFlow graph.
+    """Does the same as `decode` in a TensorFlow graph.
 
     Args:
         strings: string [n].
@@ -68,7 +68,7 @@ def decode_in_graph(strings):
             size = len(mark)
             marked = left & (tf.strings.substr(strings, 0, size) == mark)
             left &= ~marked
-            # Of the marked ones alone, as the others would be no such text.
+            # Only the marked ones, as the others have another encoding.
             text = tf.where(marked, tf.strings.substr(strings, size, -1), "")
             text = tf.strings.unicode_transcode(
                 text, encoding, "UTF-8", errors="strict"
@@ -86,16 +86,16 @@ def decode_in_graph(strings):
 
 
 def lines(text):
-    r"""The lines of a text, without their ends: \n, \r\n or \r.
+    r"""Yields the lines of a text, without their ends: \n, \r\n or \r.
 
-    Not `str.splitlines`, which also ends lines at characters that occur
-    inside captions, such as U+2028.
+    `str.splitlines` would also end lines at characters that occur inside
+    captions, such as U+2028.
     """
     return (line.rstrip("\r\n") for line in io.StringIO(text, newline=""))
 
 
 def is_text(value):
-    """Whether a string can be written as UTF-8: no half of a pair in it."""
+    """Returns whether a string is valid UTF-8, without lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -104,5 +104,5 @@ def is_text(value):
 
 
 def printable(value):
-    """A string that can be printed: halves of pairs are written out."""
+    """Makes a string printable by escaping lone surrogates."""
     return value.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Captions to token ids and back; training a vocabulary.
+"""Tokenizer, captions to token ids and back, and vocabulary training.
 
 Dimensions:
     N: number of captions.
@@ -15,14 +15,14 @@ import tensorflow_text as tf_text
 
 from cappa_tf.utils import files
 
-# What a vocabulary is called in the folder of its data set.
+# Name of the vocabulary file in the folder of its data set.
 FILE_NAME = "tokenizer.model"
 PAD_ID = 0
 EOS_ID = 1
 UNKNOWN_ID = 2
 
-# What SentencePiece skips in training: longer texts, in bytes, and those with
-# the character that it marks unknown ones with.
+# SentencePiece skips texts in training that have more bytes than this, or the
+# character that it uses to mark unknown ones.
 _MAX_BYTES = 4192
 _RESERVED = "\u2585"
 
@@ -36,23 +36,23 @@ class Tokenizer(tf.Module):
                             "a a" -> [5, 5, 1]  "a a a" -> [5, 5, 1]
         sticky_eos=False    "a a" -> [5, 5, 1]  "a a a" -> [5, 5, 5]
 
-    1 is the end of the caption (eos), 0 padding. A sticky eos stays when a
-    caption is cut, at the price of its last token. That is what CapPa trains
-    with (big_vision pp/ops_text.py, eos="sticky"); without it a model learns
-    that a cut caption has no end.
+    1 is the end of the caption (eos), 0 is padding. A sticky eos is kept when a
+    caption is truncated, in place of its last token. CapPa trains with it
+    (big_vision pp/ops_text.py, eos="sticky"); without it a model learns that a
+    truncated caption has no end.
 
-    The vocabulary file is opened at first use, not by the constructor: a
-    configuration can name one that a preparation step has yet to train. It is
-    a tf.Module so that an exported model carries the vocabulary with it.
+    The vocabulary file is opened at first use, not by the constructor, so that
+    a configuration can name one that a preparation step has yet to train. The
+    class is a `tf.Module`, so that an exported model includes the vocabulary.
 
     Args:
         path: A SentencePiece model file with pad 0 and eos 1, such as
             `train_tokenizer` writes, or the folder of a data set that holds
             one named tokenizer.model.
-        max_length: L, tokens of a caption including eos.
+        max_length: L, maximum number of tokens of a caption including eos.
         lowercase: Whether to lower-case (Unicode; big_vision lower-cases
             ASCII only, which is the same for English).
-        sticky_eos: See above.
+        sticky_eos: Whether a truncated caption keeps eos.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Tokenizer(tf.Module):
 
     @property
     def path(self):
-        """The model file, also where its folder was given."""
+        """Path of the model file, even if its folder was given."""
         if tf.io.gfile.isdir(self._path):
             return os.path.join(self._path, FILE_NAME)
         return self._path
@@ -93,17 +93,18 @@ class Tokenizer(tf.Module):
 
     @property
     def vocabulary_size(self):
-        """Number of pieces, pad, eos and unknown included."""
+        """Number of pieces, including pad, eos and unknown."""
         return int(self.load().vocab_size().numpy())
 
     def load(self):
         """Opens the vocabulary if it is not open; returns the TF Text op.
 
         Raises:
-            ValueError: No such file, or not a vocabulary with pad 0, eos 1.
+            ValueError: If there is no such file, or it is not a vocabulary
+                with pad 0 and eos 1.
         """
         if self._sentencepiece is None:
-            # The resource must belong to no function that is being traced.
+            # The resource must not belong to a function that is being traced.
             with tf.init_scope():
                 self._sentencepiece = tf_text.SentencepieceTokenizer(
                     model=_read_model(self.path)
@@ -135,17 +136,17 @@ class Tokenizer(tf.Module):
         return tf.ensure_shape(ids, strings.shape + [self.max_length])
 
     def encode(self, text):
-        """Tokenizes one text whole: not cut, without eos.
+        """Tokenizes one text without truncation and without eos.
 
         Args:
             text: A string.
 
         Returns:
-            The ids, a list, and those parts of the text, a list of strings,
-            that have no piece and became the unknown one.
+            (ids, unknown): a list of ids, and a list of the parts of the text
+            that became the unknown piece.
         """
         if self.lowercase:
-            with tf.init_scope():  # Also where a graph is traced.
+            with tf.init_scope():  # eager even while a graph is traced
                 lowered = tf.strings.lower(text, encoding="utf-8")
             text = lowered.numpy().decode()
         processor = sentencepiece.SentencePieceProcessor(
@@ -173,10 +174,10 @@ class Tokenizer(tf.Module):
         return [text.decode(errors="replace") for text in texts]
 
     def detokenize_bytes(self, ids):
-        """`detokenize` in the graph: what the pieces say, as bytes.
+        """Does the same as `detokenize` in the graph, with bytes as result.
 
-        Byte pieces that form no character are left as they are, so the
-        bytes need not be UTF-8.
+        Byte pieces that do not form a character are kept as they are, so the
+        bytes need not be valid UTF-8.
 
         Args:
             ids: Integers [N, any length].
@@ -201,28 +202,28 @@ def train_tokenizer(
 ):
     """Trains a SentencePiece (unigram) vocabulary and writes its model file.
 
-    The same captions in the same order give the same bytes. A corpus with
-    too few different words for `vocabulary_size` pieces gives a smaller
+    The same captions in the same order yield the same bytes. A corpus with
+    too few different words for `vocabulary_size` pieces yields a smaller
     vocabulary.
 
     Args:
         captions: Iterable of strings, read once.
-        output_path: The model file, written under a temporary name first.
-        vocabulary_size: Pieces, the ids 0 (pad), 1 (eos) and 2 (unknown)
-            included.
+        output_path: Path of the model file, written atomically.
+        vocabulary_size: Number of pieces, including the ids 0 (pad), 1 (eos)
+            and 2 (unknown).
         lowercase: Whether captions are lower-cased first, as `Tokenizer` does.
         character_coverage: Fraction of characters that get a piece; 0.9995
-            for languages of many characters.
+            for languages with many characters.
         byte_fallback: Whether a character without a piece becomes its bytes
             (256 pieces) rather than unknown.
-        max_sentences: Captions used of a larger corpus: the first ones.
+        max_sentences: Maximum number of captions to use, the first ones.
 
     Returns:
         The number of pieces.
 
     Raises:
-        ValueError: No usable caption, or fewer pieces than the text's
-            characters.
+        ValueError: If no caption is usable, or there are fewer pieces than
+            characters in the text.
     """
     if not isinstance(vocabulary_size, int) or vocabulary_size < 4:
         raise ValueError(
@@ -254,8 +255,9 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(
-            f"SentencePiece made no vocabulary of {len(texts)} captions with "
-            f"vocabulary_size={vocabulary_size}: {error}"
+            "SentencePiece cannot train a vocabulary from "
+            f"{len(texts)} captions with vocabulary_size={vocabulary_size}: "
+            f"{error}"
         ) from None
     files.write_bytes(output_path, model.getvalue())
     return sentencepiece.SentencePieceProcessor(
@@ -264,17 +266,17 @@ def train_tokenizer(
 
 
 def usable_captions(captions, lowercase=True, max_captions=1_000_000):
-    """What of a corpus a vocabulary can be trained on.
+    """Selects the captions that a vocabulary can be trained on.
 
     Args:
         captions: Iterable of strings.
-        lowercase: See `train_tokenizer`.
-        max_captions: The first ones of a larger corpus.
+        lowercase: Whether to lower-case the captions.
+        max_captions: Maximum number of captions to use, the first ones.
 
     Returns:
         texts: The usable captions, each on one line.
-        left_out: The others: a list of (number, counted from 1; reason;
-            beginning of the caption).
+        left_out: List of (number from 1, reason, beginning of the caption) of
+            the others.
     """
     texts, left_out = [], []
     for number, caption in enumerate(captions, 1):
@@ -305,11 +307,11 @@ def _reason_to_leave_out(text):
 
 
 def describe_left_out(left_out, kind="caption"):
-    """The captions of `usable_captions` that were left out, in words.
+    """Describes the captions that `usable_captions` left out.
 
     Args:
         left_out: The list; may be empty.
-        kind: What the numbers count.
+        kind: Name of the items that the numbers count.
 
     Returns:
         A string such as "2 empty (line 3, 8); 1 not UTF-8 (line 5: 'caf')".
@@ -326,7 +328,7 @@ def describe_left_out(left_out, kind="caption"):
 
 
 def _numbers(some, most=5):
-    """The first of these captions: their numbers and how they begin."""
+    """Numbers and beginnings of the first of these captions."""
     shown = [
         f"{number}: {ascii(text)}" if text else f"{number}"
         for number, text in some[:most]
@@ -335,7 +337,7 @@ def _numbers(some, most=5):
 
 
 def _read_model(path):
-    """Bytes of a SentencePiece model, checked."""
+    """Reads and checks the bytes of a SentencePiece model."""
     try:
         with tf.io.gfile.GFile(path, "rb") as file:
             model = file.read()

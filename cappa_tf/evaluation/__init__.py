@@ -1,1 +1,1 @@
-"""Weights to numbers: captions, likelihoods, few-shot accuracy."""
+"""Evaluation: captions, likelihoods, retrieval, classification."""

@@ -1,12 +1,12 @@
-"""Agreement of captions with people's: CIDEr, BLEU, ROUGE-L and METEOR.
+"""Caption metrics: CIDEr, BLEU, ROUGE-L and METEOR.
 
-The scorers are pycocoevalcap's (an optional dependency, imported where it is
-used), because everybody reports theirs. Its tokenizer starts a Java program;
-`tokenize` does the same in Python: the Penn Treebank tokens of Stanford
-CoreNLP 3.4.1 with `-lowerCase`, less the punctuation that pycocoevalcap drops.
-On the 40,445 captions of Flickr8k, and on 16,217 of COCO and SugarCrepe, both
-give the same tokens. Where they differ (sums of money, a sentence that ends in
-a single letter, emoji) captions seldom go.
+The scorers are those of pycocoevalcap (an optional dependency, imported where
+it is used), as these are the ones commonly reported. Its tokenizer starts a
+Java program; `tokenize` does the same in Python: the Penn Treebank tokens of
+Stanford CoreNLP 3.4.1 with `-lowerCase`, without the punctuation that
+pycocoevalcap drops. On the 40,445 captions of Flickr8k, and on 16,217 of COCO
+and SugarCrepe, both give the same tokens. They differ on text that is rare in
+captions (sums of money, a sentence that ends in a single letter, emoji).
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import shutil
 
 from cappa_tf.utils.arguments import check_extra
 
-# What pycocoevalcap/tokenizer/ptbtokenizer.py drops. Its "-LRB-" and the like
-# never match, as the tokens are lower-cased first: "-lrb-" stays, here too,
-# or figures would differ from everybody else's.
+# Tokens that pycocoevalcap/tokenizer/ptbtokenizer.py drops. Its "-LRB-" and the
+# like never match, as the tokens are lower-cased first. So "-lrb-" stays here
+# too, or scores would differ from those commonly reported.
 _DROPPED = frozenset(
     ["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
@@ -59,7 +59,7 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption):
-    """Caption -> tokens joined by spaces, as the caption metrics count them.
+    """Splits a caption into the tokens that the metrics count.
 
     "A dog's ball." -> "a dog 's ball"
     "Two T-shirts, black/white!" -> "two t-shirts black/white"
@@ -69,7 +69,7 @@ def tokenize(caption):
         caption: A string.
 
     Returns:
-        A lower-case string without punctuation.
+        The tokens joined by spaces, in lower case and without punctuation.
     """
     text = caption.translate(_QUOTES).replace('"', " '' ")
     tokens = (_BRACKETS.get(t, t.lower()) for t in _TOKEN.findall(text))
@@ -78,13 +78,13 @@ def tokenize(caption):
 
 @dataclasses.dataclass
 class Scores:
-    """What `score_captions` finds.
+    """Scores of captions against references.
 
     Attributes:
-        corpus: Name -> float, over all images: `cider` (CIDEr-D; 1 is as high
-            as people score, up to 10 is possible), `bleu_1` to `bleu_4`,
-            `rouge_l` and, if asked for, `meteor`, each in [0, 1].
-        cider: Image key -> its own CIDEr; the corpus' is their mean.
+        corpus: Dict name -> float, over all images: `cider` (CIDEr-D; people
+            score about 1, the maximum is 10), `bleu_1` to `bleu_4`, `rouge_l`
+            and, if requested, `meteor`, each in [0, 1].
+        cider: Dict image key -> CIDEr of the image; the corpus has their mean.
     """
 
     corpus: dict
@@ -92,20 +92,20 @@ class Scores:
 
 
 def score_captions(captions, references, meteor=False):
-    """Scores of one caption an image against several references.
+    """Scores one caption per image against several references.
 
     Args:
-        captions: A dict, image key -> caption.
-        references: A dict with the same keys, key -> list of captions. CIDEr
-            weighs words by how few images' references have them, so the
-            figure belongs to this set of images as a whole.
+        captions: Dict image key -> caption.
+        references: Dict with the same keys, key -> list of captions. CIDEr
+            weights words by how few images' references contain them, so it
+            depends on the set of images.
         meteor: Whether to compute METEOR, which runs a Java program.
 
     Returns:
         `Scores`.
 
     Raises:
-        ValueError: The keys differ, or METEOR is asked for without Java.
+        ValueError: If the keys differ, or METEOR is requested without Java.
     """
     _check_keys(captions, references)
     check_installed(meteor)
@@ -128,14 +128,14 @@ def score_captions(captions, references, meteor=False):
 
 
 def check_installed(meteor=False):
-    """Refuses what cannot be computed here; to be asked before any work.
+    """Checks that the metrics can be computed, before any work is done.
 
     Args:
-        meteor: Whether METEOR is wanted.
+        meteor: Whether METEOR is requested.
 
     Raises:
-        ImportError: Without pycocoevalcap; names the command.
-        ValueError: METEOR without Java.
+        ImportError: If pycocoevalcap is missing; names the command.
+        ValueError: If METEOR is requested and Java is missing.
     """
     check_extra("Caption metrics", "eval", "pycocoevalcap")
     if meteor and not has_java():
@@ -143,7 +143,7 @@ def check_installed(meteor=False):
 
 
 def has_java():
-    """Whether METEOR can be computed here."""
+    """Returns whether Java is installed, which METEOR needs."""
     return shutil.which("java") is not None
 
 
@@ -157,7 +157,7 @@ def _check_keys(captions, references):
     if captions.keys() != references.keys() or not captions:
         differing = sorted(captions.keys() ^ references.keys())[:5]
         raise ValueError(
-            "Captions and references must have the same, at least one, keys. "
+            "Captions and references must have the same keys, at least one. "
             f"Received: {len(captions)} captions, {len(references)} images "
             f"with references; keys in only one of them: {differing}"
         )

@@ -1,6 +1,6 @@
-"""Captions of a split: figures, every image's own result, worst and best.
+"""Caption evaluator: metrics of a split, of each image, worst and best.
 
-B: images at once.
+B: batch of images.
 """
 
 import os
@@ -18,16 +18,16 @@ from cappa_tf.utils.arguments import check_choice, check_integer
 
 
 class Captions(Evaluator):
-    """Greedy captions against people's: CIDEr, BLEU, ROUGE-L, METEOR.
+    """Greedy captions compared to people's: CIDEr, BLEU, ROUGE-L, METEOR.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images.
-        meteor: Whether to compute METEOR, too; None where Java is found.
-        sheet_images: Images on each of the two sheets, of the lowest and of
-            the highest CIDEr.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        meteor: Whether to compute METEOR; None does so if Java is installed.
+        sheet_images: Number of images on each of the two sheets, those with
+            the lowest and those with the highest CIDEr.
+        name: Name of the evaluator in the results.
     """
 
     needs = (GENERATE,)
@@ -49,7 +49,7 @@ class Captions(Evaluator):
         self._meteor, self._sheet_images = meteor, sheet_images
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         caption_metrics.check_installed(bool(self._meteor))
         self._data.open()
 
@@ -57,9 +57,9 @@ class Captions(Evaluator):
         """Captions every image.
 
         Returns:
-            A `Report`: the metrics of `caption_metrics.Scores` and
-            `captioning.summarize`, a row an image with its own `cider`, and
-            the sheets "worst" and "best".
+            A `Report` of the metrics of `caption_metrics.Scores` and
+            `captioning.summarize`, with a row per image that has its own
+            `cider`, and the sheets "worst" and "best".
         """
         self.check(predictor)
         rows = []
@@ -80,7 +80,7 @@ class Captions(Evaluator):
         order = sorted(scores.cider, key=scores.cider.get)
         lines = table(("", "value"), [*metrics.items()])
         if not meteor:
-            lines.append("no METEOR: it needs Java")
+            lines.append("no METEOR, which needs Java")
         skipped = dict(self._data.skipped)
         lines += skipped_lines(skipped)
         return Report(
@@ -98,8 +98,8 @@ class Captions(Evaluator):
         worst = [rows[i] for i in order[:count]]
         best = [rows[i] for i in order[::-1][:count]]
         return {
-            "worst": ("Captions of the lowest CIDEr", worst),
-            "best": ("Captions of the highest CIDEr", best),
+            "worst": ("Captions with the lowest CIDEr", worst),
+            "best": ("Captions with the highest CIDEr", best),
         }
 
 

@@ -1,4 +1,4 @@
-"""How right captions are on a data set.
+"""Captioning of a data set, and metrics of the captions.
 
 Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
@@ -16,7 +16,7 @@ from cappa_tf.inference.captions import normalize
 
 @dataclasses.dataclass
 class CaptionResult:
-    """Captions of a data set (`rows`) and their figures (`metrics`)."""
+    """Captions of a data set (`rows`) and their `metrics`."""
 
     rows: list
     metrics: dict
@@ -32,30 +32,31 @@ def evaluate_captions(
     progress=None,
     hosts=None,
 ):
-    """Captions every image of a split and compares with its references.
+    """Captions every image of a split and compares it with its references.
 
-    Bad records, which the data set counts, are left out.
+    Bad records are left out; the data set counts them.
 
     Args:
         decoder: A `CaptionDecoder`.
         dataset: A `CaptionDataset`.
-        limit: Only the first `limit` records.
+        limit: Maximum number of records to read, or None for all.
         corpus_scores: Whether to add `caption_metrics.score_captions`.
-        keep_images: How many of the first rows keep their image's bytes.
-        progress: Optional function, called with the number of images done
-            after each batch.
-        hosts: Has `index`, `count` and `gather(value)`, where several
-            processes caption a part each and all want the result.
+        keep_images: Number of first rows that keep their image's bytes.
+        progress: Optional function, called after each batch with the number of
+            images done.
+        hosts: Object with `index`, `count` and `gather(value)` if several
+            processes caption a part each and all need the result.
 
     Returns:
-        A `CaptionResult`, its metrics being: `num_images`; `exact_match`,
-        the share of captions equal to one of their references;
-        `nll_per_token`, in nats, of the references, left to right, over
-        all their tokens; `distinct_captions`; `mean_words`, of a caption;
-        and `cider` and the like if asked for.
+        A `CaptionResult` with the metrics `num_images`; `exact_match`, the
+        fraction of captions equal to one of their references;
+        `nll_per_token`, in nats, of the references, left to right, over all
+        their tokens, if the model is trained left to right;
+        `distinct_captions`; `mean_words` per caption; and, with
+        `corpus_scores`, `cider` and the like.
 
     Raises:
-        ValueError: There is no image to caption.
+        ValueError: If there is no image to caption.
     """
     rows, nll, tokens = [], 0.0, 0.0
     most = dataset.max_captions
@@ -69,8 +70,9 @@ def evaluate_captions(
         for i, row, example in zip(indices, decoded, examples):
             row.image = example.image if len(rows) < keep_images else None
             rows.append((i, row))
-        sums = decoder.reference_nll(images, references, most)
-        nll, tokens = nll + sums[0], tokens + sums[1]
+        if decoder.left_to_right:
+            sums = decoder.reference_nll(images, references, most)
+            nll, tokens = nll + sums[0], tokens + sums[1]
         if progress is not None:
             progress(len(rows))
     parts = [(rows, nll, tokens)]
@@ -84,23 +86,25 @@ def evaluate_captions(
             f"Received: split {dataset.split!r} of {dataset.path}, "
             f"limit={limit}, skipped={dataset.skipped}"
         )
-    metrics = summarize(rows) | {"nll_per_token": nll / tokens}
+    metrics = summarize(rows)
+    if decoder.left_to_right:
+        metrics["nll_per_token"] = nll / tokens
     if corpus_scores:
         metrics |= score_rows(rows).corpus
     return CaptionResult(rows, metrics)
 
 
 def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
-    """Images of a split in order, with all that is known of them.
+    """Images of a split in order, with their examples.
 
-    Bad records, which the data set counts, are left out.
+    Bad records are left out; the data set counts them.
 
     Args:
         dataset: A `CaptionDataset`.
         batch_size: B.
-        limit: Only the first `limit` records.
-        host: Which host's part is wanted.
-        num_hosts: Number of parts.
+        limit: Maximum number of records to read, or None for all.
+        host: Index of the host whose part to read.
+        num_hosts: Number of hosts, and of parts.
 
     Yields:
         (images [at most B, H, W, 3], their indices, their `Example`s).
@@ -120,19 +124,20 @@ def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):
 
 
 def in_order(parts):
-    """One list of rows of the (index, row) that several hosts have."""
+    """Merges lists of (index, row) of several hosts into a list of rows."""
     pairs = sorted(itertools.chain(*parts), key=lambda pair: pair[0])
     return [row for _, row in pairs]
 
 
 def summarize(rows):
-    """Figures of captioned images that need no model.
+    """Metrics of captioned images that need no model.
 
     Args:
         rows: `CaptionRow`s, at least one.
 
     Returns:
-        A dict: `num_images`, `exact_match`, `distinct_captions`, `mean_words`.
+        Dict of `num_images`, `exact_match`, `distinct_captions` and
+        `mean_words`.
     """
     captions = [normalize(row.caption) for row in rows]
     return {
@@ -144,8 +149,8 @@ def summarize(rows):
 
 
 def score_rows(rows, meteor=False):
-    """`caption_metrics.Scores` of rows, which are numbered from 0."""
-    # Numbered, because nothing keeps two images from having one key.
+    """`caption_metrics.Scores` of rows, with row numbers as keys."""
+    # The rows' own keys need not be unique.
     return caption_metrics.score_captions(
         {i: row.caption for i, row in enumerate(rows)},
         {i: row.references for i, row in enumerate(rows)},

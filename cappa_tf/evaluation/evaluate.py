@@ -1,4 +1,4 @@
-"""The root function of an evaluation: evaluators and a model to reports.
+"""The entry point of an evaluation: from a model to its reports.
 
 It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
 """
@@ -7,19 +7,19 @@ from cappa_tf.evaluation.evaluator import check_evaluators
 
 
 def evaluate(predictor=None, evaluators: list | tuple = ()):
-    """Measures a model by several evaluators.
+    """Evaluates a model with several evaluators.
 
     Args:
-        predictor: The `Predictor`, which the caller gives, not a gin file.
-        evaluators: `Evaluator`s. All are checked, against the model and then
-            for their data, before the first one begins.
+        predictor: The `Predictor`, given by the caller, not by a gin file.
+        evaluators: List of `Evaluator`s. Before the first one starts, all are
+            checked against the model and for their data.
 
     Returns:
         An iterator of (evaluator, its `Report`).
 
     Raises:
-        ValueError: The model lacks what an evaluator needs, or data is not
-            there.
+        ValueError: If the model lacks a capability that an evaluator needs, or
+            data cannot be found.
     """
     check_evaluators(evaluators)
     if predictor is None or not evaluators:

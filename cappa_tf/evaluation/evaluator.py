@@ -1,7 +1,7 @@
-"""What all evaluators share: a model goes in, named figures come out.
+"""Base class of the evaluators, which measure a model, and their reports.
 
-An evaluator is made of data and settings alone, so that one object measures
-a model again and again while it is trained, and many models after that.
+An evaluator holds only data and settings, so one object can measure a model
+repeatedly during training, and other models after that.
 """
 
 import collections
@@ -11,17 +11,17 @@ import math
 
 @dataclasses.dataclass
 class Report:
-    """What an evaluator found.
+    """Results of an evaluator.
 
     Attributes:
-        metrics: Name -> number: what is compared, logged and plotted.
-        lines: The lines of a table for people.
-        details: What else goes into the JSON file: counts, settings, figures
-            that are no single number.
-        rows: Results one by one (of an image, a pair), JSON objects for a
+        metrics: Dict name -> number, to be compared, logged and plotted.
+        lines: Lines of a table for people to read.
+        details: Dict of further entries of the JSON file: counts, settings,
+            results that are not a single number.
+        rows: Individual results (of an image, of a pair), JSON objects for a
             file of their own; may be empty.
-        sheets: Name -> (title, `captions.CaptionRow`s with images): image
-            sheets to be drawn; may be empty.
+        sheets: Dict name -> (title, `captions.CaptionRow`s with images) of the
+            image sheets to write; may be empty.
     """
 
     metrics: dict
@@ -32,18 +32,20 @@ class Report:
 
 
 class Evaluator:
-    """Base class: `evaluate` is what an evaluator has to define.
+    """Base class of the evaluators; a subclass defines `evaluate`.
 
     Args:
-        name: First part of the names of its figures where several evaluators
-            write into one place.
+        name: Prefix of the names of its metrics when several evaluators report
+            to the same place.
+
+    Attributes:
+        needs: Capabilities that the model must have, of
+            `Predictor.capabilities`, or "score", a score of any kind.
+        on_all_hosts: Whether the hosts of a run share the work through
+            `predictor.hosts`; otherwise the first host does all of it.
     """
 
-    # What the model must be able to do: names of `Predictor.capabilities`, or
-    # "score", a score of any kind.
     needs = ()
-    # Whether several hosts of a run share the work, by `predictor.hosts`; the
-    # first does it for all otherwise.
     on_all_hosts = False
 
     def __init__(self, name: str):
@@ -52,26 +54,26 @@ class Evaluator:
         self.name = name
 
     def open(self):
-        """Looks whether the data is there; a long run fails before it starts.
+        """Checks that the data can be found, before a long run starts.
 
         Raises:
-            ValueError: It is not, or is not what it should be.
+            ValueError: If it cannot, or is not of the right form.
         """
 
     def check(self, predictor):
-        """Refuses a model that cannot do what this needs.
+        """Checks that a model has the capabilities in `needs`.
 
         Raises:
-            ValueError: Naming the evaluator and the model.
+            ValueError: If one is missing; names the evaluator and the model.
         """
         who = f"{type(self).__name__} ({self.name})"
         predictor.require(who, *self.needs)
 
     def evaluate(self, predictor):
-        """Measures a model, which is checked before any data is read.
+        """Measures a model, after checking it before any data is read.
 
         Args:
-            predictor: The model and what belongs to it, a `Predictor`.
+            predictor: `Predictor` of the model.
 
         Returns:
             A `Report`.
@@ -84,7 +86,11 @@ class Evaluator:
 
 
 def check_evaluators(evaluators):
-    """Refuses what is not a list of evaluators with names of their own."""
+    """Checks that all are evaluators and that their names are unique.
+
+    Raises:
+        ValueError: If they are not.
+    """
     for one in evaluators:
         if not (callable(getattr(one, "run", None)) and hasattr(one, "name")):
             raise ValueError(
@@ -101,15 +107,15 @@ def check_evaluators(evaluators):
 
 
 def table(header, rows):
-    """Lines of aligned columns, the first to the left, the others right.
+    """Formats a table, the first column aligned left, the others right.
 
     Args:
         header: Names of the columns.
-        rows: Tuples of texts, integers, and floats (shown to 4 decimals);
+        rows: Tuples of strings, integers and floats (printed with 4 decimals);
             None is an empty cell.
 
     Returns:
-        A list of strings.
+        List of lines.
     """
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -123,14 +129,14 @@ def table(header, rows):
 
 
 def json_value(value):
-    """The same value without what JSON has no word for.
+    """Makes a value representable in JSON.
 
     Args:
-        value: Dicts, lists, tuples, texts, numbers, None.
+        value: Nested dicts, lists and tuples of strings, numbers and None.
 
     Returns:
-        The value with None for each number that is not finite, as where a
-        correlation is not defined.
+        The value with None in place of each number that is not finite, such as
+        an undefined correlation.
     """
     if isinstance(value, dict):
         return {name: json_value(each) for name, each in value.items()}
@@ -142,15 +148,14 @@ def json_value(value):
 
 
 def skipped_lines(skipped):
-    """A line for each reason, of counts by reason."""
+    """Formats counts by reason, one line per reason."""
     return [f"skipped: {n} x {reason}" for reason, n in skipped.items()]
 
 
 def named(kind, figures, plain):
-    """Figures of one kind of score, by the name of their metric.
+    """Prefixes the metrics of one kind of score: "parallel/top_1".
 
-    Those of the plain kind, a model's first, have their own name; others the
-    kind's in front: "parallel/top_1".
+    Those of the plain kind, a model's first, get no prefix.
     """
     prefix = "" if kind == plain else f"{kind}/"
     return {prefix + name: value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""Frozen features of labelled images, as the paper's evaluations take them.
+"""Frozen features of labeled images, as in the paper's evaluations.
 
 B: batch.  H, W: height and width the encoder takes.  N: examples.
 """
@@ -17,14 +17,14 @@ RESIZES = tuple(_RESIZES)
 
 
 def preprocessing(image_size, resize="squash", margin=MARGIN):
-    """What the reference does for evaluation: the middle of the whole image.
+    """Preprocessing of the reference's evaluations: resize, central crop.
 
     Args:
         image_size: H and W, an integer or a pair.
-        resize: "squash" (the reference's: both sides to the length) or
-            "resize_small" (the shorter side, aspect ratio kept).
-        margin: Image to crop, in length; the paper resizes to 256 for a crop
-            of 224. 1 leaves nothing out.
+        resize: "squash" (both sides to the given length, as in the reference)
+            or "resize_small" (the shorter side, keeping the aspect ratio).
+        margin: Ratio of the resized side to that of the crop; the paper resizes
+            to 256 for a crop of 224. With 1 nothing is cropped.
 
     Returns:
         An `ImagePreprocessing`.
@@ -37,31 +37,30 @@ def preprocessing(image_size, resize="squash", margin=MARGIN):
 def extract_features(
     predictor, data, resize="squash", batch_size=64, progress=None, hosts=None
 ):
-    """Features of labelled images.
+    """Extracts features of labeled images.
 
     Args:
-        predictor: A `Predictor` with features, which are frozen.
+        predictor: A `Predictor` that has features.
         data: `EvaluationImages`.
-        resize: As `preprocessing`.
+        resize: "squash" or "resize_small", as in `preprocessing`.
         batch_size: B.
-        progress: Optional function called with the number of images after
-            each batch.
-        hosts: Has `index`, `count` and `gather(value)`, where several
-            processes encode a part each and all want the result.
+        progress: Optional function, called after each batch with its number of
+            images.
+        hosts: Object with `index`, `count` and `gather(value)` if several
+            processes encode a part each and all need the result.
 
     Returns:
-        (features float32 [N, D], labels int64 [N]), in the order
-        of the data.
+        (features float32 [N, D], labels int64 [N]), in the order of the data.
 
     Raises:
-        ValueError: If no labelled image is left.
+        ValueError: If there is no labeled image.
     """
     rows = []  # (order, features, label)
     part = (0, 1) if hosts is None else (hosts.index, hosts.count)
-    for pictures, labels, order in data.labelled(
+    for images, labels, order in data.labelled(
         preprocessing(predictor.image_size, resize), batch_size, *part
     ):
-        encoded = predictor.features(pictures)
+        encoded = predictor.features(images)
         rows += zip(order.tolist(), encoded, labels.tolist())
         if progress is not None:
             progress(len(labels))
@@ -71,7 +70,7 @@ def extract_features(
         data.skipped = sum((part[1] for part in parts), collections.Counter())
     if not rows:
         raise ValueError(
-            f"No labelled image was found. Received: skipped "
+            f"No labeled image was found. Received: skipped "
             f"{dict(data.skipped)}"
         )
     rows.sort(key=lambda row: row[0])

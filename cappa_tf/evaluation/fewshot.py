@@ -1,9 +1,9 @@
 """Few-shot classification: ridge regression on frozen features.
 
-The paper's 10-shot numbers (section 4.1) come from this, with l2 = 2^10 and
+The paper's 10-shot results (section 4.1) use this method with l2 = 2^10 and
 three seeds. Reference: big_vision evaluators/fewshot_lsr.py. Deviation: float64
-in place of float32 (features are float32 in both), which matters only where
-two classes tie.
+in place of float32 (features are float32 in both), which matters only if two
+classes tie.
 
 Letters: N examples, D features, C classes, R = min(N, D + 1), M test examples.
 """
@@ -21,18 +21,18 @@ from cappa_tf.utils.arguments import check_choice
 
 DEFAULT_SHOTS = (1, 5, 10, 25)
 DEFAULT_L2 = (2.0**10,)
-# Large, so that the weight it gets (the bias) is almost free of the penalty.
+# Large, so that its weight (the bias) is hardly penalized.
 _BIAS_FEATURE = 100.0
 
 
 class RidgeRegression:
-    """Linear regression to -1 / +1 targets, for any l2 at little cost.
+    """Linear regression to -1 / +1 targets, for many values of l2.
 
-    The eigenvectors of the Gram matrix (of features, or of examples where
-    those are fewer) are computed once; each l2 is then two products.
+    The eigenvectors of the Gram matrix (of features, or of examples if there
+    are fewer of them) are computed once; each l2 then takes two products.
 
     Args:
-        x: float [N, D], features; standardised with their own mean and std.
+        x: float [N, D], features; standardized with their own mean and std.
         y: int [N], classes from 0.
         num_classes: C.
     """
@@ -51,7 +51,7 @@ class RidgeRegression:
             )
         self._mean = x.mean(0)
         self._std = x.std(0) + 1e-5
-        x = self._standardised(x)
+        x = self._standardized(x)
         targets = np.where(y[:, None] == np.arange(num_classes), 1.0, -1.0)
         if x.shape[0] >= x.shape[1]:
             # (x^T x + l2)^-1 x^T y
@@ -64,7 +64,7 @@ class RidgeRegression:
             self._left = x.T @ vectors
             self._right = vectors.T @ targets
 
-    def _standardised(self, x):
+    def _standardized(self, x):
         x = (np.asarray(x, np.float64) - self._mean) / self._std
         return np.pad(x, ((0, 0), (0, 1)), constant_values=_BIAS_FEATURE)
 
@@ -81,23 +81,23 @@ class RidgeRegression:
         if l2 <= 0:
             raise ValueError(f"`l2` must be above 0. Received: l2={l2}")
         weights = (self._left / (self._eigenvalues + l2)) @ self._right
-        return self._standardised(x) @ weights
+        return self._standardized(x) @ weights
 
     def accuracy(self, x, y, l2):
-        """Share of the examples x [M, D] whose class y [M] scores highest."""
+        """Fraction of examples x [M, D] whose class y [M] scores highest."""
         return float(np.mean(self.scores(x, l2).argmax(1) == np.asarray(y)))
 
 
 def choose_shots(labels, shots, seed, num_classes):
-    """Draws the same number of examples from each class.
+    """Samples the same number of examples from each class.
 
-    More shots of one seed contain its fewer shots, and the draws are those of
-    the reference for the same order of examples.
+    For a given seed, a larger sample contains the smaller ones. The samples are
+    those of the reference for the same order of examples.
 
     Args:
         labels: int [N].
-        shots: Examples of each class (all of a class that has fewer).
-        seed: Of the draw.
+        shots: Examples per class (all of a class that has fewer).
+        seed: Seed of the sample.
         num_classes: C.
 
     Returns:
@@ -116,9 +116,9 @@ class Result:
     """Accuracies of one setting.
 
     Attributes:
-        shots: Examples of each class.
+        shots: Examples per class.
         l2: The penalty.
-        accuracies: One for each seed.
+        accuracies: Accuracy for each seed.
     """
 
     shots: int
@@ -142,15 +142,15 @@ def evaluate(
     """Few-shot accuracies of frozen features.
 
     Args:
-        train: (features float [N, D], labels int [N]) to draw shots from.
+        train: (features float [N, D], labels int [N]) to sample shots from.
         test: (features float [M, D], labels int [M]).
-        shots: Examples of each class.
+        shots: Values of the number of examples per class.
         l2: Penalties; one decomposition serves all.
-        num_seeds: Draws 0 ... num_seeds - 1.
+        num_seeds: Number of samples, with the seeds 0 ... num_seeds - 1.
         classes: C; by default one more than the largest label.
 
     Returns:
-        List of `Result`, by shots, then by l2.
+        List of `Result`, ordered by shots, then by l2.
 
     Raises:
         ValueError: If there are no examples, or a number is out of range.
@@ -164,7 +164,7 @@ def evaluate(
     x, y, y_test = np.asarray(x), np.asarray(y), np.asarray(y_test)
     if not len(y) or not len(y_test):
         raise ValueError(
-            "Few-shot evaluation needs examples to learn from and to test on. "
+            "Few-shot evaluation needs examples for training and for testing. "
             f"Received: {len(y)} and {len(y_test)}"
         )
     classes = classes or int(max(y.max(), y_test.max())) + 1
@@ -184,18 +184,18 @@ def evaluate(
 
 
 class Fewshot(Evaluator):
-    """Few-shot accuracy of the encoder's features on labelled images.
+    """Few-shot accuracy of the encoder's features on labeled images.
 
     Args:
-        path: See `EvaluationImages`.
-        train_split: Split that shots are drawn from.
+        path: Path of the data, as in `EvaluationImages`.
+        train_split: Split to sample the shots from.
         test_split: Split to test on.
-        shots: Examples of each class.
+        shots: Values of the number of examples per class.
         l2: Penalties.
-        num_seeds: Draws of the shots.
-        resize: See `features.preprocessing`.
-        batch_size: Images encoded at once.
-        name: See `Evaluator`.
+        num_seeds: Number of samples of the shots.
+        resize: "squash" or "resize_small", as in `features.preprocessing`.
+        batch_size: Number of images encoded per batch.
+        name: Name of the evaluator in the results.
     """
 
     needs = (FEATURES,)
@@ -225,7 +225,7 @@ class Fewshot(Evaluator):
         self._batch_size = batch_size
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         for data in self._data.values():
             data.open()
 
@@ -233,8 +233,8 @@ class Fewshot(Evaluator):
         """Measures the features of a model.
 
         Returns:
-            A `Report`; a metric is called `10_shot`, with more than one
-            penalty `10_shot_l2_1024`, and is the mean over seeds.
+            A `Report` of the mean over seeds. A metric is called `10_shot`, or
+            `10_shot_l2_1024` if there is more than one penalty.
         """
         self.check(predictor)
         features, skipped = [], {}
@@ -253,13 +253,13 @@ class Fewshot(Evaluator):
         counts = [len(labels) for _, labels in features]
         classes = max(int(labels.max()) for _, labels in features) + 1
         lines = [
-            f"{classes} classes, {counts[0]} images to draw from, "
+            f"{classes} classes, {counts[0]} images to sample from, "
             f"{counts[1]} to test on",
             *_table(results),
         ]
         for split, reasons in skipped.items():
             lines += [
-                f"skipped of {split}: {n} x {r}" for r, n in reasons.items()
+                f"skipped in {split}: {n} x {r}" for r, n in reasons.items()
             ]
         details = {
             "classes": classes,

@@ -1,19 +1,18 @@
-"""Does the model's likelihood agree with what people think of a caption?
+"""Correlation of the model's score with human judgments of captions.
 
 Flickr8k (Hodosh et al. 2013) has judgments of captions, most of them written
 for other images:
-    ExpertAnnotations.txt          image, caption, three ratings from 1 (has
-                                   nothing to do with the image) to 4 (all of
-                                   it is right)
-    CrowdFlowerAnnotations.txt     image, caption, share of yes, number of yes,
-                                   number of no (may be compressed: .gz)
-A caption is named "other.jpg#2": the third of those of other.jpg.
+    ExpertAnnotations.txt          image, caption, three ratings from 1 (not
+                                   related to the image) to 4 (correct)
+    CrowdFlowerAnnotations.txt     image, caption, fraction of yes, number of
+                                   yes, number of no (may be compressed: .gz)
+A caption is named "other.jpg#2" for the third one of other.jpg.
 
 As in CLIPScore (arXiv 2104.08718, section 4) captions that were written for
-the image itself are left out (158 of 5,822 of the experts'), and an expert's
-rating is a pair of its own: (likelihood, rating), three times each caption.
-The field reports Kendall's tau-c for the experts, tau-b for CrowdFlower; here
-are both for either.
+the image itself are left out (158 of 5,822 of the experts'), and each expert's
+rating is a separate pair (score, rating), three pairs per caption. The
+literature reports Kendall's tau-c for the experts and tau-b for CrowdFlower;
+this module computes both for either.
 """
 
 import collections
@@ -51,11 +50,11 @@ FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What people think of one caption for one image.
+    """Human ratings of one caption for one image.
 
     Attributes:
         image: File name of the image.
-        caption: Its name, "other.jpg#2".
+        caption: Name of the caption, such as "other.jpg#2".
         ratings: One or more numbers, higher is better.
     """
 
@@ -73,20 +72,20 @@ def read(folder, which="expert"):
     """Reads a file of judgments.
 
     Args:
-        folder: Where it lies.
+        folder: Folder of the file.
         which: "expert" or "crowdflower".
 
     Returns:
         A list of `Judgment`s.
 
     Raises:
-        ValueError: No such file, or a line that is not of its form.
+        ValueError: If there is no such file, or a line is malformed.
     """
     check_choice(FILES, which=which)
     path = pathlib.Path(folder) / FILES[which]
     compressed = path.with_name(path.name + ".gz")
     if not path.exists() and not compressed.exists():
-        raise ValueError(f"Judgments must lie in {path} (or .gz beside it)")
+        raise ValueError(f"There must be a file {path} or {compressed}")
     opener = open if path.exists() else gzip.open
     judgments = []
     with opener(path if path.exists() else compressed, "rt") as lines:
@@ -94,25 +93,25 @@ def read(folder, which="expert"):
             try:
                 image, caption, *numbers = line.split()
                 found = tuple(map(float, numbers))
-                # The first of CrowdFlower's numbers is the share of yes.
+                # The first of CrowdFlower's numbers is the fraction of yes.
                 ratings = found if which == "expert" else (found[0],)
                 int(caption.rpartition("#")[2])
             except (ValueError, IndexError):
                 ratings = ()
             if not ratings:
                 raise ValueError(
-                    f"{path}, line {number}, is no judgment: {line!r}"
+                    f"{path}, line {number}, is not a judgment: {line!r}"
                 )
             judgments.append(Judgment(image, caption, ratings))
     return judgments
 
 
 def correlations(values, ratings):
-    """Kendall's tau of one number a caption with all ratings of it.
+    """Kendall's tau of one number per caption with all of its ratings.
 
     Args:
         values: float [captions].
-        ratings: A list of ratings for each.
+        ratings: A list of the ratings of each caption.
 
     Returns:
         Dict of `tau_b` and `tau_c`.
@@ -130,14 +129,14 @@ def correlations(values, ratings):
 
 
 class Judgments(Evaluator):
-    """Correlation of the model's likelihood with people's judgments.
+    """Correlation of the model's score with people's judgments.
 
     Args:
-        path: Folder of Flickr8k: its captions file, its images and, in
-            `judgments`, the files above.
+        path: Folder of Flickr8k with its captions file, its images and, in the
+            subfolder `judgments`, the files described above.
         which: "expert" or "crowdflower".
-        limit: Only the first images.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     needs = (SCORE,)
@@ -157,7 +156,7 @@ class Judgments(Evaluator):
         self._which, self._limit = which, limit
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         check_extra("Kendall's tau", "eval", "scipy")
         self._read(log=True)
 
@@ -191,18 +190,20 @@ class Judgments(Evaluator):
         """Scores every judged caption for its image.
 
         Returns:
-            A `Report` with `tau_b` and `tau_c` of the log-likelihood, and of
-            it per token (`per_token/tau_c`), of the parallel mode's
-            (`parallel/`), of the text without the image (`blind/`) and less
-            that (`minus_blind/`).
+            A `Report` with `tau_b` and `tau_c` of the log-likelihood, or of
+            the cosine (which orders captions as CLIPScore does, unless it is
+            negative). With a prefix that of a captioner has those of the
+            log-likelihood per token (`per_token/`), by parallel prediction
+            (`parallel/`), without the image (`blind/`), and with the image
+            minus without it (`minus_blind/`).
         """
         self.check(predictor)
         by_image, captions, paths = self._read()
         skipped = collections.Counter()
         columns = collections.defaultdict(list)
         judged = []
-        pictures = _pictures(by_image, paths, predictor.preprocessing, skipped)
-        while some := list(itertools.islice(pictures, predictor.batch_size)):
+        pairs = _images(by_image, paths, predictor.preprocessing, skipped)
+        while some := list(itertools.islice(pairs, predictor.batch_size)):
             images, judgments = zip(*some)
             judged += itertools.chain(*judgments)
             texts = [[captions[j.caption] for j in each] for each in judgments]
@@ -215,7 +216,7 @@ class Judgments(Evaluator):
             )
         columns = {kind: np.array(values) for kind, values in columns.items()}
         plain = predictor.score_kinds[0]
-        if plain == AUTOREGRESSIVE:  # A sum over tokens.
+        if plain == AUTOREGRESSIVE:  # a sum over tokens
             texts = [captions[j.caption] for j in judged]
             counts = predictor.count_tokens(texts)
             columns["per_token"] = columns[plain] / counts
@@ -258,7 +259,7 @@ class Judgments(Evaluator):
         return Report(metrics, lines, details, rows)
 
 
-def _pictures(by_image, paths, preprocessing, skipped):
+def _images(by_image, paths, preprocessing, skipped):
     """Yields (image [H, W, 3], its judgments)."""
     for name, judgments in by_image.items():
         try:

@@ -1,16 +1,22 @@
-"""`EvaluationImages`: one split of any source, as evaluators read it.
+"""Images for evaluation: one split of any source.
 
 Dimensions:
-    B: images at once.
+    B: batch of images.
+    K: maximum number of labels of an image.
     H, W: height and width the model takes.
 """
 
 import collections
+import json
 import os
+
+import numpy as np
+import tensorflow as tf
 
 from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.data.sources import prepared
 from cappa_tf.evaluation import captioning
+from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_counts
 
 
@@ -18,12 +24,12 @@ class EvaluationImages:
     """One split of a folder of images, of prepared data or of a source.
 
     Args:
-        path: As `path` of `CaptionDataset`.
+        path: Path of the data or a source, as in `CaptionDataset`.
         split: Name of the split.
-        limit: Only the first `limit` images, bad ones included.
+        limit: Maximum number of images, including bad ones; None for all.
 
     Attributes:
-        skipped: Counter of what the last reading left out, by reason.
+        skipped: Counter of the images left out in the last pass, by reason.
     """
 
     def __init__(
@@ -37,21 +43,22 @@ class EvaluationImages:
 
     @property
     def class_names(self):
-        """Names of the classes by number, an empty list where it has none."""
+        """Names of the classes by number, an empty list if there are none."""
         return list(getattr(self._source, "class_names", []))
 
     def open(self):
-        """Looks whether there is such a split.
+        """Checks that the split exists.
 
         Raises:
-            ValueError: There is none.
+            ValueError: If it does not.
         """
         self._source.split(self.split)
 
     def _data(self, tokenizer, preprocessing):
         self.skipped = collections.Counter()
-        # An evaluation says what it left out. Prepared data were checked when
-        # they were written: what cannot be read now is damage.
+        # An evaluation reports what it left out, so it may skip bad records.
+        # Prepared data were checked when they were written: an unreadable
+        # record there means damage.
         source = getattr(self._source, "source", self._source)
         strict = isinstance(source, prepared.PreparedData)
         return CaptionDataset(
@@ -62,30 +69,31 @@ class EvaluationImages:
             **({} if strict else {"max_skipped_fraction": 1.0}),
         )
 
-    def captioned(self, predictor):
+    def captioned(self, predictor, limit=None):
         """Reads images with captions in order.
 
         Args:
             predictor: `Predictor` with the model's preprocessing and B.
+            limit: Only the first images; by default that of the constructor.
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], their
             `schema.Example`s).
 
         Raises:
-            ValueError: Nothing was left to read.
+            ValueError: If there is no image to read.
         """
         data = self._data(predictor.tokenizer, predictor.preprocessing)
         empty = True
         for images, _, examples in captioning.batches(
-            data, predictor.batch_size, self._limit
+            data, predictor.batch_size, limit or self._limit
         ):
             empty = False
             yield images.numpy(), examples
         self.skipped = collections.Counter(data.skipped)
         if empty:
             raise ValueError(
-                "Nothing to evaluate on. Received: split "
+                "There is no image to evaluate on. Received: split "
                 f"{self.split!r} of {self.path}, skipped={data.skipped}"
             )
 
@@ -95,12 +103,12 @@ class EvaluationImages:
         Args:
             preprocessing: `ImagePreprocessing`.
             batch_size: B.
-            host: Which of several parts.
-            num_hosts: Number of parts.
+            host: Index of the host whose part to read.
+            num_hosts: Number of hosts, and of parts.
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], labels int64 [at
-            most B], their positions in the split).
+            most B], positions in the split int64 [at most B]).
         """
         data = self._data(None, preprocessing)
         without = 0
@@ -115,6 +123,70 @@ class EvaluationImages:
                 )
         self.skipped = collections.Counter(data.skipped)
         self.skipped["no label"] += without
-        if host:  # The first one tells of it.
+        if host:  # The first host reports these.
             self.skipped -= collections.Counter(data.noted)
         self.skipped = +self.skipped
+
+    def multi_labelled(self, preprocessing, batch_size, labels):
+        """Reads images with labels of another source, several an image.
+
+        Args:
+            preprocessing: `ImagePreprocessing`.
+            batch_size: B.
+            labels: Dict from the key of an image to a list of class numbers,
+                from `read_labels`. Images without any are left out.
+
+        Yields:
+            (images float32 [at most B, H, W, 3] in [-1, 1], labels int64 [at
+            most B, K] filled up with -1, their positions in the split).
+        """
+        data = self._data(None, preprocessing)
+        most = max(map(len, labels.values()), default=0)
+        without = 0
+        for images, positions, examples in captioning.batches(data, batch_size):
+            rows = [labels.get(example.key, []) for example in examples]
+            known = np.array([bool(row) for row in rows])
+            without += int((~known).sum())
+            if known.any():
+                filled = [row + [-1] * (most - len(row)) for row in rows if row]
+                yield (
+                    images.numpy()[known],
+                    np.array(filled, np.int64),
+                    np.array(positions)[known],
+                )
+        self.skipped = collections.Counter(data.skipped)
+        self.skipped["no label"] += without
+        self.skipped = +self.skipped
+
+
+def read_labels(path, num_classes):
+    """Reads a JSON file of several labels per image.
+
+    Args:
+        path: An object from the keys of images to lists of class numbers, as
+            in {"val/1.jpg": [3, 7], "val/2.jpg": []}.
+        num_classes: C.
+
+    Returns:
+        The dict.
+
+    Raises:
+        ValueError: The file is missing or has another form; names the image.
+    """
+    try:
+        found = json.loads(files.read_text(path))
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} must be an object from keys of images to lists of class "
+            f"numbers. Received: a {type(found).__name__}"
+        )
+    for key, labels in found.items():
+        numbers = labels if isinstance(labels, list) else [None]
+        if not all(type(n) is int and 0 <= n < num_classes for n in numbers):
+            raise ValueError(
+                f"Labels in {path} must be lists of numbers from 0 to "
+                f"{num_classes - 1}. Received: {labels!r} of {key!r}"
+            )
+    return found

@@ -1,7 +1,7 @@
-"""How likely people's captions are to the model, with the image and without.
+"""Perplexity of people's captions, with the image and without.
 
-Names tell what a figure is: nll is a negative log-likelihood in nats, and
-perplexity its exponential per token.
+`nll` is a negative log-likelihood in nats, and `perplexity` the exponential of
+its mean per token.
 """
 
 import math
@@ -22,12 +22,13 @@ class Perplexity(Evaluator):
     """Perplexity of all captions of one split, left to right.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images.
-        blind: Whether to measure the captions without images, too, where the
-            model can: how much of the likelihood is owed to language alone.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        blind: Whether to also score the captions without images, if the model
+            supports it. This shows how much of the likelihood is due to
+            language alone.
+        name: Name of the evaluator in the results.
     """
 
     needs = (AUTOREGRESSIVE,)
@@ -46,16 +47,16 @@ class Perplexity(Evaluator):
         self._blind = blind
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def evaluate(self, predictor):
-        """Sums over all tokens of all captions, eos counted.
+        """Scores all captions, including eos.
 
         Returns:
             A `Report` with the metrics `nll_per_token`, `perplexity` (its
-            exponential) and `nll_per_caption`, the same with `blind/` in
-            front if asked for; rows have each image's captions and nll.
+            exponential) and `nll_per_caption`, and with `blind` the same with
+            the prefix `blind/`. Rows have each image's captions and nll.
         """
         self.check(predictor)
         modes = [AUTOREGRESSIVE]

@@ -1,12 +1,13 @@
-"""Image-text retrieval by likelihood: which caption, which image.
+"""Image-text retrieval: finds the caption of an image and vice versa.
 
-The score of a pair is the caption's log-likelihood given the image. Some
-captions are likelier than others whatever the image shows, and rank first for
-all of them; so images also rank captions by the score less the caption's
-likelihood without an image (`minus_blind`). For a given caption that changes
-no order of images.
+The score of a pair is the caption's log-likelihood given the image, or the
+cosine of their embeddings. Some captions are likely whatever the image shows,
+and would rank first for all images; so captions are also ranked by the
+log-likelihood minus that of the caption without an image (`minus_blind`). This
+does not change the order of images for a given caption.
 
-Letters: I images, T captions, each of one image.
+Abbreviations for dimensions:
+    I: images.  T: captions, each of one image.  C: width of the embeddings.
 """
 
 import itertools
@@ -22,9 +23,18 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
+from cappa_tf.inference.predictor import (
+    BLIND,
+    COSINE,
+    MINUS_BLIND,
+    PARALLEL,
+    SCORE,
+)
+from cappa_tf.utils.arguments import check_counts
 
 RECALLS = (1, 5, 10)
+# Default limit of images if likelihoods are scored.
+_LIKELIHOOD_LIMIT = 100
 
 
 def recalls(scores, owners, at=RECALLS):
@@ -34,27 +44,31 @@ def recalls(scores, owners, at=RECALLS):
         scores: float [I, T].
         owners: int [T], the image that each caption was written for; each
             image has at least one.
-        at: The k.
+        at: The values of k.
 
     Returns:
-        Dict of `image_to_text/recall@k`, the share of images one of whose own
-        captions is among the k best, and `text_to_image/recall@k`, the share
-        of captions whose image is. A wrong one that scores the same counts
-        as better: a model that cannot tell finds nothing.
+        Dict of `image_to_text/recall@k`, the fraction of images that have one
+        of their own captions among the k best, and `text_to_image/recall@k`,
+        the fraction of captions whose image is among the k best. A wrong
+        candidate with the same score counts as better, so a model that gives
+        all pairs the same score has a recall of 0.
     """
     scores, owners = np.asarray(scores), np.asarray(owners)
-    images = np.arange(scores.shape[0])
-    own = owners == images[:, None]  # [I, T]
-    if owners.shape != scores.shape[1:] or not own.any(1).all():
+    count = len(scores)
+    owned = scores.shape[1:] == owners.shape and len(owners) > 0
+    if not owned or np.unique(owners).tolist() != list(range(count)):
         raise ValueError(
-            "Every caption must have one image, every image a caption. "
+            "Every caption must have one image, and every image a caption. "
             f"Received: scores of shape {scores.shape}, {len(owners)} owners "
             f"from {set(owners.tolist())}"
         )
-    best = np.where(own, scores, -np.inf).max(1)  # [I]
-    texts_before = (~own & (scores >= best[:, None])).sum(1)  # [I]
     right = scores[owners, np.arange(len(owners))]  # [T]
-    images_before = (~own & (scores >= right)).sum(0)  # [T]
+    best = np.full(count, -np.inf)
+    np.maximum.at(best, owners, right)  # [I]
+    # An image's own captions are not before its best one.
+    own = np.bincount(owners, right >= best[owners], count)
+    texts_before = (scores >= best[:, None]).sum(1) - own  # [I]
+    images_before = (scores >= right).sum(0) - 1  # [T]
     return {
         f"{direction}/recall@{k}": float(np.mean(before < k))
         for direction, before in (
@@ -68,16 +82,18 @@ def recalls(scores, owners, at=RECALLS):
 class Retrieval(Evaluator):
     """Retrieval in one split of captioned images.
 
-    Every caption is scored for every image: I * T passes' worth, which grows
-    with the square of `limit`.
+    By likelihood every caption is scored for every image: I * T scores, whose
+    cost grows with the square of `limit`. By cosine each image and each caption
+    is embedded once.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images.
+        limit: Maximum number of images to use; by default 100 if likelihoods
+            are scored, and all otherwise.
         captions_per_image: At most as many captions of each; None for all.
         parallel: Whether to score in parallel mode, too.
-        name: See `Evaluator`.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -85,41 +101,55 @@ class Retrieval(Evaluator):
         path: str | os.PathLike,
         split="test",
         *,
-        limit: int | None = 100,
+        limit: int | None = None,
         captions_per_image: int | None = None,
         parallel=False,
         name="retrieval",
     ):
         super().__init__(name)
-        self._data = EvaluationImages(path, split, limit)
+        check_counts(optional=True, limit=limit)
+        self._data = EvaluationImages(path, split)
+        self._limit = limit
         self._most = captions_per_image
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def evaluate(self, predictor):
-        """Scores all pairs; see `recalls` for the metrics.
+        """Scores all pairs of images and captions.
 
-        Those of the other scores have `minus_blind/` and `parallel/` in front.
+        The names of metrics of other scores than the default begin with
+        `minus_blind/`, `parallel/` or, for a captioner that also has a cosine,
+        `cosine/`.
         """
         self.check(predictor)
-        batches = list(self._data.captioned(predictor))
-        owned = [
-            example.captions[: self._most]
-            for _, examples in batches
-            for example in examples
-        ]
+        plain = predictor.score_kinds[0]
+        kinds = [plain, *self.needs[1:]]
+        likelihoods = [kind for kind in kinds if kind != COSINE]
+        if COSINE not in kinds and predictor.can(COSINE):
+            kinds.append(COSINE)
+        limit = self._limit
+        if limit is None and likelihoods:
+            limit = _LIKELIHOOD_LIMIT
+        batches, embedded, owned = [], [], []
+        for images, examples in self._data.captioned(predictor, limit):
+            owned += [example.captions[: self._most] for example in examples]
+            if likelihoods:
+                batches.append(images)
+            if COSINE in kinds:  # Images need not be kept.
+                embedded.append(predictor.embed_images(images))
         texts = list(itertools.chain(*owned))
         owners = np.repeat(np.arange(len(owned)), [*map(len, owned)])
-        plain = predictor.score_kinds[0]
         scores = {
             kind: np.concatenate(
-                [predictor.score(images, texts, kind) for images, _ in batches]
+                [predictor.score(images, texts, kind) for images in batches]
             )
-            for kind in (plain, *self.needs[1:])
+            for kind in likelihoods
         }
+        if COSINE in kinds:
+            scores[COSINE] = predictor.cosines(np.concatenate(embedded), texts)
         if predictor.can(BLIND):
             scores[MINUS_BLIND] = scores[plain] - predictor.blind(texts)
         metrics, rows = {}, []
@@ -128,7 +158,7 @@ class Retrieval(Evaluator):
             metrics |= named(kind, found, plain)
             both = np.split(np.array([*found.values()]), 2)
             rows.append((f"{kind}, image to text", *map(float, both[0])))
-            if kind != MINUS_BLIND:  # the same order of images
+            if kind != MINUS_BLIND:  # has the same order of images
                 rows.append((f"{kind}, text to image", *map(float, both[1])))
         skipped = dict(self._data.skipped)
         lines = [

@@ -1,8 +1,8 @@
-"""Image sheet: images in a grid, under each what was said of it and how sure.
+"""Image sheet: a grid of images with their captions and probabilities.
 
-Every tile has the image; the caption, beside it a green bar where it is one of
-the references, a red one where not; the first reference in grey; and the
-caption's tokens, each on a colour from red (improbable) to green with its
+Every tile has the image; the caption, marked by a green bar if it is one of
+the references and by a red one if not; the first reference in gray; and the
+caption's tokens, each on a color from red (improbable) to green with its
 probability in percent below.
 
 All lengths are in pixels.
@@ -19,7 +19,7 @@ _TILE = 260  # width of a tile and height of its image
 _MARGIN = 14
 _GAP = 6  # between the parts of a tile
 _CHIP_PAD = 3
-_ENLARGED_WITHOUT_SMOOTHING = 130  # images up to this size: drawn, not photos
+_ENLARGED_WITHOUT_SMOOTHING = 130  # up to this size, images are not photos
 
 _INK = (28, 28, 28)
 _GREY = (96, 96, 96)
@@ -32,18 +32,18 @@ _COLORS = ((244, 150, 140), (250, 226, 140), (158, 218, 160))
 
 
 def write_sheet(path, rows, title=None, columns=4, marks=True):
-    """Draws captioned images and saves them as one PNG.
+    """Writes captioned images to one PNG file.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: Path of the file; its folder is created if missing.
         rows: `captions.CaptionRow`s with images, at least one.
-        title: Text above all, or None.
-        columns: Tiles side by side.
-        marks: Whether to show which captions are exactly a reference, which
-            on photos hardly any is.
+        title: Text at the top, or None.
+        columns: Number of tiles in a row.
+        marks: Whether to mark captions that are exactly a reference. On photos
+            hardly any caption is.
 
     Raises:
-        ValueError: No rows, or one without its image.
+        ValueError: If there are no rows, or one has no image.
     """
     rows = list(rows)
     if not rows or columns < 1:
@@ -60,7 +60,7 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
 
 
 def _assemble(lines, columns, title):
-    """Tiles in a grid, each line as high as its highest tile."""
+    """Arranges tiles in a grid, each line as high as its highest tile."""
     width = columns * (_TILE + _MARGIN) + _MARGIN
     header = _header(title, width - 2 * _MARGIN)
     heights = [max(tile.height for tile in line) + _MARGIN for line in lines]
@@ -75,7 +75,7 @@ def _assemble(lines, columns, title):
 
 
 def _header(title, width):
-    """The title, and how to read a tile."""
+    """The title and the legend."""
     legend = "Under each caption: a reference; its tokens' probabilities in %."
     texts = [_paragraph(legend, _font(13), width, _GREY)]
     if title:
@@ -84,13 +84,13 @@ def _header(title, width):
 
 
 def _tile(row, marks):
-    """One image with all that is said below it."""
+    """One image with the texts below it."""
     if row.image is None:
         raise ValueError(
             "Rows of a sheet need their images. Received: none for "
             f"key={row.key!r}"
         )
-    parts = [_picture(row.image), _caption(row, marks)]
+    parts = [_image(row.image), _caption(row, marks)]
     if row.references:
         parts.append(_paragraph(row.references[0], _font(13), _TILE, _GREY))
     if row.pieces:
@@ -99,7 +99,7 @@ def _tile(row, marks):
 
 
 def _stack(parts, width):
-    """Images one below the other, with gaps."""
+    """Stacks images vertically, with gaps."""
     height = sum(part.height + _GAP for part in parts)
     stack = Image.new("RGB", (width, height), _PAPER)
     top = 0
@@ -109,13 +109,13 @@ def _stack(parts, width):
     return stack
 
 
-def _picture(encoded):
-    """The image as large as fits on a square of the tile's width."""
+def _image(encoded):
+    """The image, scaled to fit a square of the tile's width."""
     image = Image.open(io.BytesIO(encoded))
     image = ImageOps.exif_transpose(image).convert("RGB")
     size = max(image.size)
     if size <= _ENLARGED_WITHOUT_SMOOTHING:
-        scale = max(_TILE // size, 1)  # whole, so that all pixels are equal
+        scale = max(_TILE // size, 1)  # an integer keeps pixels equal in size
         image = image.resize(
             (image.width * scale, image.height * scale),
             Image.Resampling.NEAREST,
@@ -129,7 +129,7 @@ def _picture(encoded):
 
 
 def _caption(row, marks):
-    """The caption; with references, marked as right or wrong."""
+    """The caption, marked as right or wrong if there are references."""
     indent = 10 if marks and row.references else 0
     text = row.caption or "(empty caption)"
     block = _paragraph(text, _font(16), _TILE - indent)
@@ -142,7 +142,7 @@ def _caption(row, marks):
 
 
 def _paragraph(text, font, width, color=_INK):
-    """Text, broken into lines of at most `width`."""
+    """Renders text in lines of at most `width`."""
     lines = _wrap(text, font, width)
     spacing = _line_height(font)
     block = Image.new("RGB", (width, spacing * len(lines)), _PAPER)
@@ -153,7 +153,7 @@ def _paragraph(text, font, width, color=_INK):
 
 
 def _wrap(text, font, width):
-    """Lines of at most `width`, broken at spaces, long words anywhere."""
+    """Breaks text into lines at spaces, and long words anywhere."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -170,7 +170,7 @@ def _wrap(text, font, width):
 
 
 def _chips(pieces, probabilities):
-    """Tokens side by side, each with its probability below."""
+    """Tokens in lines, each with its probability below."""
     font, small = _font(13), _font(10)
     height = _line_height(font) + _line_height(small) + 2
     placed, x, line = [], 0, 0
@@ -200,14 +200,14 @@ def _chips(pieces, probabilities):
 
 
 def _shorten(text, font):
-    """No piece is wider than a tile."""
+    """Shortens a piece until it fits a tile."""
     while font.getlength(text) > _TILE - 2 * _CHIP_PAD:
         text = text[:-2] + "\u2026"
     return text
 
 
 def probability_color(probability):
-    """RGB between red (0), yellow (0.5) and green (1)."""
+    """RGB color of a probability: red (0), yellow (0.5), green (1)."""
     position = 2 * min(max(probability, 0.0), 1.0)
     low = min(int(position), 1)
     part = position - low
@@ -217,7 +217,7 @@ def probability_color(probability):
 
 
 def _font(size):
-    # Comes with Pillow: the same on every machine.
+    # Comes with Pillow, so it is the same on every machine.
     return ImageFont.load_default(size)
 
 

@@ -1,17 +1,29 @@
-"""Zero-shot classification: the class whose name is the likeliest caption.
+"""Zero-shot classification: predicts the class whose name fits an image best.
 
-Reference: arXiv 2306.07915, section 4.2; big_vision
-evaluators/proj/cappa/scoring_classifier.py. A class's score is the
-log-likelihood of its prompt, summed over the tokens and not divided by their
-number. With several templates it is the mean of their log-likelihoods.
+The score of a captioner is the log-likelihood of the class's prompt, summed
+over the tokens and not divided by their number. It is averaged over several
+templates, and the best of several aliases counts. Reference: arXiv 2306.07915,
+section 4.2; big_vision evaluators/proj/cappa/scoring_classifier.py.
 
-Letters: N images, C classes, B images at once, M templates.
+The score of a contrastive model is the cosine of the image's embedding and the
+normalized mean of the embeddings of all prompts of the class. Reference:
+big_vision evaluators/proj/image_text/discriminative_classifier.py.
+
+The default treatment of names differs. The contrastive results of the reference
+are for canonical text and the first alias of a name. A likelihood is that of
+text as people write it, so a captioner scores the name as it is.
+
+Abbreviations for dimensions:
+    N: images.  C: classes.  B: images per batch.  M: templates.
+    D: width of the embeddings.  P: prompts of all classes.
+    K: maximum number of labels of an image.
 """
 
 import os
 
 import numpy as np
 
+from cappa_tf.evaluation import prompts
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -20,53 +32,72 @@ from cappa_tf.evaluation.evaluator import (
     table,
 )
 from cappa_tf.evaluation.features import RESIZES, preprocessing
-from cappa_tf.evaluation.images import EvaluationImages
-from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, PARALLEL, SCORE
-from cappa_tf.utils.arguments import check_choice, check_counts
+from cappa_tf.evaluation.images import EvaluationImages, read_labels
+from cappa_tf.inference.predictor import (
+    BLIND,
+    COSINE,
+    MINUS_BLIND,
+    PARALLEL,
+    SCORE,
+)
+from cappa_tf.utils.arguments import (
+    check_bool,
+    check_choice,
+    check_counts,
+    check_number,
+)
 
-DEFAULT_TEMPLATES = ("a photo of a {}",)
 _MOST_COLUMNS = 20
+# Added to the norm of a class embedding, as in the reference.
+_EPSILON = 1e-8
 
 
-def prompts(class_names, templates=DEFAULT_TEMPLATES):
-    """Captions of classes.
-
-    prompts(["cat", "dog"], ["a {}", "the {}"])
-        -> ["a cat", "the cat", "a dog", "the dog"]
+def class_embeddings(embeddings, classes):
+    """Returns one normalized embedding of each class.
 
     Args:
-        class_names: C names.
-        templates: M texts, each with one {} where the name goes.
+        embeddings: float [P, D], normalized, of prompts.
+        classes: int [P], the class of each prompt, 0 ... C - 1; each class
+            has at least one.
 
     Returns:
-        A list of C * M texts, class by class.
+        float [C, D].
     """
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(
-                "A template must hold {} once, where the name goes. "
-                f"Received: {template!r} of {tuple(templates)}"
-            )
-    if not class_names or not templates:
-        raise ValueError(
-            "There must be class names and templates. Received: "
-            f"class_names={class_names}, templates={templates}"
-        )
-    return [t.replace("{}", name) for name in class_names for t in templates]
+    embeddings, classes = np.asarray(embeddings), np.asarray(classes)
+    means = np.stack(
+        [
+            embeddings[classes == number].mean(0)
+            for number in range(classes.max() + 1)
+        ]
+    )
+    norms = np.linalg.norm(means, axis=1, keepdims=True)
+    return means / (norms + _EPSILON)
 
 
 def ranks(scores, labels):
-    """How many classes score as high as the right one or higher.
+    """Counts the wrong classes that score as high as the right one or higher.
 
     Args:
         scores: float [N, C].
-        labels: int [N].
+        labels: int [N], or [N, K] padded with -1; of several labels the one
+            with the highest score counts.
 
     Returns:
-        int [N], 0 where the right class wins alone: a tie counts as lost.
+        int [N], 0 where a right class wins alone: a tie counts as lost.
     """
-    right = np.take_along_axis(scores, labels[:, None], 1)
-    return (scores >= right).sum(1) - 1
+    right = _is_right(labels, scores.shape[1])
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    return (~right & (scores >= best)).sum(1)
+
+
+def _is_right(labels, num_classes):
+    """Bool [N, C], True where a class is a label of an image."""
+    labels = np.asarray(labels)
+    labels = labels.reshape(len(labels), -1)
+    right = np.zeros((len(labels), num_classes), bool)
+    rows, columns = np.nonzero(labels >= 0)
+    right[rows, labels[rows, columns]] = True
+    return right
 
 
 def figures(scores, labels):
@@ -74,21 +105,29 @@ def figures(scores, labels):
 
     Args:
         scores: float [N, C].
-        labels: int [N].
+        labels: int [N], or [N, K] padded with -1: any of them is right. Each
+            image has at least one.
 
     Returns:
         (dict of `top_1`, with more than five classes `top_5`, and
-        `mean_per_class`, the mean of the classes' own top-1; int [C, C], true
-        class by predicted one).
+        `mean_per_class`, the mean of the top-1 of each class; int [C, C], true
+        class by predicted class). An image with several labels belongs to each
+        of these classes; in the matrix its true class is the predicted one if
+        that is right, and the first label otherwise.
     """
     classes = scores.shape[1]
     position = ranks(scores, labels)
+    right = _is_right(labels, classes)
+    predicted = scores.argmax(1)
+    each = np.arange(len(scores))
+    first = np.asarray(labels).reshape(len(scores), -1)[:, 0]
+    true = np.where(right[each, predicted], predicted, first)
     confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels, scores.argmax(1)), 1)
+    np.add.at(confusion, (true, predicted), 1)
     per_class = [
-        np.mean(position[labels == c] == 0)
+        np.mean(position[right[:, c]] == 0)
         for c in range(classes)
-        if (labels == c).any()
+        if right[:, c].any()
     ]
     found = {"top_1": float(np.mean(position == 0))}
     if classes > 5:
@@ -97,18 +136,86 @@ def figures(scores, labels):
     return found, confusion
 
 
-class ZeroShot(Evaluator):
-    """Zero-shot classification of a folder or data set of labelled images.
+class _Likelihoods:
+    """Scores of classes by the log-likelihood of their prompts.
 
     Args:
-        path: See `EvaluationImages`.
+        predictor: `Predictor`.
+        texts: C lists of texts, with the M texts of an alias together.
+        num_templates: M.
+        kind: Kind of the score.
+    """
+
+    def __init__(self, predictor, texts, num_templates, kind):
+        self._predictor, self._kind = predictor, kind
+        self._flat = [text for some in texts for text in some]
+        # Where the aliases of each class begin.
+        aliases = np.array([len(some) // num_templates for some in texts])
+        self._starts = np.cumsum(aliases) - aliases
+        self._num_templates = num_templates
+
+    def __call__(self, images):
+        """Scores float64 [B, C] of images."""
+        return self._by_class(
+            self._predictor.score(images, self._flat, self._kind)
+        )
+
+    def blind(self):
+        """Scores float64 [C] without any image."""
+        return self._by_class(self._predictor.blind(self._flat)[None])[0]
+
+    def _by_class(self, scores):  # [B, P] -> [B, C]
+        aliases = scores.reshape(len(scores), -1, self._num_templates).mean(2)
+        return np.maximum.reduceat(aliases, self._starts, axis=1)
+
+
+class _Cosines:
+    """Scores of classes by the cosine of the image and the class.
+
+    Args:
+        predictor: `Predictor`.
+        texts: C lists of texts.
+    """
+
+    def __init__(self, predictor, texts):
+        self._predictor = predictor
+        classes = np.repeat(np.arange(len(texts)), [*map(len, texts)])
+        embedded = predictor.embed_texts(
+            [text for some in texts for text in some]
+        )
+        self._classes = class_embeddings(embedded, classes)  # [C, D]
+
+    def __call__(self, images):
+        """Scores float64 [B, C] of images."""
+        images = self._predictor.embed_images(images)
+        return np.asarray(images @ self._classes.T, np.float64)
+
+
+class ZeroShot(Evaluator):
+    """Zero-shot classification of a folder or data set of labeled images.
+
+    Args:
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        class_names: C names by class number; None for those of the data.
-        templates: M texts with {} where the name goes.
-        resize: "squash" or "resize_small", the whole image or its middle.
+        labels: JSON file of several labels per image, see `images.read_labels`,
+            in place of the data's own; a prediction is right if it is any of
+            them (as in ReaL, arXiv 2006.07159), and images without any are
+            left out. None for the labels of the data.
+        class_names: C names by class number, with commas between aliases;
+            None for those of the data.
+        templates: M texts with {} in place of the name, or "clip_paper" (81
+            texts) or "clip_best" (8 texts).
+        canonical: Whether to lower-case names and templates and remove their
+            punctuation; None for yes by cosine, no by likelihood.
+        aliases: "first", "all" or "whole", as in `prompts.class_prompts`; None
+            for "first" by cosine, "whole" by likelihood.
+        resize: "squash" for the whole image, or "resize_small" for its middle.
+        margin: Ratio of the size the image is resized to and the size of the
+            crop; 1.0 crops nothing. Some configurations of the reference use
+            1.14 (1 / 0.875) for contrastive models, others 1.0.
         parallel: Whether to score in parallel mode, too.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -116,9 +223,13 @@ class ZeroShot(Evaluator):
         path: str | os.PathLike,
         split="test",
         *,
+        labels: str | os.PathLike | None = None,
         class_names: list | tuple | None = None,
-        templates: list | tuple = DEFAULT_TEMPLATES,
+        templates: str | list | tuple = prompts.DEFAULT_TEMPLATES,
+        canonical: bool | None = None,
+        aliases: str | None = None,
         resize="squash",
+        margin=1.0,
         parallel=False,
         limit: int | None = None,
         name="zero_shot",
@@ -126,64 +237,100 @@ class ZeroShot(Evaluator):
         super().__init__(name)
         check_choice(RESIZES, resize=resize)
         check_counts(optional=True, limit=limit)
-        prompts(["name"], templates)
+        check_number("margin", margin, 1.0)
+        if canonical is not None:
+            check_bool(canonical=canonical)
+        if aliases is not None:
+            check_choice(prompts.ALIASES, aliases=aliases)
         self._data = EvaluationImages(path, split)
+        self._labels = labels
         self._class_names = class_names
-        self._templates = templates
-        self._resize = resize
+        self._templates = prompts.find_templates(templates)
+        self._canonical, self._aliases = canonical, aliases
+        self._resize, self._margin = resize, margin
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
         self._limit = limit
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
-        self._names()
+        names = self._names()
+        if self._labels is not None:
+            read_labels(self._labels, len(names))
 
     def _names(self):
         names = self._class_names or self._data.class_names
         if not names:
             raise ValueError(
-                f"{self._data.path} does not name its classes: give "
+                f"{self._data.path} does not name its classes: pass "
                 "`class_names`"
             )
         return list(names)
 
-    def evaluate(self, predictor):
-        """Classifies every image; see `figures` for the metrics.
+    def _texts(self, names, kind):
+        """Prompts of each class for one kind of score."""
+        by_cosine = kind == COSINE
+        is_canonical, aliases = self._canonical, self._aliases
+        if is_canonical is None:
+            is_canonical = by_cosine
+        if aliases is None:
+            aliases = "first" if by_cosine else "whole"
+        return prompts.class_prompts(
+            names, self._templates, is_canonical, aliases
+        )
 
-        The parallel mode's are called `parallel/top_1` and so on, and those
-        of scores less that of the text without an image `minus_blind/...`.
+    def _scorer(self, predictor, names, kind):
+        texts = self._texts(names, kind)
+        if kind == COSINE:
+            return _Cosines(predictor, texts)
+        return _Likelihoods(predictor, texts, len(self._templates), kind)
+
+    def evaluate(self, predictor):
+        """Classifies every image.
+
+        Metrics of the default score are called `top_1` and so on. The parallel
+        mode of a captioner adds `parallel/top_1` and so on, its scores minus
+        those of the text without an image add `minus_blind/...`, and the
+        cosine of a model that has both kinds of scores adds `cosine/...`.
         """
         self.check(predictor)
         data, names = self._data, self._names()
-        # All of the image, as in training: no margin is cut off.
-        prepare = preprocessing(predictor.image_size, self._resize, margin=1.0)
-        plain = predictor.score_kinds[0]
-        kinds = (plain, *self.needs[1:])
-        texts = prompts(names, self._templates)
+        # By default the whole image is used, as in training.
+        prepare = preprocessing(
+            predictor.image_size, self._resize, self._margin
+        )
+        kinds = [predictor.score_kinds[0], *self.needs[1:]]
+        if COSINE not in kinds and predictor.can(COSINE):
+            kinds.append(COSINE)
+        scorers = {kind: self._scorer(predictor, names, kind) for kind in kinds}
         scores, labels = {kind: [] for kind in kinds}, []
-        for images, numbers, _ in _first(
-            data.labelled(prepare, predictor.batch_size), self._limit
-        ):
+        if self._labels is None:
+            batches = data.labelled(prepare, predictor.batch_size)
+        else:
+            batches = data.multi_labelled(
+                prepare,
+                predictor.batch_size,
+                read_labels(self._labels, len(names)),
+            )
+        for images, numbers, _ in _first(batches, self._limit):
             if numbers.max() >= len(names):
                 raise ValueError(
-                    f"A label has no name. Received: label {numbers.max()} "
-                    f"with the {len(names)} names {names}"
+                    "Every label must have a class name. Received: label "
+                    f"{numbers.max()} with the {len(names)} names {names}"
                 )
             labels.append(numbers)
             for kind, parts in scores.items():
-                found = predictor.score(images, texts, kind)  # -> [B, C * M]
-                parts.append(found.reshape(len(images), len(names), -1).mean(2))
+                parts.append(scorers[kind](images))  # [B, C]
         if not labels:
             raise ValueError(
-                f"No labelled image in split {data.split!r} of "
+                f"There is no labeled image in split {data.split!r} of "
                 f"{data.path}. Received: skipped={dict(data.skipped)}"
             )
         labels = np.concatenate(labels)
         scores = {kind: np.concatenate(scores[kind]) for kind in kinds}
         if predictor.can(BLIND):
-            blind = predictor.blind(texts).reshape(len(names), -1).mean(1)
-            scores[MINUS_BLIND] = scores[plain] - blind
+            plain = kinds[0]
+            scores[MINUS_BLIND] = scores[plain] - scorers[plain].blind()
         return self._report(scores, labels, names, data.skipped)
 
     def _report(self, scores, labels, names, skipped):
@@ -211,7 +358,7 @@ class ZeroShot(Evaluator):
 
 
 def _confusion_lines(names, confusion):
-    """The matrix as a table, where it fits a terminal."""
+    """The matrix as a table, if it fits the terminal."""
     if len(names) > _MOST_COLUMNS:
         return []
     rows = [
@@ -223,7 +370,7 @@ def _confusion_lines(names, confusion):
 
 
 def _first(batches, limit):
-    """The first `limit` images of batches, all without a limit."""
+    """The first `limit` images of batches; all if it is None."""
     left = float("inf") if limit is None else limit
     for batch in batches:
         count = int(min(left, len(batch[0])))

@@ -1,12 +1,12 @@
-"""Weights from and to big_vision, the paper's JAX implementation.
+"""Conversion of weights from and to big_vision, the paper's JAX code.
 
     towers = load_two_towers("siglip.npz", image_size=384)  # a `Contrastive`
     encoder = load_vision_encoder("siglip.npz")             # its image tower
     captioner = load_captioner("cappa.npz")
     save_two_towers(towers, "copy.npz")
 
-The entry point of the conversion, beside the other formats. It is defined in
-`cappa_tf.saving.big_vision`, since runs start from such files, too.
+This is the public entry point, beside the other formats. The implementation is
+in `cappa_tf.saving.big_vision`, as runs can also start from such files.
 """
 
 from cappa_tf.saving.big_vision import (

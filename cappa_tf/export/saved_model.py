@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from cappa_tf.data.images import decode_resize
 from cappa_tf.export import request_images, serving_files
+from cappa_tf.models import likelihood
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_integer
@@ -221,7 +222,8 @@ class CaptionService(Service):
 
         Returns:
             Dict of `log_likelihood` float32 [B, T], summed over the tokens of
-            a text including eos; `ok` and `error`, of the image and its texts.
+            a text including eos, all predicted at once if the captioner is not
+            trained left to right; `ok` and `error`, of the image and its texts.
         """
         images, error = self._decode(image_bytes)
         texts = self._spread(texts, tf.shape(images)[0])
@@ -248,6 +250,10 @@ class CaptionService(Service):
         memory = captioner.text_decoder.project_memory(captioner.encode(images))
         longest = tf.reduce_max(tf.math.count_nonzero(labels, axis=-1))
         labels = labels[:, :, :longest]
+        if not captioner.left_to_right:
+            return likelihood.score_parallel(
+                captioner.text_decoder, memory, labels
+            )
         count, texts = tf.shape(labels)[0], tf.shape(labels)[1]
 
         def one_pass(start, scores):

@@ -7,6 +7,7 @@ Abbreviations for dimensions:
     B: images per batch.                 H, W: image size in pixels.
     T: texts, the same for all images.   K: texts of one image.
     L: length of a text in tokens.       D: width of the features.
+    C: width of the embeddings.
 """
 
 import functools
@@ -18,6 +19,8 @@ import tensorflow as tf
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.inference.captions import CaptionDecoder
+from cappa_tf.inference.text_embeddings import TextEmbeddings
+from cappa_tf.models.contrastive import COSINE
 from cappa_tf.saving import (
     big_vision,
     huggingface_tokenizer,
@@ -35,6 +38,8 @@ SCORE = "score"  # of any kind
 # Kinds of scores of captioners: left to right, as captions are generated; all
 # tokens at once from MASK tokens and the image; left to right without an image,
 # which is the likelihood of the text alone; and the first minus the third.
+# Contrastive models score by COSINE, the cosine of the embeddings of image and
+# text.
 AUTOREGRESSIVE = "autoregressive"
 PARALLEL = "parallel"
 BLIND = "blind"
@@ -167,6 +172,11 @@ class Predictor:
                 ": it has no tokenizer, as preprocessing.json and "
                 "tokenizer.model of a run are not beside it"
             )
+        elif self.score_kinds == (COSINE,) and missing != [FEATURES]:
+            hint = (
+                ": it compares the embeddings of an image and a text, and "
+                "predicts no tokens"
+            )
         raise ValueError(
             f"{user} needs a model that can: {', '.join(missing)}. Received: "
             f"{self.name}, which can: {', '.join(self.capabilities)}{hint}"
@@ -219,7 +229,70 @@ class Predictor:
             autograph=False,
         )
 
+    def embed_images(self, images):
+        """Normalized embeddings of images, to be compared with texts.
+
+        Args:
+            images: float [any number, H, W, 3] in [-1, 1].
+
+        Returns:
+            float32 [images, C].
+
+        Raises:
+            ValueError: The model has no cosine score.
+        """
+        self.require("Embedding images", COSINE)
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            some = images[start : start + self.batch_size]
+            found = self._embed_images(tf.constant(self._filled(some)))
+            parts.append(found.numpy()[: len(some)])
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def _embed_images(self):
+        return tf.function(
+            lambda images: self.model.embed_images(images), autograph=False
+        )
+
     # Texts.
+
+    def embed_texts(self, texts):
+        """Normalized embeddings of texts, to be compared with images.
+
+        An embedding is kept until the weights change.
+
+        Args:
+            texts: T strings, at least one.
+
+        Returns:
+            float32 [T, C].
+
+        Raises:
+            ValueError: The model has no cosine score.
+        """
+        table, rows = self._text_embeddings.find(texts)
+        return table[rows]
+
+    @functools.cached_property
+    def _text_embeddings(self):
+        self.require("Embedding texts", COSINE)
+        return TextEmbeddings(self.model, self.tokenizer, self.batch_size)
+
+    def cosines(self, embeddings, texts):
+        """Cosine of each image and each text.
+
+        Args:
+            embeddings: float32 [any number, C], from `embed_images`.
+            texts: T strings, at least one.
+
+        Returns:
+            float64 [images, T]; equal for texts of equal tokens.
+        """
+        table, rows = self._text_embeddings.find(texts)
+        used, places = np.unique(rows, return_inverse=True)
+        embeddings = np.asarray(embeddings, np.float64)
+        return (embeddings @ table[used].astype(np.float64).T)[:, places]
 
     def _kind(self, kind):
         """The given kind after validation, by default the first."""
@@ -243,7 +316,7 @@ class Predictor:
         """Scores of every text for every image.
 
         Those of a captioner are log-likelihoods in nats, summed over tokens
-        including eos.
+        including eos; those of a contrastive model are cosines.
 
         Args:
             images: float32 [at most B, H, W, 3] in [-1, 1].
@@ -254,6 +327,8 @@ class Predictor:
             float64 [images, T].
         """
         kind = self._kind(kind)
+        if kind == COSINE:
+            return self.cosines(self.embed_images(images), texts)
         count, ids = len(images), self.tokens(texts)
         if kind == BLIND:
             scores = self.model.score_texts(None, ids, kind)  # -> [1, T]
@@ -294,10 +369,17 @@ class Predictor:
                 "Each image needs a list of at least one text. Received: "
                 f"{len(images)} images, lists of {[*map(len, texts)]} texts"
             )
-        if kind == BLIND:
-            flat = self.blind([text for some in texts for text in some])
-            ends = np.cumsum([len(some) for some in texts])[:-1]
-            return np.split(flat, ends)
+        if kind in (BLIND, COSINE):
+            # Texts that several images share are scored once.
+            flat = [text for some in texts for text in some]
+            ends = np.cumsum([len(some) for some in texts])
+            if kind == BLIND:
+                return np.split(self.blind(flat), ends[:-1])
+            scores = self.cosines(self.embed_images(images), flat)
+            return [
+                row[end - len(some) : end]
+                for row, some, end in zip(scores, texts, ends)
+            ]
         images = self._filled(images)
         most = max(map(len, texts))
         parts = []

@@ -1,8 +1,8 @@
-"""Contrastive models: an image tower and a text tower that meet.
+"""Contrastive models: an image tower and a text tower.
 
 Abbreviations for dimensions:
     B: pairs of the batch.     H, W: height and width of the image in pixels.
-    K: captions an image.      L: length of the text.
+    K: captions per image.     L: length of the text.
     T: texts.                  C: width of the embeddings.
 """
 
@@ -17,29 +17,36 @@ from cappa_tf.utils.arguments import check_integer
 
 # The kind of score of `score_texts`: the cosine of the embeddings.
 COSINE = "cosine"
+# Of the metrics of `ContrastiveHead.losses`, see `Task.short_names`.
+SHORT_NAMES = {
+    "contrastive/loss": None,
+    "contrastive/accuracy": "acc",
+    "contrastive/temperature": "t",
+    "contrastive/bias": "b",
+}
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class Contrastive(WholeBatchTask):
-    """Two towers trained to tell the pairs of a batch from all others.
+    """Two towers trained to distinguish matching pairs from all others.
 
-    CLIP* of the CapPa paper with the softmax loss, SigLIP with the sigmoid
-    loss, LiT where the image tower is frozen.
+    This is CLIP* of the CapPa paper with the softmax loss, SigLIP with the
+    sigmoid loss, and LiT if the image tower is frozen.
 
     Args:
-        vision_encoder: `VisionEncoder` that pools.
+        vision_encoder: `VisionEncoder` whose `pooling` is not "none".
         text_encoder: `TextEncoder`.
-        embedding_dim: See `ContrastiveHead`: width of the embeddings, or a
-            pair (image, text); None for a tower without a projection.
+        embedding_dim: Width of the embeddings, or a pair (image, text); None
+            for a tower without a projection, as in `ContrastiveHead`.
         loss: "softmax" or "sigmoid".
-        temperature: First value of the learned temperature.
-        bias: First value of the learned bias, or None.
-        chunk_size: Rows of the logits that are held at once.
-        seed: Of what is dropped, together with each example's `index`.
+        temperature: Initial value of the learned temperature.
+        bias: Initial value of the learned bias, or None.
+        chunk_size: Rows of the logits that are held in memory at a time.
+        seed: Seed of dropout, together with each example's `index`.
 
     Call arguments:
         inputs: {"image": [B, H, W, 3] in [-1, 1], "labels": int [T, L]}.
-        training: Whether to drop.
+        training: Whether to apply dropout.
 
     Returns:
         Logits float32 [B, T].
@@ -48,12 +55,7 @@ class Contrastive(WholeBatchTask):
     models/proj/image_text/two_towers.py.
     """
 
-    short_names = {
-        "contrastive/loss": None,
-        "contrastive/accuracy": "acc",
-        "contrastive/temperature": "t",
-        "contrastive/bias": "b",
-    }
+    short_names = SHORT_NAMES
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Contrastive(WholeBatchTask):
 
     @property
     def parts(self):
-        """The two towers, and what compares them."""
+        """Dict of the two towers and the head that compares them."""
         return {
             "vision_encoder": self.vision_encoder,
             "text_encoder": self.text_encoder,
@@ -100,12 +102,12 @@ class Contrastive(WholeBatchTask):
     # Predictions.
 
     def embed_images(self, images, seeds=None, training=False):
-        """Normalised embeddings of images.
+        """Normalized embeddings of images.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
-            seeds: uint32 [B] of what is dropped in training.
-            training: Whether to drop.
+            seeds: uint32 [B], dropout seeds in training.
+            training: Whether to apply dropout.
 
         Returns:
             float32 [B, C].
@@ -115,12 +117,12 @@ class Contrastive(WholeBatchTask):
         return self.contrastive_head.embed_images(outputs["pre_logits"])
 
     def embed_texts(self, labels, seeds=None, training=False):
-        """Normalised embeddings of texts.
+        """Normalized embeddings of texts.
 
         Args:
             labels: int [T, L] token ids, padded.
-            seeds: uint32 [T] of what is dropped in training.
-            training: Whether to drop.
+            seeds: uint32 [T], dropout seeds in training.
+            training: Whether to apply dropout.
 
         Returns:
             float32 [T, C].
@@ -133,7 +135,7 @@ class Contrastive(WholeBatchTask):
         Args:
             images: float [B, H, W, 3] in [-1, 1].
             labels: int [T, L] token ids, padded.
-            training: Whether to drop.
+            training: Whether to apply dropout.
 
         Returns:
             float32 [B, T].
@@ -144,22 +146,22 @@ class Contrastive(WholeBatchTask):
         )
 
     def call(self, inputs, training=False):
-        """Logits of {"image", "labels"}; see the class for shapes."""
+        """Logits of a dict with "image" and "labels", float32 [B, T]."""
         return self.logits(inputs["image"], inputs["labels"], training)
 
     # Training.
 
     def embed(self, batch, training):
-        """Embeddings of the pairs of a batch, one caption an image.
+        """Embeddings of the pairs of a batch, one caption per image.
 
         Args:
             batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
-                padded, of which the first caption counts; in training `index`
-                int64 [B].
-            training: Whether to drop.
+                padded, of which the first caption is used; in training
+                `index` int64 [B].
+            training: Whether to apply dropout.
 
         Returns:
-            As `WholeBatchTask.embed`.
+            (images, texts), as `WholeBatchTask.embed` returns them.
         """
         labels = first_captions(batch["labels"])
         seeds = None
@@ -195,7 +197,7 @@ class Contrastive(WholeBatchTask):
         }
 
     def check_data(self, data, name):
-        """Refuses data whose vocabulary or sizes are not the model's."""
+        """Checks that vocabulary and sizes of a data set fit the model."""
         check_texts(data, self.text_encoder, "TextEncoder")
         check_image_size(data, name, self.vision_encoder)
         if name == "train_data" and data.captions_per_image != 1:
@@ -210,11 +212,11 @@ class Contrastive(WholeBatchTask):
 
     @property
     def score_kinds(self):
-        """The cosine of the embeddings."""
+        """Kinds of scores, only the cosine of the embeddings."""
         return (COSINE,)
 
     def score_texts(self, images, labels, kind=COSINE):
-        """Cosines [B, T] of images and texts; `Task` has the shapes."""
+        """Cosines float32 [B, T] of all images and texts."""
         del kind
         return tf.matmul(
             self.embed_images(images),
@@ -223,7 +225,7 @@ class Contrastive(WholeBatchTask):
         )
 
     def score_own_texts(self, images, labels, kind=COSINE):
-        """Cosines [B, K] of images and their own texts."""
+        """Cosines float32 [B, K] of images and their own texts."""
         del kind
         return own_cosines(self, images, labels)
 
@@ -258,21 +260,18 @@ HEAD_ARGUMENTS = ("embedding_dim", "loss", "temperature", "bias", "chunk_size")
 
 
 def contrastive_head(vision_encoder, text_encoder, **arguments):
-    """The head of two towers.
+    """Makes the head of two towers.
 
     Args:
         vision_encoder: `VisionEncoder`.
         text_encoder: `TextEncoder`.
-        **arguments: Of `ContrastiveHead`.
+        **arguments: Arguments of `ContrastiveHead`.
 
     Raises:
-        ValueError: The image tower does not pool, or as `ContrastiveHead`.
+        ValueError: If the image tower does not pool, or `ContrastiveHead`
+            refuses an argument.
     """
-    if vision_encoder.pooling == "none":
-        raise ValueError(
-            "A contrastive model needs a vision encoder that pools. Received: "
-            "pooling='none'"
-        )
+    check_pooling(vision_encoder)
     return ContrastiveHead(
         vision_encoder.hidden_dim,
         text_encoder.hidden_dim,
@@ -281,8 +280,17 @@ def contrastive_head(vision_encoder, text_encoder, **arguments):
     )
 
 
+def check_pooling(vision_encoder):
+    """Checks that an image tower has the feature that embeddings need."""
+    if vision_encoder.pooling == "none":
+        raise ValueError(
+            "A contrastive model needs a vision encoder that pools. Received: "
+            "pooling='none'"
+        )
+
+
 def embed_texts(task, labels, seeds=None, training=False):
-    """Normalised embeddings [T, C] of labels [T, L], by a task's text tower."""
+    """Normalized embeddings [T, C] of labels [T, L], by a task's text tower."""
     labels = tf.convert_to_tensor(labels, tf.int32)
     training = task.trains("text_encoder", training)
     outputs = task.text_encoder(labels, seeds=seeds, training=training)

@@ -1,8 +1,8 @@
-"""From pooled features of two towers to embeddings, logits and their loss.
+"""Contrastive head: embeddings, logits and the loss of two towers.
 
 Abbreviations for dimensions:
     B: pairs of the global batch.  R: pairs of this device.
-    D, E: width of pooled image and text features.  C: of the embeddings.
+    D, E: widths of pooled image and text features.  C: width of embeddings.
 """
 
 import math
@@ -16,7 +16,7 @@ from cappa_tf.models.task import ExampleLosses
 from cappa_tf.utils.arguments import check_choice, check_counts, check_number
 
 LOSSES = ("softmax", "sigmoid")
-# Added to the norm, as in the reference: not a lower bound of it.
+# Added to the norm, as in the reference, not a lower bound of it.
 _EPSILON = 1e-8
 
 
@@ -27,18 +27,18 @@ class ContrastiveHead(keras.layers.Layer):
     Args:
         image_dim: Width D of the pooled image features.
         text_dim: Width E of the pooled text features.
-        embedding_dim: Width C, or a pair (image, text); None, also in the
-            pair, leaves that projection out: the pooled feature itself is the
-            embedding.
+        embedding_dim: Width C, or a pair (image, text). None, also in the
+            pair, omits the projection, so that the pooled feature itself is
+            the embedding.
         loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
-        temperature: First value of the learned factor of the similarities,
-            above 0. Not a divisor.
-        bias: First value of the learned number that is added to the scaled
+        temperature: Initial value of the learned factor of the similarities,
+            above 0. It is not a divisor.
+        bias: Initial value of the learned number that is added to the scaled
             similarities; None for no such weight. The sigmoid loss needs one.
-        chunk_size: Rows of the logits that are held at once, see
-            `losses.contrastive`; None for its default.
+        chunk_size: Rows of the logits that are held in memory at a time; None
+            for the default of `losses.contrastive`.
 
-    All of it is float32 whatever the precision of the towers is.
+    The head computes in float32 whatever the precision of the towers.
 
     Reference: big_vision models/proj/image_text/two_towers.py.
     """
@@ -132,16 +132,16 @@ class ContrastiveHead(keras.layers.Layer):
         self.built = True
 
     def embed_images(self, features):
-        """Normalised embeddings float32 [B, C] of features [B, D]."""
+        """Normalized embeddings float32 [B, C] of features [B, D]."""
         return _normalised(self._image, features)
 
     def embed_texts(self, features):
-        """Normalised embeddings float32 [B, C] of features [B, E]."""
+        """Normalized embeddings float32 [B, C] of features [B, E]."""
         return _normalised(self._text, features)
 
     @property
     def scale_and_bias(self):
-        """The factor of the similarities and what is added, two scalars."""
+        """Factor and bias of the similarities, two scalars."""
         scale = ops.exp(ops.convert_to_tensor(self.log_temperature))[0]
         if self.logit_bias is None:
             return scale, tf.zeros([])
@@ -161,13 +161,13 @@ class ContrastiveHead(keras.layers.Layer):
         return tf.matmul(images, texts, transpose_b=True) * scale + bias
 
     def losses(self, images, texts, own, mask=None):
-        """Losses and figures of the pairs of this device.
+        """Losses and metrics of the pairs of this device.
 
         Args:
             images: float32 [B, C], embeddings of the global batch.
-            texts: float32 [B, C], of which text i belongs to image i.
+            texts: float32 [B, C]; text i belongs to image i.
             own: (offset, R), the pairs of this device.
-            mask: Optional bool [B], False for pairs that do not count.
+            mask: Optional bool [B], False for pairs to ignore.
 
         Returns:
             `ExampleLosses` of R examples.
@@ -175,7 +175,7 @@ class ContrastiveHead(keras.layers.Layer):
         scale, bias = self.scale_and_bias
         options = {"mask": mask, "chunk_size": self.chunk_size}
         if self.loss == "softmax":
-            # A bias shifts all logits alike: it changes no softmax.
+            # A bias shifts all logits equally and does not change the softmax.
             loss, found = contrastive.softmax_losses(
                 images, texts, own, scale, **options
             )
@@ -213,7 +213,7 @@ def _normalised(projection, features):
     features = tf.cast(features, tf.float32)
     if projection is not None:
         features = projection(features)
-    # The root of 0 has no derivative.
+    # The square root has no derivative at 0.
     square = tf.reduce_sum(tf.square(features), axis=-1, keepdims=True)
     norm = tf.sqrt(tf.maximum(square, 1e-30))
     return features / (norm + _EPSILON)

@@ -1,18 +1,19 @@
-"""What of a data set has to fit a model, and what a mismatch says."""
+"""Checks that a data set fits a model."""
 
 from cappa_tf.utils.arguments import height_width
 
 
 def check_texts(data, tower, binding):
-    """Refuses a vocabulary that is not the one a part of a model is made for.
+    """Checks that the vocabulary of a data set fits a part of a model.
 
     Args:
         data: A data set with `tokenizer`.
-        tower: Has `vocabulary_size`, `max_length` and `special_tokens`.
+        tower: Part with `vocabulary_size`, `max_length` and `special_tokens`.
         binding: Name of its class, for the message.
 
     Raises:
-        ValueError: Naming the file and the bindings that disagree.
+        ValueError: If it does not; names the file and the bindings that
+            disagree.
     """
     tokenizer = data.tokenizer
     if tokenizer is None:
@@ -46,15 +47,15 @@ def check_texts(data, tower, binding):
 
 
 def check_image_size(data, name, vision_encoder):
-    """Refuses images of another size than the encoder's.
+    """Checks that the images of a data set have the encoder's size.
 
     Args:
         data: A data set with `image_size`.
-        name: The argument it came as, for the message.
-        vision_encoder: Has `image_size`.
+        name: Name of the argument that holds it, for the message.
+        vision_encoder: Encoder with `image_size`.
 
     Raises:
-        ValueError: Naming both sizes.
+        ValueError: If the sizes differ; names both.
     """
     size = height_width("image_size", data.image_size)
     if size != tuple(vision_encoder.image_size):

@@ -32,6 +32,10 @@ class ExampleLosses(NamedTuple):
     metrics: dict
     counts: dict
 
+    def times(self, weight):
+        """The loss times a number; all other figures as they are."""
+        return self._replace(loss=self.loss * weight)
+
     def plus(self, other):
         """The sum of two losses of the same examples, all figures of both."""
         return ExampleLosses(
@@ -56,8 +60,9 @@ class Task(keras.Model):
         can_generate: Whether the model has `generate`, which captions images.
             A run then writes captions of sample images and of the test split.
         needs_whole_batch: Whether the loss of an example depends on the others
-            of the global batch, see `WholeBatchTask`.
+            of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
+        trained_parts: Names of layers inside frozen parts that are trained.
     """
 
     selection_metric = "loss"
@@ -66,11 +71,12 @@ class Task(keras.Model):
     can_generate = False
     needs_whole_batch = False
     frozen_parts = ()
+    trained_parts = ()
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        names = dict.fromkeys(["loss", self.selection_metric])
-        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._fit_metrics = {}
+        self._frozen_variables = frozenset()
 
     def build(self, input_shape=None):
         """Creates all weights, whose sizes the constructors determine."""
@@ -79,6 +85,9 @@ class Task(keras.Model):
             if not part.built:
                 part.build()
             stateless_random.set_salt_prefix(part, name)
+        if not self._fit_metrics:
+            names = dict.fromkeys(["loss", self.selection_metric])
+            self._fit_metrics = {n: keras.metrics.Mean(n) for n in names}
         self.built = True
 
     def build_from_config(self, config):
@@ -86,7 +95,7 @@ class Task(keras.Model):
         del config
         self.build()
 
-    def freeze(self, names):
+    def freeze(self, names, trained=()):
         """Excludes parts from training, until the next call.
 
         Must be called before the optimizer is built. The weights of frozen
@@ -96,6 +105,8 @@ class Task(keras.Model):
 
         Args:
             names: Names of `parts`; those of an earlier call are trained again.
+            trained: Names of layers inside them that are trained all the same,
+                such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
@@ -107,7 +118,26 @@ class Task(keras.Model):
                 f"`frozen_parts` must be among the parts of the model, "
                 f"{list(parts)}. Received: {unknown}"
             )
-        self.frozen_parts = tuple(names)
+        inside = {
+            f"{part}/{name}": layer
+            for part in names
+            for name, layer in _layers_inside(parts[part]).items()
+        }
+        unknown = [name for name in trained if name not in inside]
+        if unknown:
+            raise ValueError(
+                "`trained_parts` (TRAINED_PARTS) must be among the layers of "
+                f"the frozen parts, {list(inside)}. Received: {unknown}, with "
+                f"frozen_parts={list(names)}"
+            )
+        self.frozen_parts, self.trained_parts = tuple(names), tuple(trained)
+        kept = {id(v) for name in trained for v in inside[name].variables}
+        self._frozen_variables = frozenset(
+            id(variable)
+            for name in names
+            for variable in parts[name].variables
+            if id(variable) not in kept
+        )
         if not self.trainable_variables:
             raise ValueError(
                 "`frozen_parts` must leave something to train. Received: "
@@ -117,12 +147,27 @@ class Task(keras.Model):
     @property
     def trainable_variables(self):
         """The trainable variables, without those of frozen parts."""
-        frozen = {
-            id(variable)
-            for name in self.frozen_parts
-            for variable in self.parts[name].variables
-        }
+        frozen = self._frozen_variables
         return [v for v in super().trainable_variables if id(v) not in frozen]
+
+    def how_trained(self, part):
+        """Describes which layers of a part are trained, for reports.
+
+        Args:
+            part: Name of the part.
+
+        Returns:
+            "" if all are trained, "frozen", or "frozen except pool".
+        """
+        if part not in self.frozen_parts:
+            return ""
+        prefix = f"{part}/"
+        trained = [
+            name.removeprefix(prefix)
+            for name in self.trained_parts
+            if name.startswith(prefix)
+        ]
+        return "frozen" + (f" except {', '.join(trained)}" if trained else "")
 
     def trains(self, part, training):
         """Returns whether the layers of a part run as in training.
@@ -184,6 +229,19 @@ class Task(keras.Model):
         Raises:
             ValueError: If it does not; names the file and the bindings that
                 disagree.
+        """
+
+    def prepare(self, data):
+        """Takes from the training data what is fixed before the first step.
+
+        The trainer calls it once when a run starts, not when it resumes: what
+        it finds belongs to the weights. Every host calls it.
+
+        Args:
+            data: The training data set.
+
+        Returns:
+            A log line, or None.
         """
 
     def better(self, value, best):
@@ -249,14 +307,18 @@ class Task(keras.Model):
 
     def train_step(self, batch):
         """One step of `fit` on a batch of the form `batch_spec`."""
-        with tf.GradientTape() as tape:
+        variables = self.trainable_variables
+        # A frozen part must not be differentiated through.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([variable.value for variable in variables])
             losses = self.example_losses(batch, training=True)
             # Gradients are summed over replicas, so divide by their number.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             loss = tf.reduce_mean(losses.loss) / replicas
             scaled = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        gradients = tape.gradient(scaled, variables)
+        gradients = tape.gradient(
+            scaled, [variable.value for variable in variables]
+        )
         self.optimizer.apply_gradients(zip(gradients, variables))
         return self._update_metrics(losses)
 
@@ -278,9 +340,9 @@ class Task(keras.Model):
 class WholeBatchTask(Task):
     """Base class of tasks whose loss compares the examples of a batch.
 
-    A trainer calls `embed` on each device and microbatch, gathers the
-    embeddings of the global batch, and hands all of them to `batch_losses`:
-    gradients are then those of the whole batch, however it is split.
+    The trainer calls `embed` on each device and microbatch, gathers the
+    embeddings of the global batch, and passes all of them to `batch_losses`.
+    The gradients are then those of the whole batch, however it is split.
 
     A subclass defines `embed` and `batch_losses` in place of `example_losses`.
     """
@@ -293,15 +355,16 @@ class WholeBatchTask(Task):
         raise NotImplementedError
 
     def embed(self, batch, training):
-        """What examples bring to the loss of the batch.
+        """Embeds the examples of a batch.
 
         Args:
-            batch: As `batch_spec` describes it.
-            training: Whether to sample and to drop as training does.
+            batch: Dict of tensors as in `batch_spec`.
+            training: Whether to use the random choices and the dropout of
+                training.
 
         Returns:
             (images, texts, losses): two float32 [B, C], and `ExampleLosses` of
-            what an example adds to the loss on its own account.
+            the part of the loss that does not depend on other examples.
         """
         raise NotImplementedError
 
@@ -311,9 +374,9 @@ class WholeBatchTask(Task):
         Args:
             images: float32 [global batch, C], from `embed`.
             texts: float32 [global batch, C], from `embed`.
-            own: (offset, B), the examples that are measured.
-            mask: Optional bool [global batch], False for padding, which is
-                compared with nothing.
+            own: (offset, B), the examples whose losses are returned.
+            mask: Optional bool [global batch], False for padding, which is not
+                compared with any example.
 
         Returns:
             `ExampleLosses` of the B examples.
@@ -321,9 +384,22 @@ class WholeBatchTask(Task):
         raise NotImplementedError
 
     def example_losses(self, batch, training):
-        """Losses of a batch that is compared with itself alone."""
-        images, texts, losses = self.embed(batch, training)
+        """Losses of a batch whose examples are compared with each other."""
         mask = batch.get("_mask")
+        return self.complete(*self.embed(batch, training), mask)
+
+    def complete(self, images, texts, losses, mask=None):
+        """Losses of all examples, once they are compared with each other.
+
+        Args:
+            images: float32 [global batch, C], from `embed`, as are the others.
+            texts: float32 [global batch, C].
+            losses: `ExampleLosses`.
+            mask: Optional float32 [global batch], 0 for padding.
+
+        Returns:
+            `ExampleLosses`.
+        """
         mask = None if mask is None else mask > 0
         own = (0, images.shape[0] or tf.shape(images)[0])
         return losses.plus(self.batch_losses(images, texts, own, mask))
@@ -337,3 +413,9 @@ class WholeBatchTask(Task):
                 "compares those of the global batch"
             )
         return super().train_step(batch)
+
+
+def _layers_inside(part):
+    """Dict name -> layer of a part's own layers that have weights."""
+    layers = getattr(part, "layers", ())
+    return {layer.name: layer for layer in layers if layer.variables}

@@ -1,4 +1,4 @@
-"""The text tower of contrastive models.
+"""Text encoder, the text tower of contrastive models.
 
 Abbreviations for dimensions:
     N: batch of texts.  L: `max_length`.  D: width.
@@ -30,11 +30,11 @@ POOLINGS = ("last", "first", "gap", "max", "map")
 
 @keras.saving.register_keras_serializable("cappa_tf")
 class TextEncoder(keras.Model):
-    """Bidirectional transformer over token ids, pooled to one vector a text.
+    """Bidirectional transformer over token ids, pooled to a vector per text.
 
-    There is no mask of any kind: every position attends to every other, those
-    of the padding included. A text is therefore always padded to `max_length`,
-    so that its embedding does not depend on the texts beside it.
+    There is no mask: every position attends to every other, including padding.
+    A text is therefore always padded to `max_length`, so that its embedding
+    does not depend on the other texts of a batch.
 
     Args:
         vocabulary_size: Number of token ids.
@@ -43,30 +43,30 @@ class TextEncoder(keras.Model):
         num_layers: Number of blocks.
         num_heads: Attention heads; divides D.
         mlp_dim: Hidden width of the MLPs.
-        pooling: What `pre_logits` is: "last" or "first" (the position of that
+        pooling: Kind of `pre_logits`: "last" or "first" (the position of that
             name), "gap" (mean over the positions), "max" (maximum over them)
             or "map" (attention pooling).
         dropout: Dropout rate of the embeddings and blocks.
         special_tokens: `SpecialTokens` of the labels; by default CapPa's.
-        pad_with_eos: Whether padding is read as eos, as the vocabularies of
-            the public CLIP and SigLIP files do it; the last position is then
-            always eos. Otherwise it is read as `special_tokens.pad`.
-        remat: Whether training recomputes what lies inside a block for the
-            gradient instead of keeping it: about a third more time, and one
-            activation a block in memory.
+        pad_with_eos: Whether padding is read as eos, as in the public CLIP and
+            SigLIP files; the last position is then always eos. Otherwise it is
+            read as `special_tokens.pad`.
+        remat: Whether training recomputes the activations inside a block for
+            the gradient instead of storing them. This takes about a third
+            more time and keeps one activation per block in memory.
 
     Call arguments:
         labels: int [N, up to L] token ids, padded with `special_tokens.pad`.
-        seeds: uint32 [N] (`stateless_random.example_seeds`) of what is dropped
-            in training; by default those of a `keras.random.SeedGenerator`.
-        training: Whether to drop.
+        seeds: uint32 [N] (`stateless_random.example_seeds`), dropout seeds in
+            training; by default from a `keras.random.SeedGenerator`.
+        training: Whether to apply dropout.
 
     Returns:
         Dict with `encoded` [N, L, D] after the final LayerNorm and
         `pre_logits` [N, D].
 
-    Reference: big_vision models/proj/image_text/text_transformer.py. Deviation:
-    it has no dropout in its public configurations.
+    Reference: big_vision models/proj/image_text/text_transformer.py, whose
+    public configurations have no dropout.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class TextEncoder(keras.Model):
             )
 
     def build(self, input_shape=None):
-        """Creates all weights; the sizes are known from the constructor."""
+        """Creates all weights, whose sizes the constructor determines."""
         shape = (None, self.max_length, self.hidden_dim)
         self._embedding.build(shape[:2])
         pool = () if self._pool is None else (self._pool,)
@@ -169,10 +169,10 @@ class TextEncoder(keras.Model):
         self.build()
 
     def pad(self, labels):
-        """Token ids [N, L] that stand for labels [N, up to L].
+        """Pads labels [N, up to L] to the token ids [N, L] that are read.
 
         Raises:
-            ValueError: The labels are longer than `max_length`.
+            ValueError: If the labels are longer than `max_length`.
         """
         special = self.special_tokens
         missing = self.max_length - labels.shape[1]
@@ -189,7 +189,7 @@ class TextEncoder(keras.Model):
         return ops.where(labels == special.pad, special.eos, labels)
 
     def call(self, labels, seeds=None, training=False):
-        """Encodes texts; see the class for shapes."""
+        """Encodes labels [N, up to L]; the class describes the outputs."""
         if training and seeds is None and self.seed_generator is not None:
             seeds = next_seeds(self.seed_generator, ops.shape(labels)[0])
         x = self._positions(self._embedding(self.pad(labels)))  # -> [N, L, D]

@@ -169,12 +169,13 @@ def load_two_towers(
     Args:
         path_or_arrays: Path of an npz file, or a mapping from name to array,
             names with or without `params/`.
-        image_size: As of `load_vision_encoder`.
+        image_size: Side of the images in pixels, or (height, width), as in
+            `load_vision_encoder`.
         text_pooling: Pooling of the `TextEncoder`, which arrays without a MAP
             head do not tell: "last" by default, "first", "gap" or "max".
-        pad_with_eos: Whether padding is read as eos, see `TextEncoder`. By
-            default true, except for Gemma's vocabulary of 256,000 pieces, with
-            which SigLIP 2 pads with 0.
+        pad_with_eos: Whether padding is read as eos, as in `TextEncoder`. True
+            by default, except for Gemma's vocabulary of 256,000 pieces, which
+            SigLIP 2 pads with 0.
         **options: Further arguments of `Contrastive`. `loss` is by default
             "sigmoid" if the arrays have a bias `b`, otherwise "softmax".
 
@@ -190,7 +191,7 @@ def load_two_towers(
     arrays = read_arrays(path_or_arrays)
     vision, text, arrays = _towers(arrays, image_size)
     structure = names.vision_structure(vision.keys())
-    # What follows the pooled features belongs to the contrastive head.
+    # The layers after the pooled features are part of the contrastive head.
     structure.update(rep=False, head=False)
     vision_rows = names.vision_rows(**structure)
     vision_sizes = names.read_sizes(vision_rows, vision)
@@ -202,7 +203,7 @@ def load_two_towers(
     head_rows = names.contrastive_rows(**head_structure)
     head_sizes = names.read_sizes(head_rows, arrays)
     head_sizes.update(I=vision_sizes.get("D"), J=text_sizes.get("D"))
-    # A tower without a projection gives the width of the embeddings.
+    # A tower without a projection determines the width of the embeddings.
     if not head_structure["image_head"]:
         head_sizes["Z"] = head_sizes["I"]
     elif not head_structure["text_head"]:
@@ -248,7 +249,7 @@ def load_two_towers(
 
 
 def _towers(arrays, image_size):
-    """The arrays of two towers, of old files too, by their current names.
+    """The arrays of two towers, also of old files, by their current names.
 
     Returns:
         Three dicts: the image tower's and the text tower's by their names
@@ -265,7 +266,7 @@ def _towers(arrays, image_size):
 
 
 def _text_pooling(structure, pooling):
-    """The pooling of a text tower: what its arrays tell, or as asked."""
+    """The pooling of a text tower, from its arrays or as requested."""
     found = structure["pooling"]
     if pooling is None or pooling == found:
         return found or "last"
@@ -335,6 +336,22 @@ def save_two_towers(model, path, *, scan=False):
         scan: Whether to stack the blocks, as in a big_vision model with
             `scan=True`.
     """
+    arrays = {}
+    for prefix, rows, part in two_towers_rows(model, scan):
+        arrays |= {prefix + n: a for n, a in _arrays(rows, part).items()}
+    _write(path, arrays)
+
+
+def two_towers_rows(model, scan=False):
+    """The parts of a contrastive model as big_vision names them.
+
+    Args:
+        model: A built `Contrastive`.
+        scan: Whether blocks are stacked.
+
+    Returns:
+        List of (prefix of the names, list of `names.Row`, part of the model).
+    """
     text, head = model.text_encoder, model.contrastive_head
     text_rows = names.text_tower_rows(
         num_layers=text.num_layers, scanned=scan, pooling=text.pooling
@@ -345,14 +362,11 @@ def save_two_towers(model, path, *, scan=False):
         bias=head.bias is not None,
     )
     encoder = model.vision_encoder
-    arrays = {}
-    for prefix, rows, part in (
+    return [
         (_IMAGE_TOWER, _vision_rows(encoder, scan), encoder),
         (_TEXT_TOWER, text_rows, text),
         ("", head_rows, head),
-    ):
-        arrays |= {prefix + n: a for n, a in _arrays(rows, part).items()}
-    _write(path, arrays)
+    ]
 
 
 def save_vision_encoder(encoder, path, *, scan=False):
@@ -467,7 +481,7 @@ def paired(rows, model):
         path.removeprefix("vision_encoder/"): variable
         for path, variable in variables_by_path(model).items()
     }
-    # What compares two towers has no blocks.
+    # A contrastive head has no blocks.
     blocks = getattr(getattr(model, "vision_encoder", model), "num_layers", 0)
     pairs = []
     for row in rows:

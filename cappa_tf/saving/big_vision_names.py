@@ -220,7 +220,7 @@ def text_tower_rows(*, num_layers, scanned=False, pooling="last"):
 
 
 def contrastive_rows(*, image_head=False, text_head=True, bias=False):
-    """The table of what compares two towers.
+    """The table of a contrastive head.
 
     Args:
         image_head: Whether image features are projected.

@@ -8,7 +8,13 @@ import tensorflow as tf
 
 
 def build_model(
-    model, optimizer, strategy, seed=0, precision=None, frozen_parts=()
+    model,
+    optimizer,
+    strategy,
+    seed=0,
+    precision=None,
+    frozen_parts=(),
+    trained_parts=(),
 ):
     """Creates all weights and optimizer state under the strategy's scope.
 
@@ -23,6 +29,7 @@ def build_model(
         precision: Dtype policy such as "mixed_bfloat16"; None keeps the
             current policy.
         frozen_parts: Names of the parts to exclude from training.
+        trained_parts: Names of layers inside them to train all the same.
 
     Returns:
         (model, optimizer), both built.
@@ -35,7 +42,7 @@ def build_model(
         model = constructed(model, "model", "example_losses", "weights")
         if not model.built:
             model.build()
-        model.freeze(frozen_parts)
+        model.freeze(frozen_parts, trained_parts)
         several = strategy.num_replicas_in_sync > 1
         if several and isinstance(optimizer, keras.optimizers.Optimizer):
             raise ValueError(

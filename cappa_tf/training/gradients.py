@@ -1,12 +1,12 @@
 """Gradients of a task on one replica's batch.
 
-A task whose loss is a mean over examples gets them from each microbatch by
-itself. One that compares the examples of the whole batch
-(`WholeBatchTask`) is gone through twice: the embeddings of all examples first,
-which every replica then compares, and then each microbatch again with the
-derivatives of the loss by its embeddings. The result is the gradient of the
-whole batch exactly, and memory that of one microbatch (GradCache, arXiv
-2101.06983). A batch of one microbatch is gone through once.
+If the loss is a mean over examples, each microbatch contributes separately. A
+task that compares the examples of the whole batch (`WholeBatchTask`) takes two
+passes: the first computes the embeddings of all examples, which every replica
+then compares; the second runs each microbatch again with the derivatives of the
+loss with respect to its embeddings. The result is exactly the gradient of the
+whole batch, with the memory of one microbatch (GradCache, arXiv 2101.06983). A
+batch of one microbatch takes one pass.
 
 B: examples of the global batch.  R: of one replica's.  A: microbatches.
 C: width of the embeddings.
@@ -19,16 +19,16 @@ import tensorflow as tf
 
 from cappa_tf.training.reporting.metrics import Sums, SumsLayout
 
-# AutoGraph has nothing to convert in a model or here, and takes as long to
-# find that out as all the rest of the tracing.
+# AutoGraph has nothing to convert here or in the model, and finding that out
+# takes it as long as the rest of the tracing.
 function = functools.partial(tf.function, autograph=False)
 
 
 class TaskGradients:
-    """Gradients of the mean loss over the global batch, a replica's share.
+    """A replica's share of the gradients of the mean loss.
 
-    To be called in a replica's context; the SUM over the replicas is the
-    gradient.
+    Must be called in a replica's context; the SUM over the replicas is the
+    gradient of the mean over the global batch.
 
     Args:
         model: A built `Task`.
@@ -50,6 +50,8 @@ class TaskGradients:
             wrap = _unchanged
         if model.needs_whole_batch:
             self._forward = wrap(lambda batch: model.embed(batch, True))
+            # Without the losses: nothing that only they need is computed.
+            self._embed = wrap(lambda batch: model.embed(batch, True)[:2])
             self._backward = wrap(self._against_derivatives)
             self._gradients = self._whole_batch
         else:
@@ -71,7 +73,7 @@ class TaskGradients:
         return self._accumulated(self.of_microbatch, batch)
 
     def of_microbatch(self, batch):
-        """Gradients of a microbatch whose loss depends on nothing else.
+        """Gradients of a microbatch whose loss depends only on itself.
 
         Args:
             batch: Dict of tensors [R / A, ...].
@@ -103,7 +105,7 @@ class TaskGradients:
             shape = [batch["index"].shape[0], model.embedding_width]
             spec = tf.TensorSpec([parts["index"].shape[1], shape[1]])
             embeddings = tf.map_fn(
-                lambda part: tuple(self._forward(part)[:2]),
+                self._embed,
                 parts,
                 parallel_iterations=1,
                 fn_output_signature=(spec, spec),
@@ -116,7 +118,7 @@ class TaskGradients:
                 {**batch, _DERIVATIVES: tf.stack(derivatives, 1)},
             )
             sums = self._layout.unpacked(sums)
-        # What a head adds itself, such as the temperature.
+        # Gradients of the head's own variables, such as the temperature.
         gradients = [
             g if d is None else g + tf.convert_to_tensor(d)
             for g, d in zip(gradients, direct)
@@ -124,7 +126,7 @@ class TaskGradients:
         return gradients, self._layout.packed(sums.of_both(whole))
 
     def _against_derivatives(self, batch):
-        """Gradients of a microbatch, given the loss by its embeddings."""
+        """Gradients of a microbatch, from the derivatives of its embeddings."""
         batch = dict(batch)
         derivatives = tf.unstack(batch.pop(_DERIVATIVES), axis=1)
         with self._tape() as tape:
@@ -136,15 +138,15 @@ class TaskGradients:
         return gradients, self._layout.packed(Sums.of(losses))
 
     def _compare(self, images, texts):
-        """Compares this replica's pairs with those of all.
+        """Compares this replica's pairs with those of all replicas.
 
         Args:
             images: float32 [R, C].
             texts: float32 [R, C].
 
         Returns:
-            (the derivatives of the global loss by the two, its derivatives by
-            the variables or None, `Sums` of this replica's pairs).
+            (derivatives of the global loss with respect to both, those with
+            respect to the variables or None, `Sums` of this replica's pairs).
         """
         context = tf.distribute.get_replica_context()
         several = context.num_replicas_in_sync > 1
@@ -162,11 +164,12 @@ class TaskGradients:
             loss = tf.reduce_sum(losses.loss) / self._batch_size
         derivatives, direct = tape.gradient(loss, [list(pairs), self._values()])
         if several:
-            # A pair is in the loss of every replica.
+            # A pair contributes to the loss of every replica.
             derivatives = context.all_reduce(
                 tf.distribute.ReduceOp.SUM, derivatives
             )
-            derivatives = [x[own[0] :][: own[1]] for x in derivatives]
+            start, size = [own[0], 0], [own[1], images.shape[1]]
+            derivatives = [tf.slice(x, start, size) for x in derivatives]
         return derivatives, direct, Sums.of(losses)
 
     def _values(self):
@@ -179,9 +182,9 @@ class TaskGradients:
             yield tape
 
     def _dense(self, tape, target, upstream=None):
-        """Gradients as tensors, zeros where a variable plays no part.
+        """Gradients as dense tensors, zeros for variables without effect.
 
-        Embedding lookups give IndexedSlices; norms, sums over microbatches and
+        Embedding lookups yield IndexedSlices; norms, sums over microbatches and
         factored moments all need the dense gradient.
         """
         gradients = tape.gradient(
@@ -190,7 +193,7 @@ class TaskGradients:
         return [tf.convert_to_tensor(g) for g in gradients]
 
     def _accumulated(self, function, batch):
-        """Adds up what `function` gives for each microbatch."""
+        """Sums the results of `function` over the microbatches."""
         count = self._accumulation_steps
         if count == 1:
             return function(batch)
@@ -211,12 +214,12 @@ class TaskGradients:
         )[1:]
 
 
-# Where the derivatives by the embeddings stand in a batch: [R, 2, C].
+# Key of the derivatives of the embeddings in a batch, [R, 2, C].
 _DERIVATIVES = "_derivatives"
 
 
 def _microbatches(value, count):
-    """[R, ...] as [A, R / A, ...]; the text length may be open."""
+    """Reshapes [R, ...] to [A, R / A, ...]; the text length may be unknown."""
     shape = tf.concat([[count, -1], tf.shape(value)[1:]], axis=0)
     parts = tf.reshape(value, shape)
     parts.set_shape([count, value.shape[0] // count, *value.shape[1:]])

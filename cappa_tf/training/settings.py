@@ -78,8 +78,9 @@ class EvaluationSettings:
     can generate captions."""
 
     final_evaluation: bool = True
-    """Whether to caption the test split at the end. For a model that does not
-    generate captions, computes the validation metrics on it instead."""
+    """Whether to caption the test split at the end. The validation metrics are
+    computed on it if the metric that selects the best weights is not among the
+    figures of the captions, as for a model that generates none."""
 
     final_weights: str = "last"
     """Weights to finish with: "last", or "best" according to validation."""
@@ -175,6 +176,10 @@ class WeightSettings:
     """Names of the parts that are not trained: they get no gradients, decay or
     optimizer state, and run as in inference (without dropout)."""
 
+    trained_parts: list | tuple = ()
+    """Names of layers inside frozen parts that are trained all the same, such
+    as "vision_encoder/pool", the attention pooling on frozen features."""
+
     def __post_init__(self):
         path, parts = self.initialize_from, self.initialize_parts
         if path is not None and not (isinstance(path, str) and path):
@@ -190,4 +195,6 @@ class WeightSettings:
                     "`initialize_from`. Received: "
                     f"initialize_parts={parts!r}, initialize_from={path!r}"
                 )
-        arguments.check_names(frozen_parts=self.frozen_parts)
+        arguments.check_names(
+            frozen_parts=self.frozen_parts, trained_parts=self.trained_parts
+        )

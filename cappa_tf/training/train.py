@@ -120,8 +120,10 @@ def train(
             settings.seed,
             compute.precision,
             weights.frozen_parts,
+            weights.trained_parts,
         )
         _check_captions(model, evaluation)
+        _check_pairs(model, settings, evaluation, hosts)
         origin = first_weights(model, weights, workdir)
         if dry_run:
             return _report(
@@ -172,6 +174,24 @@ def _check_captions(model, evaluation):
                 f"caption_metrics=True, model={type(model).__name__}"
             )
         check_installed()
+
+
+def _check_pairs(model, settings, evaluation, hosts):
+    """Refuses batches in which an example has nothing to be compared with."""
+    if not model.needs_whole_batch:
+        return
+    sizes = {
+        "batch_size": settings.batch_size,
+        "eval_batch_size": evaluation.batch_size(settings) // hosts.count,
+    }
+    for name, size in sizes.items():
+        if size < 2:
+            raise ValueError(
+                f"`{name}` must be at least 2 for a {type(model).__name__}, "
+                "which compares each example with the others of the batch (in "
+                "evaluation, of one host's part of it). Received: "
+                f"{name}={size}"
+            )
 
 
 def _open_devices(settings, evaluation, compute):
@@ -231,8 +251,8 @@ def _report(model, optimizer, strategy, settings, train_data, origin):
         print(origin)
     counts = parameter_counts(model)
     for part, count in counts.items():
-        frozen = ", frozen" if part in model.frozen_parts else ""
-        print(f"{part:15} {count:>13,} parameters{frozen}")
+        how = model.how_trained(part)
+        print(f"{part:15} {count:>13,} parameters{how and ', ' + how}")
     captions = getattr(train_data, "captions_per_image", 1)
     if captions == "all":  # The number is unknown until the data is read.
         print("The estimate counts one caption per image.")

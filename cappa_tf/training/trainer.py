@@ -103,6 +103,9 @@ class Trainer:
     def __enter__(self):
         """Resumes if there is a checkpoint; opens what the loop needs."""
         self._resume()
+        self._prepared = None
+        if not self._resumed:
+            self._prepared = self.model.prepare(self.data.train)
         if self.hosts.is_chief:
             describe_run(self.workdir, self.model, self.data.train)
         batch_size = self.evaluation.batch_size(self.settings)
@@ -189,8 +192,8 @@ class Trainer:
     def _announce(self):
         counts = parameter_counts(self.model)
         parts = ", ".join(
-            f"{name.replace('_', ' ')} {count:,}"
-            + (" frozen" if name in self.model.frozen_parts else "")
+            f"{name.replace('_', ' ')} {count:,} "
+            f"{self.model.how_trained(name)}".rstrip()
             for name, count in counts.items()
             if name != "total"
         )
@@ -204,8 +207,9 @@ class Trainer:
                 f"resuming from {self._checkpoints.latest}, example "
                 f"{self._examples}"
             )
-        elif self.origin:
-            self._progress.line(self.origin)
+        else:
+            for line in filter(None, (self.origin, self._prepared)):
+                self._progress.line(line)
 
     # The loop.
 

@@ -1,1 +1,1 @@
-"""What every room needs and none owns: arguments, files, the terminal."""
+"""Utilities shared by all modules: arguments, files, the terminal."""

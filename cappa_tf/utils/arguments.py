@@ -1,8 +1,8 @@
-"""Checks of arguments; every message states the rule and what came.
+"""Validation of arguments; messages state the rule and the value received.
 
-Configurations are text without types: `3e-4` in quotes is a string and `1e6`
-a float. A constructor that computes with them unchecked fails hours later or
-not at all, so it asks here first.
+Configurations are text without types: `3e-4` in quotes is a string, and `1e6`
+a float. A constructor that used them unchecked would fail hours later or not
+at all, so it checks them here first.
 """
 
 import importlib.util
@@ -10,11 +10,11 @@ import numbers
 
 
 def check_number(name, value, minimum=0.0, maximum=None, exclusive=False):
-    """Returns `value` as a float, or says which rule it breaks.
+    """Returns `value` as a float after checking its type and range.
 
     Args:
         name: Name of the argument, for the message.
-        value: What was given; a bool or a string is not a number.
+        value: Value of the argument; a bool or a string is not a number.
         minimum: Smallest allowed value.
         maximum: Largest allowed value; `None` for any finite number.
         exclusive: If `True`, `minimum` itself is not allowed.
@@ -23,7 +23,7 @@ def check_number(name, value, minimum=0.0, maximum=None, exclusive=False):
         A Python float.
 
     Raises:
-        ValueError: `value` is no finite number or outside the range.
+        ValueError: If `value` is not a finite number or is out of range.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     above = is_number and (value > minimum if exclusive else value >= minimum)
@@ -39,18 +39,18 @@ def check_number(name, value, minimum=0.0, maximum=None, exclusive=False):
 
 
 def check_integer(name, value, minimum=0):
-    """Returns `value` as an int, or says which rule it breaks.
+    """Returns `value` as an int after checking its type and range.
 
     Args:
         name: Name of the argument, for the message.
-        value: What was given; a float is refused even if it is whole.
+        value: Value of the argument; a float is refused even if it is whole.
         minimum: Smallest allowed value.
 
     Returns:
         A Python int.
 
     Raises:
-        ValueError: `value` is no integer or too small.
+        ValueError: If `value` is not an integer or is too small.
     """
     is_integer = isinstance(value, numbers.Integral)
     if not is_integer or isinstance(value, bool) or value < minimum:
@@ -62,20 +62,20 @@ def check_integer(name, value, minimum=0):
 
 
 def check_counts(optional=False, **values):
-    """Refuses what is no integer of at least 1 (or None, if `optional`)."""
+    """Checks for integers of at least 1 (or None, if `optional`)."""
     for name, value in values.items():
         if not (optional and value is None):
             check_integer(name, value, 1)
 
 
 def check_fraction(**values):
-    """Refuses what is not a number from 0 to 1."""
+    """Checks for numbers from 0 to 1."""
     for name, value in values.items():
         check_number(name, value, 0.0, 1.0)
 
 
 def check_bool(**values):
-    """Refuses what is neither True nor False."""
+    """Checks for True or False."""
     for name, value in values.items():
         if not isinstance(value, bool):
             raise ValueError(
@@ -84,10 +84,10 @@ def check_bool(**values):
 
 
 def check_choice(choices, **values):
-    """Refuses what is not among `choices`."""
+    """Checks that values are among `choices`."""
     for name, value in values.items():
         matches = [c for c in choices if c is value or c == value]
-        # 1 == True in Python: the types must agree as well.
+        # The types must agree as well, as 1 == True in Python.
         if not any(type(c) is type(value) for c in matches):
             raise ValueError(
                 f"`{name}` must be one of {tuple(choices)}. "
@@ -96,7 +96,7 @@ def check_choice(choices, **values):
 
 
 def check_names(**values):
-    """Refuses what is not a list of strings, each of them once."""
+    """Checks for lists of strings without repetition."""
     for name, value in values.items():
         if not (
             isinstance(value, list | tuple)
@@ -104,13 +104,13 @@ def check_names(**values):
             and len(set(value)) == len(value)
         ):
             raise ValueError(
-                f"`{name}` must be a list of names, each of them once. "
+                f"`{name}` must be a list of names without repetition. "
                 f"Received: {name}={value!r}"
             )
 
 
 def check_callable(**values):
-    """Refuses what is neither None nor callable."""
+    """Checks for functions or None."""
     for name, value in values.items():
         if value is not None and not callable(value):
             raise ValueError(
@@ -120,15 +120,15 @@ def check_callable(**values):
 
 
 def check_extra(purpose, extra, *modules):
-    """Refuses what needs packages that are not installed.
+    """Checks that optional packages are installed, without importing them.
 
     Args:
-        purpose: What needs them, for the message.
-        extra: The project's extra that installs them.
-        *modules: Names they are imported by; they are not imported.
+        purpose: Name of the feature that needs them, for the message.
+        extra: Extra of this project that installs them.
+        *modules: Names by which they are imported.
 
     Raises:
-        ImportError: With the command that installs them.
+        ImportError: If one is missing; gives the command that installs it.
     """
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
@@ -139,7 +139,7 @@ def check_extra(purpose, extra, *modules):
 
 
 def height_width(name, value):
-    """(height, width) of one integer or a pair of them, all at least 1."""
+    """Returns (height, width) from an integer or a pair, all at least 1."""
     sides = tuple(value) if isinstance(value, tuple | list) else (value,) * 2
     if len(sides) != 2:
         raise ValueError(
@@ -156,14 +156,14 @@ def height_width(name, value):
 
 
 def parse_height_width(flag, values):
-    """(height, width) of a list flag.
+    """Returns (height, width) from a list flag.
 
     Args:
-        flag: Its name, for the message.
+        flag: Name of the flag, for the message.
         values: ["224"], ["224", "196"] or None.
 
     Returns:
-        (height, width); None of None.
+        (height, width), or None for None.
     """
     if values is None:
         return None

@@ -1,8 +1,8 @@
-"""What a program prints: its own lines, whole, and one line for an error.
+"""Console output of a program: its own lines, and one line for an error.
 
-A tool is started with `run(main, define_flags)`, before TensorFlow is
-imported. What TensorFlow's C++ tells its own developers then stays away;
-everything else (warnings, errors, what a crash leaves) is passed on.
+A tool is started with `run(main, define_flags)`, before TensorFlow is imported.
+Messages of TensorFlow's C++ code for its own developers are then hidden;
+everything else (warnings, errors, the output of a crash) is passed on.
 """
 
 import atexit
@@ -20,20 +20,20 @@ import time
 from absl import app, logging
 
 # Python modules whose messages below WARNING are for their own developers.
-# gin's reader calls a path an error that is found in the next place.
+# gin's reader logs an error for a path that is found in the next folder.
 _TENSORFLOW = f"{os.sep}tensorflow{os.sep}python{os.sep}"
 _GIN_READER = os.path.join("gin", "resource_reader.py")
 
-# What a shell sees of a program whose reader has gone: 128 + SIGPIPE.
+# Exit code of a program whose output pipe was closed: 128 + SIGPIPE.
 _PIPE_CLOSED = 141
 
 
 def run(main, define_flags):
-    """Runs a tool; the program ends with it.
+    """Runs a tool and ends the program.
 
     Args:
-        main: Function of the command line's arguments that are no flags (the
-            program's name first); what it returns is the exit code.
+        main: Function of the arguments other than flags (the program's name
+            first) that returns the exit code.
         define_flags: Function that defines the tool's flags.
     """
     keep_what_cannot_be_encoded()
@@ -42,8 +42,8 @@ def run(main, define_flags):
     define_flags()
 
     def start(argv):
-        # absl has let it write past the pipe of `hide_native_info`, in pieces:
-        # lines that come through the pipe would land inside of its own.
+        # absl makes it write around the pipe of `hide_native_info`, in pieces,
+        # so that lines from the pipe would appear inside of its own.
         if faulthandler.is_enabled():
             faulthandler.enable(2)
         return main(argv)
@@ -55,7 +55,7 @@ def run(main, define_flags):
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends.
+        # The interpreter flushes stdout again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(_PIPE_CLOSED)
 
@@ -64,11 +64,11 @@ def run(main, define_flags):
 def errors_as_lines(tool, *kinds):
     """Ends the program with a message in place of a traceback.
 
-    What a person can mend (a flag, a file, what is in it) is raised as one of
-    a few kinds; any other error is a fault of this program and stays whole.
+    Errors that a person can fix (a flag, a file, its contents) are of a few
+    kinds; any other error is a bug of this program and keeps its traceback.
 
     Args:
-        tool: Name that the message begins with.
+        tool: Name at the beginning of the message.
         *kinds: Further exception classes.
 
     Raises:
@@ -82,7 +82,7 @@ def errors_as_lines(tool, *kinds):
         raise SystemExit(f"{tool}: interrupted; run it again") from None
     except Exception as error:
         known = (ValueError, OSError, ImportError, *kinds)
-        # Not imported, it cannot have raised one of its errors.
+        # If it is not imported, it cannot have raised the error.
         tensorflow = sys.modules.get("tensorflow")
         if tensorflow is not None:
             known = (*known, tensorflow.errors.OpError)
@@ -93,7 +93,7 @@ def errors_as_lines(tool, *kinds):
 
 @contextlib.contextmanager
 def naming(flag, value):
-    """Puts the flag at fault before the message of an error."""
+    """Prefixes the message of an error with the flag that caused it."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -101,7 +101,7 @@ def naming(flag, value):
 
 
 def message(error):
-    """An error's text, without where gin was when it was raised."""
+    """The text of an error, without the position that gin adds."""
     text = getattr(error, "message", None) or str(error)
     text = str(text).partition("\n  In call to configurable")[0]
     return text or type(error).__name__
@@ -111,17 +111,17 @@ def message(error):
 
 
 def keep_what_cannot_be_encoded():
-    """Makes stdout escape what the terminal's encoding lacks.
+    """Makes stdout escape characters that the terminal cannot encode.
 
-    As stderr does: one file name in Japanese would otherwise end a program
-    whose locale is ASCII, and one that is not UTF-8 any program.
+    stderr does so already. Otherwise a file name in Japanese would end a
+    program whose locale is ASCII, and one that is not UTF-8 any program.
     """
-    if sys.stdout is not None:  # Started without one.
+    if sys.stdout is not None:  # It is None if started without a stdout.
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def json_line(values):
-    """A JSON object on a line, in characters that stdout can encode."""
+    """Formats a JSON object as a line that stdout can encode."""
     line = json.dumps(values, ensure_ascii=False)
     try:
         codecs.encode(line, sys.stdout.encoding or "ascii")
@@ -134,18 +134,19 @@ def json_line(values):
 
 
 def hide_tensorflow_info():
-    """Keeps messages that are for TensorFlow's developers out of the log.
+    """Hides messages for TensorFlow's developers from the log.
 
-    Those of level INFO: how long sharding took, how inputs were renamed. They
-    come with every checkpoint and tear the progress bar. Its warnings and
-    this project's messages stay. Where gin looked for a file goes, too:
-    that it was not found anywhere is an error of its own.
+    These are of level INFO: how long sharding took, how inputs were renamed.
+    They come with every checkpoint and break the progress bar. TensorFlow's
+    warnings and this project's messages remain. Messages about the folders in
+    which gin looks for a file are hidden, too; if it is not found at all, that
+    is an error of its own.
     """
     handler = logging.get_absl_handler().python_handler
-    # absl keeps the stream that was there when it was imported.
+    # absl keeps the stream that existed when it was imported.
     if getattr(handler, "stream", None) is sys.__stderr__:
         handler.stream = sys.stderr
-    # Of the handler: TensorFlow logs under two names, one of them absl's own.
+    # On the handler, as TensorFlow logs under two names, one of them absl's.
     handler.addFilter(_is_wanted)
 
 
@@ -162,10 +163,10 @@ _NATIVE = re.compile(
     rb"(?:([IWEF])\d{4} \d\d:\d\d:[\d.]+ +\d+|[\d-]{10} [\d:.]+: ([IWEF])) "
     rb"\S+\.(?:cc|cpp|cu|h|hpp|mm):\d+\] "
 )
-# Of a higher level, and known to mean nothing: TensorFlow's libraries register
-# the same plug-ins twice, ask for a GPU's driver where there is no GPU (303:
-# the driver's library is not there; NO_DEVICE: it sees none), and mark the
-# operations of tf.data with an attribute that these do not have.
+# Harmless messages of a higher level: TensorFlow's libraries register the same
+# plug-ins twice, look for a GPU driver without a GPU (303: the driver's library
+# is missing; NO_DEVICE: it finds no GPU), and mark the operations of tf.data
+# with an attribute that these do not have.
 _HARMLESS = re.compile(
     rb"Unable to register cu\w+ factory"
     rb"|computation placer already registered"
@@ -184,16 +185,16 @@ _NOTES = (
 
 
 def hide_native_info():
-    """Takes the messages of level INFO out of what C++ writes to stderr.
+    """Hides messages of level INFO that C++ code writes to stderr.
 
-    TensorFlow's libraries write to file descriptor 2 from the moment they are
-    loaded, some before TF_CPP_MIN_LOG_LEVEL is looked at. The descriptor
-    becomes a pipe to a small process that passes on all other lines; it lives
-    as long as anything may write to it, so that the last words of a crash are
-    not lost. Python's own `sys.stderr` does not go through it.
+    TensorFlow's libraries write to file descriptor 2 as soon as they are
+    loaded, some before they read TF_CPP_MIN_LOG_LEVEL. The descriptor becomes
+    a pipe to a small process that passes on all other lines. It lives as long
+    as anything may write to it, so that the last output of a crash is not
+    lost. Python's own `sys.stderr` bypasses it.
 
-    Whoever has set TF_CPP_MIN_LOG_LEVEL to 0, or a TF_CPP_*VLOG variable,
-    wants to see everything: then nothing is changed.
+    If TF_CPP_MIN_LOG_LEVEL is 0, or a TF_CPP_*VLOG variable is set, nothing is
+    hidden.
     """
     asked = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
     if asked or {"TF_CPP_MAX_VLOG_LEVEL", "TF_CPP_VMODULE"} & {*os.environ}:
@@ -201,7 +202,7 @@ def hide_native_info():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         terminal = os.dup(2)
-    except OSError:  # Started without a stderr.
+    except OSError:  # The program was started without a stderr.
         return
     reader, writer = os.pipe()
     sys.stderr.flush()
@@ -224,17 +225,17 @@ def hide_native_info():
 
 
 def _end_passing_on(process, terminal):
-    """Waits for the last lines, so that none comes after the prompt."""
+    """Waits for the last lines, so that none appears after the prompt."""
     os.dup2(terminal, 2)
     for _ in range(100):
         if os.waitpid(process, os.WNOHANG) != (0, 0):
             return
-        time.sleep(0.005)  # Another process still holds the pipe.
+        time.sleep(0.005)  # Another process still has the pipe open.
 
 
 def _pass_on(reader, terminal):
-    """The small process: lines from one descriptor to the other."""
-    # It ends when the last writer has, whatever the terminal sends to all.
+    """Passes lines from one descriptor to the other; the small process."""
+    # It ends after the last writer, and ignores signals from the terminal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     for other in range(3):
@@ -248,7 +249,7 @@ def _pass_on(reader, terminal):
 
 
 def is_for_people(line):
-    """Whether a line that C++ wrote is more than TensorFlow's own news.
+    """Returns whether a line that C++ code wrote is meant for users.
 
     Args:
         line: Bytes.

@@ -1,16 +1,17 @@
-"""Files that are written whole or not at all, on disk or in a bucket.
+"""Atomic file writing and file system access, on disk or in a bucket.
 
-A path that begins with a scheme (`gs://bucket/run`) is remote and goes through
-`tf.io.gfile`, which knows `gs://`, `ram://` and what plug-ins register. Any
-other path goes through `os`: TensorFlow is not imported for it, and names that
-are not UTF-8, which gfile refuses, are fine. What fails is an OSError on both.
+A path that begins with a scheme (`gs://bucket/run`) is remote and is accessed
+through `tf.io.gfile`, which supports `gs://`, `ram://` and the schemes of
+plug-ins. Any other path is accessed through `os`: TensorFlow is not imported
+for it, and names that are not UTF-8, which gfile refuses, are allowed. Errors
+are OSErrors in both cases.
 
     write_json(path, value)           also write_text, write_bytes
     with replacing(path) as name:     a library writes to `name`
         model.save(name)
 
-Everything is written under a temporary name in the same folder, which becomes
-the right one when all is there: whoever looks sees the old file or the new.
+Everything is written under a temporary name in the same folder and renamed
+when it is complete, so that a reader sees either the old file or the new one.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ import tempfile
 import time
 import uuid
 
-# Begins the names of what is being written. Host and process follow.
+# Prefix of temporary names, followed by host and process.
 UNFINISHED = ".incomplete-"
 
 
@@ -33,19 +34,19 @@ UNFINISHED = ".incomplete-"
 
 
 def is_remote(path):
-    """Whether a path is TensorFlow's to open: `gs://...`, `ram://...`."""
+    """Returns whether a path is remote: `gs://...`, `ram://...`."""
     return bool(re.match(r"[A-Za-z][\w+.-]*://", os.fsdecode(path)))
 
 
 def absolute(path):
-    """The path from the root; a remote one is that already."""
+    """The absolute path; a remote path is unchanged."""
     return path if is_remote(path) else os.path.abspath(path)
 
 
 @contextlib.contextmanager
 def _remote(path):
-    """`tf.io.gfile`, whose errors become those of a disk."""
-    import tensorflow as tf  # Seconds; not for local files.
+    """Yields `tf.io.gfile`, and converts its errors to OSErrors."""
+    import tensorflow as tf  # takes seconds, not needed for local files
 
     try:
         yield tf.io.gfile
@@ -62,26 +63,26 @@ def _ask(question, path):
 
 
 def exists(path):
-    """Whether there is a file or a folder."""
+    """Returns whether a path exists."""
     path = os.fspath(path)
     return _ask("exists", path) if is_remote(path) else os.path.exists(path)
 
 
 def isdir(path):
-    """Whether there is such a folder."""
+    """Returns whether a path is a folder."""
     path = os.fspath(path)
     return _ask("isdir", path) if is_remote(path) else os.path.isdir(path)
 
 
 def isfile(path):
-    """Whether there is such a file."""
+    """Returns whether a path is a file."""
     if is_remote(path):
         return exists(path) and not isdir(path)
     return os.path.isfile(path)
 
 
 def listdir(path):
-    """Names of what is in a folder."""
+    """Names of the files and folders in a folder."""
     if not is_remote(path):
         return os.listdir(path)
     # Names of folders in a bucket end with a slash.
@@ -89,7 +90,7 @@ def listdir(path):
 
 
 def makedirs(path):
-    """Makes a folder and its parents, unless they are there."""
+    """Creates a folder and its parents, unless they exist."""
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
     elif not re.fullmatch(r"[^/]+//[^/]*/?", path):  # A bucket.
@@ -105,7 +106,7 @@ def remove(path):
 
 
 def rmtree(path):
-    """Deletes a folder and all that is in it."""
+    """Deletes a folder and its contents."""
     if is_remote(path):
         _ask("rmtree", path)
     else:
@@ -113,10 +114,10 @@ def rmtree(path):
 
 
 def rename(source, target):
-    """Gives a file another name on its file system, replacing what has it.
+    """Renames a file on its file system, replacing any file of that name.
 
-    In one step on a disk. An object store copies and deletes, and the copy
-    appears whole.
+    This is atomic on a disk. An object store copies and deletes, where the
+    copy appears atomically.
     """
     if is_remote(source):
         with _remote(source) as gfile:
@@ -129,7 +130,7 @@ def rename(source, target):
 
 
 def read_bytes(path):
-    """The content of a file."""
+    """Reads a file."""
     if is_remote(path):
         with _remote(path) as gfile, gfile.GFile(path, "rb") as file:
             return file.read()
@@ -138,15 +139,15 @@ def read_bytes(path):
 
 
 def read_text(path):
-    """The content of a file of UTF-8; any line end becomes a newline."""
+    """Reads a UTF-8 file; any line end becomes a newline."""
     return io.StringIO(read_bytes(path).decode(), newline=None).read()
 
 
 @contextlib.contextmanager
 def on_disk(path):
-    """Yields a path of the file on this machine's disk, to read from.
+    """Yields a local path of a file, for libraries that cannot read remote.
 
-    For libraries that cannot read remote ones: these are copied for the time.
+    A remote file is copied for the duration of the block.
     """
     if not is_remote(path):
         yield path
@@ -158,7 +159,7 @@ def on_disk(path):
 
 
 def write_bytes(path, content):
-    """Writes a file; its folder is made if it is not there."""
+    """Writes a file atomically; its folder is created if missing."""
     with replacing(path, remote=True) as unfinished:
         if is_remote(path):
             with _remote(path) as gfile, gfile.GFile(unfinished, "wb") as file:
@@ -169,34 +170,34 @@ def write_bytes(path, content):
 
 
 def write_text(path, text, errors="strict"):
-    """Writes a file of UTF-8; see `write_bytes`.
+    """Writes a UTF-8 file atomically; its folder is created if missing.
 
     Args:
-        path: The file.
-        text: Its content.
-        errors: What to do with halves of pairs, which names of files that are
-            not UTF-8 have; see `str.encode`.
+        path: Path of the file.
+        text: Contents of the file.
+        errors: How to encode lone surrogates, which occur in names of files
+            that are not UTF-8, as in `str.encode`.
     """
     write_bytes(path, text.encode(errors=errors))
 
 
 def write_json(path, value, indent=2):
-    """Writes JSON with a line end; refuses NaN, which is not JSON."""
+    """Writes JSON and a line end; refuses NaN, which is not valid JSON."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def replacing(path, remote=False):
-    """Yields a temporary name that becomes `path` when all went well.
+    """Yields a temporary name that is renamed to `path` on success.
 
     Args:
-        path: File to write; its folder is made if it is not there.
-        remote: Whether the writer can write to remote paths. One that cannot
-            writes to this machine's disk, and its file is then copied.
+        path: File to write; its folder is created if missing.
+        remote: Whether the writer supports remote paths. If not, it writes to
+            the local disk, and the file is copied afterwards.
 
     Yields:
-        A path with the same suffix (Keras asks for `.keras`), beside `path`
-        if it can be.
+        A path with the same suffix (Keras requires `.keras`), beside `path` if
+        possible.
     """
     path = os.fspath(path)
     if is_remote(path) and not remote:
@@ -219,18 +220,18 @@ def replacing(path, remote=False):
 
 @contextlib.contextmanager
 def replacing_folder(path, last=()):
-    """Yields a name for a folder that becomes `path`, which is not there yet.
+    """Yields a temporary name of a folder that is renamed to `path`.
 
-    A folder on disk appears in one step. Object stores have no folders that
-    could be renamed: there the files come one by one.
+    `path` must not exist. A folder on disk appears in one step. Object stores
+    cannot rename folders, so there the files appear one by one.
 
     Args:
         path: The folder.
-        last: Names in it that come after all others, so that a reader who
-            asks for one of them first finds the folder whole.
+        last: Names in it that are written after all others, so that a reader
+            that looks for one of them finds a complete folder.
 
     Yields:
-        A path on this machine's disk, at which the writer makes the folder.
+        A local path at which the writer creates the folder.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -255,14 +256,14 @@ def replacing_folder(path, last=()):
 
 
 class LineFile:
-    """A text file that grows by lines, also over several processes.
+    """A text file to which lines are appended, also by several processes.
 
-    On disk a line is appended at once. An object store has no appending, so a
-    remote file is written anew with all its lines: no more than once in
-    `period` seconds, and on `close`.
+    On disk a line is appended right away. An object store cannot append, so a
+    remote file is rewritten with all its lines, at most once per `period`
+    seconds and on `close`.
 
     Args:
-        path: The file, made if it is not there.
+        path: Path of the file, created if missing.
         period: Seconds.
     """
 
@@ -272,7 +273,7 @@ class LineFile:
         self._saved_at = -period
 
     def append(self, line):
-        """Adds a line, given without its end."""
+        """Appends a line, passed without a line end."""
         if not is_remote(self._path):
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -286,7 +287,7 @@ class LineFile:
             self.close()
 
     def close(self):
-        """Writes what is not written yet; lines may still follow."""
+        """Writes all pending lines; more may still be appended."""
         if not self._is_saved:
             write_text(self._path, self._text)
             self._is_saved, self._saved_at = True, time.monotonic()
@@ -296,9 +297,10 @@ class LineFile:
 
 
 def temporary_name(path):
-    """A path beside another, with the same suffix, that nobody else uses.
+    """A unique path beside another, with the same suffix.
 
-    It begins with a dot, and tells host and process to `remove_abandoned`.
+    The name begins with a dot, and holds host and process for
+    `remove_abandoned`.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1]
@@ -307,7 +309,7 @@ def temporary_name(path):
 
 
 def remove_abandoned(path):
-    """Deletes from a folder what killed processes of this host left in it."""
+    """Deletes temporary files that killed processes of this host have left."""
     for name in listdir(path):
         if not name.startswith(_of_this_host()):
             continue
@@ -324,7 +326,7 @@ def _of_this_host():
 
 
 def _is_running(pid):
-    """Whether a process of this number lives on this machine."""
+    """Whether a process with this number runs on this machine."""
     try:
         os.kill(int(pid), 0)
     except PermissionError:
@@ -339,11 +341,11 @@ def _is_running(pid):
 
 @contextlib.contextmanager
 def folder(path):
-    """Makes a folder and its parents, which go again where nothing is written.
+    """Creates a folder and its parents, and deletes them again on an error.
 
     Args:
-        path: The folder; "" is the working directory. A remote one stays: in
-            a bucket it is no more than a part of names.
+        path: The folder; "" is the working directory. A remote one is not
+            deleted, as in a bucket it is only a part of names.
     """
     if is_remote(path):
         if not isdir(path):
@@ -365,13 +367,13 @@ def folder(path):
 
 
 def check_folder(path):
-    """Makes a folder and does in it what will be done later.
+    """Creates a folder and tries the operations that will be needed later.
 
     Args:
         path: The folder.
 
     Raises:
-        OSError: Files cannot be written, replaced, listed or deleted there.
+        OSError: If files cannot be written, replaced, listed or deleted there.
     """
     makedirs(path)
     if not is_remote(path):
@@ -384,19 +386,19 @@ def check_folder(path):
     found = read_bytes(probe), os.path.basename(probe) in listdir(path)
     remove(probe)
     if found != (b"2", True):
-        raise OSError(f"a file that was replaced is not found as it is: {path}")
+        raise OSError(f"a replaced file does not have its new content: {path}")
 
 
 def check_output(flag, path, is_folder=False):
-    """Refuses what cannot be written, before any work is done for it.
+    """Checks that an output can be written, before any work is done.
 
     Args:
         flag: Name of the flag, for the message.
         path: File to write, or folder to write to.
-        is_folder: Which of them it is.
+        is_folder: Whether `path` is a folder.
 
     Raises:
-        ValueError: It is the other one, or is in no folder that can be
+        ValueError: If it is of the other kind, or not in a folder that can be
             written to.
     """
     try:
@@ -422,12 +424,12 @@ def check_output(flag, path, is_folder=False):
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(
             f"--{flag} must be in a folder that can be written to. Received: "
-            f"--{flag}={path}, and {above} cannot"
+            f"--{flag}={path}, and {above} is not such a folder"
         )
 
 
 def _beside(path, name):
-    # Not by `dirname`, which takes ram://x to be in a folder "ram:".
+    # `dirname` would take ram://x to be in a folder "ram:".
     return path[: len(path) - len(os.path.basename(path))] + name
 
 

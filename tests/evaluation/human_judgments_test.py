@@ -1,40 +1,18 @@
 """Kendall's tau by hand, and the judgments of Flickr8k as published."""
 
 import gzip
-import json
 
 import pytest
 import scoring
 from conftest import shared_data
-from PIL import Image
 
 from cappa_tf.evaluation import human_judgments
-
-EXPERT = """\
-red.png\tblue.png#0\t1\t1\t2
-red.png\tother.png#1\t4\t3\t4
-red.png\tred.png#0\t4\t4\t4
-blue.png\tred.png#0\t1\t1\t1
-blue.png\tother.png#0\t4\t4\t4
-"""
 
 
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "flickr"
-    (folder / "judgments").mkdir(parents=True)
-    texts = {
-        "red": ["red square"],
-        "blue": ["blue square"],
-        "other": ["blue", "red"],
-    }
-    rows = []
-    for name, captions in texts.items():
-        colour = scoring.COLOURS.get(name, (0, 0, 0))
-        Image.new("RGB", (9, 9), colour).save(folder / f"{name}.png")
-        rows.append(json.dumps({"image": f"{name}.png", "captions": captions}))
-    (folder / "captions.jsonl").write_text("\n".join(rows))
-    (folder / "judgments" / "ExpertAnnotations.txt").write_text(EXPERT)
+    scoring.write_judgments(folder)
     crowd = folder / "judgments" / "CrowdFlowerAnnotations.txt.gz"
     with gzip.open(crowd, "wt") as file:
         file.write("red.png\tblue.png#0\t0\t0\t3\n")

@@ -1,41 +1,31 @@
-"""Evaluators ask a model what it can, whatever its method is."""
+"""Evaluators ask a model for its capabilities, whatever its method."""
+
+import json
 
 import pytest
 import scoring
-import tensorflow as tf
 import tiny
 
 from cappa_tf.evaluation.caption_report import Captions
-from cappa_tf.evaluation.compositional.benchmarks import Aro
+from cappa_tf.evaluation.compositional.benchmarks import Aro, SugarCrepe
+from cappa_tf.evaluation.embedding_geometry import EmbeddingGeometry
 from cappa_tf.evaluation.evaluate import evaluate
 from cappa_tf.evaluation.fewshot import Fewshot
+from cappa_tf.evaluation.human_judgments import Judgments
 from cappa_tf.evaluation.perplexity import Perplexity
 from cappa_tf.evaluation.retrieval import Retrieval
 from cappa_tf.evaluation.zero_shot import ZeroShot
 from cappa_tf.inference.predictor import Predictor
 
 
-def _encode(images, training):
-    del training
-    return {"pre_logits": tf.reduce_mean(images, axis=[1, 2])}
-
-
-class Contrastive(scoring.Knowing):
-    """In place of a model of image-text similarity: cosine scores only."""
-
-    score_kinds = ("cosine",)
-    can_generate = False
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer)
-        self.parts = {"vision_encoder": _encode}
-
-
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     tokenizer = tiny.Data(tmp_path_factory.mktemp("vocabulary")).tokenizer
     return Predictor(
-        Contrastive(tokenizer), tokenizer, scoring.PREPROCESSING, 4
+        scoring.KnowingEmbeddings(tokenizer),
+        tokenizer,
+        scoring.PREPROCESSING,
+        4,
     )
 
 
@@ -62,6 +52,8 @@ def test_it_says_what_it_can(predictor):
             lambda f: Retrieval(f / "captions", limit=3),
             "image_to_text/recall@1",
         ),
+        # Without a limit all six: each has a twin of its colour, a tie.
+        (lambda f: Retrieval(f / "captions"), "text_to_image/recall@5"),
     ],
 )
 def test_scores_of_any_kind_and_features_are_enough(
@@ -69,7 +61,7 @@ def test_scores_of_any_kind_and_features_are_enough(
 ):
     ((_, report),) = evaluate(predictor, [make(folder)])
     assert report.metrics[perfect] == 1.0
-    # There is no decoder to ask without an image.
+    # There is no decoder to score texts without an image.
     assert not [name for name in report.metrics if "blind" in name]
 
 
@@ -83,6 +75,57 @@ def test_choices_have_the_score_that_there_is(predictor, folder, tmp_path):
     assert not [name for name in report.metrics if "blind" in name]
 
 
+def test_zero_shot_by_cosine_takes_the_middle_of_canonical_prompts(folder):
+    """Each text is embedded once, "red, above" by its first name."""
+    tokenizer = tiny.Data(folder).tokenizer
+    model = scoring.KnowingEmbeddings(tokenizer)
+    predictor = Predictor(model, tokenizer, scoring.PREPROCESSING, 4)
+    evaluator = ZeroShot(
+        folder / "labels",
+        class_names=["red, above", "green", "blue"],
+        templates=["{} Square!", "square {}", "red {}"],
+    )
+    assert evaluator.evaluate(predictor).metrics["top_1"] == 1.0
+    # Two batches of images, and another evaluation: nine texts all the same.
+    evaluator.evaluate(predictor)
+    assert model.texts == 9
+    evaluator = ZeroShot(folder / "labels", templates=["{}"])
+    evaluator.evaluate(predictor)
+    assert model.texts == 12
+
+
+def test_judgments_by_cosine(predictor, tmp_path):
+    pytest.importorskip("scipy", reason="pip install '.[test]'")
+    scoring.write_judgments(tmp_path)
+    report = Judgments(tmp_path).evaluate(predictor)
+    assert report.metrics["tau_c"] > 0.5
+    assert {*report.metrics} == {"tau_b", "tau_c"}
+
+
+def test_scenes_and_sugar_crepe_by_cosine(folder, tmp_path, predictor):
+    items = {"0": ("red square", "blue square"), "1": ("red", "Red")}
+    names = ("caption", "negative_caption")
+    content = {
+        number: {"filename": "0.png", **dict(zip(names, texts))}
+        for number, texts in items.items()
+    }
+    (tmp_path / "swap_att.json").write_text(json.dumps(content))
+    report = SugarCrepe(tmp_path, folder).evaluate(predictor)
+    # Equal tokens are a tie to the last bit, and lost.
+    assert report.metrics["cosine/micro"] == 1 / 2
+    assert report.details["ties"]["cosine"] == 1 / 2
+
+
+def test_geometry_of_a_model_that_knows(predictor, folder):
+    report = EmbeddingGeometry(folder / "captions").evaluate(predictor)
+    assert report.metrics["cosine/pairs"] == pytest.approx(1.0, abs=0.02)
+    assert report.metrics["alignment"] < 0.02
+    assert report.metrics["modality_gap"] < 0.1
+    # Two thirds of the other images show another colour, a sixth of them less
+    # the image itself the same.
+    assert report.metrics["cosine/non_pairs"] == pytest.approx(0.25, abs=0.1)
+
+
 @pytest.mark.parametrize(
     "make, lacks",
     [
@@ -94,13 +137,14 @@ def test_choices_have_the_score_that_there_is(predictor, folder, tmp_path):
 )
 def test_what_is_lacking_is_said_before_data_is_read(predictor, make, lacks):
     evaluator = make()
-    named = rf"{type(evaluator).__name__}.*that can: {lacks}\. .*Contrastive"
+    named = rf"{type(evaluator).__name__}.*that can: {lacks}\. .*predicts no"
     with pytest.raises(ValueError, match=named):
         evaluator.evaluate(predictor)
 
 
 def test_an_encoder_alone_gives_features_only():
-    alone = Predictor(_encode, None, scoring.PREPROCESSING)
+    encode = scoring.KnowingEmbeddings(None).parts["vision_encoder"]
+    alone = Predictor(encode, None, scoring.PREPROCESSING)
     assert alone.capabilities == ("features",)
     with pytest.raises(ValueError, match="ZeroShot.*no tokenizer"):
         ZeroShot("nowhere").evaluate(alone)

@@ -1,8 +1,9 @@
-"""Recall@k by hand, in both directions, with several captions an image."""
+"""Recall@k by hand, in both directions, with several captions per image."""
 
 import numpy as np
 import pytest
 import scoring
+from conftest import shared_reference
 
 from cappa_tf.evaluation import retrieval
 
@@ -30,6 +31,20 @@ def test_recalls_by_hand():
     }
 
 
+def test_recalls_of_the_reference():
+    arrays = np.load(shared_reference("transfer_tiny.npz"))
+    found = retrieval.recalls(
+        arrays["retrieval/similarity"], arrays["retrieval/image_of_text"]
+    )
+    wanted = np.concatenate(
+        [
+            arrays[f"retrieval/{direction}_recall_at_1_5_10"]
+            for direction in ("image_to_text", "text_to_image")
+        ]
+    )
+    np.testing.assert_allclose([*found.values()], wanted, rtol=1e-12)
+
+
 def test_a_constant_finds_nothing_and_a_perfect_score_all():
     constant = retrieval.recalls(np.zeros((12, 12)), np.arange(12))
     assert set(constant.values()) == {0.0}
@@ -44,7 +59,7 @@ def test_captions_without_an_image_are_refused():
 
 
 def test_the_prior_of_captions_is_taken_off(tmp_path):
-    """Six images of three colours: a twin's caption is as good, a tie.
+    """Six images of three colors: a twin's caption is as good, a tie.
 
     "green square" has an "e" more than the others.
     """

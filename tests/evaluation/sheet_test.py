@@ -1,4 +1,4 @@
-"""The image sheet: all there, readable, marked, for any image and text."""
+"""The image sheet: complete, readable and marked, for any image and text."""
 
 import io
 import os
@@ -58,7 +58,7 @@ def test_drawn_images_are_enlarged_by_whole_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    picture = np.asarray(sheet._picture(buffer.getvalue()))
+    picture = np.asarray(sheet._image(buffer.getvalue()))
     assert picture.shape == (sheet._TILE, sheet._TILE, 3)
     edge = (sheet._TILE - 256) // 2
     inner = picture[edge : edge + 256, edge : edge + 256]
@@ -69,7 +69,7 @@ def test_drawn_images_are_enlarged_by_whole_pixels(tmp_path):
 @pytest.mark.parametrize("size", [(500, 333), (300, 900), (1, 1), (900, 2)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_any_image_fits_its_square(size, mode):
-    square = sheet._picture(_png(size, mode))
+    square = sheet._image(_png(size, mode))
     assert (square.size, square.mode) == ((sheet._TILE,) * 2, "RGB")
 
 

@@ -1,4 +1,4 @@
-"""Scores are those of the logits, whatever is padded around them."""
+"""Scores equal those of the logits, whatever the padding."""
 
 import numpy as np
 import pytest
@@ -92,6 +92,45 @@ def test_what_cannot_be_scored_is_refused(predictor, images):
         predictor.score_captions(images, [["a"], [], ["b"]])
     with pytest.raises(ValueError, match="kind='paralel'"):
         predictor.score(images, ["red"], "paralel")
+
+
+@pytest.fixture(scope="module")
+def contrastive(tmp_path_factory):
+    return scoring.contrastive_predictor(tmp_path_factory.mktemp("vocabulary"))
+
+
+def test_cosines_are_those_of_the_model(contrastive, images):
+    assert contrastive.capabilities == ("features", "cosine")
+    texts = ["red circle", "blue", "Red circle"]
+    labels = contrastive.tokenizer(texts)
+    wanted = contrastive.model.score_texts(images, labels)
+    found = contrastive.score(images, texts)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    # Equal tokens score equally, to the last bit.
+    np.testing.assert_array_equal(found[:, 0], found[:, 2])
+    rows = contrastive.score_captions(images, TEXTS)
+    assert [len(row) for row in rows] == [1, 3, 1]
+    for image, own, row in zip(images, TEXTS, rows):
+        whole = contrastive.score(image[None], own)
+        np.testing.assert_allclose(row, whole[0], atol=1e-6)
+
+
+def test_embeddings_of_any_number_of_images(contrastive, images):
+    many = np.concatenate([images, images])  # more than `batch_size`
+    found = contrastive.embed_images(many)
+    np.testing.assert_allclose(
+        found, contrastive.model.embed_images(many), atol=1e-6
+    )
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    texts = contrastive.embed_texts(["red"])
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+def test_what_has_no_embeddings_or_no_tokens_says_so(predictor, contrastive):
+    with pytest.raises(ValueError, match="Embedding texts.*cosine.*Captioner"):
+        predictor.embed_texts(["red"])
+    with pytest.raises(ValueError, match="generate.*predicts no tokens"):
+        contrastive.make_decoder()
 
 
 def test_a_model_never_trained_in_parallel_has_no_such_score(predictor):
@@ -189,7 +228,7 @@ def test_a_vocabulary_makes_two_towers_read(run, tmp_path, images):
 
 
 def test_features_of_a_classifier_are_what_its_head_reads():
-    """As those of a file of big_vision that has a layer `pre_logits`."""
+    """As for a file of big_vision with a layer `pre_logits`."""
     encoder = VisionEncoder(
         hidden_dim=16,
         num_layers=1,

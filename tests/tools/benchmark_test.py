@@ -1,4 +1,4 @@
-"""The benchmarks compare ways of computing the same."""
+"""The benchmarks compare equivalent computations."""
 
 import pytest
 import tensorflow as tf
@@ -12,7 +12,9 @@ def test_every_benchmark_can_be_loaded():
     for name in benchmark.BENCHMARKS:
         module = benchmark.load([name])
         assert callable(module.define_flags) and callable(module.run)
-    with pytest.raises(ValueError, match=r"(?s)'speed'.*There are:.*memory"):
+    with pytest.raises(
+        ValueError, match=r"(?s)'speed'.*Benchmarks are:.*memory"
+    ):
         benchmark.load(["speed"])
 
 
@@ -30,7 +32,7 @@ def test_both_ways_give_the_same_loss():
 
 
 def test_ways_to_score_give_the_same_scores():
-    """Also a whole run of the ways, at a size that takes no time."""
+    """Also runs all methods, at a very small size."""
     captioner = score.make_captioner("Ti/8", 16, 14, 30, layers=1)
     labels = score.make_labels(9, 14, 30)
     lengths = (labels != 0).sum(1)
@@ -45,7 +47,7 @@ def test_ways_to_score_give_the_same_scores():
 def test_ways_to_caption_give_the_greedy_caption():
     captioner = make_captioner(length=5)
     ways = generate.make_ways(captioner)
-    images = generate.draw_pictures(2, 16)
+    images = generate.make_images(2, 16)
     found = generate.measure(ways, images, rounds=1)
     assert found["greedy, uncached"]["equal"] == 1.0
     assert found["parallel draft"]["passes"] == 1

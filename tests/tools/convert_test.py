@@ -1,4 +1,4 @@
-"""tools/convert.py takes weights from big_vision to Keras and back."""
+"""tools/convert.py converts weights from big_vision to Keras and back."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""tools/export.py: from a run's folder to what others open."""
+"""tools/export.py: from a run's folder to files for other programs."""
 
 import json
 import sys
@@ -102,7 +102,7 @@ def test_parents_of_the_output_are_made(run_folder, tmp_path):
 def test_a_missing_extra_is_found_first(
     what, package, extra, tmp_path, monkeypatch
 ):
-    """Before the checkpoint is read, and nothing is left behind."""
+    """Flags are refused before the checkpoint is read; nothing is written."""
     monkeypatch.setitem(sys.modules, package, None)
     message = f"needs {package}: pip install 'cappa-tf\\[{extra}\\]'"
     with pytest.raises(ImportError, match=message):

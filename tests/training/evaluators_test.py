@@ -1,4 +1,4 @@
-"""Evaluators run between steps and at the end, and leave their figures."""
+"""Evaluators run between steps and at the end, and report metrics."""
 
 import json
 import pathlib
@@ -9,8 +9,10 @@ import tensorflow as tf
 import tiny
 
 from cappa_tf.evaluation.compositional.benchmarks import SugarCrepe
+from cappa_tf.evaluation.embedding_geometry import EmbeddingGeometry
 from cappa_tf.evaluation.evaluator import Evaluator, Report
 from cappa_tf.evaluation.fewshot import Fewshot
+from cappa_tf.evaluation.retrieval import Retrieval
 from cappa_tf.evaluation.zero_shot import ZeroShot
 
 
@@ -27,11 +29,13 @@ class Steps(Evaluator):
 
 
 def scalars(folder):
-    """(step, name) of all that TensorBoard would show."""
-    found = set()
+    """Dict (step, name) -> value of all that TensorBoard would show."""
+    found = {}
     for path in pathlib.Path(folder, "tensorboard").glob("events*"):
         for event in tf.compat.v1.train.summary_iterator(str(path)):
-            found |= {(event.step, v.tag) for v in event.summary.value}
+            for value in event.summary.value:
+                number = tf.make_ndarray(value.tensor)
+                found[event.step, value.tag] = number.item(0)
     return found
 
 
@@ -49,24 +53,39 @@ def test_every_n_steps_and_at_the_end(tmp_path):
     assert len(set(steps.blind)) == len(steps.blind) == 3
     name = "evaluation/steps/blind"
     assert result[name] == steps.blind[-1]
-    assert {(2, name), (4, name), (5, name)} <= scalars(tmp_path / "run")
+    assert {(2, name), (4, name), (5, name)} <= {*scalars(tmp_path / "run")}
     assert name in (tmp_path / "run" / "train.log").read_text()
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert saved[name] == steps.blind[-1]
 
 
 def test_real_ones_on_a_model_in_training(tmp_path):
+    """Embeddings are those of the weights of the step."""
     folder = scoring.write_colours(tmp_path / "colours", count=12)
+    size = tiny.vocabulary(tmp_path)[1]
     result = tiny.run(
         tmp_path,
         workdir=str(tmp_path / "run"),
+        model=lambda: tiny.make_contrastive(size),
+        evaluator_steps=2,
         evaluators=[
             Fewshot(folder / "labels", shots=[1], num_seeds=1),
             ZeroShot(folder / "labels", name="colours"),
+            Retrieval(folder / "captions"),
+            EmbeddingGeometry(folder / "captions"),
         ],
     )
     assert 0 <= result["evaluation/fewshot/1_shot"] <= 1
     assert 0 <= result["evaluation/colours/top_1"] <= 1
+    assert result["evaluation/retrieval/image_to_text/recall@10"] <= 1
+    found = [
+        value
+        for (_, name), value in sorted(scalars(tmp_path / "run").items())
+        if name == "evaluation/geometry/uniformity/texts"
+    ]
+    assert len(set(found)) == len(found) == 2
+    last = result["evaluation/geometry/uniformity/texts"]
+    assert found[-1] == pytest.approx(last)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +94,7 @@ def test_real_ones_on_a_model_in_training(tmp_path):
         ({"evaluators": [3]}, "Received: 3"),
         ({"evaluators": [Steps(), Steps()]}, "own `name`"),
         ({"evaluator_steps": 0}, "evaluator_steps=0"),
-        ({"evaluators": [SugarCrepe("none", "none")]}, "SugarCrepe is"),
+        ({"evaluators": [SugarCrepe("none", "none")]}, "SugarCrepe must be"),
     ],
 )
 def test_what_cannot_run_stops_the_run_before_it_trains(

@@ -1,4 +1,4 @@
-"""Frozen parts: as if their gradients were dropped, and nothing more."""
+"""Frozen parts: the same as dropping their gradients, and nothing else."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def expected(folder):
 def test_the_rest_is_trained_as_if_gradients_were_dropped(
     folder, expected, devices
 ):
-    """What the frozen encoder would drop in training, it does not."""
+    """A frozen encoder has no dropout in training."""
     strategy = make_strategy("one") if devices == 1 else two_devices()
     before, after, decoder = _train(folder, strategy, dropout=0.5)
     for one, other in zip(before, after, strict=True):
@@ -107,3 +107,72 @@ def test_neither_state_nor_gradients_are_held(folder):
 def test_parts_that_cannot_be_frozen_are_named(folder, parts, message):
     with pytest.raises(ValueError, match=message):
         _build(folder, parts)
+
+
+# LiT: the text tower is trained, and of the image tower at most the pooling.
+
+
+POOL = ("vision_encoder/pool",)
+
+
+def _lit(folder, trained):
+    return build_model(
+        lambda: tiny.make_contrastive(
+            tiny.vocabulary(folder)[1],
+            pooling="map",
+            dropout=0.5,
+            patch_dropout=0.5,
+        ),
+        lambda: Adafactor(0.01, epsilon=1e-3, weight_decay=0.1),
+        make_strategy("one"),
+        frozen_parts=FROZEN,
+        trained_parts=trained,
+    )
+
+
+def test_a_pooling_head_is_trained_on_a_frozen_tower(folder):
+    model, optimizer = _lit(folder, POOL)
+    encoder = model.vision_encoder
+    pool = {id(v) for v in encoder.layers[-1].variables}
+    before = _values(encoder)
+    strategy = make_strategy("one")
+    iterator = training_iterator(strategy, tiny.Data(folder).train, 8)
+    TrainLoop(strategy, model, optimizer, 8)(iterator, 20)
+    moved = [
+        not np.array_equal(one, other)
+        for one, other in zip(before, _values(encoder), strict=True)
+    ]
+    assert moved == [id(v) in pool for v in encoder.weights]
+
+
+def test_a_frozen_tower_is_not_differentiated_through(folder):
+    model, _ = _lit(folder, POOL)
+    assert _differentiated(model) == {"pool"}
+    model.freeze(())
+    assert _differentiated(model) >= {"pool", "encoder_block_0", "patches"}
+
+
+def _differentiated(model):
+    """Names of the image tower's layers that the gradient's graph goes into."""
+    step = function(TaskGradients(model, 8).of_microbatch)
+    graph = step.get_concrete_function(model.batch_spec(8)).graph
+    # gradient_tape/vision_encoder_1/pool_1/...
+    inside = [
+        op.name.split("/")[2]
+        for op in graph.get_operations()
+        if op.name.startswith(f"gradient_tape/{model.vision_encoder.name}")
+    ]
+    names = [layer.name for layer in model.vision_encoder.layers]
+    return {n for n in names if any(x.startswith(n) for x in inside)}
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        (["vision_encoder/head"], r"'vision_encoder/pool'\].*encoder/head"),
+        (["text_encoder/norm"], r"TRAINED_PARTS.*text_encoder/norm"),
+    ],
+)
+def test_what_is_not_inside_a_frozen_part_is_named(folder, trained, message):
+    with pytest.raises(ValueError, match=message):
+        _lit(folder, trained)

@@ -1,4 +1,4 @@
-"""First weights from another model: parts by name, at any resolution."""
+"""Initial weights from another model: parts by name, at any resolution."""
 
 import importlib.util
 
@@ -46,7 +46,7 @@ def _source():
 
 @pytest.fixture(scope="module", name="files")
 def _files(source, tmp_path_factory):
-    """The same weights as all that they can be read from."""
+    """The same weights in every source that can be read."""
     folder = tmp_path_factory.mktemp("files")
     source.save(folder / "captioner.keras")
     source.vision_encoder.save(folder / "encoder.keras")

@@ -1,4 +1,4 @@
-"""One module a benchmark of tools/benchmark.py, and what they share."""
+"""Benchmarks of tools/benchmark.py, one per module, and shared functions."""
 
 import json
 import pathlib
@@ -11,17 +11,17 @@ _TOOL = pathlib.Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
 def in_turns(ways, rounds, measure):
-    """Measures each way several times, in turns.
+    """Measures several methods repeatedly, in turn.
 
-    What else a machine does then slows all ways alike.
+    Other load on the machine then affects all methods equally.
 
     Args:
-        ways: Names.
-        rounds: How often.
-        measure: Function of a name to a dict of numbers.
+        ways: Names of the methods.
+        rounds: Number of measurements of each.
+        measure: Function of a name that returns a dict of numbers.
 
     Returns:
-        A dict way -> dict of the medians of its numbers.
+        Dict name -> dict of the medians of its numbers.
     """
     results = {way: [] for way in ways}
     for _ in range(rounds):
@@ -41,7 +41,7 @@ def in_a_process(name, **flags):
 
     Args:
         name: Name of the benchmark.
-        **flags: Its flags; those that are None are left out.
+        **flags: Its flags; None leaves a flag out.
 
     Returns:
         The JSON value in the last line it prints.
@@ -57,5 +57,5 @@ def in_a_process(name, **flags):
 
 
 def peak_bytes():
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,23 +1,23 @@
-"""Images a second and memory of the path from shards to batches.
+"""Images per second and memory of the data pipeline, from shards to batches.
 
     python tools/benchmark.py data --data=photos
 
-One run, in turns, with the same number of threads: photos of the folder as
-they are and enlarged to 1,024 x 768 (drawn ones without --data),
+Compares the following methods, in turn and with the same number of threads, on
+the photos of the folder (synthetic ones without --data) as they are, enlarged
+to 1,024 x 768, and these as `tools/prepare_data.py --resize` would store them:
 
-    plain      decode_jpeg + resize + cast, what the recipe does
+    plain      decode_jpeg + resize + cast, as in the recipe
     antialias  decode_jpeg + resize(antialias=True) + cast
     decode     this project's decode + resize: a JPEG at the smallest scale
-               that covers the target (these give uint8 [H, W, 3])
-    floor      decode_jpeg at 1/8: the coefficients are read and little more,
-               so no reduced scale is faster
+               that covers the target (these yield uint8 [H, W, 3])
+    floor      decode_jpeg at 1/8, which reads the coefficients and little
+               more, so that no reduced scale is faster
     pipeline   a CaptionDataset from shards to batches of [-1, 1] and tokens
 
-and the enlarged ones as `tools/prepare_data.py --resize` would store them;
-then reading without decoding: the bare files, TensorFlow's reader alone, and
-the shuffled stream after one epoch. And resident memory at two numbers of
-records. A process that trains keeps freed memory (`keep_freed_memory`), and so
-does this one.
+Then measures reading without decoding: the bare files, TensorFlow's reader
+alone, and the shuffled stream after one epoch. Finally measures the resident
+memory for two numbers of records. As in training, freed memory is kept
+(`keep_freed_memory`).
 """
 
 import io
@@ -46,13 +46,13 @@ _CAPTIONS = (
     "a man in a blue shirt stands on a ladder cleaning a window",
 )
 _WAYS = ("plain", "antialias", "decode", "floor", "pipeline")
-# Two of (set, way), and what their ratio ought to be at least or what it says.
+# Pairs of (set, method), and the goal or the meaning of their ratio.
 _RATIOS = (
     (("enlarged", "decode"), ("enlarged", "plain"), "goal 1.8"),
     (("enlarged", "decode"), ("enlarged", "antialias"), "goal 3"),
-    (("enlarged", "floor"), ("enlarged", "plain"), "no scale wins more"),
+    (("enlarged", "floor"), ("enlarged", "plain"), "best of any scale"),
     (("enlarged", "pipeline"), ("enlarged", "decode"), "goal 0.85"),
-    (("resized", "pipeline"), ("enlarged", "plain"), "shrunk beforehand"),
+    (("resized", "pipeline"), ("enlarged", "plain"), "resized beforehand"),
     (("originals", "decode"), ("originals", "plain"), "goal 1"),
     (("originals", "pipeline"), ("originals", "decode"), "goal 0.85"),
 )
@@ -62,13 +62,13 @@ def define_flags():
     """Defines the flags of this benchmark."""
     count = {"lower_bound": 1}
     flags.DEFINE_string("data", None, "Folder of photos (JPEG).")
-    flags.DEFINE_integer("image_size", 224, "Pixels of the target.", **count)
+    flags.DEFINE_integer("image_size", 224, "Target size in pixels.", **count)
     flags.DEFINE_integer("quality", 75, "JPEG quality after enlarging.")
-    flags.DEFINE_integer("images", 960, "Images of one timing.", **count)
-    flags.DEFINE_integer("batch_size", 32, "Images of a batch.", **count)
-    flags.DEFINE_integer("rounds", 5, "Timings of each way, in turns.", **count)
+    flags.DEFINE_integer("images", 960, "Images per measurement.", **count)
+    flags.DEFINE_integer("batch_size", 32, "Images per batch.", **count)
+    flags.DEFINE_integer("rounds", 5, "Measurements per method.", **count)
     flags.DEFINE_integer(
-        "threads", os.cpu_count(), "Images decoded at a time.", **count
+        "threads", os.cpu_count(), "Images decoded in parallel.", **count
     )
     flags.DEFINE_list(
         "records", ["10000", "200000"], "Sizes of the sets to read."
@@ -77,7 +77,7 @@ def define_flags():
 
 
 def run():
-    """Prints all tables, or reads one data set for the sake of its memory."""
+    """Prints all tables, or reads one data set and prints its memory."""
     caching.keep_freed_memory()
     if flags.FLAGS.read:
         print(json.dumps(read_everything(flags.FLAGS.read)))
@@ -100,18 +100,18 @@ def run():
 
 
 def load_photos(folder):
-    """Contents of a folder's JPEG files; drawn photos without a folder."""
+    """Contents of a folder's JPEG files; synthetic photos without a folder."""
     if folder is None:
         random = np.random.default_rng(0)
-        return [_drawn_photo(random) for _ in range(24)]
+        return [_synthetic_photo(random) for _ in range(24)]
     paths = sorted(pathlib.Path(folder).glob("*.jp*g"))
     if not paths:
         raise ValueError(f"`data` must hold JPEG files. Received: {folder!r}")
     return [path.read_bytes() for path in paths]
 
 
-def _drawn_photo(random):
-    """A JPEG with detail at all scales, as photos have it."""
+def _synthetic_photo(random):
+    """A JPEG with detail at all scales, like a photo."""
     pixels = np.zeros((375, 500, 3))
     for side in (3, 8, 24, 72, 216):
         rough = random.uniform(0, 255, (side, side, 3)).astype(np.uint8)
@@ -125,10 +125,10 @@ def enlarge(photos, quality):
     """The photos at 1,024 x 768 (upright ones at 768 x 1,024)."""
     result = []
     for photo in photos:
-        picture = Image.open(io.BytesIO(photo)).convert("RGB")
-        upright = picture.height > picture.width
+        image = Image.open(io.BytesIO(photo)).convert("RGB")
+        upright = image.height > image.width
         size = _ENLARGED[::-1] if upright else _ENLARGED
-        result.append(_jpeg(picture.resize(size, Image.BICUBIC), quality))
+        result.append(_jpeg(image.resize(size, Image.BICUBIC), quality))
     return result
 
 
@@ -143,17 +143,17 @@ def shrink(photos, side):
     return result
 
 
-def _jpeg(picture, quality):
+def _jpeg(image, quality):
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
 def write(folder, encoded, shards=4):
     """Writes images with captions as a data set with a vocabulary."""
     examples = (
-        schema.Example(f"{i:06d}", picture, [f"{c} {i % 7}" for c in _CAPTIONS])
-        for i, picture in enumerate(encoded)
+        schema.Example(f"{i:06d}", image, [f"{c} {i % 7}" for c in _CAPTIONS])
+        for i, image in enumerate(encoded)
     )
     schema.write_dataset({"train": examples}, folder, "benchmark", shards)
     tokenizer.train_tokenizer(
@@ -176,10 +176,10 @@ def _dataset(folder, size, **options):
 
 
 def decoder(way, size):
-    """The function of one way: encoded image to uint8 [H, W, 3]."""
+    """Function of one method, from an encoded image to uint8 [H, W, 3]."""
     size = (size, size)
     if way == "floor":
-        # One pixel, as images of several shapes make no batch.
+        # One pixel, as images of different shapes cannot be batched.
         return lambda e: tf.io.decode_jpeg(e, channels=3, ratio=8)[:1, :1]
     if way == "decode":
         return lambda encoded: decode_resize.resize(
@@ -196,7 +196,7 @@ def decoder(way, size):
 
 
 def _batches(way, encoded, folder):
-    """An endless data set of batches, one way."""
+    """An endless data set of batches, by one method."""
     if way == "pipeline":
         return _dataset(folder, flags.FLAGS.image_size).train()
     return (
@@ -212,7 +212,7 @@ def _batches(way, encoded, folder):
 
 
 def _print_speed(sets, folder):
-    """Images a second of each way on each set, and the ratios."""
+    """Prints images per second of each method on each set, and ratios."""
     streams = {
         (name, way): _batches(way, encoded, os.path.join(folder, name))
         for name, encoded in sets.items()
@@ -221,8 +221,8 @@ def _print_speed(sets, folder):
     steps = max(1, flags.FLAGS.images // flags.FLAGS.batch_size)
 
     def measure(key):
-        # A stream of its own each time: one that waits for its next turn
-        # would work ahead in the turns of others.
+        # A new stream each time, as one that waits for its next turn would
+        # work ahead during the turns of others.
         batches = iter(streams[key])
         for _ in range(3):
             next(batches)
@@ -236,7 +236,7 @@ def _print_speed(sets, folder):
         }
 
     found = benchmarks.in_turns(streams, flags.FLAGS.rounds, measure)
-    print(f"{'images':12}{'way':12}{'images/s':>10}{'CPU ms':>10}")
+    print(f"{'images':12}{'method':12}{'images/s':>10}{'CPU ms':>10}")
     for (name, way), result in found.items():
         print(f"{name:12}{way:12}{result['speed']:10.0f}{result['ms']:10.2f}")
     for one, other, comment in _RATIOS:
@@ -249,9 +249,9 @@ def _print_speed(sets, folder):
 
 
 def _print_difference(sets):
-    """How far each way's pixels are from a full antialiased shrink."""
+    """Prints how far each method is from a full antialiased resize."""
     size = flags.FLAGS.image_size
-    print(f"{'images':12}{'way':12}{'mean':>8}{'99%':>8} grey levels off")
+    print(f"{'images':12}{'method':12}{'mean':>8}{'99%':>8} gray levels off")
     for name, encoded in sets.items():
         exact = np.array(
             [
@@ -272,7 +272,7 @@ def _print_difference(sets):
 
 
 def _print_reading(folder):
-    """Bytes a second of the shuffled stream and of the bare files."""
+    """Prints bytes per second of the shuffled stream and of the bare files."""
     path = os.path.join(folder, "large")
     rng = np.random.default_rng(0)
     write(path, (rng.bytes(100_000) for _ in range(3000)), shards=8)
@@ -287,7 +287,7 @@ def _print_reading(folder):
 
     def measure(way):
         if way in streams:
-            # One of its own each time, as above; an epoch fills its buffers.
+            # A new stream each time, as above; an epoch fills its buffers.
             batches = iter(streams[way].map(tf.strings.length).batch(100))
             _ = [next(batches) for _ in range(30)]
         start, used = time.perf_counter(), time.process_time()
@@ -307,12 +307,12 @@ def _print_reading(folder):
     for way, result in found.items():
         print(
             f"reading without decoding, {way}: {result['speed'] / 1e9:.2f} "
-            f"GB/s, {result['cpu'] / 1e9:.2f} GB a CPU second"
+            f"GB/s, {result['cpu'] / 1e9:.2f} GB per CPU second"
         )
 
 
 def read_everything(path):
-    """Reads one epoch from disk; returns the memory resident at its end."""
+    """Reads one epoch from disk; returns the resident memory at its end."""
     data = _dataset(path, 16, cache="stream")
     steps = data.num_examples // flags.FLAGS.batch_size
     for _ in data.train().take(steps):
@@ -323,13 +323,13 @@ def read_everything(path):
 
 
 def _print_memory():
-    """Resident memory after an epoch over few and over many records."""
-    picture = _jpeg(Image.new("RGB", (16, 16), (90, 30, 200)), 75)
+    """Prints resident memory after an epoch over few and many records."""
+    image = _jpeg(Image.new("RGB", (16, 16), (90, 30, 200)), 75)
     found = []
     for count in map(int, flags.FLAGS.records):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "generated")
-            write(path, (picture for _ in range(count)), shards=16)
+            write(path, (image for _ in range(count)), shards=16)
             found.append(benchmarks.in_a_process("data", read=path))
         resident, peak = (found[-1][k] / 2**20 for k in ("bytes", "peak"))
         print(f"{count:9,} records: {resident:.0f} MiB, peak {peak:.0f} MiB")

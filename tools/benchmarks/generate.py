@@ -1,10 +1,10 @@
-"""Time of the ways to caption, with a trained model.
+"""Time of different ways to caption with a trained model.
 
     python tools/benchmark.py generate --checkpoint=runs/quickstart
 
-Greedy decoding with cached keys and values against greedy decoding that runs
-the decoder over all positions at every step, the captions of the parallel
-mode, and four beams. Images are scenes drawn on the spot.
+Compares greedy decoding with cached keys and values to greedy decoding that
+runs the decoder over all positions at every step, to captions by parallel
+prediction, and to four beams. Images are synthetic scenes.
 """
 
 import time
@@ -17,25 +17,25 @@ from tools import benchmarks
 def define_flags():
     """Defines the flags of this benchmark."""
     flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)
-    flags.DEFINE_multi_integer("batch_size", [1, 32], "Images at once.")
-    flags.DEFINE_integer("rounds", 5, "Runs of each way.", lower_bound=1)
+    flags.DEFINE_multi_integer("batch_size", [1, 32], "Images per batch.")
+    flags.DEFINE_integer("rounds", 5, "Runs of each method.", lower_bound=1)
 
 
-def draw_pictures(count, image_size):
-    """float32 [count, H, W, 3] in [-1, 1], of unseen compositions."""
+def make_images(count, image_size):
+    """Images float32 [count, H, W, 3] in [-1, 1] of unseen compositions."""
     import tensorflow as tf
 
     from cappa_tf.data.scenes import world
 
-    pictures = [
+    images = [
         tf.io.decode_image(example.image, channels=3)
         for example in world.examples("heldout", count, image_size)
     ]
-    return tf.cast(tf.stack(pictures), tf.float32) / 127.5 - 1.0
+    return tf.cast(tf.stack(images), tf.float32) / 127.5 - 1.0
 
 
 def make_ways(captioner):
-    """A dict: way -> function of images to tokens and number of passes."""
+    """Dict method -> function of images to tokens and number of passes."""
     import tensorflow as tf
 
     from cappa_tf.models import generation, sampling
@@ -83,11 +83,12 @@ def make_ways(captioner):
 
 
 def measure(ways, images, rounds):
-    """Times the ways in turns, on the same images.
+    """Times the methods in turn, on the same images.
 
     Returns:
-        A dict: way -> `seconds` of a call (median), `passes` of the decoder,
-        `equal`, the share of captions that are those of the first way.
+        Dict method -> dict of `seconds` per call (median), `passes` of the
+        decoder and `equal`, the fraction of captions that equal those of the
+        first method.
     """
     import numpy as np
 
@@ -108,18 +109,20 @@ def measure(ways, images, rounds):
 
 
 def run():
-    """Prints the time of each way, and its ratio to cached greedy."""
+    """Prints the time of each method, and its ratio to cached greedy."""
     from cappa_tf.saving import run_folder
 
     captioner = run_folder.load_model(flags.FLAGS.checkpoint)
     size = captioner.vision_encoder.image_size[0]
     ways = make_ways(captioner)
     for batch_size in flags.FLAGS.batch_size:
-        images = draw_pictures(batch_size, size)
+        images = make_images(batch_size, size)
         found = measure(ways, images, flags.FLAGS.rounds)
         first = next(iter(found.values()))["seconds"]
         print(f"batch of {batch_size}, {captioner.text_decoder.max_length=}")
-        print(f"{'way':18}{'ms':>9}{'x greedy':>10}{'passes':>8}{'equal':>7}")
+        print(
+            f"{'method':18}{'ms':>9}{'x greedy':>10}{'passes':>8}{'equal':>7}"
+        )
         for name, result in found.items():
             print(
                 f"{name:18}{1e3 * result['seconds']:9.1f}"

@@ -2,12 +2,12 @@
 
     python tools/benchmark.py score
 
-One decoder pass over all 64 positions for every label (the reference's way),
-the same with labels cut to the longest of them, the prefix trees of
-`captioner.score`, and its parallel mode, which is another score. The model is
-S/16 with random weights; labels are a prompt that all share and 1 to 8 random
-tokens. The first two ways run on a part of the labels, and their time is
-multiplied.
+Compares one decoder pass over all 64 positions for every label (as in the
+reference), the same with labels cut to the longest of them, the prefix trees
+of `captioner.score`, and parallel prediction, which is a different score. The
+model is S/16 with random weights; labels are a shared prompt and 1 to 8 random
+tokens. The first two methods run on a part of the labels, and their time is
+scaled up.
 """
 
 import time
@@ -16,27 +16,27 @@ from absl import flags
 
 from tools import benchmarks
 
-_PROMPT = 4  # Tokens of "a photo of a".
+_PROMPT = 4  # number of tokens of "a photo of a"
 
 
 def define_flags():
     """Defines the flags of this benchmark."""
     count = {"lower_bound": 1}
-    flags.DEFINE_integer("batch_size", 8, "Images.", **count)
-    flags.DEFINE_integer("labels", 1000, "Labels.", **count)
+    flags.DEFINE_integer("batch_size", 8, "Number of images.", **count)
+    flags.DEFINE_integer("labels", 1000, "Number of labels.", **count)
     flags.DEFINE_integer(
-        "part", 8, "Labels that the ways without sharing score.", **count
+        "part", 8, "Labels scored by the methods without sharing.", **count
     )
-    flags.DEFINE_integer("image_size", 224, "Of the images.", **count)
+    flags.DEFINE_integer("image_size", 224, "Side of the images.", **count)
     flags.DEFINE_integer("length", 64, "Positions of the decoder.", **count)
-    flags.DEFINE_integer("vocabulary_size", 32_000, "Tokens.", **count)
-    flags.DEFINE_string("variant", "S/16", "Of the encoder.")
-    flags.DEFINE_integer("decoder_layers", 6, "Of the decoder.", **count)
-    flags.DEFINE_integer("rounds", 1, "Runs of each way, in turns.", **count)
+    flags.DEFINE_integer("vocabulary_size", 32_000, "Token ids.", **count)
+    flags.DEFINE_string("variant", "S/16", "Size of the encoder.")
+    flags.DEFINE_integer("decoder_layers", 6, "Blocks of the decoder.", **count)
+    flags.DEFINE_integer("rounds", 1, "Runs of each method.", **count)
 
 
 def make_captioner(variant, image_size, length, vocabulary_size, layers):
-    """A captioner with random weights, those of the head included."""
+    """A captioner with random weights, including those of the head."""
     import keras
 
     from cappa_tf.models.captioner import Captioner
@@ -59,13 +59,13 @@ def make_captioner(variant, image_size, length, vocabulary_size, layers):
 
 
 def make_labels(count, length, vocabulary_size, seed=0):
-    """int32 [count, length]: a prompt, 1 to 8 random tokens and eos."""
+    """Labels int32 [count, length]: a prompt, 1 to 8 random tokens, eos."""
     import numpy as np
 
-    draw = np.random.RandomState(seed)
-    labels = draw.randint(2, vocabulary_size, (count, length))
+    rng = np.random.RandomState(seed)
+    labels = rng.randint(2, vocabulary_size, (count, length))
     labels[:, :_PROMPT] = labels[0, :_PROMPT]
-    ends = _PROMPT + draw.randint(1, 9, count)
+    ends = _PROMPT + rng.randint(1, 9, count)
     ends = np.minimum(ends, length - 1)
     labels[np.arange(count), ends] = 1
     labels[np.arange(length) > ends[:, None]] = 0
@@ -73,7 +73,7 @@ def make_labels(count, length, vocabulary_size, seed=0):
 
 
 def make_ways(captioner, labels, part):
-    """A dict: way -> (function of images to scores [B, labels], labels)."""
+    """Dict method -> (function of images to scores [B, labels], labels)."""
     import numpy as np
     import tensorflow as tf
 
@@ -86,7 +86,7 @@ def make_ways(captioner, labels, part):
 
     @tf.function(autograph=False)
     def one(encoded, label):
-        """Keys and values of the images, too, once for each label."""
+        """Scores of one label; projects keys and values for each label."""
         memory = decoder.project_memory(encoded)
         tiled = tf.repeat(label[None], tf.shape(encoded)[0], axis=0)
         inputs = tf.pad(tiled[:, :-1], [[0, 0], [1, 0]])
@@ -105,7 +105,7 @@ def make_ways(captioner, labels, part):
         lambda x: captioner.score(x, labels, parallel=True), autograph=False
     )
     return {
-        "pass a label": (lambda x: one_by_one(x, few), part),
+        "pass per label": (lambda x: one_by_one(x, few), part),
         "pass, cut": (lambda x: one_by_one(x, short), part),
         "prefix trees": (lambda x: shared(x).numpy(), len(labels)),
         "parallel": (lambda x: parallel(x).numpy(), len(labels)),
@@ -113,11 +113,11 @@ def make_ways(captioner, labels, part):
 
 
 def measure(ways, images, rounds):
-    """Times the ways, in turns.
+    """Times the methods in turn.
 
     Returns:
-        A dict: way -> dict of `seconds` for one image and all labels; and
-        the largest difference of the first three ways' scores.
+        Dict method -> dict of `seconds` for one image and all labels; and the
+        largest difference between the scores of the first three methods.
     """
     import numpy as np
 
@@ -140,7 +140,7 @@ def measure(ways, images, rounds):
 
 
 def run():
-    """Prints seconds an image of each way, and ratios to the first."""
+    """Prints seconds per image of each method, and ratios to the first."""
     import tensorflow as tf
 
     values = flags.FLAGS
@@ -162,7 +162,7 @@ def run():
     found, difference = measure(ways, images, values.rounds)
     first = next(iter(found.values()))["seconds"]
     print(
-        f"{'way':15}{'labels run':>11}{'s / image':>11}{'times faster':>14}"
+        f"{'method':15}{'labels run':>11}{'s / image':>11}{'times faster':>14}"
         f"   (seconds are for {values.labels} labels)"
     )
     for name, result in found.items():

@@ -1,1 +1,1 @@
-"""Image files to pixels, one module a format."""
+"""Image files to pixels, with one module per format."""

@@ -1,8 +1,8 @@
-"""What is done to images in training, each by draws of its own.
+"""Augmentation of images in training, independent for each example.
 
 Dimensions:
     B: batch size.
-    h, w: height and width of an image as it is held.
+    h, w: height and width of an image before augmentation.
     H, W: height and width the model takes.
 """
 
@@ -21,25 +21,26 @@ def augment(
     crop_aspect=(0.75, 4 / 3),
     shift=0,
 ):
-    """Random crop, shift and flip of a batch, each example by its own draws.
+    """Randomly crops, shifts and flips each example of a batch.
 
-    Crop and shift choose a box of the image, flips turn it around, and one
-    bilinear operation cuts the boxes out. Without boxes nothing is resampled.
+    Crop and shift choose a box of the image, flips mirror it, and one bilinear
+    operation crops all boxes. Without boxes nothing is resampled.
 
     Args:
         images: uint8 [B, h, w, 3].
         size: (H, W) of the result.
         seed: Scalar integer.
         index: int64 [B], position of each example in the training stream.
-        flip: Whether to mirror every second example, on average.
-        crop_scale: (least, most) fraction of the area to cut out, or None.
-        crop_aspect: (least, most) width / height of the cut, where 1 is the
+        flip: Whether to mirror half of the examples, on average.
+        crop_scale: (min, max) fraction of the area to crop, or None.
+        crop_aspect: (min, max) width / height of the crop, where 1 is the
             image's own.
-        shift: Most pixels to move the image in either direction; what
-            comes in at the border is mirrored. Not together with crop_scale.
+        shift: Maximum number of pixels by which to shift the image in either
+            direction, with reflection at the border. Not together with
+            crop_scale.
 
     Returns:
-        [B, H, W, 3] in 0..255: uint8 where nothing is resampled, else float32.
+        [B, H, W, 3] in 0..255: uint8 if nothing is resampled, else float32.
     """
     flips = None
     if flip:
@@ -71,14 +72,14 @@ def augment(
             tf.where(flips, right, left),
             tf.where(flips, left, right),
         )
-    # The hair's breadth keeps rounding from putting a border pixel outside
+    # The tiny margin prevents rounding from moving a border pixel outside of
     # the image, where the operation would fill in a constant.
     boxes = tf.stack([top, left, bottom, right], axis=1) * (1 - 1e-6)  # [B, 4]
     return tf.image.crop_and_resize(images, boxes, tf.range(batch), size)
 
 
 def _random_boxes(seed, index, scale, aspect):
-    """Top, left, bottom and right in 0..1 of a random cut, each [B]."""
+    """Top, left, bottom and right in 0..1 of random crops, each [B]."""
     u = stateless_random.uniform(seed, stateless_random.CROP, index, 4)
     area = scale[0] + u[:, 0] * (scale[1] - scale[0])
     low, high = tf.math.log(float(aspect[0])), tf.math.log(float(aspect[1]))
@@ -91,13 +92,13 @@ def _random_boxes(seed, index, scale, aspect):
 
 
 def _random_shift(images, seed, index, shift):
-    """Mirrors a margin around the images and draws whole-pixel boxes."""
+    """Pads the images by reflection and samples whole-pixel boxes."""
     pad = [[0, 0], [shift, shift], [shift, shift], [0, 0]]
     height, width = images.shape[1], images.shape[2]
     images = tf.pad(images, pad, mode="REFLECT")
     u = stateless_random.uniform(seed, stateless_random.SHIFT, index, 2)
     start = tf.floor(u * (2 * shift + 1))  # [B, 2] in 0..2 * shift
-    # `crop_and_resize` counts from the first pixel's centre to the last's.
+    # `crop_and_resize` counts from the first pixel's center to the last's.
     rows, columns = height + 2 * shift - 1, width + 2 * shift - 1
     top, left = start[:, 0] / rows, start[:, 1] / columns
     bottom = (start[:, 0] + height - 1) / rows

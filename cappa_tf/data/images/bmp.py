@@ -1,8 +1,8 @@
 """BMP files: size and pixels, in graphs.
 
-TensorFlow's own operation gives the numbers of a palette as grey levels and
-misreads or refuses most kinds but 24 and 32 bits. Here are all that are not
-compressed, by what the headers of Windows and of OS/2 say.
+TensorFlow's own operation returns the indices of a palette as gray levels and
+misreads or refuses most kinds other than 24 and 32 bits. This module reads all
+kinds without compression, with the headers of Windows and of OS/2.
 
 Abbreviations for dimensions:
     h, w: height and width of the image.
@@ -18,7 +18,7 @@ _OLD_HEADER = 12
 _OS2_HEADER = 64
 _BITFIELDS = (3, 6)
 _BITS = (1, 2, 4, 8, 16, 24, 32)
-_COLOURS = 256
+_COLORS = 256
 # Masks of red, green, blue and alpha, by the bits of a pixel.
 _MASKS = {
     16: (0x7C00, 0x03E0, 0x001F, 0),
@@ -27,17 +27,16 @@ _MASKS = {
 
 
 def size(encoded):
-    """int64 [2]: h, w from the header."""
+    """Size (h, w) from the header, int64 [2]."""
     header = _Header(encoded)
     return tf.stack([header.height, header.width])
 
 
 def decode(encoded):
-    """Decodes a BMP that is not compressed.
+    """Decodes a BMP without compression.
 
-    Of a bit field of n bits the highest value becomes 255; an alpha mask is
-    looked at where the header has bit fields. Numbers that a palette lacks are
-    black.
+    The highest value of a bit field becomes 255. An alpha mask is used only if
+    the header has bit fields. Indices beyond the palette are black.
 
     Returns:
         uint8 [h, w, 3].
@@ -46,7 +45,7 @@ def decode(encoded):
     check = tf.debugging.Assert(header.is_known, ["a BMP of an unknown kind"])
     with tf.control_dependencies([check] if check is not None else []):
         stride = (header.width * header.bits + 31) // 32 * 4
-    # The last row may lack the bytes that fill it up.
+    # The last row may lack its padding bytes.
     data = raw_bytes.part(
         encoded + b"\0\0\0", header.first_pixel, header.height * stride
     )
@@ -67,7 +66,7 @@ def decode(encoded):
 
 
 class _Header:
-    """What the header says; all scalars are int64 or bool."""
+    """The parsed header; all scalars are int64 or bool."""
 
     def __init__(self, encoded):
         data = raw_bytes.raw(encoded, 0, 70)
@@ -81,7 +80,7 @@ class _Header:
         height = tf.where(old, number(20, 2), _signed(number(22)))
         self.height = tf.abs(height)
         self.width = tf.where(old, number(18, 2), tf.abs(_signed(number(18))))
-        # Stored top row first, an image has a negative height.
+        # A negative height means that the top row is stored first.
         self.is_top_down = height < 0
         self.bits = tf.where(old, number(24, 2), number(28, 2))
         compression = tf.where(old, none, number(30))
@@ -97,15 +96,15 @@ class _Header:
         behind = tf.where(size == 40, tf.where(compression == 6, 16, 12), 0)
         behind = tf.cast(tf.where(self.has_masks, behind, 0), tf.int64)
         self.palette = _FILE_HEADER + size + behind
-        self.colour_size = tf.where(old, tf.constant(3, tf.int64), 4)
-        colours = tf.where(old, none, number(46))
+        self.color_size = tf.where(old, tf.constant(3, tf.int64), 4)
+        colors = tf.where(old, none, number(46))
         most = tf.bitwise.left_shift(tf.ones([], tf.int64), self.bits % 32)
-        colours = tf.where(colours == 0, most, colours)
-        self.colours = tf.where(
-            self.bits <= 8, tf.minimum(colours, _COLOURS), none
+        colors = tf.where(colors == 0, most, colors)
+        self.colors = tf.where(
+            self.bits <= 8, tf.minimum(colors, _COLORS), none
         )
-        # Some writers forget the palette between header and pixels.
-        forgotten = self.palette + self.colours * self.colour_size
+        # Some writers omit the palette from the offset of the pixels.
+        forgotten = self.palette + self.colors * self.color_size
         first = number(10)
         self.first_pixel = tf.where(
             (first == 0) | (first == self.palette), forgotten, first
@@ -113,7 +112,7 @@ class _Header:
         self.masks = self._read_masks(number, size, compression)
 
     def _read_masks(self, number, size, compression):
-        """int64 [4]: of red, green, blue and alpha."""
+        """Masks of red, green, blue and alpha, int64 [4]."""
         has_alpha = (compression == 6) | (size >= 56)
         stored = tf.stack(
             [
@@ -130,7 +129,7 @@ class _Header:
 
 
 def _signed(value):
-    """A 32-bit integer that was read as an unsigned one."""
+    """Converts an unsigned 32-bit integer to a signed one."""
     return tf.where(value >= 1 << 31, value - (1 << 32), value)
 
 
@@ -144,11 +143,11 @@ def _pixels(rows, width, num_bytes):
 def _from_palette(encoded, header, rows):
     """uint8 [h, w, 3] of rows [h, s] of numbers of 1, 2, 4 or 8 bits."""
     table = raw_bytes.part(
-        encoded, header.palette, header.colours * header.colour_size
+        encoded, header.palette, header.colors * header.color_size
     )
-    table = tf.io.decode_raw(table + b"\0" * 4 * _COLOURS, tf.uint8)
+    table = tf.io.decode_raw(table + b"\0" * 4 * _COLORS, tf.uint8)
     table = tf.reshape(
-        table[: _COLOURS * header.colour_size], [_COLOURS, header.colour_size]
+        table[: _COLORS * header.color_size], [_COLORS, header.color_size]
     )[:, 2::-1]
     bits = tf.cast(header.bits, tf.int32)
     shifts = tf.cast(tf.range(8 - bits, -1, -bits), tf.uint8)
@@ -178,7 +177,7 @@ def _from_masks(header, rows):
         lowest = tf.cast(
             count(x=tf.bitwise.bitwise_and(mask, -mask) - 1), tf.int32
         )
-        # Of more than 8 bits the highest ones are taken.
+        # The highest 8 bits of longer fields are used.
         more = tf.maximum(tf.cast(count(x=mask), tf.int32) - 8, 0)
         shift = tf.where(mask == 0, 0, lowest + more)
         most = tf.cast(
@@ -188,7 +187,7 @@ def _from_masks(header, rows):
             tf.bitwise.bitwise_and(values, tf.cast(mask, tf.uint32)),
             tf.cast(shift, tf.uint32),
         )
-        scaled = tf.range(_COLOURS) * 255 // tf.clip_by_value(most, 1, 255)
+        scaled = tf.range(_COLORS) * 255 // tf.clip_by_value(most, 1, 255)
         return tf.gather(tf.cast(scaled, tf.uint8), tf.cast(value, tf.int32))
 
     # With no mask at all, 32 bits are blue, green, red and alpha.
@@ -207,5 +206,5 @@ def _from_masks(header, rows):
 
 
 def _last(values, size):
-    """The same with a static last dimension, as a bit cast wants it."""
+    """Sets a static last dimension, which a bit cast requires."""
     return tf.reshape(values, [tf.shape(values)[0], -1, size])

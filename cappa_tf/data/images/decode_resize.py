@@ -1,6 +1,6 @@
-"""Image files to pixels of the size and range that a model takes.
+"""Decoding and resizing of image files to the input of a model.
 
-What becomes of each kind of file, `formats.py` says.
+`formats.py` describes how each kind of file is handled.
 
 Dimensions:
     h, w: height and width of an image as it is stored.
@@ -32,58 +32,58 @@ def header_size(encoded):
 
 
 def pixels_to_decode(encoded):
-    """How many pixels `decode` takes memory for, without decoding.
+    """Number of pixels that `decode` holds in memory, without decoding.
 
     Args:
-        encoded: Scalar string tensor, see `header_size`.
+        encoded: Scalar string tensor, a file as in `header_size`.
 
     Returns:
-        Scalar int64: h * w, times the frames of a WebP, which TensorFlow
-        decodes all.
+        Scalar int64, h * w; of a WebP times the number of its frames, all of
+        which TensorFlow decodes.
     """
     return _header_functions()["pixels"](encoded)
 
 
 def read_orientation(encoded):
-    """Which way up an image is stored, see `exif.read`.
+    """Reads the EXIF orientation, by which `decode` rotates an image.
 
     Args:
-        encoded: Scalar string tensor, see `header_size`.
+        encoded: Scalar string tensor, a file as in `header_size`.
 
     Returns:
-        Scalar int32, 1 to 8: `decode` turns the image by it.
+        Scalar int32, 1 to 8.
     """
     return _header_functions()["orientation"](encoded)
 
 
 def decode(encoded, max_pixels=None, at_least=None, others=None):
-    """Decodes an image to RGB, its top up.
+    """Decodes an image to upright RGB.
 
     With `at_least` a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of
-    its size that is not smaller. The decoder leaves out the high frequencies
-    of the scale asked for, so that each pixel is the mean of those it stands
-    for: less work than a full decode and less aliasing after `resize`, which
-    looks at no more than four neighbours.
+    its size that is not smaller. The decoder drops the high frequencies, so
+    that each pixel is the mean of those it replaces. This takes less work than
+    a full decode and reduces aliasing after `resize`, which interpolates only
+    four neighbors.
 
     Args:
-        encoded: Scalar string tensor, a file as `formats.py` says.
-        max_pixels: Most `pixels_to_decode`: a larger image is refused
-            before memory is taken for it. None for any.
-        at_least: Least (height, width) wanted of a larger JPEG as it is after
-            turning, two integers or a tensor of them; None for its full size.
-        others: Decodes what is neither JPEG nor PNG: a function from the
-            scalar string and `max_pixels` (int64, -1 for any) to uint8
-            [h, w, 3], as `image_files.decode_other`. None where no Python
-            runs: GIF, BMP and WebP are then decoded in the graph, which makes
-            it several times as large, and what is left fails.
+        encoded: Scalar string tensor, a file of a kind in `formats.py`.
+        max_pixels: Maximum of `pixels_to_decode`; a larger image is refused
+            before it takes memory. None for no limit.
+        at_least: Minimum (height, width) of a larger JPEG after rotation, two
+            integers or a tensor of them; None for its full size.
+        others: Function that decodes files other than JPEG and PNG, from the
+            scalar string and `max_pixels` (int64, -1 for no limit) to uint8
+            [h, w, 3], such as `image_files.decode_other`. None if Python is
+            not available: then GIF, BMP and WebP are decoded in the graph,
+            which makes it several times as large, and other formats fail.
 
     Returns:
-        uint8 [h, w, 3], or [w, h, 3] of a photo that lies on its side; of a
-        JPEG decoded at 1 / r, ceil(h / r) and ceil(w / r). An image that
-        cannot be decoded raises `tf.errors.InvalidArgumentError`.
+        uint8 [h, w, 3], or [w, h, 3] of a photo that is stored sideways; for a
+        JPEG decoded at 1 / r, h and w are ceil(h / r) and ceil(w / r). An
+        image that cannot be decoded raises `tf.errors.InvalidArgumentError`.
     """
-    # JPEG first and apart: it is what data sets of photos hold, and every
-    # operation before it is paid for each image.
+    # JPEG comes first and separately, as most photos are JPEGs and every
+    # operation before it costs time for each image.
     limit = tf.constant(_ANY if max_pixels is None else max_pixels, tf.int64)
     wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
     wanted = tf.cast(wanted, tf.int32)
@@ -107,15 +107,15 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
 
 
 def resize(image, size, antialias=False):
-    """Squashes an image to a size, bilinearly.
+    """Resizes an image bilinearly, without keeping its aspect ratio.
 
-    The recipe's way (paper 2306.07915, appendix; big_vision pp/ops_image.py
-    `resize`), but rounding where big_vision truncates.
+    Done as in the recipe (paper 2306.07915, appendix; big_vision
+    pp/ops_image.py `resize`), but rounds where big_vision truncates.
 
     Args:
         image: uint8 [h, w, 3].
         size: (H, W).
-        antialias: Whether to average over all pixels when shrinking.
+        antialias: Whether to average over all pixels when downsizing.
 
     Returns:
         uint8 [H, W, 3].
@@ -125,13 +125,13 @@ def resize(image, size, antialias=False):
 
 
 def resize_small_central_crop(image, small, size, antialias=False):
-    """Scales the shorter side to a length, then cuts the middle out.
+    """Resizes the shorter side to a length, then crops the center.
 
     Args:
         image: uint8 [h, w, 3].
         small: Length of the shorter side, at least max(H, W).
         size: (H, W).
-        antialias: Whether to average over all pixels when shrinking.
+        antialias: Whether to average over all pixels when downsizing.
 
     Returns:
         uint8 [H, W, 3].
@@ -149,14 +149,14 @@ def resize_small_central_crop(image, small, size, antialias=False):
 
 
 def _rounded(image):
-    """float32 in 0..255 to the nearest uint8."""
-    # Both filters take means: nothing leaves 0..255, which a saturating cast
-    # would look for in two more passes.
+    """Rounds float32 in 0..255 to the nearest uint8."""
+    # Both filters take means, so no value is outside of 0..255. A saturating
+    # cast would check that in two more passes.
     return tf.cast(image + 0.5, tf.uint8)
 
 
 def to_model_range(image):
-    """Pixels 0..255, uint8 or float32, to float32 in [-1, 1]."""
+    """Scales pixels in 0..255, uint8 or float32, to float32 in [-1, 1]."""
     if image.dtype == tf.uint8:
         # The same numbers in one pass over the memory instead of three.
         quantized = tf.bitcast(image, tf.quint8)
@@ -165,7 +165,7 @@ def to_model_range(image):
 
 
 def _decode_jpeg(encoded, limit, at_least, decode_with_segments):
-    """A JPEG; one with segments to look at, or in CMYK, by the function."""
+    """Decodes a JPEG; the function decodes CMYK or those with segments."""
     found = jpeg.shape(encoded)
     encoded = _check_pixels(encoded, lambda _: found[:2], limit)
     is_plain = jpeg.is_plain(encoded) & (found[2] != 4)
@@ -181,7 +181,7 @@ def _decode_jpeg(encoded, limit, at_least, decode_with_segments):
 
 
 def _check_pixels(encoded, measure, limit):
-    """`encoded`, if the product of its `measure` is not above the limit."""
+    """Returns `encoded` if the product of its `measure` is within the limit."""
     pixels = tf.reduce_prod(measure(encoded))
     check = tf.debugging.Assert(
         (pixels <= limit) | (limit == _ANY), ["more than", limit, "pixels"]
@@ -191,7 +191,7 @@ def _check_pixels(encoded, measure, limit):
 
 
 def _apart(*signature):
-    """A function of a graph that is called and not copied into its callers.
+    """Makes a graph function that is called, not inlined into its callers.
 
     It is traced only once, whatever graphs call it, which eager calls need.
     """
@@ -209,7 +209,7 @@ _SIZE = tf.TensorSpec([2], tf.int32)
 
 
 def _by_kind(encoded, modules, function, default):
-    """Calls the function of the module of a file's kind."""
+    """Calls a function with the module of a file's kind."""
     return tf.switch_case(
         formats.kind(encoded),
         {
@@ -224,7 +224,7 @@ def _by_kind(encoded, modules, function, default):
 
 @functools.cache
 def _header_functions():
-    """How to read size, pixels to decode and orientation."""
+    """Functions that read size, pixels to decode and orientation."""
 
     def fail(dtype, shape=()):
         return lambda encoded: _unknown_format(encoded, tf.zeros(shape, dtype))
@@ -263,7 +263,7 @@ def _header_functions():
 
 @functools.cache
 def _decoders():
-    """A decoder for each format, and one for all that Python may take over."""
+    """A decoder for each format, and one for those that Python may decode."""
 
     def decode_jpeg(encoded, limit, at_least):
         encoded = _check_pixels(encoded, jpeg.size, limit)
@@ -292,8 +292,8 @@ def _decoders():
 
 
 def _unknown_format(encoded, value):
-    """Fails, with a tensor of the type the other branches give."""
-    # Not its bytes: Python could not decode the message.
+    """Fails; returns a tensor of the same type as the other branches."""
+    # The message omits the bytes, which Python could not decode.
     name = formats.other_name(encoded)
     check = tf.debugging.Assert(
         False, ["neither JPEG, PNG, GIF, BMP nor WebP", name]

@@ -1,7 +1,7 @@
-"""Which way up a photo is: the orientation in its EXIF data.
+"""EXIF orientation of photos, and their rotation by it.
 
-TensorFlow decodes a photo as the sensor saw it. Where the EXIF data of a file
-lie, the modules of the formats know (jpeg.py, png.py, webp.py).
+TensorFlow decodes a photo as the sensor saw it. The modules of the formats
+(jpeg.py, png.py, webp.py) find the EXIF data in a file.
 
 Abbreviations for dimensions:
     h, w: height and width of an image as it is stored.
@@ -11,9 +11,9 @@ Abbreviations for dimensions:
 import tensorflow as tf
 
 _TAG = 0x0112
-# What JPEG has in front of the data, and some writers of other formats, too.
+# Prefix of the data in JPEG, and in other formats by some writers.
 PREFIX = b"Exif\0\0"
-# Far more entries than cameras write; a wrong count must not take memory.
+# Far more entries than cameras write; limits the memory for a wrong count.
 _MAX_ENTRIES = 512
 
 
@@ -24,8 +24,8 @@ def read(exif):
         exif: Scalar string, EXIF data; "" for none.
 
     Returns:
-        Scalar int32, 1 to 8 as EXIF numbers them; 1, as it is, where the data
-        do not say.
+        Scalar int32, 1 to 8 as EXIF numbers them; 1 (upright) if the data do
+        not tell.
     """
     has_prefix = tf.strings.substr(exif, 0, len(PREFIX)) == PREFIX
     padded = exif + b"\0" * 16
@@ -41,7 +41,7 @@ def _in_directory(data):
     big_endian = data[0] == ord("M")
 
     def number(position, length):
-        # What lies behind the end reads as the last byte and fits no tag.
+        # Positions past the end read as the last byte, which fits no tag.
         places = tf.reshape(position, [-1, 1]) + tf.range(length)  # [., length]
         places = tf.clip_by_value(places, 0, tf.size(data) - 1)
         digits = tf.gather(data, places)
@@ -57,7 +57,7 @@ def _in_directory(data):
 
 
 def turn(image, orientation):
-    """Turns and mirrors an image so that its top is up.
+    """Rotates and mirrors an image so that it is upright.
 
     Args:
         image: [h, w, 3].

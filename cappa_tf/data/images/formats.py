@@ -1,9 +1,9 @@
-"""Kinds of image files: their suffixes, and how their bytes begin.
+"""Image formats: their suffixes, and the first bytes of their files.
 
-What becomes of each kind, alike in `tools/prepare_data.py`, in training from
-every source, in `tools/caption.py` and in the SavedModel:
+Each kind is handled in the same way by `tools/prepare_data.py`, in training
+from every source, by `tools/caption.py` and in the SavedModel:
 
-    JPEG    grey, colour, CMYK and YCCK, baseline and progressive, MPO's first
+    JPEG    gray, color, CMYK and YCCK, baseline and progressive, MPO's first
             image; CMYK as Adobe stores it, inverted, with its marker or
             without. Other codings (arithmetic, lossless, 12 bits) are refused.
     PNG     every kind; of 16 bits the high byte is taken; of an animation the
@@ -16,15 +16,15 @@ every source, in `tools/caption.py` and in the SavedModel:
             TensorFlow does not decode them. Where Python runs, Pillow does
             (HEIC: with the package pillow-heif); a SavedModel says so in
             `error`. Of 16 bits the high byte is taken; 32-bit integers and
-            floating point numbers, whose range no rule tells, are refused.
+            floating point numbers, whose range is undefined, are refused.
 
-Transparent pixels are laid on white, and EXIF data turn a photo, whatever the
-kind. What is refused is counted by its reason.
+For every kind, transparent pixels are blended with white, and a photo is
+rotated according to its EXIF data. Refused images are counted by reason.
 """
 
 import tensorflow as tf
 
-# By these names image files are found in folders and in tar files.
+# Suffixes of image files in folders and in tar files.
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
@@ -43,7 +43,7 @@ EXTENSIONS = (
     ".heif",
 )
 JPEG, PNG, GIF, BMP, WEBP, OTHER = range(6)
-# What `decode_resize.decode` reads, in this order: (position, bytes there).
+# Formats that `decode_resize.decode` reads, in this order: (position, bytes).
 _DECODED = (
     (0, b"\xff\xd8\xff"),
     (0, b"\x89PNG\r\n\x1a\n"),
@@ -71,13 +71,13 @@ _HEAD = 34
 
 
 def kind(encoded):
-    """Which of the kinds that `decode_resize.decode` reads files are.
+    """Kind of image files, among those that `decode_resize.decode` reads.
 
     Args:
         encoded: String tensor of any shape.
 
     Returns:
-        int32 of that shape: JPEG, PNG, ... of this module.
+        int32 of that shape, one of JPEG, PNG, ... in this module.
     """
     head = _head(encoded)
     result = tf.fill(tf.shape(head), OTHER)
@@ -87,13 +87,13 @@ def kind(encoded):
 
 
 def other_name(encoded):
-    """What TensorFlow does not decode but Pillow may.
+    """Name of a format that TensorFlow does not decode but Pillow may.
 
     Args:
         encoded: String tensor of any shape.
 
     Returns:
-        String of that shape, such as "TIFF"; "" for anything else.
+        String tensor of that shape, such as "TIFF"; "" for anything else.
     """
     head = _head(encoded)
     result = tf.where(_is_compressed_bmp(head), COMPRESSED_BMP, "")
@@ -125,7 +125,7 @@ def kind_of_bytes(content):
 
 
 def _head(encoded):
-    """The first bytes, with zeros where a file is shorter."""
+    """The first bytes of files, padded with zeros."""
     head = tf.strings.substr(encoded, 0, _HEAD)
     return tf.strings.substr(head + b"\0" * _HEAD, 0, _HEAD)
 
@@ -134,8 +134,8 @@ def _begins(head, start, magic):
     return tf.strings.substr(head, start, len(magic)) == magic
 
 
-# In a BMP the size of the header, which is 12 in the old one without
-# compression, and the compression: run lengths of 8 and 4 bits, JPEG, PNG.
+# Size of the header of a BMP, which is 12 in the old one without compression,
+# and the compressions: run lengths of 8 and 4 bits, JPEG, PNG.
 _OLD_HEADER = (14, b"\x0c\0\0\0")
 _COMPRESSIONS = (b"\1", b"\2", b"\4", b"\5")
 

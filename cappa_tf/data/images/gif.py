@@ -1,9 +1,9 @@
-"""GIF files: the first frame, at its place on the screen, in graphs.
+"""GIF files: the first frame, at its position on the screen, in graphs.
 
-TensorFlow decodes every frame before one can be taken, makes transparent
-pixels black, and cuts a frame off that does not begin at the corner. So the
-first frame is found here and decoded as a GIF of its own; what is not covered
-by it, and what is transparent, is white.
+TensorFlow decodes every frame before one can be selected, makes transparent
+pixels black, and truncates a frame that does not begin at the corner. So this
+module finds the first frame and decodes it as a GIF of its own. Pixels that it
+does not cover, and transparent ones, are white.
 
 Reference: GIF89a specification, sections 17 to 27.
 
@@ -16,22 +16,22 @@ import tensorflow as tf
 
 from cappa_tf.data.images import raw_bytes
 
-# Behind the end of a file: an end of everything, and room to read it.
+# Padding past the end of a file, which ends any structure in it.
 _PADDING = b"\0" * 1024
 _EXTENSION, _FRAME, _CONTROL = 0x21, 0x2C, 0xF9
-# A frame's first bytes: the mark and its place.
+# First bytes of a frame: the mark and its position.
 _AT_THE_CORNER = b"\x2c\0\0\0\0"
 _TRAILER = b"\0\x3b"
 _LARGEST_TABLE = 3 * 256
 
 
 def size(encoded):
-    """int64 [2]: h, w of the screen, or of more where the frame leaves it."""
+    """Size (h, w) of the screen, or more if the frame exceeds it, int64 [2]."""
     return tf.cast(_first_frame(encoded)["size"], tf.int64)
 
 
 def decode(encoded):
-    """uint8 [h, w, 3]: the first frame on white."""
+    """Decodes the first frame on white, uint8 [h, w, 3]."""
     found = _first_frame(encoded)
     check = tf.debugging.Assert(found["is_whole"], ["no whole frame"])
     with tf.control_dependencies([check] if check is not None else []):
@@ -39,8 +39,8 @@ def decode(encoded):
     image = tf.io.decode_gif(tf.strings.join(pieces))[0]  # [f, g, 3]
     image = tf.cond(
         found["is_transparent"],
-        # A transparent pixel is decoded as 0 whatever the colours are, so
-        # that one decoded with white ones alone says which these are.
+        # A transparent pixel is decoded as 0 whatever its color is. So
+        # decoding with all colors white shows which pixels are transparent.
         lambda: image + (255 - tf.io.decode_gif(_whitened(pieces))[0]),
         lambda: image,
     )
@@ -56,13 +56,13 @@ def _first_frame(encoded):
     """Finds the first frame of a GIF.
 
     Args:
-        encoded: Scalar string, a GIF file; it may be cut.
+        encoded: Scalar string, a GIF file, possibly truncated.
 
     Returns:
-        A dict: "size" int32 [2], h and w; "place" int32 [2], top and left of
+        Dict of "size" int32 [2], h and w; "place" int32 [2], top and left of
         the frame; "is_transparent" and "is_whole", scalar bools; "pieces", a
-        list of scalar strings which joined are a GIF of this frame alone, at
-        the corner: the second and the fifth are tables of colours.
+        list of scalar strings which joined are a GIF of only this frame, at
+        the corner. The second and the fifth are color tables.
     """
     data = tf.io.decode_raw(encoded + _PADDING, tf.uint8)
     last = tf.strings.length(encoded)
@@ -74,12 +74,12 @@ def _first_frame(encoded):
         return byte(position) + 256 * byte(position + 1)
 
     def table_size(flags):
-        """Of the colour table that flags announce."""
+        """Size of the color table that flags announce."""
         size = 3 * tf.bitwise.left_shift(2, flags & 7)
         return tf.where(flags >= 0x80, size, 0)
 
     def behind_blocks(position):
-        """Behind blocks of up to 255 bytes, each with its length in front."""
+        """Position after blocks of up to 255 bytes, preceded by lengths."""
         (position,) = tf.while_loop(
             lambda p: (byte(p) > 0) & (p < last),
             lambda p: (p + 1 + byte(p),),
@@ -87,8 +87,8 @@ def _first_frame(encoded):
         )
         return position + 1
 
-    colours = table_size(byte(10))
-    extensions = 13 + colours
+    colors = table_size(byte(10))
+    extensions = 13 + colors
     start, is_transparent = tf.while_loop(
         lambda p, _: (byte(p) == _EXTENSION) & (p < last),
         lambda p, flag: (
@@ -97,8 +97,8 @@ def _first_frame(encoded):
         ),
         (extensions, tf.constant(False)),
     )
-    own_colours = table_size(byte(start + 9))
-    pixels = start + 10 + own_colours
+    own_colors = table_size(byte(start + 9))
+    pixels = start + 10 + own_colors
     end = behind_blocks(pixels + 1)
     place = tf.stack([two(start + 3), two(start + 1)])
     frame_size = tf.stack([two(start + 7), two(start + 5)])
@@ -114,7 +114,7 @@ def _first_frame(encoded):
         "size": size,
         "place": place,
         "is_transparent": is_transparent,
-        # The mark that ends the pixels may be missing.
+        # The end mark of the pixels may be missing.
         "is_whole": is_frame & (end <= last + 1),
         "pieces": [
             part(0, 13),
@@ -128,7 +128,7 @@ def _first_frame(encoded):
 
 
 def _whitened(pieces):
-    """The same GIF with white in all places of its tables."""
+    """The same GIF with tables that contain only white."""
     pieces = list(pieces)
     for number in (1, 4):
         pieces[number] = tf.strings.substr(

@@ -1,9 +1,9 @@
-"""Image files: which there are, is one usable, and the bytes to store.
+"""Image files: finding them, checking them, and the bytes to store.
 
-What becomes of each kind of file, `formats.py` says. What
-`decode_resize.decode` reads is judged by it, except for ordinary JPEGs, which
-Pillow checks as well and shrinks faster; the rest is Pillow's, here and in
-training.
+`formats.py` describes how each kind of file is handled. Files that
+`decode_resize.decode` reads are checked with it, except for ordinary JPEGs,
+which Pillow checks as well and downsizes faster. Pillow reads all other files,
+here and in training.
 """
 
 import importlib
@@ -19,10 +19,10 @@ from cappa_tf.data.sources import folder_listing
 from cappa_tf.utils import files
 
 JPEG_QUALITY = 95
-# Images that are shrunk have no limit but this one, of Pillow as well: they
-# are in memory for a moment.
+# The only limit of images that are downsized, the same as Pillow's, as they are
+# in memory only briefly.
 _MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
-# Where the format itself loses detail, JPEG does no harm to what is left.
+# Formats that are lossy themselves, so that JPEG does no further harm.
 _LOSSY = ("AVIF", "HEIC")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,17 +33,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Tags of TIFF.
+# TIFF tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
 
 
 class UnusableError(ValueError):
-    """An image that is left out.
+    """An image cannot be used.
 
     Attributes:
-        reason: Why, in words to count by.
-        name: Which, where that is known.
+        reason: The reason, in words to count by.
+        name: Name of the image, if it is known.
     """
 
     def __init__(self, reason, name=""):
@@ -53,14 +53,14 @@ class UnusableError(ValueError):
 
 
 def find_pictures(paths):
-    """Files as given, and the images below folders, sorted.
+    """Lists files as given, and the images below folders, sorted.
 
     Args:
-        paths: Files and folders.
+        paths: Paths of files and folders.
 
     Returns:
-        A list of paths. A file is taken whatever its name: that it is no
-        image, or not there, is found when it is read.
+        A list of paths. A given file is included whatever its name; if it is
+        missing or not an image, reading it will fail.
     """
     found = []
     for path in paths:
@@ -79,40 +79,40 @@ def find_pictures(paths):
 
 
 def read(path, resize=None, min_side=1, max_pixels=None):
-    """Reads an image file and makes sure that it can be decoded.
+    """Reads an image file and checks that it can be decoded.
 
-    The file is stored as it is where `decode_resize.decode` reads it, unless it
-    must be shrunk or EXIF data turn it. What is shrunk becomes a JPEG of
-    quality 95, and so do JPEGs that are turned and files of formats that lose
-    detail themselves; everything else that is turned, or that TensorFlow does
-    not decode, becomes a PNG with the same pixels.
+    A file that `decode_resize.decode` reads is stored as it is, unless it must
+    be downsized or rotated according to its EXIF data. Downsized images,
+    rotated JPEGs and files of other lossy formats become JPEGs of quality 95.
+    Any other file that is rotated, or that TensorFlow does not decode, becomes
+    a PNG with the same pixels.
 
     Args:
-        path: The file, local or in a bucket.
-        resize: Length of the shorter side that larger images are shrunk to,
-            or None.
-        min_side: Least length of the shorter side.
-        max_pixels: Most pixels; None for any. With `resize` any number is
-            fine that Pillow takes for no attack (179 million), since what is
-            stored is small.
+        path: Path of the file, local or in a bucket.
+        resize: Length of the shorter side to which larger images are
+            downsized, or None.
+        min_side: Minimum length of the shorter side.
+        max_pixels: Maximum number of pixels; None for no limit. With `resize`
+            only Pillow's own limit holds (179 million), since the stored image
+            is small.
 
     Returns:
         The bytes to store.
 
     Raises:
-        UnusableError: The image is to be left out.
+        UnusableError: If the image cannot be used.
     """
     return check(read_bytes(path), resize, min_side, max_pixels)
 
 
 def read_bytes(path):
-    """The bytes of a file, whatever they are.
+    """Reads the bytes of a file without checking them.
 
     Args:
-        path: The file, local or in a bucket.
+        path: Path of the file, local or in a bucket.
 
     Raises:
-        UnusableError: It is not there or cannot be read.
+        UnusableError: If the file is missing or cannot be read.
     """
     try:
         return files.read_bytes(os.fspath(path))
@@ -123,19 +123,19 @@ def read_bytes(path):
 
 
 def check(content, resize=None, min_side=1, max_pixels=None):
-    """Makes sure that the bytes of an image file can be decoded.
+    """Checks that the bytes of an image file can be decoded.
 
     Args:
         content: The bytes.
-        resize: As `read`, and the others, too.
-        min_side: As there.
-        max_pixels: As there.
+        resize: Length of the shorter side to downsize to, as in `read`.
+        min_side: Minimum length of the shorter side.
+        max_pixels: Maximum number of pixels, as in `read`.
 
     Returns:
         The bytes to store.
 
     Raises:
-        UnusableError: The image is to be left out.
+        UnusableError: If the image cannot be used.
     """
     kind, name = formats.kind_of_bytes(content)
     if kind == formats.OTHER:
@@ -163,19 +163,19 @@ def check(content, resize=None, min_side=1, max_pixels=None):
 
 
 def decode_other(encoded, max_pixels):
-    """Decodes in a graph, by Python, what is neither JPEG nor PNG.
+    """Decodes files other than JPEG and PNG in a graph, with Python.
 
-    GIF, BMP and WebP as `decode_resize.decode` does without Python; the graph
-    of an input pipeline would be several times as large with their decoders in
-    it, and is instantiated for every chunk of records.
+    GIF, BMP and WebP are decoded as `decode_resize.decode` does without Python.
+    With their decoders in it, the graph of an input pipeline would be several
+    times as large, and it is instantiated for every chunk of records.
 
     Args:
         encoded: Scalar string tensor, an image file.
-        max_pixels: Scalar int64 tensor; -1 for any.
+        max_pixels: Scalar int64 tensor; -1 for no limit.
 
     Returns:
-        uint8 [h, w, 3], as it is to be seen. A file that is not understood
-        raises `tf.errors.InvalidArgumentError`.
+        uint8 [h, w, 3], upright. A file that cannot be decoded raises
+        `tf.errors.InvalidArgumentError`.
     """
 
     def decode(encoded, max_pixels):
@@ -196,12 +196,12 @@ def decode_other(encoded, max_pixels):
 
 
 def why_unusable(content, min_side=1, max_pixels=None):
-    """What is wrong with a file that could not be decoded, in words.
+    """Reason why a file cannot be decoded, in words.
 
     Args:
-        content: Its bytes.
-        min_side: As `read`.
-        max_pixels: As there.
+        content: Bytes of the file.
+        min_side: Minimum length of the shorter side.
+        max_pixels: Maximum number of pixels, as in `read`.
     """
     try:
         check(content, min_side=min_side, max_pixels=max_pixels)
@@ -211,18 +211,17 @@ def why_unusable(content, min_side=1, max_pixels=None):
 
 
 def part(image, box):
-    """Cuts a part out of a decoded image.
+    """Crops a part of a decoded image.
 
     Args:
         image: uint8 [h, w, 3].
-        box: (left, top, width, height) in pixels; what lies outside of the
-            image is left out.
+        box: (left, top, width, height) in pixels; clipped to the image.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        UnusableError: Nothing of the box lies on the image.
+        UnusableError: If the box is outside of the image.
     """
     left, top, width, height = box
     image = image[
@@ -234,7 +233,7 @@ def part(image, box):
 
 
 def _check_size(size, pixels, resize, min_side, max_pixels):
-    """Refuses what is too small or too large; returns whether to shrink."""
+    """Checks the size of an image; returns whether to downsize it."""
     if min(size) < min_side:
         raise UnusableError(f"image with a side below {min_side} pixels")
     shrink = resize is not None and min(size) > resize
@@ -249,7 +248,7 @@ def _check_jpeg(content, resize, min_side, max_pixels):
     """Decodes an ordinary JPEG.
 
     Returns:
-        An RGB image to be shrunk or stored, or None where the file will do.
+        An RGB image to downsize or store, or None to store the file as it is.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -261,7 +260,7 @@ def _check_jpeg(content, resize, min_side, max_pixels):
                 max_pixels,
             )
             if shrink:
-                # JPEG decoders can leave out detail that is not wanted.
+                # JPEG decoders can skip unneeded detail.
                 image.draft("RGB", (2 * resize, 2 * resize))
             image.load()
             turn = _TURNS.get(_orientation(content))
@@ -272,13 +271,13 @@ def _check_jpeg(content, resize, min_side, max_pixels):
     except UnusableError:
         raise
     # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... for
-    # files that are not what they say.
+    # malformed files.
     except Exception:
         raise UnusableError("image cannot be decoded") from None
 
 
 def _orientation(content):
-    """The number by which `decode_resize.decode` will turn an image."""
+    """The orientation by which `decode_resize.decode` rotates an image."""
     if content[2:4] == b"\xff\xdb" or b"Exif" not in content:
         return 1
     with tf.device("CPU:0"):
@@ -286,10 +285,10 @@ def _orientation(content):
 
 
 def _decode_in_graph(content, resize, min_side, max_pixels):
-    """Decodes as training does.
+    """Decodes a file as in training.
 
     Returns:
-        As `_check_jpeg`.
+        An RGB image to downsize or store, or None to store the file as it is.
     """
     try:
         with tf.device("CPU:0"):
@@ -304,20 +303,20 @@ def _decode_in_graph(content, resize, min_side, max_pixels):
 
 
 def _decode_other(content, name, resize, min_side, max_pixels):
-    """Decodes by Pillow what TensorFlow does not.
+    """Decodes a format that TensorFlow does not support, with Pillow.
 
     Args:
         content: Bytes of the file.
-        name: What it is, "" for nothing known.
-        resize: As `read`, and the others, too.
-        min_side: As there.
-        max_pixels: As there.
+        name: Name of the format, "" if unknown.
+        resize: Length of the shorter side to downsize to, as in `read`.
+        min_side: Minimum length of the shorter side.
+        max_pixels: Maximum number of pixels, as in `read`.
 
     Returns:
-        An RGB image, as it is to be seen.
+        An upright RGB image.
 
     Raises:
-        UnusableError: It cannot be decoded.
+        UnusableError: If the image cannot be decoded.
     """
     if name == "HEIC":
         _register_heif()
@@ -325,7 +324,7 @@ def _decode_other(content, name, resize, min_side, max_pixels):
         with Image.open(io.BytesIO(content)) as image:
             pixels = image.width * image.height
             _check_size(image.size, pixels, resize, min_side, max_pixels)
-            tags = getattr(image, "tag_v2", {})  # A copy has them no more.
+            tags = getattr(image, "tag_v2", {})  # Copies lose them.
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image), tags)
     except UnusableError:
@@ -336,12 +335,12 @@ def _decode_other(content, name, resize, min_side, max_pixels):
             if name
             else "image cannot be decoded"
         ) from None
-    except Exception:  # As above.
+    except Exception:  # for malformed files, as above
         raise UnusableError("image cannot be decoded") from None
 
 
 def _register_heif():
-    """Lets Pillow read HEIC."""
+    """Registers the HEIC format with Pillow."""
     try:
         plugin = importlib.import_module("pillow_heif")
     except ModuleNotFoundError:
@@ -352,11 +351,11 @@ def _register_heif():
 
 
 def _to_rgb(image, tags):
-    """8-bit RGB, transparency laid on white as `decode_resize.decode` does.
+    """Converts to 8-bit RGB, blended with white like `decode_resize.decode`.
 
     Args:
         image: A Pillow image.
-        tags: Those of a TIFF, empty for other formats.
+        tags: Tags of a TIFF; empty for other formats.
 
     Returns:
         A Pillow image.
@@ -364,7 +363,7 @@ def _to_rgb(image, tags):
     if image.mode.startswith("I;16"):
         image = _high_bits(image, tags)
     if image.mode in ("I", "F"):
-        # Which numbers are black and white, no rule tells.
+        # The values of black and white are undefined.
         raise UnusableError("image of 32-bit numbers")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -374,18 +373,18 @@ def _to_rgb(image, tags):
 
 
 def _high_bits(image, tags):
-    """The high byte of grey numbers of 9 to 16 bits."""
+    """The high byte of gray values of 9 to 16 bits."""
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
-    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    gray = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        grey = 255 - grey
-    return Image.fromarray(grey)
+        gray = 255 - gray
+    return Image.fromarray(gray)
 
 
 def _is_ordinary(content):
-    """Whether a JPEG is baseline or progressive, of 8 bits, grey or colour.
+    """Whether a JPEG is baseline or progressive, of 8 bits, gray or color.
 
-    The others Pillow decodes, or colours, in another way than TensorFlow.
+    Pillow decodes other JPEGs differently from TensorFlow.
     """
     position = 2
     while position + 10 <= len(content) and content[position] == 0xFF:

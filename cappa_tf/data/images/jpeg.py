@@ -1,4 +1,4 @@
-"""JPEG files: size, EXIF data, and the colours of CMYK, in graphs.
+"""JPEG files: size, EXIF data and decoding including CMYK, in graphs.
 
 Abbreviations for dimensions:
     h, w: height and width of an image as it is stored.
@@ -10,28 +10,28 @@ import tensorflow as tf
 
 from cappa_tf.data.images import exif, raw_bytes
 
-# Where there is no comment, colour profile or EXIF data, the tables follow the
-# JFIF segment at once.
+# Without a comment, color profile or EXIF data, the tables directly follow the
+# JFIF segment.
 _MAGIC = b"\xff\xd8\xff"
 _JFIF = b"\xff\xd8\xff\xe0\0\x10"
 _TABLES_AT, _TABLES = 20, b"\xff\xdb"
 _RATIOS = (1, 2, 4, 8)
-# Any scale: nothing is as large as this.
+# Larger than any image, so that none is scaled down.
 FULL_SIZE = 2**31 - 1
-# An Adobe segment that says: no transform, that is CMYK.
+# An Adobe segment without a transform, which means CMYK.
 _ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 
 
 def is_jpeg(encoded):
-    """Scalar bool: whether a file begins like a JPEG."""
+    """Whether a file begins like a JPEG, scalar bool."""
     return tf.strings.substr(encoded, 0, len(_MAGIC)) == _MAGIC
 
 
 def is_plain(encoded):
-    """Scalar bool: whether a JPEG is one without any segment to look at.
+    """Whether a JPEG has no segments that must be inspected, scalar bool.
 
-    Most of the files that programs write are: the price of all checks for
-    these is this comparison.
+    This is true of most files that programs write, and makes all further
+    checks of these unnecessary.
     """
     begins = tf.strings.substr(encoded, 0, len(_JFIF)) == _JFIF
     # A JPEG whose header could be read is longer than that.
@@ -40,35 +40,35 @@ def is_plain(encoded):
 
 
 def shape(encoded):
-    """int64 [3]: h, w and number of channels, from the header."""
+    """Shape (h, w, channels) from the header, int64 [3]."""
     return tf.io.extract_jpeg_shape(encoded, tf.int64)
 
 
 def size(encoded):
-    """int64 [2]: h, w."""
+    """Size (h, w) from the header, int64 [2]."""
     return shape(encoded)[:2]
 
 
 def exif_data(encoded):
-    """Scalar string: the EXIF data, "" where there are none."""
+    """The EXIF data, scalar string, "" if there are none."""
     return _segments(encoded)[0]
 
 
 def decode(encoded, at_least):
-    """Decodes with the top up, whatever is stored.
+    """Decodes a JPEG to an upright RGB image.
 
     Args:
         encoded: Scalar string.
-        at_least: int32 [2], least height and width of the image as it is
-            after turning; FULL_SIZE for all there is.
+        at_least: int32 [2], minimum height and width of the upright image;
+            FULL_SIZE to decode at full size.
 
     Returns:
-        uint8 [h, w, 3], or [w, h, 3] of a photo that lies on its side.
+        uint8 [h, w, 3], or [w, h, 3] of a photo that is stored sideways.
     """
     found_exif, has_adobe = _segments(encoded)
     turned = exif.read(found_exif)
     found = shape(encoded)
-    # What Pillow writes: inverted like Adobe's, but without saying so.
+    # Pillow writes inverted CMYK as Adobe does, but without the segment.
     marked = tf.strings.join(
         [
             tf.strings.substr(encoded, 0, 2),
@@ -77,7 +77,7 @@ def decode(encoded, at_least):
         ]
     )
     encoded = tf.where((found[2] == 4) & ~has_adobe, marked, encoded)
-    # The decoder sees the photo as it lies.
+    # The decoder sees the photo before rotation.
     at_least = tf.where(turned >= 5, at_least[::-1], at_least)
     image = decode_scaled(encoded, found[:2], at_least)
     return exif.turn(image, turned)
@@ -88,16 +88,16 @@ def decode_scaled(encoded, size, at_least, instead=None):
 
     Args:
         encoded: Scalar string.
-        size: int64 [2], its h, w.
-        at_least: Least (height, width), two integers or int32 [2].
-        instead: Optional (scalar bool, function): what is called instead of
-            decoding where it is true.
+        size: int64 [2], its h and w.
+        at_least: Minimum (height, width), two integers or int32 [2].
+        instead: Optional (scalar bool, function): the function is called
+            instead of decoding if the bool is true.
 
     Returns:
         uint8 [ceil(h / r), ceil(w / r), 3].
     """
-    # How often the image holds what is wanted, in the direction it does so
-    # less often; the scale is an attribute of the operation, not an input.
+    # Smaller ratio of the image's sides to the minimum. Scales are branches, as
+    # the ratio is an attribute of the operation, not an input.
     times = tf.reduce_min(size // tf.cast(at_least, tf.int64))
     smaller = tf.cast(times >= tf.constant(_RATIOS[1:], tf.int64), tf.int32)
     branch = tf.reduce_sum(smaller)
@@ -112,10 +112,10 @@ def decode_scaled(encoded, size, at_least, instead=None):
 
 
 def _segments(encoded):
-    """What the segments before the tables say.
+    """Reads the segments before the tables.
 
     Returns:
-        seen: Scalar string.
+        exif: Scalar string, the EXIF data.
         has_adobe: Scalar bool, whether there is an Adobe segment.
     """
     length = tf.strings.length(encoded)
@@ -123,7 +123,7 @@ def _segments(encoded):
     def is_application(marker):
         return ((marker >= 0xFFE0) & (marker <= 0xFFEF)) | (marker == 0xFFFE)
 
-    def go_on(position, marker, size, seen, has_adobe):
+    def unfinished(position, marker, size, seen, has_adobe):
         del size, seen, has_adobe
         padding = marker == 0xFFFF
         return (is_application(marker) | padding) & (position < length)
@@ -135,7 +135,7 @@ def _segments(encoded):
         return position, marker, tf.cast(size, tf.int32)
 
     def step(position, marker, size, seen, has_adobe):
-        # Between segments any number of bytes 0xFF may stand.
+        # There may be any number of bytes 0xFF between segments.
         size = tf.where(marker == 0xFFFF, -1, size)
         content = raw_bytes.part(encoded, position + 4, size - 2)
         name = tf.strings.substr(content, 0, len(exif.PREFIX))
@@ -150,7 +150,7 @@ def _segments(encoded):
         )
 
     *_, found, has_adobe = tf.while_loop(
-        go_on,
+        unfinished,
         step,
         (*head(tf.constant(2)), tf.constant(b""), tf.constant(False)),
     )

@@ -16,12 +16,12 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def is_png(encoded):
-    """Scalar bool: whether a file begins like a PNG."""
+    """Whether a file begins like a PNG, scalar bool."""
     return tf.strings.substr(encoded, 0, len(_MAGIC)) == _MAGIC
 
 
 def size(encoded):
-    """int64 [2]: h, w from the header."""
+    """Size (h, w) from the header, int64 [2]."""
     data = raw_bytes.raw(encoded, 16, 8)
     return tf.stack(
         [
@@ -32,22 +32,22 @@ def size(encoded):
 
 
 def exif_data(encoded):
-    """Scalar string: the EXIF data, "" where there are none."""
+    """The EXIF data, scalar string, "" if there are none."""
     return _chunks(encoded)[1]
 
 
 def decode(encoded):
-    """Decodes with the top up; of 16 bits the high byte is taken.
+    """Decodes a PNG to upright RGB; uses the high byte of 16 bits.
 
     Returns:
-        uint8 [h, w, 3], or [w, h, 3] of an image that lies on its side.
+        uint8 [h, w, 3], or [w, h, 3] of an image that is stored sideways.
     """
     has_key, found_exif, end = _chunks(encoded)
-    # A file that lacks the end mark is whole all the same, if its pixels are.
+    # A file without the end mark is accepted if its pixels are complete.
     whole = tf.strings.substr(encoded, 0, end) + _END
-    colour_type = raw_bytes.raw(encoded, 25, 1)[0]
+    color_type = raw_bytes.raw(encoded, 25, 1)[0]
     image = tf.cond(
-        (colour_type == 4) | (colour_type == 6) | has_key,
+        (color_type == 4) | (color_type == 6) | has_key,
         lambda: raw_bytes.on_white(tf.io.decode_png(whole, channels=4)),
         lambda: tf.io.decode_png(whole, channels=3),
     )
@@ -55,12 +55,12 @@ def decode(encoded):
 
 
 def _chunks(encoded):
-    """What the chunks say.
+    """Reads the chunks.
 
     Returns:
-        has_key: Scalar bool, whether some colours are transparent.
-        seen: Scalar string.
-        end: Scalar int32, where the last complete chunk but the end mark ends.
+        has_key: Scalar bool, whether some colors are transparent.
+        exif: Scalar string, the EXIF data.
+        end: Scalar int32, end of the last complete chunk before the end mark.
     """
     length = tf.strings.length(encoded)
 
@@ -72,7 +72,7 @@ def _chunks(encoded):
         size = tf.cast(tf.minimum(size, 1 << 30), tf.int32)
         return position, size, name
 
-    def go_on(position, size, name, has_key, seen):
+    def unfinished(position, size, name, has_key, seen):
         del has_key, seen
         return (name != b"IEND") & (position + 12 <= length - size)
 
@@ -87,7 +87,7 @@ def _chunks(encoded):
         )
 
     end, _, _, has_key, found = tf.while_loop(
-        go_on,
+        unfinished,
         step,
         (
             *head(tf.constant(_FIRST_CHUNK)),

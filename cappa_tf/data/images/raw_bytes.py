@@ -1,4 +1,4 @@
-"""Numbers in the bytes of an image file, and pixels laid on white, in graphs.
+"""Numbers in the bytes of an image file, and alpha blending, in graphs.
 
 Abbreviations for dimensions:
     h, w: height and width of an image.
@@ -8,15 +8,15 @@ import tensorflow as tf
 
 
 def part(encoded, start, length):
-    """Bytes of a file, fewer behind its end.
+    """Bytes of a file, fewer at its end.
 
-    `tf.strings.substr` refuses to begin behind it, with the whole file in its
-    message: Python cannot decode that one.
+    `tf.strings.substr` fails if it would begin past the end, with a message
+    that contains the whole file and that Python cannot decode.
 
     Args:
         encoded: Scalar string.
-        start: Where they begin, scalar integer, not negative.
-        length: How many, a scalar of the same type.
+        start: Position of the first byte, scalar integer, not negative.
+        length: Number of bytes, a scalar of the same type.
 
     Returns:
         Scalar string.
@@ -28,12 +28,12 @@ def part(encoded, start, length):
 
 
 def raw(encoded, start, length):
-    """Bytes of a file, zeros behind its end.
+    """Bytes of a file, padded with zeros at its end.
 
     Args:
         encoded: Scalar string.
-        start: Where they begin, scalar int32.
-        length: How many, a Python integer.
+        start: Position of the first byte, scalar int32.
+        length: Number of bytes, a Python integer.
 
     Returns:
         int64 [length].
@@ -44,12 +44,12 @@ def raw(encoded, start, length):
 
 
 def unsigned(data, start, length, big_endian=False):
-    """An unsigned integer.
+    """Reads an unsigned integer.
 
     Args:
         data: int64 [any], bytes.
-        start: Its first byte, a Python integer.
-        length: Its bytes, a Python integer.
+        start: Position of its first byte, a Python integer.
+        length: Number of its bytes, a Python integer.
         big_endian: Whether the highest byte comes first.
 
     Returns:
@@ -61,7 +61,7 @@ def unsigned(data, start, length, big_endian=False):
 
 
 def on_white(image):
-    """uint8 [h, w, 4] to [h, w, 3]: transparent pixels laid on white."""
-    colour = tf.cast(image[..., :3], tf.float32)
+    """Blends an image with alpha, uint8 [h, w, 4], with white: [h, w, 3]."""
+    color = tf.cast(image[..., :3], tf.float32)
     alpha = tf.cast(image[..., 3:4], tf.float32) / 255.0
-    return tf.cast(tf.round(colour * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
+    return tf.cast(tf.round(color * alpha + 255.0 * (1.0 - alpha)), tf.uint8)

@@ -1,7 +1,7 @@
 """WebP files: size, EXIF data and pixels, in graphs.
 
-TensorFlow decodes every frame of an animation before one can be taken, so the
-frames are counted before they take memory.
+TensorFlow decodes every frame of an animation before one can be selected, so
+the frames are counted before they take memory.
 
 Reference: RFC 9649, section 2.7.
 
@@ -19,7 +19,7 @@ _ALPHA = 0x10
 
 
 def size(encoded):
-    """int64 [2]: h, w of a lossy, lossless or extended WebP."""
+    """Size (h, w) of a lossy, lossless or extended WebP, int64 [2]."""
     kind = tf.strings.substr(_padded(encoded), _FIRST_CHUNK, 4)
     data = raw_bytes.raw(encoded, 0, 30)
 
@@ -45,20 +45,20 @@ def size(encoded):
 
 
 def num_frames(encoded):
-    """Scalar int64: how many frames a WebP has, at least 1."""
+    """Number of frames of a WebP, at least 1, scalar int64."""
     return tf.maximum(_chunks(encoded)[0], 1)
 
 
 def exif_data(encoded):
-    """Scalar string: the EXIF data, "" where there are none."""
+    """The EXIF data, scalar string, "" if there are none."""
     return _chunks(encoded)[1]
 
 
 def decode(encoded):
-    """Decodes the first frame, with the top up.
+    """Decodes the first frame to upright RGB.
 
     Returns:
-        uint8 [h, w, 3], or [w, h, 3] of an image that lies on its side.
+        uint8 [h, w, 3], or [w, h, 3] of an image that is stored sideways.
     """
     frames = tf.io.decode_webp(_with_alpha(encoded))
     image = tf.cond(
@@ -74,15 +74,15 @@ def _padded(encoded):
 
 
 def _chunks(encoded):
-    """What the chunks say.
+    """Reads the chunks.
 
     Returns:
-        frames: Scalar int64, frames of an animation.
-        seen: Scalar string.
+        frames: Scalar int64, number of frames of an animation.
+        exif: Scalar string, the EXIF data.
     """
     length = tf.strings.length(encoded)
 
-    def go_on(position, frames, seen):
+    def unfinished(position, frames, seen):
         del frames, seen
         return position + 8 <= length
 
@@ -94,7 +94,7 @@ def _chunks(encoded):
         content = tf.strings.substr(
             encoded, position + 8, tf.where(name == b"EXIF", size, 0)
         )
-        # Chunks of odd size are followed by a byte more.
+        # Chunks of odd size are padded by one byte.
         size = tf.minimum(size + size % 2, length - position)
         return (
             position + 8 + size,
@@ -103,7 +103,7 @@ def _chunks(encoded):
         )
 
     _, frames, found = tf.while_loop(
-        go_on,
+        unfinished,
         step,
         (
             tf.constant(_FIRST_CHUNK),
@@ -115,11 +115,11 @@ def _chunks(encoded):
 
 
 def _with_alpha(encoded):
-    """A WebP of the extended kind that says it may be transparent.
+    """Sets the alpha flag of an extended WebP.
 
-    TensorFlow (2.20, 2.21) makes room for three channels where an animation
-    does not say so, and has libwebp write four: memory is overwritten and the
-    process dies. Opaque pixels stay opaque. Other WebP files are as they were.
+    Without the flag, TensorFlow (2.20, 2.21) allocates three channels for an
+    animation but lets libwebp write four, which overwrites memory and crashes
+    the process. Opaque pixels remain opaque. Other WebP files are unchanged.
 
     Args:
         encoded: Scalar string, a WebP file.

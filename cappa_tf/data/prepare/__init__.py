@@ -1,1 +1,1 @@
-"""Images and captions to shards: what tools/prepare_data.py does."""
+"""Preparation of data: images and captions to shards."""

@@ -1,8 +1,8 @@
 """Conversion on the workers of Apache Beam (the extra `beam`).
 
-Beam deals out plans (`conversion.Plan`) and nothing else: its workers read the
-images and write the shards themselves, so all of them need to reach the
-input and the output folder under the same names.
+Beam distributes only the plans (`conversion.Plan`). Its workers read the images
+and write the shards themselves, so all of them need access to the input and
+the output folder under the same names.
 """
 
 import apache_beam as beam
@@ -14,7 +14,7 @@ _PICTURES = "pictures"
 
 
 class _Convert(beam.DoFn):
-    """Makes the shard of a plan; counts images and skips for the runner."""
+    """Writes the shard of a plan; counts images and skips for the runner."""
 
     def __init__(self, workers):
         self._workers = workers
@@ -29,22 +29,23 @@ class _Convert(beam.DoFn):
 
 
 def convert(plans, runner, arguments, workers=None):
-    """Makes the shards of all plans and waits for them.
+    """Writes the shards of all plans and waits for them.
 
     Args:
         plans: A list of `conversion.Plan`s.
         runner: Name of a Beam runner: DirectRunner, DataflowRunner, ...
         arguments: Beam's own pipeline options, as on a command line.
-        workers: Threads of a shard that is made; by default one for each
-            core of the worker.
+        workers: Number of threads per shard; by default one per core of the
+            worker.
 
     Returns:
-        Beam's counters: a dict name -> count. Empty for a runner that keeps
+        Dict name -> count of Beam's counters; empty for a runner that keeps
         none.
 
     Raises:
-        ValueError: The DirectRunner does not know an option. Other runners
-            may have options Beam's Python side does not know; it warns.
+        ValueError: If the DirectRunner does not know an option. For other
+            runners Beam only warns, as they may have options that its Python
+            side does not know.
     """
     options = pipeline_options.PipelineOptions(
         [f"--runner={runner}", *arguments]
@@ -60,7 +61,7 @@ def convert(plans, runner, arguments, workers=None):
                 + ", ".join(f"--{name}" for name in unknown)
             )
     pipeline = beam.Pipeline(options=options)
-    # Reshuffle: without it one worker would make all shards.
+    # Without Reshuffle one worker would write all shards.
     _ = (
         pipeline
         | "Plans" >> beam.Create([plan.path for plan in plans])

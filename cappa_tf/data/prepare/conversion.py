@@ -1,21 +1,21 @@
-"""Images with captions to a data set, one shard at a time, anywhere.
+"""Conversion of captioned images to a data set, one shard at a time.
 
-The listing alone decides what goes where: image r of a split, in the order
-of the source and before any is opened, belongs to shard r modulo the number of
-shards, and lies there in that order. A shard is made by whoever comes first (a
-thread here, a worker of Apache Beam elsewhere) from its plan, a file of rows.
-So the same input gives the same bytes on any number of machines, and no
-image travels between them.
+The listing alone decides where an image goes: image r of a split, in the order
+of the source and before any is opened, goes to shard r modulo the number of
+shards, in that order. Any worker (a thread, or a worker of Apache Beam on
+another machine) writes a shard from its plan, a file of rows. So the same
+input yields the same bytes on any number of machines, and no image is sent
+between them.
 
-All work lies in OUTPUT/.conversion until it is complete:
+All files are in OUTPUT/.conversion until the work is complete:
 
     train-00003-DIGEST.plan      options, then a JSON line for each row
     train-00003-DIGEST.tfrecord  the shard, renamed to this when complete
-    train-00003-DIGEST.result    counts, what was skipped, checksums
+    train-00003-DIGEST.result    counts, skipped rows, checksums
 
-DIGEST is that of the plan's content: what another conversion still writes
-has other names. A conversion that is killed leaves no more than this folder.
-The next one takes over each shard whose plan, images and bytes are the same.
+DIGEST is the digest of the plan's content, so another conversion that is still
+writing uses other names. A conversion that is killed leaves only this folder.
+The next one reuses each shard whose plan, images and bytes are the same.
 """
 
 import collections
@@ -36,20 +36,20 @@ from cappa_tf.data.text import is_text
 from cappa_tf.utils import files
 
 FOLDER = ".conversion"
-# Part of each plan: shards made by other code are made again.
+# Part of each plan, so that shards written by other code are written again.
 _MAKER = {"version": 2, "pillow": PIL.__version__}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one plan.
+    """Result of one plan.
 
     Attributes:
-        inputs_sha256: Digest of sizes and times of the images.
+        inputs_sha256: Digest of sizes and modification times of the images.
         shard: The `dataset_writer.WrittenShard`.
-        skipped: [number of the row in the source, reason, name] of each
-            thing left out.
-        reused: Whether an earlier conversion made the shard.
+        skipped: List of [number of the row in the source, reason, name] of
+            everything left out.
+        reused: Whether an earlier conversion wrote the shard.
     """
 
     inputs_sha256: str
@@ -60,12 +60,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One shard to be made.
+    """Plan of one shard.
 
     Attributes:
-        path: The plan's file; shard and result lie beside it.
-        split: The shard's split.
-        num_rows: Images that belong to it.
+        path: Path of the plan's file; shard and result are beside it.
+        split: Split of the shard.
+        num_rows: Number of images in the plan.
     """
 
     path: str
@@ -74,22 +74,23 @@ class Plan:
 
 
 def plan(rows, output_dir, num_shards, options, skipped):
-    """Deals the rows out to shards and writes the plans.
+    """Assigns the rows to shards and writes the plans.
 
-    A row whose key another row had before, or is no text, is skipped here.
+    A row whose key is repeated or not valid text is skipped here.
 
     Args:
         rows: A list of `image_rows.Row`s.
         output_dir: Folder of the data set.
-        num_shards: Shards of a split; one with fewer rows gets one for each.
+        num_shards: Number of shards per split; a split with fewer rows gets one
+            shard per row.
         options: `image_rows.Options`.
-        skipped: A `image_rows.Skipped` that takes what is left out.
+        skipped: `image_rows.Skipped` to which skipped rows are added.
 
     Returns:
         A list of `Plan`s.
 
     Raises:
-        ValueError: The name of a split does not do.
+        ValueError: If the name of a split is invalid.
     """
     split_rows = {}
     seen = set()
@@ -124,12 +125,12 @@ def plan(rows, output_dir, num_shards, options, skipped):
 
 
 def convert(plan_path, workers=None, on_row=None):
-    """Makes the shard of a plan, unless it is there already.
+    """Writes the shard of a plan, unless it already exists.
 
     Args:
         plan_path: `Plan.path`.
-        workers: Threads that read and check images; by default one for
-            each core of this machine.
+        workers: Number of threads that read and check images; by default one
+            per core of this machine.
         on_row: Called without arguments after each row.
 
     Returns:
@@ -163,26 +164,26 @@ def finish(plans, output_dir, name, metadata, skipped):
     """Publishes the data set once each plan has its shard.
 
     Args:
-        plans: What `plan` gave.
+        plans: The list that `plan` returned.
         output_dir: Folder of the data set.
-        name: Its name.
-        metadata: Kept in the description.
-        skipped: The `image_rows.Skipped` of `plan`; takes what the shards
-            left out, in the order of the source.
+        name: Name of the data set.
+        metadata: Dict stored in the description.
+        skipped: The `image_rows.Skipped` of `plan`, to which the skipped rows
+            of the shards are added in the order of the source.
 
     Returns:
-        The `DatasetDescription`, and the number of shards that an earlier
-        conversion had made.
+        The `DatasetDescription`, and the number of shards that were reused
+        from an earlier conversion.
 
     Raises:
-        ValueError: A shard was not made, or no image was usable.
+        ValueError: If a shard is missing, or no image was usable.
     """
     results = [_load_result(plan.path) for plan in plans]
     missing = [p.path for p, r in zip(plans, results) if r is None]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(plans)} shards were not made, such as "
-            f"that of {missing[0]}: run it again"
+            f"{len(missing)} of {len(plans)} shards are missing, such as "
+            f"that of {missing[0]}: run the conversion again"
         )
     for _, reason, key in sorted(
         (line for result in results for line in result.skipped),
@@ -202,7 +203,7 @@ def finish(plans, output_dir, name, metadata, skipped):
 
 
 def _write_shard(plan_path, read, on_row):
-    """Writes rows that were read; nothing is seen before it is complete."""
+    """Writes the rows of a shard; it becomes visible when complete."""
     shard_path, result_path = _beside(plan_path)
     inputs = hashlib.sha256()
     skipped = []
@@ -221,7 +222,7 @@ def _write_shard(plan_path, read, on_row):
 
 
 def _finished(plan_path, rows, pool):
-    """The result of an earlier conversion if it still holds, or None."""
+    """The result of an earlier conversion if it is still valid, or None."""
     result = _load_result(plan_path)
     if result is None:
         return None
@@ -243,7 +244,7 @@ def _finished(plan_path, rows, pool):
 
 
 def _stamp(path):
-    """Size and time of a file: other ones tell that it was replaced."""
+    """Size and modification time of a file, which detect a replacement."""
     try:
         found = tf.io.gfile.stat(path)
     except tf.errors.OpError:
@@ -290,7 +291,7 @@ def _beside(plan_path):
 
 
 def _remove_others(folder, plans):
-    """Removes what belongs to no plan: halves and other conversions'."""
+    """Removes files of no plan: unfinished ones, and other conversions'."""
     kept = set()
     for plan_ in plans:
         kept.update(map(os.path.basename, (plan_.path, *_beside(plan_.path))))
@@ -300,7 +301,7 @@ def _remove_others(folder, plans):
 
 
 def _ordered_map(pool, function, items, ahead):
-    """Results in order, with at most `ahead` items under way."""
+    """Yields results in order, with at most `ahead` items in progress."""
     items = iter(items)
     waiting = collections.deque(
         pool.submit(function, item) for item in itertools.islice(items, ahead)

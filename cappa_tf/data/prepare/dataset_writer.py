@@ -1,7 +1,7 @@
-"""Complete shards become a data set: names, TFDS metadata, description last.
+"""Publication of complete shards as a data set.
 
-Whoever finds a dataset.json finds a complete data set, because everything else
-is in place before it is written and it goes before anything is replaced.
+A folder with a dataset.json holds a complete data set: that file is written
+last, and deleted before anything else is replaced.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ import tensorflow as tf
 from cappa_tf.data import description as description_lib
 from cappa_tf.utils import files
 
-# What TFDS needs beside the shards, and how a file of ours is told from one
-# of a data set that TFDS itself prepared.
+# Files that TFDS needs beside the shards, and the description that tells ours
+# from those of a data set that TFDS itself prepared.
 TFDS_INFO = "dataset_info.json"
 _TFDS_FILES = frozenset((TFDS_INFO, "features.json", "label.labels.txt"))
 _TFDS_DESCRIPTION = "Captioned images, written by cappa_tf."
 
-# What may lie in a data set's folder and is not written here: vocabularies
-# and logs. Anything else makes the folder somebody else's.
+# Other files that may be in the folder of a data set: vocabularies and logs. A
+# folder with anything else is not overwritten.
 _COMPANIONS = re.compile(r"(tokenizer\..*|.*\.log|\..*)")
 
 
@@ -31,11 +31,11 @@ class WrittenShard:
     """A complete TFRecord file that has no final name yet.
 
     Attributes:
-        path: Where it lies.
-        num_examples: Records in it.
-        num_captions: Captions of all its records.
-        max_captions: Captions of the record that has most of them.
-        num_labels: Records with a label.
+        path: Path of the file.
+        num_examples: Number of records.
+        num_captions: Number of captions of all records.
+        max_captions: Maximum number of captions of a record.
+        num_labels: Number of records with a label.
         num_bytes: Size of the file.
         sha256: Hexadecimal digest of the file.
     """
@@ -50,22 +50,22 @@ class WrittenShard:
 
 
 def publish(output_dir, name, metadata, splits):
-    """Gives complete shards their names and describes them.
+    """Gives complete shards their final names and writes the description.
 
-    An older version in `output_dir` goes first, its description before all
-    else. Shards without a record are left out of the numbering.
+    An older version in `output_dir` is deleted first, beginning with its
+    description. Shards without a record are left out of the numbering.
 
     Args:
         output_dir: Folder of the data set, on the file system of the shards.
         name: Name of the data set.
-        metadata: JSON-able dict kept in the description.
+        metadata: JSON-able dict stored in the description.
         splits: A dict split -> list of `WrittenShard`s in order.
 
     Returns:
         The `DatasetDescription`.
 
     Raises:
-        ValueError: There is no record, or a name does not do.
+        ValueError: If there is no record, or a name is invalid.
     """
     check_name("name", name)
     shards = {
@@ -100,17 +100,17 @@ def publish(output_dir, name, metadata, splits):
 
 
 def check_output(output_dir, name, metadata=None, overwrite=False):
-    """Refuses to write a data set over something that is not the same one.
+    """Checks that a data set would only overwrite its own older version.
 
     Args:
         output_dir: Folder to write to; need not exist.
         name: Name of the data set.
-        metadata: Its metadata; "source" tells data sets of a name apart.
+        metadata: Its metadata; "source" distinguishes data sets of one name.
         overwrite: Whether another data set may be replaced.
 
     Raises:
-        ValueError: `output_dir` holds another data set (unless `overwrite`)
-            or files that are no part of any.
+        ValueError: If `output_dir` holds another data set (unless `overwrite`)
+            or files that do not belong to a data set.
     """
     if not tf.io.gfile.exists(output_dir):
         return
@@ -127,8 +127,8 @@ def check_output(output_dir, name, metadata=None, overwrite=False):
         foreign.append(TFDS_INFO)
     if foreign:
         raise ValueError(
-            "A data set is written to an empty folder or over its own older "
-            f"version. Received: {output_dir}, which holds {foreign[:3]}"
+            "A data set must be written to an empty folder or over its own "
+            f"older version. Received: {output_dir}, which holds {foreign[:3]}"
         )
     path = os.path.join(output_dir, description_lib.FILE_NAME)
     if overwrite or not tf.io.gfile.exists(path):
@@ -144,23 +144,23 @@ def check_output(output_dir, name, metadata=None, overwrite=False):
 
 
 def check_name(what, value):
-    """Names become parts of file names.
+    """Checks that a name can be part of file names.
 
     Raises:
-        ValueError: `value` has other characters.
+        ValueError: If it has other characters.
     """
     if not isinstance(value, str) or not re.fullmatch(r"\w[\w.-]*", value):
         raise ValueError(
-            f"`{what}` must be letters, digits, '_', '.' or '-'. "
+            f"`{what}` must consist of letters, digits, '_', '.' or '-'. "
             f"Received: {what}={value!r}"
         )
 
 
 def check_split(split):
-    """Split names are parts of file names and of TFDS's split expressions.
+    """Checks that a split's name is valid in file names and for TFDS.
 
     Raises:
-        ValueError: The name does not do.
+        ValueError: If it is not.
     """
     if (
         not isinstance(split, str)
@@ -168,8 +168,9 @@ def check_split(split):
         or split == "all"
     ):
         raise ValueError(
-            "`split` must be letters, digits, '_' or '-', and not 'all', "
-            f"which to TFDS is all splits together. Received: split={split!r}"
+            "`split` must consist of letters, digits, '_' or '-', and not be "
+            "'all', which to TFDS means all splits together. Received: "
+            f"split={split!r}"
         )
 
 
@@ -196,8 +197,8 @@ def _publish_split(output_dir, name, split, shards):
 
 
 def _write_tfds_metadata(description, num_labels):
-    """Writes what `tfds.builder_from_directory` reads."""
-    # Whole files only: what a killed process left must not look foreign.
+    """Writes the files that `tfds.builder_from_directory` reads."""
+    # Written atomically: a partial file of a killed process would look foreign.
     with tempfile.TemporaryDirectory() as scratch:
         _tfds_info(description, num_labels, scratch).write_to_directory(scratch)
         for file in sorted(os.listdir(scratch)):
@@ -209,15 +210,15 @@ def _write_tfds_metadata(description, num_labels):
 def _tfds_info(description, num_labels, directory):
     """The `tfds.core.DatasetInfo` of a description.
 
-    TFDS has no feature that may be absent: where only some records have a
-    label, it is a sequence of none or one.
+    TFDS has no optional features: if only some records have a label, it is a
+    sequence of zero or one.
 
     Args:
         description: A `DatasetDescription`.
-        num_labels: Records with a label.
-        directory: Any local folder; TFDS wants one, and notes it nowhere.
+        num_labels: Number of records with a label.
+        directory: Any local folder; TFDS requires one but does not store it.
     """
-    # Seconds to import, and needed only here.
+    # Takes seconds to import, and is needed only here.
     import tensorflow_datasets as tfds
 
     splits = description.content["splits"]
@@ -264,7 +265,7 @@ def _tfds_info(description, num_labels, directory):
 
 
 def _tfds_metadata_is_ours(output_dir):
-    """False where TFDS itself prepared a data set in the folder."""
+    """Whether the folder holds no data set that TFDS itself prepared."""
     path = os.path.join(output_dir, TFDS_INFO)
     if not tf.io.gfile.exists(path):
         return True
@@ -288,7 +289,7 @@ def _remove_old(output_dir):
 
 
 def _is_data_file(file):
-    """Whether a file name is one that `publish` gives."""
+    """Whether `publish` writes a file of this name."""
     return bool(
         re.fullmatch(r".+\.tfrecord-\d{5}-of-\d{5}", file)
         or file.startswith(description_lib.FILE_NAME)

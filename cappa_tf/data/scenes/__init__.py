@@ -1,1 +1,1 @@
-"""A small data set that is drawn on the spot."""
+"""Scenes: a small synthetic data set that is rendered locally."""

@@ -1,7 +1,7 @@
-"""How the scenes data set is painted.
+"""Rendering of the scenes data set.
 
-Colours, places, sizes and the ground vary a little from image to image,
-and all of it is under a faint noise; edges are smooth.
+Colors, positions, sizes and the background vary a little from image to image.
+Edges are smooth, and faint noise is added.
 
 H/W: height and width of an image, here both `image_size`.
 """
@@ -28,23 +28,23 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 # The axis along which the first object comes before the second.
 RELATIONS = {"left of": 0, "above": 1}
 
-_OVERSAMPLE = 4  # drawn at 4 times the size, then averaged: smooth edges
-_ACROSS = 0.4  # offset across the axis of a relation, of that along it
-# Centres lie near the points of a grid: a shape meets the patches of a vision
-# transformer in few positions, and is learned from thousands of images
+_OVERSAMPLE = 4  # rendered at 4 times the size, then averaged for smooth edges
+_ACROSS = 0.4  # maximum offset across a relation's axis, relative to along it
+# Centers are near the points of a grid, so that a shape meets the patches of a
+# vision transformer in few positions, and is learned from thousands of images
 # instead of hundreds of thousands.
 _GRID = 12
 _JITTER = 0.015  # of the image's width, about a pixel
-_WORD_WIDTH = 0.86  # likewise; a short and high word is narrower
+_WORD_WIDTH = 0.86  # of the image's width; a short and high word is narrower
 
 
 def brightness(color):
-    """Grey value of a colour's name, in [0, 255] (ITU-R BT.601)."""
+    """Gray value of a named color, in [0, 255] (ITU-R BT.601)."""
     return float(np.dot(COLORS[color], (0.299, 0.587, 0.114)))
 
 
 def draw_objects(scene, rng, image_size=64):
-    """Paints two objects on a grey ground.
+    """Renders two objects on a gray background.
 
     Args:
         scene: A `world.Scene`.
@@ -63,12 +63,12 @@ def draw_objects(scene, rng, image_size=64):
 
 
 def draw_word(word, color, ground, rng, image_size=64):
-    """Paints a word in one colour on a ground of another.
+    """Renders a word in one color on a background of another.
 
     Args:
         word: A string.
         color: A name in `COLORS`.
-        ground: Another one.
+        ground: Name of the background's color.
         rng: A `numpy.random.Generator`.
         image_size: Height and width in pixels.
 
@@ -82,14 +82,14 @@ def draw_word(word, color, ground, rng, image_size=64):
 
 
 def place(scene, rng):
-    """Radii and centres of the two objects, true to the rule of the captions.
+    """Samples radii and centers of two objects, according to their relation.
 
     Args:
         scene: A `world.Scene`.
         rng: A `numpy.random.Generator`.
 
     Returns:
-        Float arrays radii [2] and centres [2, 2] (x, y), in image widths.
+        Float arrays radii [2] and centers [2, 2] (x, y), in image widths.
     """
     things = (scene.first, scene.second)
     radii = np.array([rng.uniform(*SIZES[thing.size]) for thing in things])
@@ -100,15 +100,15 @@ def place(scene, rng):
 
 @functools.cache
 def _spots(axis, first_size, second_size):
-    """All pairs of grid points at which two objects may stand.
+    """All pairs of grid points at which two objects may be.
 
     Args:
-        axis: 0 where the first is left of the second, 1 where it is above.
+        axis: 0 if the first is left of the second, 1 if it is above.
         first_size: A name in `SIZES`.
         second_size: Another one.
 
     Returns:
-        A float array [pairs, 2, 2]: which object, (x, y).
+        Float array [pairs, 2, 2] of (x, y) of both objects.
     """
     # Outlines stay within 1.1 radii.
     reach = [
@@ -132,13 +132,13 @@ def _ground(color, rng, image_size):
 
 
 def _vary(color, rng):
-    """A colour close to `color`: each channel at most 10 of 255 away."""
+    """Varies each channel of a color by at most 10 of 255."""
     varied = np.asarray(color) + rng.uniform(-10, 10, 3)
     return tuple(int(channel) for channel in varied.clip(0, 255))
 
 
 def _add_noise(image, rng):
-    """Adds a slope of light and Gaussian noise, each of a few grey levels."""
+    """Adds a light gradient and Gaussian noise, each of a few gray levels."""
     size = image.size[0]
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-8, 8, 2).astype(np.float32)
@@ -150,7 +150,7 @@ def _add_noise(image, rng):
 
 @functools.cache
 def _outline(shape):
-    """Polygons of a shape within 1 (star: 1.1) of its centre, y downwards.
+    """Polygons of a shape within 1 (star: 1.1) of its center, y downwards.
 
     Returns:
         A list of float arrays [corners, 2]; the second polygon is a hole.
@@ -175,7 +175,7 @@ def _outline(shape):
 
 
 def _shape_mask(shape, radius, center, rng, image_size):
-    """Coverage of a shape, turned by at most 4 degrees: an "L" image."""
+    """Coverage of a shape rotated by at most 4 degrees, an "L" image."""
     canvas = Image.new("L", (_OVERSAMPLE * image_size,) * 2)
     pen = ImageDraw.Draw(canvas)
     turn = math.radians(rng.uniform(-4, 4))
@@ -193,8 +193,8 @@ def _shape_mask(shape, radius, center, rng, image_size):
 
 @functools.lru_cache(maxsize=4096)
 def _letters(word, width):
-    """A word in bold print of about `width` pixels: a cropped "L" image."""
-    # Set large once, then scaled: font sizes would come in steps otherwise.
+    """A bold word about `width` pixels wide, a cropped "L" image."""
+    # Rendered large and scaled down, as font sizes would come in steps.
     font = ImageFont.load_default(size=96)
     left, top, right, bottom = font.getbbox(word, stroke_width=3)
     image = Image.new("L", (right - left, bottom - top))
@@ -206,7 +206,7 @@ def _letters(word, width):
 
 
 def _word_mask(word, rng, image_size):
-    """Coverage of a printed word in the middle, a pixel of 64 off at most."""
+    """Coverage of a word near the center of the image, an "L" image."""
     canvas = Image.new("L", (image_size,) * 2)
     letters = _letters(word, round(_WORD_WIDTH * image_size))
     free = (np.array(canvas.size) - letters.size) / 2

@@ -1,27 +1,27 @@
-"""Scenes: a small data set, drawn on the spot, with one true caption an image.
+"""Scenes: a small synthetic data set with one true caption per image.
 
-The world. Three images in four show two objects on a grey ground; each has
-one of 2 sizes, 8 colours and 6 shapes, and they stand in one of 2 relations.
-The others show one of 12 words, printed in one colour on another:
+Contents: three of four images show two objects on a gray background; each has
+one of 2 sizes, 8 colors and 6 shapes, and they are in one of 2 relations. The
+others show one of 12 words, printed in one color on another:
 
     a small red circle left of a large blue square
     a large white star above a small black ring
     the word lamp in green on white
 
-The rule. The left or the upper object comes first. Which axis counts is never
-in doubt: along it the objects do not overlap, and across it their centres
-differ by at most 0.4 of the distance along it. A large object is 1.6 times as
-wide as a small one or more, and nothing but size, colour, shape and relation
-is ever said. (Where "a above b" and "b below a" are both in use, a captioner
-can only guess which was chosen: 7% exact match instead of 78%.)
+Captions: the left or the upper object comes first. The axis is unambiguous:
+along it the objects do not overlap, and across it their centers differ by at
+most 0.4 of the distance along it. A large object is at least 1.6 times as wide
+as a small one, and a caption tells only size, color, shape and relation. (If
+both "a above b" and "b below a" were used, a captioner could only guess which
+was chosen: 7% exact match instead of 78%.)
 
-The counts. Objects: (8 * 6) * 2 * (8 * 6) = 4,608 compositions (colour, shape,
-relation, colour, shape), each in 4 pairs of sizes. Words: 12 * 28 pairs of
-colours that differ enough in brightness = 336 compositions. A tenth of them
-(438 and 28) is held out; which, a hash of the composition alone decides
-(`is_held_out`), so it is the same for every seed and number of images. Split
-"train" never shows one, "heldout" shows nothing else, "validation" shows new
-images of compositions that may occur in "train".
+Counts: objects have (8 * 6) * 2 * (8 * 6) = 4,608 compositions (color, shape,
+relation, color, shape), each in 4 pairs of sizes. Words have 12 * 28 pairs of
+colors that differ enough in brightness = 336 compositions. A tenth of them (438
+and 28) is held out, as decided by a hash of the composition (`is_held_out`), so
+these are the same for every seed and number of images. The split "train" never
+shows one, "heldout" shows nothing else, and "validation" shows new images of
+compositions that may occur in "train".
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from cappa_tf.data import schema, tokenizer
 from cappa_tf.data.scenes import render
 from cappa_tf.data.scenes.render import COLORS, RELATIONS, SHAPES, SIZES
 
-# In the description of each data set, those that exist included.
+# Stored in the description of each data set, including existing ones.
 _SOURCE = "cappa_tf.data.scenes"
 
 # fmt: off
@@ -46,25 +46,25 @@ WORDS = (
     "ship", "tree", "van",
 )
 # fmt: on
-# Words in colours of nearly equal brightness can't be read, as print or here.
+# Words in colors of nearly equal brightness cannot be read.
 MIN_CONTRAST = 80  # of 255
 WORD_SHARE = 0.25
 
 NAME = "scenes"
 SPLITS = ("train", "validation", "heldout")
 VOCABULARY = "tokenizer.model"
-# 3 special pieces, 36 words, 23 letters (one is a word, too), the space: the
-# same at any seed.
+# 3 special pieces, 36 words, 23 letters (one is a word, too) and the space, the
+# same for any seed.
 VOCABULARY_SIZE = 63
 
-# Raised whenever the same arguments would draw other images than before.
+# Raised whenever the same arguments would yield other images than before.
 _VERSION = 5
 _VOCABULARY_CAPTIONS = 5_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object of a scene, in the words of its caption."""
+    """One object of a scene, described in the words of its caption."""
 
     size: str
     color: str
@@ -89,14 +89,14 @@ class Scene:
 
     @property
     def composition(self):
-        """What is held out or not; sizes are no part of it."""
+        """The composition, which may be held out; excludes sizes."""
         a, b = self.first, self.second
         return (a.color, a.shape, self.relation, b.color, b.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Print:
-    """One word, printed in a colour on a ground of another."""
+    """One word, printed in one color on a background of another."""
 
     word: str
     color: str
@@ -109,19 +109,19 @@ class Print:
 
     @property
     def composition(self):
-        """What is held out or not."""
+        """The composition, which may be held out."""
         return (self.word, self.color, self.ground)
 
 
 def is_held_out(composition):
-    """Whether a composition is kept from "train": one in ten, by its hash."""
+    """Returns whether a composition is held out: one in ten, by its hash."""
     digest = hashlib.sha256(" ".join(composition).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 10 == 0
 
 
 @functools.cache
 def print_colors():
-    """(colour, ground) pairs that differ by `MIN_CONTRAST` in brightness."""
+    """Pairs (color, ground) that differ by `MIN_CONTRAST` in brightness."""
     return tuple(
         (color, ground)
         for color in COLORS
@@ -132,17 +132,17 @@ def print_colors():
 
 
 def sample(rng, held_out):
-    """Draws what an image shows.
+    """Samples the content of an image.
 
     Args:
         rng: A `numpy.random.Generator`.
-        held_out: Whether its composition is to be a held-out one, or not.
+        held_out: Whether to sample a held-out composition, or another one.
 
     Returns:
         A `Scene` or a `Print`.
     """
     kind = _sample_print if rng.random() < WORD_SHARE else _sample_scene
-    while True:  # 1.1 rounds on average; 10 where held out
+    while True:  # 1.1 rounds on average, 10 if held out
         content = kind(rng)
         if is_held_out(content.composition) == held_out:
             return content
@@ -168,11 +168,11 @@ def _choose(rng, options):
 
 
 def draw(content, rng, image_size=64):
-    """Paints a `Scene` or a `Print`: an RGB image.
+    """Renders a `Scene` or a `Print` as an RGB image.
 
     Args:
-        content: What the image shows.
-        rng: A `numpy.random.Generator`; places, shades and noise.
+        content: Content of the image.
+        rng: A `numpy.random.Generator` for positions, shades and noise.
         image_size: Height and width in pixels.
     """
     if isinstance(content, Scene):
@@ -182,16 +182,16 @@ def draw(content, rng, image_size=64):
 
 
 def examples(split, num_examples, image_size=64, seed=0):
-    """Draws a split: each image depends on (seed, split, index) only.
+    """Renders a split; each image depends on (seed, split, index) only.
 
     Args:
         split: "train", "validation" or "heldout".
-        num_examples: How many images.
+        num_examples: Number of images.
         image_size: Height and width in pixels.
-        seed: An int; other seeds show other images of the same world.
+        seed: An int; other seeds yield other images of the same kind.
 
     Yields:
-        `schema.Example`s: JPEG bytes of high quality and one caption.
+        `schema.Example`s with JPEG bytes of high quality and one caption.
     """
     for index in range(num_examples):
         content, rng = _content(split, index, seed)
@@ -206,13 +206,13 @@ def examples(split, num_examples, image_size=64, seed=0):
 
 
 def captions(split, num_examples, seed=0):
-    """The captions of `examples`, without drawing."""
+    """Yields the captions of `examples`, without rendering images."""
     for index in range(num_examples):
         yield _content(split, index, seed)[0].caption
 
 
 def _content(split, index, seed):
-    """What an image shows, and the generator that goes on to draw it."""
+    """The content of an image, and the generator to render it with."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     return sample(rng, held_out=split == "heldout"), rng
 
@@ -226,27 +226,28 @@ def prepare(
     vocabulary_size=VOCABULARY_SIZE,
     num_shards=8,
 ):
-    """Draws the data set, or finds it drawn already: `write_scenes`.
+    """Writes the data set (also named `write_scenes`), unless it exists.
 
-    About 800 images a second on one CPU core. The same arguments give the
-    same files, byte for byte (of one version of Pillow and SentencePiece).
+    Takes a second per 800 images on one CPU core. The same arguments yield the
+    same files, byte for byte, with the same versions of Pillow and
+    SentencePiece.
 
     Args:
         output_dir: Folder for shards, dataset.json and tokenizer.model.
-        num_train: Images of the split "train".
-        num_eval: Images of each of "validation" and "heldout".
-        image_size: Height and width of the images in pixels, 32 or more.
-        seed: Of everything drawn.
-        vocabulary_size: Pieces of the vocabulary, which is trained on
-            captions of "train". Above 63 there is nothing left to learn.
-        num_shards: Shards of "train"; the others have one.
+        num_train: Number of images of the split "train".
+        num_eval: Number of images of each of "validation" and "heldout".
+        image_size: Height and width of the images in pixels, at least 32.
+        seed: Seed of all images and captions.
+        vocabulary_size: Number of pieces of the vocabulary, which is trained
+            on captions of "train". More than 63 are not possible.
+        num_shards: Number of shards of "train"; the other splits have one.
 
     Returns:
         The `DatasetDescription`.
 
     Raises:
-        ValueError: A bad argument, or the folder holds something else:
-            scenes of other arguments are not overwritten.
+        ValueError: If an argument is invalid, or the folder holds something
+            else; scenes of other arguments are not overwritten.
     """
     arguments = {
         "num_train": num_train,
@@ -263,12 +264,12 @@ def prepare(
         return found
     _train_vocabulary(output_dir, arguments)
     counts = dict(zip(SPLITS, (num_train, num_eval, num_eval)))
-    # The description is written last: where it is, all is complete.
+    # The description is written last, so it marks a complete data set.
     return schema.write_dataset(
         {
             split: tqdm.tqdm(
                 examples(split, count, image_size, seed),
-                desc=f"drawing {split}",
+                desc=f"rendering {split}",
                 total=count,
                 unit="image",
                 leave=False,
@@ -298,7 +299,7 @@ def _check_arguments(arguments):
 
 
 def _find(output_dir, arguments):
-    """The description of complete scenes of these arguments, or None."""
+    """The description of complete scenes with these arguments, or None."""
     output_dir = os.fspath(output_dir)
     if not os.path.exists(os.path.join(output_dir, "dataset.json")):
         return None
@@ -306,8 +307,8 @@ def _find(output_dir, arguments):
     present = found.metadata.get("arguments")
     if found.metadata.get("source") != _SOURCE or present != arguments:
         raise ValueError(
-            f"{output_dir} holds another data set: {found.name!r} of "
-            f"{present}. Remove it or name another folder. "
+            f"{output_dir} holds another data set: {found.name!r} with "
+            f"{present}. Remove it or choose another folder. "
             f"Received: {arguments}"
         )
     found.verify()
@@ -318,12 +319,12 @@ def _find(output_dir, arguments):
 
 
 def _train_vocabulary(output_dir, arguments):
-    """Trains the vocabulary of the captions of "train" (the first of many).
+    """Trains the vocabulary on the first captions of "train".
 
-    A piece can only be what SentencePiece finds before it splits lines into
-    words, and that is never a word which a space always follows. So each word
-    is there on a line of its own, too; captions are 10 tokens long instead of
-    17.
+    SentencePiece chooses candidate pieces before it splits lines into words,
+    and never a word that is always followed by a space. Therefore each word is
+    also added on a line of its own, which reduces captions from 17 tokens to
+    10.
     """
     lines = list(captions("train", _VOCABULARY_CAPTIONS, arguments["seed"]))
     lines += [word for line in lines for word in line.split()]
@@ -332,6 +333,6 @@ def _train_vocabulary(output_dir, arguments):
     found = tokenizer.train_tokenizer(lines, path, wanted)
     if found != wanted:
         raise ValueError(
-            f"The captions of scenes give {found} pieces at most. "
+            f"The captions of scenes yield at most {found} pieces. "
             f"Received: vocabulary_size={wanted}"
         )

@@ -1,1 +1,1 @@
-"""Where records come from: tar files, TFRecords, TFDS, folders."""
+"""Sources of records: folders, tables, tar files, TFRecords, TFDS."""

@@ -1,16 +1,16 @@
-"""Where records come from: sources, their splits, and the shards of these.
+"""Base classes of sources: their splits, and the shards of these.
 
-A source says what images there are and how they are stored:
+A source provides images in some storage format:
 
     prepared.PreparedData      what tools/prepare_data.py wrote
     image_folder.ImageFolder   images with captions or labels, as they are
-    webdataset.WebDataset, img2dataset.TFRecords, tfds.TFDS
+    webdataset.WebDataset, tfrecords.TFRecords, tfds_source.TFDS
     mixture.Mixture     several of them, by weight
 
-`source.split("train")` gives `Records`: shards with their record counts, a
+`source.split("train")` returns `Records`: shards with their record counts, a
 function that reads a shard from any record on, and one that parses a record.
-Counts are what everything rests on: with them a run resumes deep inside an
-epoch by skipping whole shards, and every epoch holds each record once.
+The counts are essential: with them a run resumes inside an epoch by skipping
+whole shards, and every epoch holds each record once.
 
 Dimensions:
     N: records of the split.
@@ -24,24 +24,24 @@ import tensorflow as tf
 from cappa_tf.data import schema
 from cappa_tf.data.stream import caching, corrupt_shards, shuffling
 
-# Below this, records are kept in memory and epochs are full permutations. By
-# the size of the data, not of the machine: the order must not depend on it.
+# Below this size, records are kept in memory and epochs are full permutations.
+# The machine's memory does not matter, as the order must not depend on it.
 RECORDS_IN_MEMORY_BYTES = 256 << 20
 _READ_BUFFER_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How the training stream is read; the order depends on all of it.
+    """Options for reading the training stream, which determine its order.
 
     Attributes:
         seed: Integer.
         shuffle: Whether records are shuffled.
-        shuffle_buffer: Records held for shuffling of a set on disk.
-        num_readers: Virtual readers of a set on disk.
+        shuffle_buffer: Number of records held to shuffle a set on disk.
+        num_readers: Number of virtual readers of a set on disk.
         cache: "stream" or "records"; None decides by size.
-        host: Whose positions to give.
-        num_hosts: Hosts that share the stream.
+        host: Index of the host whose positions to return.
+        num_hosts: Number of hosts that share the stream.
     """
 
     seed: int
@@ -56,15 +56,16 @@ class Reading:
 class Records:
     """The records of one split of a source.
 
-    A subclass gives `read`, and `parse` where its records are not those of
-    `schema.py`.
+    A subclass defines `read`, and `parse` and `deserialize` unless its records
+    are those of `schema.py`.
 
     Args:
-        name: What to call them in messages.
+        name: Name of the records in messages.
         shards: List of objects with `path`, `num_examples` and `num_bytes`.
 
     Attributes:
-        min_side: An image with a shorter side below this is a bad record.
+        min_side: Minimum length of an image's shorter side; an image below it
+            is a bad record.
     """
 
     min_side = 1
@@ -75,24 +76,24 @@ class Records:
         self._in_memory = self._max_captions = None
 
     def __iter__(self):
-        """The shards."""
+        """Iterates over the shards."""
         return iter(self.shards)
 
     @property
     def parts(self):
-        """The `Records` these consist of, in order."""
+        """List of the `Records` that these consist of, in order."""
         return [self]
 
     @property
     def num_examples(self):
-        """N."""
+        """N, the number of records."""
         return sum(shard.num_examples for shard in self.shards)
 
     @property
     def max_captions(self):
-        """Captions of the record that has most of them.
+        """Maximum number of captions of a record.
 
-        Where nothing on disk says it, the split is read once.
+        The split is read once if this is not stored on disk.
         """
         if self._max_captions is None:
             self._max_captions = max(
@@ -105,40 +106,41 @@ class Records:
         """Records of a shard in a tf.data graph.
 
         Args:
-            shard: Number of the shard, scalar int64.
-            skip: Records to leave out, scalar int64.
-            count: Records to give, scalar int64.
+            shard: Index of the shard, scalar int64.
+            skip: Number of records to skip, scalar int64.
+            count: Number of records to return, scalar int64.
 
         Returns:
-            A tf.data.Dataset of exactly `count` serialized records; `LOST`
-            and the path stands for one that cannot be read.
+            A `tf.data.Dataset` of exactly `count` serialized records. One that
+            cannot be read is replaced by `LOST` and the path.
         """
         raise NotImplementedError
 
     def parse(self, serialized):
-        """Parses one record in a graph: as `schema.parse`."""
+        """Parses one record in a graph, into the dict of `schema.parse`."""
         return schema.parse(serialized)
 
     def deserialize(self, serialized):
-        """Parses one record in Python: as `schema.deserialize`."""
+        """Parses one record in Python, into a `schema.Example`."""
         return schema.deserialize(serialized)
 
     def check(self, counter):
-        """Compares the files with what is recorded of them.
+        """Compares the files with the records about them.
 
         Args:
-            counter: `bad_records.SkipCounter` that takes what is known to be
-                bad.
+            counter: `bad_records.SkipCounter` to which records known to be bad
+                are added.
 
         Raises:
-            ValueError: Too much is missing, or the data are others.
+            ValueError: If too many records are missing, or the data are other
+                ones.
         """
 
     def check_captions(self):
-        """Refuses records that are known to have no caption at all.
+        """Checks that the records are not known to have no captions at all.
 
         Raises:
-            ValueError: They have none.
+            ValueError: If they have none.
         """
         if self._max_captions == 0:
             raise ValueError(
@@ -146,17 +148,18 @@ class Records:
             )
 
     def _where_to_look(self):
-        """Where captions would be, for the message that there are none."""
+        """Hint for the message that there are no captions."""
         return ""
 
     def read_examples(self, limit=None):
-        """The records as `schema.Example`s, in order.
+        """Reads the records in order.
 
         Args:
-            limit: Most examples to read; None for all.
+            limit: Maximum number of examples to read; None for all.
 
         Yields:
-            One for each record; a bad one has neither image nor captions.
+            A `schema.Example` for each record; a bad one has neither image nor
+            captions.
         """
         records = shuffling.in_sequence(self)
         if limit is not None:
@@ -176,14 +179,14 @@ class Records:
         return self._in_memory
 
     def numbers(self, reading, start_index):
-        """The training stream as numbers of records.
+        """Returns the training stream as record numbers.
 
         Args:
             reading: `Reading`.
             start_index: Position to start at.
 
         Returns:
-            A tf.data.Dataset of (position, record number).
+            A `tf.data.Dataset` of (position, record number).
         """
         return shuffling.in_memory(
             self.num_examples,
@@ -195,10 +198,14 @@ class Records:
         )
 
     def stream(self, reading, start_index):
-        """The training stream as records; arguments as `numbers`.
+        """Returns the training stream as records.
+
+        Args:
+            reading: `Reading`.
+            start_index: Position to start at.
 
         Returns:
-            A tf.data.Dataset of (position, serialized record).
+            A `tf.data.Dataset` of (position, serialized record).
         """
         cache = reading.cache
         if cache is None:
@@ -225,9 +232,9 @@ class TFRecordFiles(Records):
     """Records in TFRecord files.
 
     Args:
-        name: What to call them in messages.
-        shards: As `Records`.
-        first: Number of each shard's first record, where others precede it.
+        name: Name of the records in messages.
+        shards: List of shards, as in `Records`.
+        first: Index of the first record of each shard, if others precede it.
     """
 
     def __init__(self, name, shards, first=None):
@@ -237,18 +244,18 @@ class TFRecordFiles(Records):
             self._first = tf.constant(first or [0] * len(shards), tf.int64)
 
     def read(self, shard, skip, count):
-        """As `Records.read`."""
+        """Reads records of a shard, as in `Records`."""
         return read_tfrecords(
             self._paths[shard], self._first[shard] + skip, count
         )
 
 
 def read_tfrecords(path, skip, count):
-    """Records of one file: always `count` of them, from `skip` on.
+    """Reads exactly `count` records of one file, from record `skip` on.
 
-    A damaged record becomes `LOST`, and so does all that a file lacks. A
-    missing file is replaced by an empty one,
-    because with `ignore_errors` the reader would try to open it for ever.
+    Damaged and missing records are replaced by `LOST`. A missing file is
+    replaced by an empty one, because with `ignore_errors` the reader would try
+    to open it forever.
 
     Args:
         path: Scalar string.
@@ -256,7 +263,7 @@ def read_tfrecords(path, skip, count):
         count: Scalar int64.
 
     Returns:
-        A tf.data.Dataset of serialized records.
+        A `tf.data.Dataset` of serialized records.
     """
     readable = tf.where(exists(path), path, "/dev/null")
     records = tf.data.TFRecordDataset(
@@ -266,13 +273,13 @@ def read_tfrecords(path, skip, count):
         readable, skip, shuffling.LOST + path
     )
     lost = tf.data.Dataset.from_tensors(shuffling.LOST + path).repeat()
-    # What follows `records` is opened only if they end too early.
+    # The data sets after `records` are opened only if those end too early.
     records = records.ignore_errors().concatenate(rest).concatenate(lost)
     return records.take(count)
 
 
 def exists(path):
-    """Whether there is such a file, in a graph: scalar bool."""
-    # What a file pattern would read as wild cards is escaped.
+    """Whether a file exists, in a graph, scalar bool."""
+    # Characters that are wildcards in file patterns are escaped.
     pattern = tf.strings.regex_replace(path, r"([\\*?\[\]])", r"\\\1")
     return tf.size(tf.io.matching_files(pattern)) > 0

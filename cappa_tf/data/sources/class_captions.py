@@ -1,4 +1,4 @@
-"""Captions for a source that has classes: "a photo of a pug"."""
+"""Captions from class labels, such as "a photo of a pug"."""
 
 import tensorflow as tf
 
@@ -7,12 +7,12 @@ from cappa_tf.data.sources.prepared import as_source
 
 
 class LabelCaptions:
-    """A source whose captions are made of another's labels.
+    """A source whose captions are made from the labels of another source.
 
     Args:
         source: A source with labels, or a folder of prepared data.
-        names: Class names, by class number.
-        templates: Sentences with a {} for the name; each gives a caption.
+        names: Class names by class number.
+        templates: Sentences with {} in place of the name; each is a caption.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class LabelCaptions:
     ):
         if not names or not templates or not all("{}" in t for t in templates):
             raise ValueError(
-                "`names` must be class names and `templates` sentences with "
+                "`names` must be class names, and `templates` sentences with "
                 f"{{}}. Received: {len(names)} names, templates={templates!r}"
             )
         self._source = as_source(source)
@@ -34,16 +34,16 @@ class LabelCaptions:
         self.name = self._source.name
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         return _Captioned(self._source.split(split), self._captions)
 
 
 class _Captioned(Records):
-    """Records with other captions.
+    """Records with captions by class.
 
     Args:
         records: The `Records` with labels.
-        captions: Class number -> list of captions.
+        captions: List by class number of lists of captions.
     """
 
     def __init__(self, records, captions):
@@ -54,15 +54,15 @@ class _Captioned(Records):
             self._table = tf.constant(captions)  # [classes, templates]
 
     def read(self, shard, skip, count):
-        """As `Records.read`."""
+        """Reads records of a shard, as in `Records`."""
         return self._records.read(shard, skip, count)
 
     def check(self, counter):
-        """As `Records.check`."""
+        """Checks the files, as in `Records`."""
         self._records.check(counter)
 
     def parse(self, serialized):
-        """As `Records.parse`; without a known label there is no caption."""
+        """Parses a record; one without a known label has no caption."""
         record = self._records.parse(serialized)
         label = record["label"]
         known = (label >= 0) & (label < len(self._captions))
@@ -73,7 +73,7 @@ class _Captioned(Records):
         return {**record, "captions": captions}
 
     def deserialize(self, serialized):
-        """As `Records.deserialize`."""
+        """Parses a record in Python, as in `Records`."""
         example = self._records.deserialize(serialized)
         label = example.label
         known = label is not None and 0 <= label < len(self._captions)

@@ -1,7 +1,8 @@
-"""Tables of text with a delimiter: comma, tab, semicolon or bar.
+"""Delimited text tables, with comma, tab, semicolon or bar.
 
-A row is a line, unless a quoted field continues in the next ones. A quote that
-is not closed costs its own row alone: what follows is read line by line again.
+A row is a line, unless a quoted field continues on the next lines. A quote that
+is not closed costs only its own row; the following lines are read as rows
+again.
 """
 
 import csv
@@ -13,7 +14,7 @@ from cappa_tf.data import text
 from cappa_tf.data.sources import folder_listing, table_rows
 
 DELIMITERS = ",\t;|"
-# Of one field, over all its lines.
+# Limit of one field, over all its lines.
 _MOST_CHARACTERS = csv.field_size_limit()
 _WANTED = frozenset((*table_rows.IMAGE_COLUMNS, *table_rows.CAPTION_COLUMNS))
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -21,7 +22,7 @@ _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.I)
 
 
 class NotATableError(ValueError):
-    """The file is no table of images."""
+    """The file is not a table of images."""
 
 
 class DelimitedTable:
@@ -29,11 +30,12 @@ class DelimitedTable:
 
     Args:
         content: Text of the file.
-        name: Its name, for messages.
-        root: Folder that images are relative to.
+        name: Name of the file, for messages.
+        root: Folder that image paths are relative to.
 
     Raises:
-        NotATableError: Its first line says nothing of images.
+        NotATableError: If its first line has neither an image column nor an
+            image.
     """
 
     def __init__(self, content, name, root):
@@ -51,10 +53,10 @@ class DelimitedTable:
         for delimiter in DELIMITERS:
             try:
                 cells = _parse([line], delimiter)
-            except csv.Error:  # Told when the row is read.
+            except csv.Error:  # Reported when the row is read.
                 cells = [x.strip(' "') for x in line[:1000].split(delimiter)]
             columns = [table_rows.column(cell) for cell in cells]
-            # A text file with a name a line is a list, not a table.
+            # A text file with one name per line is a list, not a table.
             if len(cells) > 1 or not self._name.lower().endswith(".txt"):
                 found.append((delimiter, columns, cells[0].strip(), len(cells)))
         for delimiter, columns, _, _ in found:
@@ -78,7 +80,7 @@ class DelimitedTable:
         self._is_literal = self._delimiter in "|\t"
 
     def _is_image(self, cell):
-        """How much the cell looks like the name of an image: 0, 1 or 2."""
+        """How likely a cell is the name of an image: 0, 1 or 2."""
         name = _without_number(cell)
         if folder_listing.is_image(name):
             return 2
@@ -87,7 +89,7 @@ class DelimitedTable:
         return int(folder_listing.is_file(os.path.join(self._root, name)))
 
     def records(self):
-        """Yields (place, record or the `ValueError` that it gives)."""
+        """Yields (place, record or `ValueError`)."""
         number = self._begin
         while number < len(self._lines):
             if not self._lines[number].strip():
@@ -103,7 +105,7 @@ class DelimitedTable:
             number += count
 
     def _row(self, number):
-        """Cells of the row that begins at a line, and its lines."""
+        """Cells of the row that begins at a line, and its number of lines."""
         line = self._lines[number]
         try:
             return _parse([line], self._delimiter), 1
@@ -116,14 +118,14 @@ class DelimitedTable:
         except csv.Error:
             pass
         if self._is_literal:
-            # Where quoting is not usual, a quote is a character.
+            # In formats without quoting, a quote is an ordinary character.
             return _parse([line], self._delimiter, csv.QUOTE_NONE), 1
         if "unexpected end of data" in str(problem):
             raise ValueError("a quote is not closed")
         raise ValueError(str(problem))
 
     def _field_lines(self, number, used):
-        """Lines that a quoted field may continue in."""
+        """Yields the lines that a quoted field may continue on."""
         length = 0
         for line in itertools.islice(self._lines, number, None):
             length += len(line)
@@ -133,7 +135,7 @@ class DelimitedTable:
             yield line + "\n"
 
     def _is_row(self, line):
-        """Whether a line begins as a row does, so that no field continues."""
+        """Whether a line begins a row, so that no field continues on it."""
         cells = line.split(self._delimiter)
         place = next(
             i
@@ -145,17 +147,17 @@ class DelimitedTable:
         )
 
     def _record(self, cells):
-        """A dict from column to value, with the types a JSON line has."""
+        """Dict from column to value, with the types of a JSON line."""
         columns = self._columns
         if len(cells) > len(columns):
             raise ValueError(
-                f"{len(cells)} fields where there are {len(columns)} columns "
-                "(quote captions)"
+                f"{len(cells)} fields for {len(columns)} columns (quote "
+                "captions)"
             )
         missing = [c for c in columns[len(cells) :] if c in _WANTED]
         if missing:
             raise ValueError(
-                f"{len(cells)} fields where there are {len(columns)} columns: "
+                f"{len(cells)} fields for {len(columns)} columns: "
                 f"no {missing[0]!r}"
             )
         record = {
@@ -170,7 +172,7 @@ class DelimitedTable:
 
 
 def _without_number(cell):
-    """a.jpg of a.jpg#0: Flickr8k.token.txt numbers an image's captions."""
+    """Turns a.jpg#0 into a.jpg, as Flickr8k.token.txt numbers captions."""
     name = re.sub(r"#\d+$", "", cell)
     return name if folder_listing.is_image(name) else cell
 
@@ -179,7 +181,7 @@ def _parse(lines, delimiter, quoting=csv.QUOTE_MINIMAL):
     """The cells of the first row of some lines.
 
     Raises:
-        csv.Error: It is not well formed, or a field is too long.
+        csv.Error: If the row is malformed, or a field is too long.
     """
     reader = csv.reader(
         lines,
@@ -192,10 +194,10 @@ def _parse(lines, delimiter, quoting=csv.QUOTE_MINIMAL):
 
 
 def _number(label):
-    """The label of a cell: an integer where it is one, or the word.
+    """Parses the label of a cell, an integer or a class name.
 
     Raises:
-        ValueError: It is a number, but not an integer.
+        ValueError: If it is a number, but not an integer.
     """
     if _DECIMAL.fullmatch(label):
         raise ValueError(f"'label' is a float, {label}")

@@ -1,4 +1,4 @@
-"""What lies in a folder, on disk or in a bucket."""
+"""Listing of folders, on disk or in a bucket."""
 
 import os
 import re
@@ -12,20 +12,20 @@ _COMPANION = "._"
 
 
 def walk(root):
-    """Goes through a folder and all folders below it, in sorted order.
+    """Walks a folder and all folders below it, in sorted order.
 
     Links to folders are followed. A folder that can be reached in several
-    ways is given once, so that a loop of links ends.
+    ways is listed once, so that a cycle of links ends.
 
     Args:
         root: The folder.
 
     Yields:
-        (folder, names of the files in it), as `os.walk` gives them: a name
-        that is not UTF-8 holds halves of pairs. macOS's companions of files
+        (folder, names of the files in it), with names as in `os.walk`: one
+        that is not UTF-8 contains lone surrogates. macOS's companion files
         (._NAME) are left out.
     """
-    # os.walk gives local names that are not UTF-8, too; gfile.walk fails.
+    # os.walk supports local names that are not UTF-8; gfile.walk fails.
     local = os.path.isdir(root)
     seen = set()
     found = os.walk(root, followlinks=True) if local else _walk_remote(root)
@@ -51,7 +51,7 @@ def _walk_remote(root):
 
 
 def names(folder):
-    """Names of what lies in a folder, sorted; as `walk` has them."""
+    """Sorted names of files and folders in a folder, as in `walk`."""
     local = os.path.isdir(folder)
     found = os.listdir(folder) if local else tf.io.gfile.listdir(folder)
     return sorted(
@@ -60,15 +60,15 @@ def names(folder):
 
 
 def is_image(name):
-    """Whether a file is an image by its name."""
+    """Returns whether a file's name has the suffix of an image."""
     return name.lower().endswith(formats.EXTENSIONS)
 
 
 def is_file(path):
-    """Whether there is such a file."""
+    """Returns whether a path is an existing file."""
     return tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
 
 
 def escape_glob(path):
-    r"""A pattern that stands for this path alone: [1] becomes \[1\]."""
+    r"""A pattern that matches only this path: [1] becomes \[1\]."""
     return re.sub(r"([\\*?\[\]])", r"\\\1", path)

@@ -1,7 +1,7 @@
-"""`ImageFolder`: images with captions or labels in a folder, as a source.
+"""Image folder: a folder of images with captions or labels, as a source.
 
-What is understood, `image_rows.py` says; tools/prepare_data.py turns the same
-folders into shards.
+`image_rows.py` describes the supported layouts. tools/prepare_data.py converts
+the same folders to shards.
 """
 
 import contextlib
@@ -24,14 +24,16 @@ from cappa_tf.utils.arguments import check_counts
 class ImageFolder:
     """A source of image files, listed when first opened and read in place.
 
-    Rows say which split they are of; the others are divided by a hash of
-    their key, nine tenths to "train" and one to "validation".
+    Rows may name their split; the others are divided by a hash of their key,
+    nine tenths to "train" and one tenth to "validation".
 
     Args:
-        path: The folder, or a table of it.
-        captions: The table, where it is not to be guessed.
-        min_side: An image with a shorter side below this is a bad record.
-        max_caption_characters: Longer captions are left out.
+        path: Path of the folder, or of a table in it.
+        captions: Path of the table, if it should not be guessed.
+        min_side: Minimum length of an image's shorter side; an image below it
+            is a bad record.
+        max_caption_characters: Maximum length of a caption; longer ones are
+            left out.
     """
 
     def __init__(
@@ -54,27 +56,27 @@ class ImageFolder:
         """(rows, `Skipped`, names of classes whose labels are text)."""
         skipped = image_rows.Skipped()
         rows = image_rows.read_rows(self.name, self._captions, skipped)
-        # Of all splits: numbers must not depend on the split.
+        # Over all splits, as numbers must not depend on the split.
         return rows, skipped, image_rows.class_names(rows)
 
     @property
     def class_names(self):
-        """Names of the classes by number; empty where they have none."""
+        """Names of the classes by number; empty if there are none."""
         rows, _, names = self._listed
         return names or image_rows.named_classes(rows)
 
     def split(self, split):
-        """The `Records` of a split.
+        """Returns the `Records` of a split.
 
         Raises:
-            ValueError: There is none of this name.
+            ValueError: If there is no split of this name.
         """
         rows, skipped, names = self._listed
         chosen = [row for row in rows if image_rows.choose_split(row) == split]
         if not chosen:
             splits = sorted({image_rows.choose_split(row) for row in rows})
             raise ValueError(
-                f"{self.name} has the splits {splits}. "
+                f"`split` must be one of {splits} of {self.name}. "
                 f"Received: split={split!r}"
             )
         left_out = [
@@ -94,8 +96,8 @@ class _Files:
     """The image files of a split, in place of a shard.
 
     Attributes:
-        path: Of the first.
-        num_examples: How many there are.
+        path: Path of the first file.
+        num_examples: Number of files.
     """
 
     def __init__(self, rows):
@@ -105,7 +107,7 @@ class _Files:
 
     @functools.cached_property
     def num_bytes(self):
-        """Their size; what is not there has none."""
+        """Total size of the files; missing ones count as 0."""
         total = 0
         for path in {row.path for row in self._rows}:
             with contextlib.suppress(tf.errors.OpError):
@@ -114,11 +116,12 @@ class _Files:
 
 
 class _FolderRecords(Records):
-    """Rows of a folder: a record says where its image lies.
+    """Records of a folder, which refer to their image files.
 
-    It is a record of `schema.py` with an empty image and the features
-    "image/path" and "image/cell". The file is read where the record is parsed.
-    So little is kept in memory that each epoch is a full permutation.
+    A record is one of `schema.py` with an empty image and the features
+    "image/path" and "image/cell". The file is read when the record is parsed.
+    The records are small enough to be kept in memory, so each epoch is a full
+    permutation.
     """
 
     def __init__(self, name, rows, classes, left_out, min_side, max_characters):
@@ -138,7 +141,7 @@ class _FolderRecords(Records):
             self._references = tf.constant(listed)
 
     def check(self, counter):
-        """As `Records.check`."""
+        """Checks the files, as in `Records`."""
         for reason, name in self._left_out:
             counter.note(reason, name)
 
@@ -146,13 +149,13 @@ class _FolderRecords(Records):
         return "A folder has them in a table or in text files beside images."
 
     def read(self, shard, skip, count):
-        """As `Records.read`."""
+        """Reads records of a shard, as in `Records`."""
         del shard
         references = tf.data.Dataset.from_tensor_slices(self._references)
         return references.skip(skip).take(count)
 
     def parse(self, serialized):
-        """As `Records.parse`; reads the image file."""
+        """Parses a record in a graph; reads the image file."""
         record = schema.parse(serialized)
         places = tf.io.parse_single_example(
             serialized,
@@ -173,7 +176,7 @@ class _FolderRecords(Records):
         return {**record, "image/encoded": image}
 
     def deserialize(self, serialized):
-        """As `Records.deserialize`; reads the image file.
+        """Parses a record in Python; reads the image file.
 
         Raises:
             image_files.UnusableError: It cannot be read.
@@ -193,13 +196,13 @@ class _FolderRecords(Records):
         return dataclasses.replace(example, image=image)
 
     def in_memory(self):
-        """As `Records.in_memory`, with the bytes of the images."""
+        """All records with the bytes of their images, string [N]."""
         if self._in_memory is None:
             self._in_memory = caching.load_records(_Loaded(self), self.name)
         return self._in_memory
 
     def stream(self, reading, start_index):
-        """As `Records.stream`."""
+        """Returns the training stream, as in `Records`."""
         is_held = reading.cache == "records"
         stored = self.in_memory() if is_held else self._references
         return self.numbers(reading, start_index).map(
@@ -208,14 +211,14 @@ class _FolderRecords(Records):
 
 
 class _Loaded(Records):
-    """The same records with their images; those that lack one as they are."""
+    """The same records with their images, if these can be read."""
 
     def __init__(self, records):
         super().__init__(records.name, records.shards)
         self._records = records
 
     def read(self, shard, skip, count):
-        """As `Records.read`."""
+        """Reads records of a shard, as in `Records`."""
 
         def load(serialized):
             try:
@@ -233,7 +236,7 @@ class _Loaded(Records):
 
 
 def _reference(row, captions, classes):
-    """The record of a row."""
+    """Serializes the record of a row."""
     label = classes[row.label] if isinstance(row.label, str) else row.label
     place = {"image/path": row.path.encode()}
     if row.cell is not None:
@@ -243,7 +246,7 @@ def _reference(row, captions, classes):
         for name, value in place.items()
     }
     features = tf.train.Features(feature=feature)
-    # Protocol buffers that follow each other are one, merged.
+    # Concatenated protocol buffers are merged into one.
     return (
         schema.serialize(Example(row.key, b"", captions, label))
         + tf.train.Example(features=features).SerializeToString()
@@ -251,7 +254,7 @@ def _reference(row, captions, classes):
 
 
 def _read_place(path, cell):
-    """The image file of a record: bytes of "image/path" and "image/cell"."""
+    """Reads the image file at the "image/path" and "image/cell" of a record."""
     return image_rows.read_bytes(
         path.decode(), json.loads(cell) if cell else None
     )

@@ -1,19 +1,18 @@
 """Rows of a folder of images with captions or labels, and their `Example`s.
 
-    captions.jsonl   one object a line: {"image": "a/1.jpg", "captions":
+    captions.jsonl   one object per line: {"image": "a/1.jpg", "captions":
                      ["...", "..."]} or "caption": "..."; optional "split",
                      "label" (integer or class name), "class_name" (of an
                      integer label) and "key"
     captions.csv     a row for each caption: image,caption with a header (the
                      same optional columns) or without
-    other tables     see `tables.py`; Hugging Face's metadata.* may lie in
-                     train/, validation/, ... each
-    a/1.jpg a/1.txt  a text file beside each image, one caption a line
+    other tables     those of `tables.py`; Hugging Face's metadata.* may be in
+                     each of train/, validation/, ...
+    a/1.jpg a/1.txt  a text file beside each image, one caption per line
 
-Rows of one image are put together. Image paths are relative to the table's
-folder. All files are opened through `tf.io.gfile`, so that they may lie in a
-bucket (gs://...) as well. What is no good is skipped, counted by reason and
-listed by name, never passed on.
+Rows of one image are merged. Image paths are relative to the table's folder.
+All files are opened through `tf.io.gfile`, so they may also be in a bucket
+(gs://...). Invalid rows are skipped, counted by reason and listed by name.
 """
 
 import dataclasses
@@ -54,9 +53,9 @@ class _Table:
     """A table of the source.
 
     Attributes:
-        file: Its path.
-        below: The folder below the source's that its paths are relative to.
-        split: Of rows that say none, or None.
+        file: Path of the table.
+        below: Folder below the source that its image paths are relative to.
+        split: Split of rows that do not name one, or None.
     """
 
     file: str
@@ -68,16 +67,16 @@ def read_rows(path, captions=None, skipped=None):
     """Lists the images of a source.
 
     Args:
-        path: A table or a folder.
-        captions: The table, where it is not to be guessed; image paths are
-            then relative to `path` if that is a folder.
-        skipped: A `Skipped` that takes malformed rows.
+        path: Path of a table or a folder.
+        captions: Path of the table, if it should not be guessed; image paths
+            are then relative to `path` if that is a folder.
+        skipped: A `Skipped` to which malformed rows are added.
 
     Returns:
         A list of `Row`s in the order of the source.
 
     Raises:
-        ValueError: The source is empty or not understood.
+        ValueError: If the source is empty or has no known layout.
     """
     skipped = skipped if skipped is not None else Skipped()
     path = os.fspath(path)
@@ -111,14 +110,14 @@ def read_rows(path, captions=None, skipped=None):
 
 
 def _find_tables(path, captions, skipped):
-    """The `_Table`s of a source; none for text files beside images.
+    """Finds the `_Table`s of a source; none for text files beside images.
 
-    A table of a folder is taken if it is called captions.* or metadata.*, or
-    is the only one. Beside images with text files another table is not read,
-    but named.
+    A table of a folder is used if it is called captions.* or metadata.*, or is
+    the only one. Beside images with text files, any other table is reported
+    but not read.
 
     Raises:
-        ValueError: There is no such file, or several might be meant.
+        ValueError: If there is no such file, or the choice is ambiguous.
     """
     if captions is not None:
         captions = os.fspath(captions)
@@ -150,15 +149,15 @@ def _find_tables(path, captions, skipped):
         return []
     if not good and not nested and bad:
         raise ValueError(
-            f"{path} holds no table that is understood: "
+            f"{path} holds no table of a known format: "
             + "; ".join(list(bad.values())[:5])
         )
     for reason in bad.values():
         skipped.add("table not understood", reason)
     if len(good) > 1 and not all(n.endswith(".parquet") for n in good):
         raise ValueError(
-            f"{path} holds several captions files ({', '.join(good)}): say "
-            "which one (--captions)"
+            f"{path} holds several captions files ({', '.join(good)}): choose "
+            "one with --captions"
         )
     return nested or [
         _Table(os.path.join(path, name), split=_split_of(name, len(good)))
@@ -171,7 +170,7 @@ def _stem(name):
 
 
 def _split_of(name, count):
-    """The split that one of several Parquet files is of, by its name."""
+    """The split of one of several Parquet files, by its name."""
     if count == 1:
         return None
     return tables.SPLITS.get(name.split("-")[0].split(".")[0].lower())
@@ -186,7 +185,7 @@ def _candidates(path):
         name
         for name in names
         if name.lower().endswith((*tables.SUFFIXES, ".txt"))
-        # What is beside an image is about this one.
+        # A file beside an image of the same name is about that image.
         and os.path.splitext(name)[0] not in stems
         and text.is_text(name)
         and folder_listing.is_file(os.path.join(path, name))
@@ -194,7 +193,7 @@ def _candidates(path):
 
 
 def _judge(path, candidates, skipped=()):
-    """Names of tables of images, and a dict from the others' to why not."""
+    """Names of tables of images, and a dict of the others to the reason."""
     good, bad = [], {}
     for name in candidates:
         try:
@@ -202,14 +201,14 @@ def _judge(path, candidates, skipped=()):
                 tables.check(os.path.join(path, name), path)
             good.append(name)
         except tables.NotATableError as error:
-            # A text file is anything.
+            # A text file may be anything.
             if not name.lower().endswith(".txt"):
                 bad[name] = str(error)
     return good, bad
 
 
 def _nested_tables(path):
-    """Hugging Face's metadata files in folders below, by their folder."""
+    """Hugging Face's metadata files in folders below."""
     found = []
     for folder, files in folder_listing.walk(path):
         names = [
@@ -226,17 +225,17 @@ def _nested_tables(path):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What makes an image or caption usable, and what happens to it.
+    """Options for the checks and the conversion of images and captions.
 
     Attributes:
-        split_fractions: Split -> fraction, for all rows; None to use the rows'
-            own splits and `DEFAULT_SPLITS` for rows without.
-        resize: Length of the shorter side larger images are shrunk to (and
-            stored as JPEG of quality 95); None stores files as they are.
-        min_side: Images with a shorter side below this are skipped.
-        max_pixels: Images of more are skipped (not with `resize`).
-        max_caption_characters: Longer captions are left out.
-        require_captions: Whether an image without caption is skipped.
+        split_fractions: Dict split -> fraction, for all rows; None to use the
+            rows' own splits and `DEFAULT_SPLITS` for rows without a split.
+        resize: Length of the shorter side to which larger images are downsized
+            (stored as JPEG of quality 95); None stores files as they are.
+        min_side: Minimum length of the shorter side of an image.
+        max_pixels: Maximum number of pixels of an image (not with `resize`).
+        max_caption_characters: Maximum length of a caption.
+        require_captions: Whether an image without captions is skipped.
     """
 
     split_fractions: dict | None = None
@@ -253,7 +252,7 @@ def class_names(rows):
 
 
 def named_classes(rows):
-    """Names of rows whose labels are integers, by number.
+    """Class names by number, of rows whose labels are integers.
 
     Returns:
         A list; empty unless every class that occurs has one name.
@@ -271,13 +270,13 @@ def named_classes(rows):
 
 
 def choose_split(row, fractions=None):
-    """The split of a row: its own, or drawn by a hash of its key.
+    """The split of a row: its own, or chosen by a hash of its key.
 
     The hash keeps an image in its split when the data set grows.
 
     Args:
         row: A `Row`.
-        fractions: Split -> fraction, or None to go by the row.
+        fractions: Dict split -> fraction, or None to use the row's own split.
 
     Returns:
         Name of the split.
@@ -305,8 +304,8 @@ def read_example(row, options, classes):
         classes: A dict class name -> label.
 
     Returns:
-        The `Example`, or None for one that is left out; and a list of
-        (reason, name) of what was left out, captions included.
+        (example, reasons): the `Example`, or None if it is left out; and a
+        list of (reason, name) of everything left out, including captions.
     """
     reasons = [tuple(refused) for refused in row.refused]
     captions = clean_captions(row, options.max_caption_characters, reasons)
@@ -325,7 +324,7 @@ def read_example(row, options, classes):
 
 
 def _read_image(row, options):
-    """The bytes to store of a row's image."""
+    """The bytes to store for the image of a row."""
     return image_files.check(
         read_bytes(row.path, row.cell),
         options.resize,
@@ -335,7 +334,7 @@ def _read_image(row, options):
 
 
 def read_bytes(path, cell):
-    """The image file at a path, or in a cell of the Parquet file there."""
+    """Reads the image file at a path, or in a cell of a Parquet file."""
     if cell is None:
         return image_files.read_bytes(path)
     try:
@@ -348,7 +347,7 @@ def read_bytes(path, cell):
 
 
 def clean_captions(row, max_characters, reasons):
-    """The captions of a row that are worth keeping."""
+    """Returns the valid captions of a row; adds (reason, name) of others."""
     captions = []
     for caption in row.captions:
         if not isinstance(caption, str) or not caption.strip():
@@ -365,7 +364,7 @@ def clean_captions(row, max_characters, reasons):
 
 
 def _rows_beside_images(root, skipped):
-    """Rows of all images below a folder."""
+    """Yields rows of all images below a folder."""
     for folder, files in folder_listing.walk(root):
         texts = {name.lower(): name for name in files}
         for file in filter(folder_listing.is_image, files):

@@ -1,11 +1,11 @@
-"""Several sources as one, by weight.
+"""Mixture of several sources, by weight.
 
-Position P of the stream belongs to one source, which gives its next record.
-Which one is a function of (seed, P): of each block of 10,000 turns a source
-gets its exact share, in an order drawn anew for each block. So the share of a
-source before any position is its share of the whole blocks plus a count in
-one, and a run resumes at any position at once. What a source gives is the
-stream it would give alone: its own order, its own epochs, each complete.
+Position P of the stream belongs to one source, whose next record is used. The
+source is a function of (seed, P): in each block of 10,000 turns a source gets
+its exact share, in a new random order for each block. So the number of records
+of a source before any position is its share of the whole blocks plus a count in
+one block, and a run resumes at any position directly. The records of a source
+are the stream it would have alone, with its own order and complete epochs.
 
 Dimensions:
     M: turns of a block.
@@ -27,20 +27,20 @@ BLOCK = 10_000
 
 
 class Mixture:
-    """A source made of others.
+    """A source that mixes other sources.
 
-    Evaluation has no use for weights: it goes through the sources one after
-    the other, every record once.
+    Evaluation ignores the weights and goes through the sources in sequence,
+    every record once.
 
     Args:
         sources: List of sources, or of folders of prepared data.
-        weights: List of numbers, in any unit; how often each is read.
-        splits: Dict from a split to a list of what it is called in each
-            source, for those where it has different names.
-        run_length: L, positions in a row that come from one source; changing
-            it changes the order. With several hosts, a multiple of their
-            number lets each read its own records only (as does the same for
-            `num_readers`); otherwise each reads all and drops the others'.
+        weights: List of numbers in any unit, the relative frequencies.
+        splits: Dict from a split to a list of its names in each source, for
+            splits whose names differ.
+        run_length: L, number of consecutive positions from one source;
+            changing it changes the order. With several hosts, each reads only
+            its own records if this and `num_readers` are multiples of their
+            number; otherwise each reads all and drops those of the others.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Mixture:
         arguments.check_integer("run_length", run_length, 1)
         if not sources or len(sources) != len(weights) or len(sources) > 255:
             raise ValueError(
-                "`sources` must be 1 to 255 sources, `weights` a number for "
-                f"each. Received: {len(sources)} and weights={weights!r}"
+                "`sources` must be 1 to 255 sources, and `weights` a number "
+                f"for each. Received: {len(sources)} and weights={weights!r}"
             )
         self._shares = shares(weights)
         self._sources = [as_source(source) for source in sources]
@@ -69,7 +69,7 @@ class Mixture:
         self.name = " + ".join(source.name for source in self._sources)
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         names = self._splits.get(split, [split] * len(self._sources))
         return MixedRecords(
             [s.split(name) for s, name in zip(self._sources, names)],
@@ -79,7 +79,7 @@ class Mixture:
 
 
 def shares(weights):
-    """Turns of a block for each weight, by largest remainder.
+    """Number of turns in a block for each weight, by largest remainder.
 
     Args:
         weights: Positive numbers.
@@ -88,7 +88,8 @@ def shares(weights):
         int64 array that sums to M, each at least 1.
 
     Raises:
-        ValueError: A weight is not a positive number, or less than half a turn.
+        ValueError: If a weight is not a positive number, or less than half a
+            turn.
     """
     numbers = all(
         isinstance(w, int | float) and 0 < w < float("inf") for w in weights
@@ -110,10 +111,10 @@ def shares(weights):
 
 
 class Turns:
-    """Which source gives which position.
+    """Assignment of positions to sources.
 
     Args:
-        shares: int64 array, turns of a block for each source.
+        shares: int64 array, number of turns in a block for each source.
         seed: Integer.
         run_length: L.
     """
@@ -134,7 +135,7 @@ class Turns:
         )
 
     def given(self, position):
-        """Records each source has given before a position, int64 array."""
+        """Number of records of each source before a position, int64 array."""
         block, rest = divmod(position, self._length)
         with tf.device("CPU:0"):
             pattern = np.repeat(self.pattern(block), self._run_length)
@@ -143,7 +144,7 @@ class Turns:
         )
 
     def choices(self, start_index):
-        """A tf.data.Dataset of (position, source) from a position on."""
+        """A `tf.data.Dataset` of (position, source) from a position on."""
         first = start_index // self._length
 
         def sources(block):
@@ -159,11 +160,11 @@ class Turns:
 class MixedRecords(Records):
     """One split of a `Mixture`.
 
-    A record travels with the number of its source in front, a byte.
+    A record is prefixed by the number of its source, a byte.
 
     Args:
         members: List of `Records`.
-        shares: int64 array, turns of a block for each.
+        shares: int64 array, number of turns in a block for each.
         run_length: L.
     """
 
@@ -177,7 +178,7 @@ class MixedRecords(Records):
 
     @property
     def parts(self):
-        """As `Records.parts`."""
+        """The `Records` of all sources, tagged with their number."""
         return [
             _Tagged(part, number)
             for number, records in enumerate(self._members)
@@ -186,11 +187,11 @@ class MixedRecords(Records):
 
     @property
     def max_captions(self):
-        """As `Records.max_captions`."""
+        """Maximum number of captions of a record."""
         return max(records.max_captions for records in self._members)
 
     def parse(self, serialized):
-        """As `Records.parse`."""
+        """Parses a record in a graph, as in `Records`."""
         number = tf.io.decode_raw(tf.strings.substr(serialized, 0, 1), tf.uint8)
         length = tf.maximum(tf.strings.length(serialized) - 1, 0)
         content = tf.strings.substr(serialized, 1, length)
@@ -203,23 +204,26 @@ class MixedRecords(Records):
         )
 
     def deserialize(self, serialized):
-        """As `Records.deserialize`."""
+        """Parses a record in Python, as in `Records`."""
         if not serialized or serialized[0] >= len(self._members):
             raise ValueError("no record of this mixture")
         return self._members[serialized[0]].deserialize(serialized[1:])
 
     def check(self, counter):
-        """As `Records.check`."""
+        """Checks the files, as in `Records`."""
         for records in self._members:
             records.check(counter)
 
     def check_captions(self):
-        """As `Records.check_captions`, of each source."""
+        """Checks that no source is known to have no captions at all."""
         for records in self._members:
             records.check_captions()
 
     def numbers(self, reading, start_index):
-        """As `Records.numbers`: those of a source follow the one before."""
+        """Returns the training stream as record numbers, as in `Records`.
+
+        The numbers of a source follow those of the previous one.
+        """
         begins = np.cumsum([0] + [r.num_examples for r in self._members])
 
         def numbers(member, records, *arguments):
@@ -230,7 +234,7 @@ class MixedRecords(Records):
         return self._choose(numbers, reading, start_index, own=True)
 
     def stream(self, reading, start_index):
-        """As `Records.stream`."""
+        """Returns the training stream, as in `Records`."""
 
         def stream(member, records, *arguments):
             return records.stream(*arguments).map(
@@ -241,22 +245,22 @@ class MixedRecords(Records):
         return self._choose(stream, reading, start_index, own=readers)
 
     def _choose(self, make_stream, reading, start_index, own):
-        """Puts the members' streams together.
+        """Mixes the members' streams.
 
         Args:
-            make_stream: Function of (number of a member, the member, reading,
-                start index) to a tf.data.Dataset.
-            reading: As `numbers`.
-            start_index: As `numbers`.
-            own: Whether members can give a host its own positions only.
+            make_stream: Function of (index of a member, the member, reading,
+                start index) that returns a `tf.data.Dataset`.
+            reading: `Reading`.
+            start_index: Position to start at.
+            own: Whether members can read only the positions of a host.
 
         Returns:
-            A tf.data.Dataset of (position, element).
+            A `tf.data.Dataset` of (position, element).
         """
         host, num_hosts = reading.host, reading.num_hosts
         turns = Turns(self._shares, reading.seed, self._run_length)
         choices = turns.choices(start_index)
-        # Then position P of the mixture is, modulo the number of hosts, the
+        # Then a position of the mixture equals, modulo the number of hosts, the
         # position in the stream of its source.
         own = own and self._run_length % num_hosts == 0
         if own:
@@ -280,7 +284,7 @@ class MixedRecords(Records):
 
 
 class _Tagged(Records):
-    """The records of a member as the mixture gives them."""
+    """The records of a member, each prefixed by the member's number."""
 
     def __init__(self, part, number):
         super().__init__(part.name, part.shards)
@@ -293,7 +297,7 @@ class _Tagged(Records):
 
 
 def _tag(number, serialized):
-    """Puts a byte before a record, unless it is lost."""
+    """Prefixes a record by a byte, unless it is lost."""
     lost = (
         tf.strings.substr(serialized, 0, len(shuffling.LOST)) == shuffling.LOST
     )

@@ -1,4 +1,4 @@
-"""Parquet: tables of paths, and of images in the table itself.
+"""Parquet tables, with paths of images or with the images themselves.
 
     caption, image          as in any other table
     caption, image {bytes, path}    Hugging Face's
@@ -6,7 +6,7 @@
     caption, key, url       img2dataset's beside its files: 00000.parquet
                             beside 00000/000000000.jpg
 
-Needs the extra 'parquet' (pyarrow).
+This module needs the extra 'parquet' (pyarrow).
 """
 
 import functools
@@ -18,7 +18,7 @@ import tensorflow as tf
 from cappa_tf.data.sources import shard_index, table_rows
 from cappa_tf.data.sources.delimited import NotATableError
 
-# Columns that hold image files as bytes, img2dataset's and webdataset's.
+# Columns that hold image files as bytes, in img2dataset and webdataset.
 _BYTES_COLUMNS = ("jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 _SUFFIXES = (".jpg", ".png", ".webp", ".jpeg")
 _BATCH = 1024
@@ -26,7 +26,19 @@ _lock = threading.Lock()
 
 
 def records(path, name, root):
-    """Iterator of (place, record or error); see `tables.read`."""
+    """Reads a Parquet table.
+
+    Args:
+        path: Path of the file.
+        name: Its name, for messages.
+        root: Folder that image paths are relative to.
+
+    Returns:
+        An iterator of (place, record or error).
+
+    Raises:
+        NotATableError: If no column holds images.
+    """
     table = _open(path)
     columns = {table_rows.column(c): c for c in table.schema_arrow.names}
     binary = {c for c, real in columns.items() if _holds_bytes(table, real)}
@@ -35,9 +47,9 @@ def records(path, name, root):
     if image is None:
         content = next((c for c in _BYTES_COLUMNS if c in binary), None)
     if image is None and content is None and "key" not in columns:
-        urls = " (download what 'url' names first, by img2dataset)"
+        urls = " (download the images of 'url' first, with img2dataset)"
         raise NotATableError(
-            f"{name}: no column is an image: "
+            f"{name}: no column holds images: "
             f"{', '.join(table_rows.IMAGE_COLUMNS)}. Received: "
             f"{', '.join(table.schema_arrow.names)}"
             + (urls if "url" in columns else "")
@@ -76,18 +88,18 @@ def _rows(table, path, name, root, columns, image, content):
 
 
 def read_cell(path, cell):
-    """The image file that a cell holds.
+    """Reads the image file that a cell holds.
 
     Args:
-        path: The Parquet file.
+        path: Path of the Parquet file.
         cell: (column, row group, row in the group).
 
     Returns:
-        Bytes, or None where the cell is empty. A path in it is relative to
+        Bytes, or None if the cell is empty. A path in the cell is relative to
         the folder of the Parquet file.
     """
     column, group, position = cell
-    # One thread reads a row group, the others wait for it.
+    # One thread reads a row group while the others wait for it.
     with _lock:
         values = _read_group(path, column, group)
     value = values[position].as_py()
@@ -134,7 +146,7 @@ def _holds_bytes(table, column):
 
 
 def _file_of_key(root, name, key):
-    """The file of img2dataset with this key, whatever its suffix."""
+    """Path of img2dataset's file with this key, whatever its suffix."""
     folder = os.path.splitext(os.path.basename(name))[0]
     if key is None:
         return None

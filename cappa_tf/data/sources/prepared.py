@@ -1,4 +1,4 @@
-"""Data sets that tools/prepare_data.py wrote, and `as_source`."""
+"""Prepared data, as written by tools/prepare_data.py, and `as_source`."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ class PreparedData:
     """A data set written by `schema.write_dataset`.
 
     Args:
-        path: Its folder.
+        path: Folder of the data set.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -23,25 +23,25 @@ class PreparedData:
 
     @property
     def class_names(self):
-        """Names of the classes by number; empty where they have none."""
+        """Names of the classes by number; empty if there are none."""
         described = description_lib.DatasetDescription.load(self.name)
         return list(described.metadata.get("classes", []))
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         return _PreparedRecords(
             description_lib.DatasetDescription.load(self.name), split
         )
 
 
 class Folder:
-    """A folder of either kind; which, is looked at when it is first opened.
+    """A folder of either kind, which is determined when it is first opened.
 
-    (It may be written after this object is made.) A folder with dataset.json
-    is `PreparedData`, any other an `image_folder.ImageFolder`.
+    The folder may be written after this object is created. One with a
+    dataset.json is `PreparedData`, any other an `image_folder.ImageFolder`.
 
     Args:
-        path: The folder, or a table of images.
+        path: Path of the folder, or of a table of images.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -49,7 +49,7 @@ class Folder:
 
     @functools.cached_property
     def source(self):
-        """The source it turns out to be."""
+        """The source that the folder holds."""
         described = os.path.join(self.name, "dataset.json")
         if tf.io.gfile.exists(described) or not tf.io.gfile.exists(self.name):
             return PreparedData(self.name)
@@ -57,16 +57,16 @@ class Folder:
 
     @property
     def class_names(self):
-        """Names of the classes by number; empty where they have none."""
+        """Names of the classes by number; empty if there are none."""
         return self.source.class_names
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         return self.source.split(split)
 
 
 class _PreparedRecords(TFRecordFiles):
-    """Records with a description that says how many there must be."""
+    """Records with a description that tells their number."""
 
     def __init__(self, description, split):
         super().__init__(
@@ -76,7 +76,7 @@ class _PreparedRecords(TFRecordFiles):
         self._max_captions = description.max_captions(split)
 
     def check(self, counter):
-        """As `Records.check`."""
+        """Checks the files, as in `Records`."""
         wrong = self._description.disagreements(self._split)
         bad_records.check_shards(
             wrong,
@@ -89,7 +89,11 @@ class _PreparedRecords(TFRecordFiles):
 
 
 def as_source(value):
-    """A source: the one given, or what a folder holds."""
+    """Returns a source: the given one, or that of a folder.
+
+    Raises:
+        ValueError: If the value is neither a path nor a source.
+    """
     if isinstance(value, str | os.PathLike):
         return Folder(value)
     if not (hasattr(value, "split") and hasattr(value, "name")):

@@ -1,16 +1,15 @@
-"""Files that say nothing of their contents, indexed once.
+"""Index of shards that do not tell their number of records.
 
-tar shards and other people's TFRecords do not tell how many records they
-hold. The first time they are opened they are gone through, and what was found
-is kept in a hidden folder beside them (or in the user's cache folder where
-that cannot be written):
+tar shards and foreign TFRecords do not tell how many records they hold. They
+are scanned when they are first opened, and the result is stored in a hidden
+folder beside them (or in the user's cache folder if that is not writable):
 
     .cappa_index/<digest of pattern and settings>/index.json
 
-From then on the index says what the data set is, as dataset.json does for
-prepared data: a shard that is missing or shorter has lost records, each in its
-place; a shard that has grown, or a new one, is refused until the index is
-deleted. So the order of a run cannot change unnoticed.
+From then on the index defines the data set, as dataset.json does for prepared
+data: a shard that is missing or shorter has lost records, each at its position;
+a shard that has grown, or a new one, is an error until the index is deleted. So
+the order of a run cannot change unnoticed.
 """
 
 import concurrent.futures
@@ -30,9 +29,9 @@ from cappa_tf.data.sources import folder_listing
 from cappa_tf.data.stream import bad_records
 from cappa_tf.utils import files
 
-# The reason of what a shard lost that could not be gone through to its end.
+# Reason for the lost records of a shard that cannot be scanned to its end.
 DAMAGED = "damaged shard"
-# Of a tar that ends behind a whole file, without the zeros that end a tar.
+# Problem of a tar that ends after a complete file, without the final zeros.
 NO_MARK = "ends without a mark"
 _FOLDER = ".cappa_index"
 _VERSION = 2
@@ -42,12 +41,12 @@ _SECONDS_BETWEEN_SAVES = 30
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """The shards of a split that are there.
+    """The existing shards of a split.
 
     Attributes:
-        root: Folder that all of them lie below, whichever there are.
-        pattern: What they match, relative to it.
-        paths: Their paths, sorted.
+        root: Folder above all of them, independent of which exist.
+        pattern: Pattern of the shards, relative to `root`.
+        paths: Sorted paths of the shards.
     """
 
     root: str
@@ -57,16 +56,17 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedShard:
-    """What was found in one file.
+    """Result of the scan of one file.
 
     Attributes:
         path: Full path of the file.
-        num_examples: Records in it.
+        num_examples: Number of records in it.
         num_bytes: Size of the file.
-        max_captions: Most captions of a record, or None if not looked at.
+        max_captions: Maximum number of captions of a record, or None if
+            unknown.
         problems: Dict reason -> (count, name of the first). The count of
-            `DAMAGED` is 0 for a shard that is cut off: how much it held,
-            only other shards can tell.
+            `DAMAGED` is 0 for a truncated shard, as only other shards can tell
+            how much it held.
     """
 
     path: str
@@ -80,10 +80,11 @@ class Index:
     """Shards of one split, as they were when first opened.
 
     Args:
-        shard_files: `Files`, those there are now.
-        settings: JSON-able; what else the contents of the index depend on.
-        scan: Function of (path of a shard, path of a file it may write) to
-            (records, most captions or None, problems).
+        shard_files: `Files`, the shards that exist now.
+        settings: JSON-able value of everything else the index depends on.
+        scan: Function of (path of a shard, path of a file it may write) that
+            returns (number of records, maximum number of captions or None,
+            problems).
 
     Attributes:
         shards: List of `IndexedShard`.
@@ -111,21 +112,21 @@ class Index:
             )
 
     def companion(self, path):
-        """The file that `scan` may write for a shard."""
+        """Path of the file that `scan` may write for a shard."""
         name = self._name(path).replace("/", "_")
         return os.path.join(self._folder, f"{name}.records")
 
     def check(self, counter):
-        """Compares the files with the index: as `base.Records.check`."""
+        """Compares the files with the index, as in `base.Records.check`."""
         advice = (
             f"Restore the files, or delete the index {self._folder} to start "
-            "anew with what is there."
+            "again with the existing files."
         )
         known = {shard.path for shard in self.shards}
         new = [path for path in self._files if path not in known]
         if new:
             raise ValueError(
-                f"Since the data were indexed, {len(new)} shards came: "
+                f"{len(new)} shards were added since the data were indexed: "
                 f"{', '.join(new[:3])}. {advice}"
             )
         wrong = [
@@ -145,7 +146,7 @@ class Index:
             sum(shard.num_examples for shard in self.shards),
             counter.max_fraction,
         )
-        # What wrote all of them so did not cut them off.
+        # If all shards lack the mark, their writer omits it.
         unmarked = len(self.shards) > 1 and all(
             shard.problems.get(DAMAGED, (0, ""))[1] == NO_MARK
             for shard in self.shards
@@ -157,11 +158,11 @@ class Index:
                 name = f"{shard.path}: {name}"
                 if reason == DAMAGED and not count:
                     count, why = self._lost(shard)
-                    name = f"{name}; {count} records are taken for lost, {why}"
+                    name = f"{name}; {count} records count as lost, {why}"
                 counter.add(reason, name, count=count)
 
     def _lost(self, shard):
-        """How many records a shard lost that is cut off, and why so many."""
+        """Number of records lost by a truncated shard, and its reason."""
         whole = [
             other.num_examples
             for other in self.shards
@@ -173,10 +174,10 @@ class Index:
                 max(1, usual - shard.num_examples),
                 f"as another shard holds {usual}",
             )
-        # Nothing tells. What stops a run is better than what hides a loss.
+        # Unknown. Stopping a run is better than hiding a loss.
         return (
             max(1, shard.num_examples),
-            "as many as it still holds, since no whole shard tells more",
+            "as many as it still holds, since no complete shard tells more",
         )
 
     def _sizes(self):
@@ -185,7 +186,7 @@ class Index:
             return list(pool.map(description.file_size, paths))
 
     def _find_folder(self):
-        """The folder of an index that is there, or a new one."""
+        """The folder of an existing index, or a new one."""
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         root = hashlib.sha256(os.path.abspath(self._root).encode()).hexdigest()
         folders = [
@@ -212,7 +213,7 @@ class Index:
         )
 
     def _load(self):
-        """Name -> entry of a complete index, or None."""
+        """Dict name -> entry of a complete index, or None."""
         path = os.path.join(self._folder, "index.json")
         if not tf.io.gfile.exists(path):
             return None
@@ -222,7 +223,7 @@ class Index:
         return self._done if content["complete"] else None
 
     def _build(self, scan):
-        """Scans what is not indexed yet; an interrupted run resumes here."""
+        """Scans the shards not indexed yet; resumes after an interruption."""
         entries = getattr(self, "_done", {})
         names = [self._name(path) for path in self._files]
         to_do = [
@@ -252,33 +253,33 @@ class Index:
     def _save(self, entries, complete):
         path = os.path.join(self._folder, "index.json")
         content = {"complete": complete, "shards": entries}
-        # Several hosts may do so at a time: all write the same.
+        # Several hosts may write at the same time, with the same content.
         files.write_json(path, content, indent=None)
 
     def _name(self, path):
-        """A shard's path relative to the data, so that these can move."""
+        """A shard's path relative to the data, which may be moved."""
         return path.removeprefix(self._root).lstrip("/")
 
 
 def estimate(count, end, size):
-    """How many records the rest of a shard may hold.
+    """Estimates how many records the rest of a shard holds.
 
     Args:
-        count: Records before the damage.
-        end: Bytes these take.
-        size: Bytes of the shard.
+        count: Number of records before the damage.
+        end: Size of these in bytes.
+        size: Size of the shard in bytes.
 
     Returns:
-        A number of records of the usual size, at least 1.
+        Number of records of average size, at least 1.
     """
     return max(1, math.ceil((size - end) * count / max(end, 1)))
 
 
 def open_binary(path):
-    """Opens a file for reading, wherever it is.
+    """Opens a local or remote file for reading.
 
-    A file on disk by Python's own `open`, which scans of many seeks went
-    through faster than TensorFlow's.
+    A local file is opened by Python's own `open`, which is faster than
+    TensorFlow's for scans with many seeks.
     """
     if files.is_remote(path):
         return _Remote(path, "rb")
@@ -286,7 +287,7 @@ def open_binary(path):
 
 
 class _Remote(tf.io.gfile.GFile):
-    """Whose `seek` returns the position, as that of other files does."""
+    """Remote file whose `seek` returns the position, like other files."""
 
     def seek(self, offset=0, whence=0):
         super().seek(offset, whence)
@@ -303,13 +304,13 @@ def find_files(path, split, suffix):
     Args:
         path: One of these.
         split: Name of the split.
-        suffix: Of a shard, such as ".tar".
+        suffix: Suffix of a shard, such as ".tar".
 
     Returns:
         `Files`.
 
     Raises:
-        ValueError: There is no such split, or it has no shards.
+        ValueError: If there is no such split, or it has no shards.
     """
     if isinstance(path, dict):
         if split not in path:
@@ -323,7 +324,7 @@ def find_files(path, split, suffix):
         patterns = [f"{path}/{split}-*{suffix}", f"{path}/{split}/*{suffix}"]
     else:
         raise ValueError(
-            "`path` must say which shards a split has: a pattern with {split}, "
+            "`path` must tell the shards of a split: a pattern with {split}, "
             "a dict from split to pattern, or a folder with "
             f"<split>-*{suffix} or <split>/*{suffix}. Received: "
             f"path={path!r}, which is not a folder that exists"
@@ -341,7 +342,7 @@ def find_files(path, split, suffix):
             except UnicodeDecodeError:
                 raise ValueError(
                     f"The names of shards must be UTF-8. Received: {name}, "
-                    "which stands for others as well"
+                    "which matches others as well"
                 ) from None
             found += sorted(matches)
             if not matches:
@@ -352,9 +353,9 @@ def find_files(path, split, suffix):
         )
     if "{" in pattern and absent:
         logging.warning(
-            "%d shards of %s are not there: %s", len(absent), path, absent[:5]
+            "%d shards of %s are missing: %s", len(absent), path, absent[:5]
         )
-    # The folder in front of anything that may stand for several names.
+    # The folder before any wildcard.
     folder, rest = _literal_folder(patterns[0])
     root = (
         patterns[0]
@@ -365,9 +366,9 @@ def find_files(path, split, suffix):
 
 
 def _literal_folder(pattern):
-    """Cuts a pattern behind the folders that are there under these names.
+    """Splits a pattern after the leading folders that exist literally.
 
-    A folder may be called a[1], which as a pattern stands for a1.
+    A folder may be called a[1], which as a pattern would match a1.
     """
     end = pattern.find("/") + 1
     while end:
@@ -379,7 +380,7 @@ def _literal_folder(pattern):
 
 
 def _expand_braces(pattern):
-    """a/{000..127}.tar to its 128 names, as the shell does."""
+    """Expands a/{000..127}.tar to its 128 names, as the shell does."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]

@@ -1,12 +1,12 @@
-"""Rows of tables of captioned images, checked as they are listed.
+"""Rows of tables of captioned images, checked while they are listed.
 
-A table gives records, dicts from column to value; columns have many names:
+A table yields records, dicts from column to value. Columns have many names:
 
     image     image, file_name, filename, filepath, ...: `IMAGE_COLUMNS`
     caption   caption, captions, text, title, ...: `CAPTION_COLUMNS`
     key, split, label, class_name
 
-Rows of one key (by default the path of the image) are put together.
+Rows of one key (by default the path of the image) are merged.
 """
 
 import collections
@@ -17,7 +17,7 @@ import re
 
 from cappa_tf.data import text
 
-# The first that a record has is taken.
+# The first column that a record has is used.
 IMAGE_COLUMNS = (
     "image",
     "file_name",
@@ -48,18 +48,18 @@ _INT64 = 1 << 63
 
 @dataclasses.dataclass
 class Row:
-    """One image as the source lists it; the image is not looked at yet.
+    """One image as listed by the source; the image is not read yet.
 
     Attributes:
-        key: Unique name: the path as the source gives it, unless it has a key.
-        path: The image file, or the Parquet file that holds it.
-        captions: As given.
-        split: As given, or None.
+        key: Unique name, the path in the source unless it has a key.
+        path: Path of the image file, or of the Parquet file that holds it.
+        captions: Captions in the source.
+        split: Split in the source, or None.
         label: Integer, class name, or None.
-        class_name: What an integer label stands for, or None.
-        cell: Where in the Parquet file, see `parquet_tables.read_cell`, or
+        class_name: Class name of an integer label, or None.
+        cell: Cell in the Parquet file, as for `parquet_tables.read_cell`, or
             None.
-        refused: (reason, name) of each caption that the listing left out.
+        refused: List of (reason, name) of captions left out while listing.
     """
 
     key: str
@@ -73,11 +73,11 @@ class Row:
 
 
 class Skipped:
-    """What was left out: counts by reason, and a line for each.
+    """Items left out: counts by reason, and a line for each.
 
     Attributes:
         counts: A `collections.Counter` by reason.
-        lines: "reason<tab>name" in the order of the source.
+        lines: List of "reason<tab>name" in the order of the source.
     """
 
     def __init__(self):
@@ -85,12 +85,12 @@ class Skipped:
         self.lines = []
 
     def add(self, reason, name):
-        """Notes one thing that was left out."""
+        """Adds one item that was left out."""
         self.counts[reason] += 1
         self.lines.append(f"{reason}\t{name}")
 
     def names(self, most):
-        """Reason -> the first `most` names, printable."""
+        """Dict reason -> the first `most` names, printable."""
         found = {reason: [] for reason in self.counts}
         for line in self.lines:
             reason, _, name = line.partition("\t")
@@ -109,10 +109,10 @@ class Skipped:
 
 
 class RowCollector:
-    """Puts the records of one or several tables together to rows.
+    """Merges the records of one or several tables into rows.
 
     Args:
-        skipped: A `Skipped` that takes malformed records.
+        skipped: A `Skipped` to which malformed records are added.
     """
 
     def __init__(self, skipped):
@@ -121,19 +121,19 @@ class RowCollector:
         self._places = {}  # key -> where its label is
 
     def refuse(self, place, error):
-        """Notes a record that is not understood."""
+        """Notes a malformed record."""
         self._skipped.add(MALFORMED, f"{place}: {error}")
 
     def add(self, record, root, place, below="", split=None):
-        """Takes one record.
+        """Adds one record.
 
         Args:
             record: A dict from column to value.
             root: Folder of the source.
-            place: "captions.csv:7", to name the record by.
-            below: Folder of the table below `root`; its paths are relative to
-                that.
-            split: The split where the record has none.
+            place: Place of the record for messages, such as "captions.csv:7".
+            below: Folder of the table below `root`, to which its image paths
+                are relative.
+            split: Split if the record has none.
         """
         try:
             row = make_row(record, root, place, below)
@@ -143,7 +143,7 @@ class RowCollector:
             self.refuse(place, error)
 
     def rows(self):
-        """The `Row`s, in order, with labels of one kind."""
+        """Returns the `Row`s in order, with labels of one kind."""
         kinds = collections.Counter(
             type(row.label)
             for row in self._rows.values()
@@ -158,8 +158,8 @@ class RowCollector:
             if row.label is not None and type(row.label) is other:
                 self.refuse(
                     self._places[key],
-                    f"'label' is {names[other]}, {row.label!r}, where most "
-                    f"are {names[kind]}",
+                    f"'label' is {names[other]}, {row.label!r}, but most are "
+                    f"{names[kind]}",
                 )
             else:
                 rows.append(row)
@@ -190,24 +190,24 @@ class RowCollector:
 
 @functools.lru_cache(maxsize=1024)
 def column(name):
-    """The name of a column as it is looked for: "File name" is file_name."""
+    """Normalizes the name of a column: "File name" becomes file_name."""
     return re.sub(r"[\s-]+", "_", str(name).strip().lower())
 
 
 def make_row(record, root, place, below=""):
-    """A `Row` of a record.
+    """Converts a record to a `Row`.
 
     Args:
         record: A dict from column to value.
         root: Folder of the source, which keys are relative to.
-        place: Names the record where one of its captions is left out.
+        place: Place of the record, for captions that are left out.
         below: Folder below `root` that the image's path is relative to.
 
     Returns:
         The `Row`.
 
     Raises:
-        ValueError: A value is not what it should be.
+        ValueError: If a value is invalid.
     """
     record = {column(name): value for name, value in record.items()}
     image = _first(record, IMAGE_COLUMNS)
@@ -259,7 +259,7 @@ def _first(record, names):
 
 
 def _what(value):
-    """A value in words, for a message."""
+    """Describes a value, for a message."""
     names = {
         bool: "a bool",
         dict: "an object",
@@ -280,7 +280,7 @@ def _word(record, name):
 
 
 def _captions(value, place):
-    """Usable captions of a record, and (reason, name) of the others."""
+    """Valid captions of a record, and (reason, name) of the others."""
     if value is None:
         return [], []
     captions, refused = [], []
@@ -297,15 +297,15 @@ def _captions(value, place):
 
 
 def _label(value):
-    """An int64, a class name, or None."""
+    """Parses a label: an int64, a class name, or None."""
     if isinstance(value, str):
-        # A class name is one line of a list of names.
+        # A class name must fit a line of a list of names.
         return " ".join(value.split()) or None
     if value is None:
         return None
     if type(value) is not int:
         raise ValueError(f"'label' is {_what(value)}")
-    # -1 stands for none, in TFDS and in our records.
+    # -1 means none, in TFDS and in our records.
     if not -1 <= value < _INT64:
         raise ValueError(
             f"'label' must be in [0, 2**63). Received: {str(value)[:40]}"

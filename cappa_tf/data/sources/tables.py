@@ -1,11 +1,11 @@
-"""Tables of captioned images, whatever wrote them.
+"""Tables of captioned images, in all supported formats.
 
-    .jsonl          an object a line
-    .csv .tsv .txt  a row for each caption, delimiter and columns found
+    .jsonl          an object per line
+    .csv .tsv .txt  a row per caption; delimiter and columns are detected
     .json           a list of objects, COCO's captions or Karpathy's splits
     .parquet        img2dataset's or Hugging Face's (`parquet_tables.py`)
 
-`Row`s are made of all of them by the same rules (`table_rows.py`).
+All of them are converted to `Row`s by the same rules (`table_rows.py`).
 """
 
 import itertools
@@ -39,15 +39,15 @@ def read(file, root, collector, below="", split=None):
     """Reads a table.
 
     Args:
-        file: Its path.
+        file: Path of the table.
         root: Folder of the source.
-        collector: A `table_rows.RowCollector` that takes rows and what is
-            not understood.
+        collector: A `table_rows.RowCollector` to which rows and errors are
+            added.
         below: Folder below `root` that image paths are relative to.
-        split: The split of rows that say none.
+        split: Split of rows that do not name one.
 
     Raises:
-        NotATableError: It is not a table of images.
+        NotATableError: If it is not a table of images.
     """
     name = os.path.join(below, os.path.basename(file))
     for place, record in _records(file, name, os.path.join(root, below)):
@@ -58,25 +58,25 @@ def read(file, root, collector, below="", split=None):
 
 
 def check(file, root):
-    """Looks whether a file is a table of images, by its beginning.
+    """Checks whether a file is a table of images, by its beginning.
 
     Raises:
-        NotATableError: It is not.
+        NotATableError: If it is not.
     """
     for _ in itertools.islice(_records(file, os.path.basename(file), root), 1):
         pass
 
 
 def _records(file, name, root):
-    """Iterator of (place, record or error)."""
+    """Returns an iterator of (place, record or error)."""
     suffix = os.path.splitext(file)[1].lower()
     if suffix == ".parquet":
         return parquet_tables.records(file, name, root)
     with tf.io.gfile.GFile(file, "rb") as stream:
         content = stream.read()
     try:
-        # What is not UTF-8 becomes text that `text.is_text` gives away, so
-        # that it costs its own rows alone.
+        # Bytes that are not UTF-8 become text that `text.is_text` detects, so
+        # that only the rows that contain them are lost.
         content = text.decode(content, "surrogateescape")
     except ValueError as error:
         raise NotATableError(f"{name}: {error}") from None
@@ -90,7 +90,7 @@ def _records(file, name, root):
 
 
 def _line_records(content, name):
-    """Of a JSON object a line."""
+    """Yields the records of a JSON object per line."""
     for number, line in enumerate(text.lines(content), 1):
         if not line.strip():
             continue
@@ -105,7 +105,7 @@ def _line_records(content, name):
 
 
 def _json_records(content, name):
-    """Of one JSON value."""
+    """Returns the records of one JSON value."""
     try:
         value = json.loads(content)
     except json.JSONDecodeError as error:
@@ -126,9 +126,9 @@ def _json_records(content, name):
     elif isinstance(value, list) and any(isinstance(x, dict) for x in value):
         return _list_records(value, name)
     raise NotATableError(
-        f"{name}: not understood: neither a list of objects with 'image' and "
-        "'caption', nor COCO's captions ('images' and 'annotations'), nor "
-        "Karpathy's splits ('images' with 'sentences'). Received: "
+        f"{name}: neither a list of objects with 'image' and 'caption', nor "
+        "COCO's captions ('images' and 'annotations'), nor Karpathy's splits "
+        "('images' with 'sentences'). Received: "
         + (
             f"an object with {sorted(value)[:5]}"
             if value and isinstance(value, dict)
@@ -138,7 +138,7 @@ def _json_records(content, name):
 
 
 def _list_records(values, name):
-    """Of a list of objects."""
+    """Yields the records of a list of objects."""
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
             value = ValueError(f"not an object: {str(value)[:40]!r}")
@@ -146,12 +146,12 @@ def _list_records(values, name):
 
 
 def _coco_records(images, annotations, name):
-    """Of COCO's annotations: captions name the image they belong to."""
+    """Returns the records of COCO's annotations."""
     if annotations and not any(
         isinstance(a, dict) and "caption" in a for a in annotations
     ):
         raise NotATableError(
-            f"{name}: its annotations have no 'caption': COCO's captions lie "
+            f"{name}: its annotations have no 'caption': COCO's captions are "
             "in captions_*.json"
         )
     return _coco_pairs(images, annotations, name)
@@ -167,7 +167,7 @@ def _coco_pairs(images, annotations, name):
         except (TypeError, KeyError) as error:
             yield place, ValueError(f"no 'id' or 'file_name' ({error})")
             continue
-        # So that an image without captions is known, too.
+        # Registers the image even if it has no captions.
         yield place, {"image": image["file_name"]}
     for number, annotation in enumerate(annotations, 1):
         place = f"{name}, annotations item {number}"
@@ -184,7 +184,7 @@ def _coco_pairs(images, annotations, name):
 
 
 def _karpathy_records(images, name):
-    """Of Karpathy's splits of COCO, Flickr8k and Flickr30k."""
+    """Returns the records of Karpathy's splits of COCO or Flickr."""
     if not any(isinstance(i, dict) and "sentences" in i for i in images):
         raise NotATableError(
             f"{name}: its images have no 'sentences', and there are no "

@@ -1,8 +1,8 @@
-"""Data sets of TensorFlow Datasets, by name or from a folder.
+"""TFDS: data sets of TensorFlow Datasets, by name or from a folder.
 
 Their records are read as bytes, like any other TFRecords, so that they are
-shuffled and resumed like these; TFDS only says which files there are, how many
-records these hold and how one is parsed. The image stays encoded.
+shuffled and resumed in the same way. TFDS only provides the list of files,
+their record counts and the parser. Images remain encoded.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from cappa_tf.data.stream import bad_records
 class TFDS:
     """A source that TFDS has prepared.
 
-    Its splits may be parts of one: "train[5%:]" and "train[:5%]".
+    A split may be a part of one: "train[5%:]" and "train[:5%]".
 
     Args:
         path: Name of a data set, "coco_captions" or "coco_captions/2014", or
-            the folder of one that is there (`builder_from_directory`).
-        image: Feature that holds the image.
-        captions: Feature that holds the caption or captions, or None. A
-            slash leads into nested features: "captions/text".
-        label: Feature that holds the class number, or None.
-        key: Feature that tells records apart in messages, or None.
-        data_dir: Where TFDS keeps its data; None for its default.
+            the folder of an existing one (`builder_from_directory`).
+        image: Name of the feature with the image.
+        captions: Name of the feature with the caption or captions, or None. A
+            slash separates nested features: "captions/text".
+        label: Name of the feature with the class number, or None.
+        key: Name of the feature that identifies records in messages, or None.
+        data_dir: Folder in which TFDS stores its data; None for its default.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class TFDS:
             ) from None
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         builder = self.builder
         if not builder.info.splits:
             raise ValueError(
-                f"TFDS has not prepared {self.name} in {builder.data_dir}: "
-                f"`tfds build {self.name}` does."
+                f"TFDS has not prepared {self.name} in {builder.data_dir}: run "
+                f"`tfds build {self.name}` first."
             )
         if builder.info.file_format.value != "tfrecord":
             raise ValueError(
@@ -106,7 +106,7 @@ class _TFDSRecords(TFRecordFiles):
             for file in files
         ]
         super().__init__(name, shards, [file.skip for file in files])
-        # what -> keys that lead to it
+        # Kind of feature -> keys that lead to it.
         self._keys = {
             what: _find(name, features, what, path)
             for what, path in names.items()
@@ -115,7 +115,7 @@ class _TFDSRecords(TFRecordFiles):
         self._features, self._decoders = _partial(features, self._keys)
 
     def check(self, counter):
-        """As `Records.check`: TFDS records counts, but no sizes."""
+        """Checks that all shards exist; TFDS does not record their sizes."""
         missing = [
             (dataclasses.replace(shard, num_bytes=1), 0)
             for shard in self.shards
@@ -130,7 +130,7 @@ class _TFDSRecords(TFRecordFiles):
         )
 
     def parse(self, serialized):
-        """As `Records.parse`."""
+        """Parses a record in a graph, as in `Records`."""
         found = self._features.deserialize_example(
             serialized, decoders=self._decoders
         )
@@ -149,7 +149,7 @@ class _TFDSRecords(TFRecordFiles):
         }
 
     def deserialize(self, serialized):
-        """As `Records.deserialize`."""
+        """Parses a record in Python, as in `Records`."""
         try:
             with tf.device("CPU:0"):
                 found = self.parse(tf.constant(serialized))
@@ -168,13 +168,13 @@ class _TFDSRecords(TFRecordFiles):
 
 
 def _find(name, features, what, path):
-    """The keys that lead to a feature: "captions/text" to two of them."""
+    """The keys that lead to a feature, such as two for "captions/text"."""
     found, keys, rest = features, (), path
     while rest:
         level = getattr(found, "feature", found)  # of a Sequence
         known = list(level) if hasattr(level, "keys") else []
-        # Names may have slashes of their own: "image/filename" beside "image",
-        # in an order that differs from process to process.
+        # Names may contain slashes: "image/filename" beside "image", in an
+        # order that differs from process to process.
         fitting = [k for k in known if f"{rest}/".startswith(f"{k}/")]
         key = max(fitting, key=len, default=None)
         if key is None:
@@ -187,7 +187,7 @@ def _find(name, features, what, path):
 
 
 def _partial(features, paths):
-    """The features at some paths alone, and decoders that leave images be."""
+    """Only the features at some paths, and decoders that skip images."""
     import tensorflow_datasets as tfds
 
     wanted = {}

@@ -1,8 +1,8 @@
-"""TFRecords of tf.train.Examples with other names, as img2dataset writes them.
+"""TFRecords of tf.train.Examples with other names, such as img2dataset's.
 
 One feature holds the image file, one its caption or captions, others key and
-class number. What they are called is set in a gin file. The files are gone
-through once for the number of their records (`shard_index.py`): headers only.
+class number. Their names are set in a gin file. The headers in the files are
+scanned once to count their records (`shard_index.py`).
 """
 
 import os
@@ -21,14 +21,14 @@ class TFRecords:
 
     Args:
         path: A pattern with {split}, a dict from split to pattern, or a
-            folder with train-*.tfrecord or train/*.tfrecord: see
+            folder with train-*.tfrecord or train/*.tfrecord, as in
             `shard_index.find_files`.
-        image: Names of the feature that holds the image file; the first that
-            a record has is taken.
-        captions: The same of the captions, bytes, one or many.
+        image: Names of the feature with the image file; the first one that a
+            record has is used.
+        captions: Names of the feature with the captions, one or more bytes.
         label: Name of an integer feature, or None.
-        key: Name of the feature that tells records apart in messages: bytes or
-            numbers.
+        key: Name of the feature that identifies records in messages, with
+            bytes or numbers.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TFRecords:
         self.name = str(path)
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         files = shard_index.find_files(self._path, split, ".tfrecord")
         return _NamedRecords(
             f"{self.name} {split}",
@@ -73,11 +73,11 @@ class _NamedRecords(TFRecordFiles):
         self._features = features
 
     def check(self, counter):
-        """As `Records.check`."""
+        """Checks the files, as in `Records`."""
         self._index.check(counter)
 
     def parse(self, serialized):
-        """As `Records.parse`."""
+        """Parses a record in a graph, as in `Records`."""
         names = self._features
         many = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
         features = dict.fromkeys(names["image"] + names["captions"], many)
@@ -89,13 +89,13 @@ class _NamedRecords(TFRecordFiles):
             "captions": text.decode_in_graph(
                 _first_present(found, names["captions"])
             ),
-            # It may be of any type, and is for messages alone.
+            # It may be of any type, and is used only in messages.
             "key": tf.constant(""),
             "label": found.get(names["label"], tf.constant(-1, tf.int64)),
         }
 
     def deserialize(self, serialized):
-        """As `Records.deserialize`."""
+        """Parses a record in Python, as in `Records`."""
         try:
             feature = tf.train.Example.FromString(serialized).features.feature
         except Exception as error:  # DecodeError's module moves.
@@ -135,10 +135,10 @@ class _NamedRecords(TFRecordFiles):
 
 
 def _values(feature, name, kind):
-    """The values of a feature, which must be of a kind.
+    """The values of a feature of a given kind.
 
     Raises:
-        ValueError: It is of another one.
+        ValueError: If the feature is of another kind.
     """
     if name is None or name not in feature:
         return []
@@ -151,7 +151,7 @@ def _values(feature, name, kind):
 
 
 def _key(feature, name):
-    """The key of a record: text, or what numbers there are, with commas."""
+    """The key of a record as text; numbers are joined by commas."""
     kind = feature[name].WhichOneof("kind") if name in feature else None
     if kind is None:
         return ""
@@ -181,11 +181,11 @@ def count_records(path, companion=None):
     """Counts the records of a TFRecord file by their lengths.
 
     Args:
-        path: The file.
+        path: Path of the file.
         companion: Not written.
 
     Returns:
-        (records, None, problems), see `shard_index.Index`.
+        (number of records, None, problems), as for `shard_index.Index`.
     """
     del companion
     size = tf.io.gfile.stat(path).length
@@ -200,7 +200,7 @@ def count_records(path, companion=None):
             length, checksum = struct.unpack("<QI", head)
             if position + length + 16 > size:
                 if masked_crc32c(head[:8]) != checksum:
-                    # No length: what is behind is there, but not to be found.
+                    # Without a valid length the next record cannot be found.
                     lost = shard_index.estimate(count, position, size)
                     problem = (lost, f"not a record at byte {position}")
                     return count, None, {shard_index.DAMAGED: problem}

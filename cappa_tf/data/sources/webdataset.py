@@ -1,11 +1,11 @@
-"""webdataset tar shards, read as they are.
+"""Webdataset tar shards, read in place.
 
-Files of a shard that follow each other and have the same name up to the first
-dot are one sample: 0001.jpg, 0001.txt, 0001.json. A shard is gone through
-once, when it is first opened. Then its index (`shard_index.py`) holds, for each
-sample, where the image lies and everything else: the record of `schema.py`
-up to the image, so that this and the image's bytes, one after the other, are
-such a record. Going on inside a shard reads none of the images before.
+Consecutive files of a shard with the same name up to the first dot are one
+sample: 0001.jpg, 0001.txt, 0001.json. A shard is scanned once, when it is first
+opened. Then its index (`shard_index.py`) holds for each sample the position of
+the image and everything else: the record of `schema.py` up to the image, so
+that this followed by the image's bytes is such a record. Resuming inside a
+shard reads none of the images before.
 
 Dimensions:
     n: samples of a block.
@@ -27,7 +27,7 @@ from cappa_tf.data.sources.base import Records, read_tfrecords
 from cappa_tf.data.stream import shuffling
 from cappa_tf.utils import files
 
-# Samples read at once.
+# Number of samples read at a time.
 _BLOCK = 32
 # Names of image files, without the dot.
 _IMAGES = tuple(suffix[1:] for suffix in formats.EXTENSIONS)
@@ -39,13 +39,13 @@ class WebDataset:
 
     Args:
         path: A pattern with {split}, a dict from split to pattern, or a
-            folder with train-*.tar or train/*.tar: see
+            folder with train-*.tar or train/*.tar, as in
             `shard_index.find_files`.
-        image: Names of the image's file, after the first dot; the first that
-            a sample has is taken. None for every suffix of image files.
-        captions: The same of the captions; "json:caption" is the field
-            "caption" of the file json, a string or a list of them.
-        label: The same of a class number; "cls" and "json:label" are usual.
+        image: Names of the image file, after the first dot; the first one that
+            a sample has is used. None for every suffix of image files.
+        captions: Names of the captions' file; "json:caption" is the field
+            "caption" of the file json, a string or a list of strings.
+        label: Names of the class number's file, such as "cls" or "json:label".
         caption_per_line: Whether each line of a text file is a caption.
     """
 
@@ -71,14 +71,14 @@ class WebDataset:
         self.name = str(path)
 
     def split(self, split):
-        """The `Records` of a split."""
+        """Returns the `Records` of a split."""
         found = shard_index.find_files(self._path, split, ".tar")
         settings = ["tar", split, *self._names, self._caption_per_line]
         shards = shard_index.Index(found, settings, self._scan)
         return _TarRecords(f"{self.name} {split}", shards, self._names[1])
 
     def _scan(self, path, output):
-        """Writes the rows of one shard; see `shard_index.Index`."""
+        """Writes the index rows of one shard, as `scan` of `Index`."""
         shard = _Shard(path)
         count = most = 0
         with (
@@ -86,7 +86,7 @@ class WebDataset:
             tf.io.TFRecordWriter(unfinished) as writer,
         ):
             for sample in shard.samples(self._wanted()):
-                captions, label, is_lost = self._said(sample, shard)
+                captions, label, is_lost = self._texts(sample, shard)
                 image = next(
                     (
                         sample.files[n]
@@ -99,7 +99,7 @@ class WebDataset:
                     shard.problem("no image", sample.key)
                     continue
                 if is_lost:
-                    continue  # It is counted already.
+                    continue  # already counted
                 head = _head(sample.key, captions, label, image[1])
                 writer.write(_ROW.pack(*image) + head)
                 count += 1
@@ -107,16 +107,15 @@ class WebDataset:
         return count, most, shard.problems
 
     def _wanted(self):
-        """Names of the files that are read into the index."""
+        """Names of the files to read into the index."""
         names = self._names[1] + self._names[2]
         return {name.split(":")[0] for name in names}
 
-    def _said(self, sample, shard):
+    def _texts(self, sample, shard):
         """Captions and label of a sample.
 
         Returns:
-            (captions, label or None, whether all that the sample says was
-            refused).
+            (captions, label or None, whether all texts were invalid).
         """
         found, refused = self._value(sample, self._names[1], shard)
         if isinstance(found, _Text):
@@ -142,10 +141,10 @@ class WebDataset:
         return captions, label, refused and not captions and label is None
 
     def _value(self, sample, names, shard):
-        """What the first of the names that a sample has stands for.
+        """Value of the first of the names that a sample has.
 
         Returns:
-            (`_Text`, JSON value or None; whether a file was refused).
+            (`_Text`, JSON value or None; whether a file was invalid).
         """
         refused = False
         for name in names:
@@ -176,7 +175,7 @@ class _Text(str):
 
 
 def _label(value):
-    """The class number that a text file or JSON holds, or None."""
+    """Parses the class number in a text file or JSON; None for none."""
     if value is None or isinstance(value, bool | float):
         if value is not None:
             raise ValueError("not an integer")
@@ -200,10 +199,11 @@ class _Sample:
 
 
 class _Shard:
-    """One tar file, gone through in order.
+    """One tar file, scanned in order.
 
     Attributes:
-        problems: As `shard_index.IndexedShard.problems`.
+        problems: Dict reason -> (count, name of the first), as in
+            `shard_index.IndexedShard`.
     """
 
     def __init__(self, path):
@@ -211,21 +211,21 @@ class _Shard:
         self.problems = {}
 
     def problem(self, reason, name):
-        """Notes one thing that is left out."""
+        """Notes one item that is left out."""
         count, first = self.problems.get(reason, (0, name))
         self.problems[reason] = (count + 1, first)
 
     def samples(self, wanted):
         """Yields `_Sample`s, with the contents of the files `wanted`."""
         size = tf.io.gfile.stat(self._path).length
-        # Where the last whole sample ends, and how many there are.
+        # End of the last complete sample, and number of complete samples.
         self._end = self._count = 0
         with shard_index.open_binary(self._path) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     yield from self._samples(tar, wanted, size)
                     end = tar.offset
-                # A tar ends with zeros; anything else is no tar any more.
+                # A tar ends with zeros; anything else is not part of a tar.
                 file.seek(min(end, size))
                 mark = file.read(512)
                 if not mark:
@@ -277,17 +277,17 @@ class _Shard:
 
 
 def _split(path):
-    """a/b.c.jpg to (a/b, c.jpg)."""
+    """Splits a/b.c.jpg into (a/b, c.jpg)."""
     folder, slash, file = path.rpartition("/")
     stem, _, name = file.partition(".")
     return folder + slash + stem, name.lower()
 
 
 def _head(key, captions, label, size):
-    """The bytes that make a record of `schema.py` of an image behind them.
+    """The bytes that precede an image in a record of `schema.py`.
 
-    Protocol buffers that follow each other are one, merged. The second of two
-    holds nothing but the image, which so comes last.
+    Concatenated protocol buffers are merged into one. The second of two holds
+    only the image, which therefore comes last.
     """
     feature = {
         "key": _bytes_feature([key.encode()]),
@@ -330,7 +330,7 @@ class _TarRecords(Records):
             )
 
     def check(self, counter):
-        """As `Records.check`."""
+        """Checks the files, as in `Records`."""
         self._index.check(counter)
 
     def _where_to_look(self):
@@ -341,11 +341,12 @@ class _TarRecords(Records):
         )
 
     def read(self, shard, skip, count):
-        """As `Records.read`.
+        """Reads records of a shard, as in `Records`.
 
-        A call of Python for each block: TensorFlow has no op that reads
-        bytes from an offset, but `FixedLengthRecordDataset` with a header of
-        that length, which took 7 ms of CPU an image in shards of 67 MB.
+        Python is called for each block, because TensorFlow has no op that
+        reads bytes from an offset, other than `FixedLengthRecordDataset` with
+        a header of that length, which took 7 ms of CPU time per image in
+        shards of 67 MB.
         """
         path, num_bytes = self._paths[shard], self._sizes[shard]
 
@@ -363,13 +364,13 @@ def _read_block(path, num_bytes, rows):
     """Records of one block of rows.
 
     Args:
-        path: Of the tar file.
-        num_bytes: Its size when it was indexed. Of another size, it is not
-            read at the offsets of the old one.
+        path: Path of the tar file.
+        num_bytes: Its size when it was indexed. If the size has changed, the
+            old offsets are not used.
         rows: bytes [n].
 
     Returns:
-        bytes [n], the records; `LOST` and the path for those that are.
+        bytes [n], the records; `LOST` and the path for lost ones.
     """
     records = np.full(rows.shape, shuffling.LOST + path, object)
     try:
@@ -383,5 +384,5 @@ def _read_block(path, num_bytes, rows):
                 file.seek(offset)
                 records[i] = row[_ROW.size :] + file.read(size)
     except (OSError, tf.errors.OpError):
-        pass  # What has not been read is lost.
+        pass  # The remaining records are lost.
     return records

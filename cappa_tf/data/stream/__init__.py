@@ -1,1 +1,1 @@
-"""Records to batches: shuffled, decoded, bad ones skipped and counted."""
+"""Streams of records: shuffling, decoding, caching, bad records."""

@@ -1,4 +1,4 @@
-"""Counts what was skipped, names it in the log, and stops above a bound.
+"""Bad records: counting them, naming them in the log, and their limit.
 
 Dimensions:
     B: batch size.
@@ -13,22 +13,22 @@ from absl import logging
 
 
 class SkipCounter:
-    """Records skipped so far, by reason.
+    """Counts skipped records by reason.
 
     Args:
-        max_fraction: Largest fraction of all examples (of those of one epoch,
-            at the start) that may be skipped. One is always tolerated, unless
+        max_fraction: Maximum fraction of all examples (at the start, of those
+            of one epoch) that may be skipped. One is always tolerated, unless
             this is 0.
-        num_examples: Examples of an epoch.
-        name: What to call the data in messages.
+        num_examples: Number of examples per epoch.
+        name: Name of the data in messages.
 
     Attributes:
-        max_fraction: As given.
-        failure: The error that stopped reading, or None. TensorFlow passes it
-            on as one of its own, in the middle of a long trace.
+        max_fraction: The argument of this name.
+        failure: The error that stopped reading, or None. TensorFlow wraps it
+            in one of its own, in the middle of a long trace.
     """
 
-    # So many names are logged for each reason; counting continues.
+    # Maximum number of names to log for each reason.
     MOST_NAMES = 20
 
     def __init__(self, max_fraction, num_examples, name):
@@ -45,26 +45,26 @@ class SkipCounter:
 
     @property
     def counts(self):
-        """A dict reason -> number."""
+        """Dict reason -> number of skipped records."""
         with self._lock:
             return dict(self._counts + self._noted)
 
     @property
     def noted(self):
-        """The part of `counts` that `note` was told of."""
+        """The part of `counts` that came from `note`."""
         return dict(self._noted)
 
     @property
     def total(self):
-        """Number of all skipped records."""
+        """Total number of skipped records."""
         return sum(self.counts.values())
 
     def note(self, reason, name):
-        """Counts what is not a record: a malformed row, one caption of many.
+        """Counts an item other than a record: a malformed row, a caption.
 
         Args:
-            reason: What is wrong with it.
-            name: Where it is.
+            reason: Reason to count by.
+            name: Place of the item.
         """
         with self._lock:
             self._noted[reason] += 1
@@ -74,19 +74,18 @@ class SkipCounter:
         """Counts one record, or several that are lost together.
 
         Args:
-            reason: What is wrong with it, to count by.
-            name: Its key or file.
-            seen: Examples this process has read so far, good or bad.
-            count: How many; `name` is then that of the first.
+            reason: Reason to count by.
+            name: Key or file of the record, the first of several.
+            seen: Number of examples this process has read so far, good or bad.
+            count: Number of records.
 
         Raises:
-            ValueError: More were skipped than is allowed.
+            ValueError: If more were skipped than allowed.
         """
         with self._lock:
             self._counts[reason] += count
             total = sum(self._counts.values())
-            # Batches are decoded side by side and may report out of order;
-            # what came of the later one stays read.
+            # Batches are decoded in parallel and may report out of order.
             self._seen = max(self._seen, seen)
             allowed = self.allowed(self._seen)
         self._log(reason, name, count)
@@ -100,7 +99,7 @@ class SkipCounter:
 
     def _log(self, reason, name, count=1):
         with self._lock:
-            # Calls, not records: each gives a name.
+            # Counts calls, not records, as each call has one name.
             self._calls[reason] += 1
             calls = self._calls[reason]
         if calls <= self.MOST_NAMES:
@@ -117,12 +116,15 @@ class SkipCounter:
         stream counts once, however often the stream is read.
 
         Args:
-            batch: What `RecordDecoder.decode_chunk` gives: "ok", "raw" and
-                "index". Padding is neither ok nor has it bytes.
-            diagnose: Function of a serialized record to (reason, name).
+            batch: Dict with "ok", "raw" and "index" as from
+                `RecordDecoder.decode_chunk`. Padding is not ok and has no
+                bytes.
+            diagnose: Function of a serialized record that returns (reason,
+                name).
             stream: Name of the stream.
-            start_index: Position the stream started at.
-            num_hosts: How many share the stream; each counts its own part.
+            start_index: Position at which the stream started.
+            num_hosts: Number of hosts that share the stream; each counts its
+                own part.
         """
         raw = batch["raw"]
         bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
@@ -152,7 +154,7 @@ class SkipCounter:
         )
 
     def allowed(self, seen=0):
-        """How many may be skipped after `seen` examples."""
+        """Returns how many may be skipped after `seen` examples."""
         if self.max_fraction == 0:
             return 0
         examples = max(seen, self._num_examples)
@@ -160,20 +162,20 @@ class SkipCounter:
 
 
 def check_shards(wrong, message, num_examples, max_fraction):
-    """Judges shards that are not as they were recorded, before reading.
+    """Decides, before reading, about shards that differ from their record.
 
-    Shards that are missing or shorter are worked around (what they lack is
-    skipped and counted) as long as that is little; shards that have grown
-    belong to another version of the data.
+    Missing or shorter shards are tolerated (the missing records are skipped and
+    counted) as long as they are few. Shards that have grown belong to another
+    version of the data.
 
     Args:
         wrong: List of (shard, its size on disk).
-        message: What to say of them.
-        num_examples: Examples of the split.
-        max_fraction: Largest fraction of the examples that may lack.
+        message: Description of them.
+        num_examples: Number of examples of the split.
+        max_fraction: Maximum fraction of the examples that may be missing.
 
     Raises:
-        ValueError: Too much lacks, or a shard is larger than recorded.
+        ValueError: If too many are missing, or a shard is larger than recorded.
     """
     if not wrong:
         return

@@ -1,8 +1,8 @@
-"""Small data sets held in memory, and how the memory of records is reused.
+"""Caching of small data sets in memory, and reuse of the records' memory.
 
 Dimensions:
     B: batch size.
-    K: captions an image.
+    K: captions per image.
     L: text length.
     N: records of the split.
     M: captions of the split.
@@ -18,21 +18,21 @@ from absl import logging
 
 from cappa_tf.data.stream import decoding, shuffling
 
-# Of the machine's memory, at most this part may be taken by a split.
+# Maximum fraction of the machine's memory that a split may take.
 MEMORY_FRACTION = 0.6
-# Of glibc's malloc.h; a threshold above 32 MB is refused there.
+# From glibc's malloc.h, which refuses a threshold above 32 MB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIM_BYTES, _MMAP_BYTES = (1 << 31) - 1, 32 << 20
 
 
 def keep_freed_memory():
-    """Keeps the memory of records read for those to come, in this process.
+    """Makes this process reuse the memory of records it has read.
 
-    A record is a string of some 100 KB, which TensorFlow takes from the C
-    library's `malloc`. By default that gives much of it back to the system as
-    soon as it is free, and each next record is paid for in page faults: a
-    fifth of the CPU time of the shuffled stream. Only glibc has these
-    settings; other C libraries are left as they are.
+    A record is a string of some 100 KB, which TensorFlow allocates with the C
+    library's `malloc`. By default that returns much of it to the system as soon
+    as it is free, and the next record causes page faults, which took a fifth of
+    the CPU time of the shuffled stream. Only glibc has these settings; other C
+    libraries are left unchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -45,15 +45,15 @@ def load_records(shards, name="the data"):
 
     Args:
         shards: List of `description.Shard`.
-        name: What to call the data in messages.
+        name: Name of the data in messages.
 
     Returns:
         string [N] on the host.
 
     Raises:
-        ValueError: They would fill the machine's memory.
+        ValueError: If they would fill the machine's memory.
     """
-    # Twice: the parts are joined while they are still there.
+    # Twice the size, as the parts exist while they are concatenated.
     needed = 2 * sum(shard.num_bytes for shard in shards)
     _check_memory("records", needed, name, 'cache="stream"')
     with tf.device("CPU:0"):
@@ -71,13 +71,13 @@ class DecodedImages:
 
     Args:
         shards: List of `description.Shard`.
-        decoder: A `decoding.RecordDecoder` that gives all captions of a record
-            that it may choose from, in order.
+        decoder: A `decoding.RecordDecoder` that returns all captions to choose
+            from, in order.
         tokenizer: A `Tokenizer`, or None for no tokens.
-        name: What to call the data in messages.
+        name: Name of the data in messages.
 
     Raises:
-        ValueError: They would fill the machine's memory.
+        ValueError: If they would fill the machine's memory.
     """
 
     def __init__(self, shards, decoder, tokenizer, name):
@@ -111,7 +111,7 @@ class DecodedImages:
         self._has_tokens = tokenizer is not None
 
     def batch(self, seed, index, numbers, num_captions):
-        """Looks up a batch, in the form `RecordDecoder.decode_chunk` has.
+        """Looks up a batch, in the form of `RecordDecoder.decode_chunk`.
 
         Args:
             seed: Seed of the choice of captions, or None for the first K.
@@ -120,14 +120,14 @@ class DecodedImages:
             num_captions: K.
 
         Returns:
-            A dict: "image" uint8 [B, H, W, 3], "tokens" int32 [B, K, L],
+            Dict of "image" uint8 [B, H, W, 3], "tokens" int32 [B, K, L], and
             "label", "count", "index", "ok" and "raw", each [B].
         """
         batch = {k: tf.gather(v, numbers) for k, v in self._parts.items()}
         batch["image"] = tf.gather(self._pixels, numbers)
         batch["index"] = index
         if self._has_tokens:
-            # A bad record has no captions: a slot of any other does for it.
+            # A bad record has no captions, so any other slot will do.
             counts = tf.maximum(batch["count"], 1)
             slots = decoding.choose_slots(seed, index, counts, num_captions)
             starts = tf.gather(self._starts, numbers)[:, tf.newaxis]
@@ -137,7 +137,7 @@ class DecodedImages:
 
 
 def _chunks(shards, decoder):
-    """Decoded chunks of all records in order; the last may be smaller."""
+    """Yields decoded chunks of all records; the last may be smaller."""
     total = sum(shard.num_examples for shard in shards)
     rest = total % decoding.CHUNK
     records = shuffling.in_sequence(shards)
@@ -148,14 +148,14 @@ def _chunks(shards, decoder):
 
 
 def _captions(chunk):
-    """The captions to choose from of a chunk, one record after the other."""
-    captions = chunk["captions"]  # [C, K], filled up by repetition
+    """The captions to choose from in a chunk, concatenated over records."""
+    captions = chunk["captions"]  # [C, K], padded by repetition
     slots = tf.range(tf.shape(captions)[1])[tf.newaxis]
     return tf.boolean_mask(captions, slots < chunk["count"][:, tf.newaxis])
 
 
 def _check_memory(cache, needed, name, instead):
-    """Refuses to hold more bytes than the machine has room for."""
+    """Checks that the machine has memory for a number of bytes."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     allowed = int(MEMORY_FRACTION * pages)
     if needed > allowed:

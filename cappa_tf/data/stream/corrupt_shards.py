@@ -1,8 +1,8 @@
-"""Reads what is left of a shard after a damaged record.
+"""Corrupt shards: reading the records after a damaged one.
 
-TensorFlow's reader gives a file up at the first record whose checksum is
-wrong: one flipped bit would cost all records behind it. But each record is
-preceded by its length, so the next one can be found all the same.
+TensorFlow's reader abandons a file at the first record whose checksum is wrong,
+so one flipped bit would cost all records after it. But each record is preceded
+by its length, so the next one can still be found.
 """
 
 import struct
@@ -10,8 +10,8 @@ import struct
 import numpy as np
 import tensorflow as tf
 
-# Before each record its length (8 bytes) and that one's checksum (4), behind
-# it its own checksum (4).
+# A record is preceded by its length (8 bytes) and the checksum of that (4), and
+# followed by its own checksum (4).
 _HEAD_BYTES = 12
 _TAIL_BYTES = 4
 _BUFFER_BYTES = 1 << 16
@@ -20,16 +20,17 @@ _BUFFER_BYTES = 1 << 16
 def records_from_damage_on(path, skip, lost):
     """The records of a shard from the first damaged one on.
 
-    Slow, one opening of the file for each record: for damaged shards only.
+    This is slow, as it opens the file for each record, and is meant for damaged
+    shards only.
 
     Args:
         path: Scalar string, a TFRecord file.
-        skip: Scalar int64: records before this one are not given.
-        lost: Scalar string that stands for a damaged record.
+        skip: Scalar int64, number of records to skip.
+        lost: Scalar string that replaces a damaged record.
 
     Returns:
-        A tf.data.Dataset of serialized records. It ends where the file does,
-        or where a length makes no sense.
+        A `tf.data.Dataset` of serialized records. It ends at the end of the
+        file, or at an invalid length.
     """
 
     def read(number, offset):
@@ -65,10 +66,10 @@ def records_from_damage_on(path, skip, lost):
 
 
 def _record_offsets(path):
-    """Where the records of a file begin, by their lengths, as int64 [n]."""
+    """Positions of the records of a file, from their lengths, int64 [n]."""
     offsets = []
     try:
-        # A zero-dimensional array of bytes, where the string is in a graph.
+        # In a graph the string is a zero-dimensional array of bytes.
         path = tf.compat.as_str_any(np.asarray(path).item())
         size = tf.io.gfile.stat(path).length
         with tf.io.gfile.GFile(path, "rb") as file:
@@ -81,6 +82,6 @@ def _record_offsets(path):
                     break
                 offsets.append(position)
                 position = end
-    except tf.errors.OpError:  # It vanished in the meantime.
+    except tf.errors.OpError:  # It was deleted in the meantime.
         pass
     return np.array(offsets, np.int64)

@@ -1,17 +1,17 @@
-"""Serialized records to pixels and captions, with bad ones set apart.
+"""Decoding of serialized records to pixels and captions.
 
-An exception in a tf.data function ends the whole stream, and TensorFlow has
-no try. But `ignore_errors` drops the elements of a data set that fail: so a
+An exception in a tf.data function ends the whole stream, and TensorFlow has no
+`try`. But `ignore_errors` drops the elements of a data set that fail, so a
 chunk of records is decoded by a small data set inside the function, and the
-records that did not come out are the bad ones. They keep their place in the
-chunk (a step is always the same number of positions) and travel on as raw
-bytes, for Python to find out what was wrong. Against decoding one record per
-call of the function this costs nothing measurable.
+missing records are the bad ones. They keep their place in the chunk (a step is
+always the same number of positions) and are passed on as raw bytes, so that
+Python can diagnose them. Compared to decoding one record per function call,
+the additional cost is not measurable.
 
 Dimensions:
     C: records of a chunk.
-    K: captions an image.
-    M: most captions of a record of the chunk.
+    K: captions per image.
+    M: maximum number of captions of a record in the chunk.
     H, W: height and width after resizing.
 """
 
@@ -21,7 +21,7 @@ from cappa_tf.data import schema
 from cappa_tf.data.images import decode_resize, image_files
 from cappa_tf.data.stream import shuffling, stateless_random
 
-# Most records decoded one after the other; chunks are decoded in parallel.
+# Maximum number of records of a chunk; chunks are decoded in parallel.
 CHUNK = 16
 
 
@@ -30,13 +30,14 @@ class RecordDecoder:
 
     Args:
         preprocessing: The `ImagePreprocessing`.
-        num_captions: K; 0 where captions are not wanted, and then a record
-            without any is a good one.
+        num_captions: K; 0 if captions are not needed, and then a record
+            without captions is good.
         seed: Seed of the choice of captions, or None for the first K.
-        max_words: Captions of more words are not chosen, but where a record
-            has none else its shortest ones are; None for no such limit.
-        records: The `base.Records` to be decoded, which know how to parse
-            one; by default those of `schema.py`.
+        max_words: Maximum number of words of the captions to choose from; if a
+            record has only longer ones, its shortest ones are chosen. None for
+            no limit.
+        records: The `base.Records` to decode, which parse their records; by
+            default those of `schema.py`.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class RecordDecoder:
         self._min_side = getattr(records, "min_side", 1)
 
     def decode_one(self, serialized):
-        """Decodes one record; fails where it is a bad one.
+        """Decodes one record; fails if it is bad.
 
         Args:
             serialized: Scalar string.
 
         Returns:
-            A dict: "image" uint8 [H, W, 3], "captions" string [any number],
+            Dict of "image" uint8 [H, W, 3], "captions" string [any number] and
             "label" int64 (-1 for none).
         """
         record = self.records.parse(serialized)
@@ -81,17 +82,18 @@ class RecordDecoder:
             index: int64 [C].
 
         Returns:
-            A dict: "image" uint8 [C, H, W, 3], "captions" string [C, K],
-            "count" int32 [C] (captions to choose from), "label" and "index"
-            int64 [C], "ok" bool [C], "raw" string [C]: the record where it is
-            bad (the other entries then mean nothing), "" elsewhere.
+            Dict of "image" uint8 [C, H, W, 3]; "captions" string [C, K];
+            "count" int32 [C], the number of captions to choose from; "label"
+            and "index" int64 [C]; "ok" bool [C]; and "raw" string [C], the
+            record if it is bad (its other entries are then meaningless), else
+            "".
         """
         count = serialized.shape[0]
         good = tf.data.Dataset.from_tensor_slices(
             (serialized, tf.range(count))
         ).map(lambda s, n: {**self.decode_one(s), "number": n})
-        # The blank keeps the data set from being empty and is what the bad
-        # records' places are filled with.
+        # The blank keeps the data set from being empty, and replaces the bad
+        # records.
         blank = tf.data.Dataset.from_tensors(self._blank(count))
         decoded = (
             blank.concatenate(good.ignore_errors())
@@ -119,16 +121,16 @@ class RecordDecoder:
     def _choose(self, captions, index):
         """Chooses among the captions that are neither blank nor too long.
 
-        For a whole chunk at once: many small operations, which would cost a
-        tenth of the decoding if each record went through them.
+        This is done for a whole chunk at once, as these are many small
+        operations, which would take a tenth of the decoding time per record.
 
         Args:
-            captions: string [C, M], filled up with "".
+            captions: string [C, M], padded with "".
             index: int64 [C].
 
         Returns:
-            string [C, K], and int32 [C], how many each record has to choose
-            from: 0 only where all are blank.
+            string [C, K], and int32 [C], the number of captions each record
+            has to choose from, which is 0 only if all are blank.
         """
         captions = tf.strings.strip(captions)
         usable = tf.strings.length(captions) > 0
@@ -142,16 +144,17 @@ class RecordDecoder:
         numbers = tf.gather(first, slots, batch_dims=1)
         return tf.gather(captions, numbers, batch_dims=1), counts
 
+    @tf.autograph.experimental.do_not_convert
     def batches(self, records, batch_size, num_parallel_calls=None):
         """Decodes a stream of records, several chunks at a time.
 
         Args:
-            records: A tf.data.Dataset of (position, serialized record).
+            records: A `tf.data.Dataset` of (position, serialized record).
             batch_size: B.
-            num_parallel_calls: Threads; None lets tf.data decide.
+            num_parallel_calls: Number of threads; None lets tf.data decide.
 
         Returns:
-            A tf.data.Dataset of the dicts of `decode_chunk` for B records; a
+            A `tf.data.Dataset` of the dicts of `decode_chunk` for B records; a
             remainder is dropped.
         """
         chunk = max(
@@ -179,14 +182,14 @@ class RecordDecoder:
         }
 
     def diagnose(self, raw):
-        """Says in Python what is wrong with a record that failed.
+        """Finds out in Python why a record could not be decoded.
 
         Args:
             raw: The serialized record.
 
         Returns:
-            (reason, name): a short reason to count by, and the record's key
-            or whatever else is known of it.
+            (reason, name): a short reason to count by, and the record's key or
+            whatever else identifies it.
         """
         if raw.startswith(shuffling.LOST):
             return "lost record", raw.removeprefix(shuffling.LOST).decode()
@@ -219,12 +222,12 @@ def _is_too_large(encoded, max_pixels):
 
 
 def _are_short(captions, real, max_words):
-    """Which captions have few words, or the fewest where none of a row has.
+    """Which captions have few words, or the fewest of a row if none has.
 
     Args:
         captions: string [C, M].
-        real: bool [C, M], False for those that do not count.
-        max_words: Most words of a short caption.
+        real: bool [C, M], False for captions to ignore.
+        max_words: Maximum number of words of a short caption.
 
     Returns:
         bool [C, M].
@@ -240,16 +243,18 @@ def _are_short(captions, real, max_words):
 def choose_slots(seed, index, counts, num_captions):
     """Chooses K captions for each example.
 
-    Without repetition where there are K; otherwise all of them, over again.
+    Captions are not repeated unless there are fewer than K; then all of them
+    are repeated in turn.
 
     Args:
         seed: Scalar integer, or None for the first K in order.
         index: int64 [B], positions in the stream.
-        counts: int32 [B] or scalar, captions each example has (at least 1).
+        counts: int32 [B] or scalar, number of captions of each example (at
+            least 1).
         num_captions: K.
 
     Returns:
-        int32 [B, K], numbers of the chosen captions.
+        int32 [B, K], indices of the chosen captions.
     """
     counts = tf.broadcast_to(counts, tf.shape(index))[:, tf.newaxis]  # [B, 1]
     turns = tf.range(num_captions)[tf.newaxis] % counts  # [B, K]
@@ -265,22 +270,22 @@ def choose_slots(seed, index, counts, num_captions):
 
 
 def replace_bad(batch):
-    """Gives the positions of bad records to good ones of the batch.
+    """Replaces bad records by good ones of the same batch.
 
-    Each position that `decode_chunk` marked as not ok takes image and
-    captions of the nearest good one before it (counting around), and keeps
-    its own index. A batch without any good one is left as it is.
+    Each position that `decode_chunk` marked as not ok gets image and captions
+    of the nearest good one before it (cyclically), and keeps its own index. A
+    batch without any good record is left unchanged.
 
     Args:
         batch: Dict of tensors with a leading static [B]; "ok" bool [B].
 
     Returns:
-        The same dict.
+        The dict with the bad records replaced.
     """
     good = batch["ok"]
     batch_size = good.shape[0]
     numbers = tf.range(batch_size)
-    # How far each position would have to look back for each other one.
+    # Distance from each position back to each other one.
     distance = (numbers[:, tf.newaxis] - numbers[tf.newaxis]) % batch_size
     distance += tf.where(good, 0, batch_size)[tf.newaxis]  # [B, B]
     nearest = tf.argmin(distance, axis=1)  # [B]

@@ -1,24 +1,24 @@
-"""Which record comes when: shuffled streams that can start anywhere.
+"""Reproducible shuffling: endless streams that can start at any position.
 
-A stream is endless; position P belongs to epoch P // N, and each epoch holds
-every record exactly once. The order is a function of the seed alone, so that
-"resume at position P" needs no saved buffer. Two ways to do it:
+Position P of a stream belongs to epoch P // N, and each epoch holds every
+record exactly once. The order is a function of the seed alone, so resuming at
+position P needs no saved buffer. There are two methods:
 
 - Records in memory: each epoch is a random permutation of all of them.
-- Shards too large for that: R virtual readers. Each epoch the shards are
-  shuffled and laid end to end, a line of N records, which is cut into R equal
+- Shards too large for that: R virtual readers. In each epoch the shards are
+  shuffled and concatenated to a line of N records, which is split into R equal
   ranges (the first N % R have one more). A reader goes through its range in
-  blocks of records and shuffles each block; the readers take turns, so that
-  position p of the epoch is always number p // R of reader p % R. Going on
-  deep inside an epoch skips whole shards by their recorded counts and reads
-  at most the part of a shard before the position.
+  blocks of records and shuffles each block. The readers take turns, so that
+  position p of the epoch is always number p // R of reader p % R. Resuming
+  inside an epoch skips whole shards by their recorded counts, and reads at
+  most the part of a shard before the position.
 
-Several hosts share a stream: position P goes to host P % H. Where H divides
-R, a host opens the readers of its own positions only; otherwise it reads all
-records and drops what is not its own. Nothing but who reads what depends on H.
+Several hosts share a stream: position P goes to host P % H. If H divides R, a
+host opens only the readers of its own positions; otherwise it reads all records
+and drops those of other hosts. The order does not depend on H.
 
-A record that cannot be read keeps its position: `LOST` and the name of its
-shard stand there instead, so that one bad file shifts nothing else.
+A record that cannot be read keeps its position: it is replaced by `LOST` and
+the name of its shard, so that a bad file does not shift other records.
 
 Dimensions:
     N: records of the split.
@@ -38,6 +38,7 @@ LOST = b"\0lost from "
 _BLOCK_STRIDE = 1 << 32
 
 
+@tf.autograph.experimental.do_not_convert
 def in_memory(
     num_records, seed, start_index=0, shuffle=True, host=0, num_hosts=1
 ):
@@ -47,12 +48,12 @@ def in_memory(
         num_records: N.
         seed: Integer.
         start_index: Position to start at, over all hosts.
-        shuffle: Whether to draw a permutation each epoch.
-        host: Whose positions to give, in [0, H).
+        shuffle: Whether to permute the records in each epoch.
+        host: Index of the host whose positions to return, in [0, H).
         num_hosts: H.
 
     Returns:
-        A tf.data.Dataset of (position, record number), scalar int64.
+        A `tf.data.Dataset` of (position, record number), scalar int64.
     """
 
     def epoch_numbers(epoch):
@@ -74,6 +75,7 @@ def in_memory(
     return _epochs(start_index // num_records).flat_map(epoch_numbers)
 
 
+@tf.autograph.experimental.do_not_convert
 def in_sequence(records):
     """One pass over all records in the order of the files.
 
@@ -81,7 +83,7 @@ def in_sequence(records):
         records: A `base.Records`.
 
     Returns:
-        A tf.data.Dataset of (position, serialized record).
+        A `tf.data.Dataset` of (position, serialized record).
     """
 
     def part_records(part):
@@ -96,6 +98,7 @@ def in_sequence(records):
     return functools.reduce(lambda a, b: a.concatenate(b), parts).enumerate()
 
 
+@tf.autograph.experimental.do_not_convert
 def from_readers(
     records,
     seed,
@@ -105,20 +108,20 @@ def from_readers(
     host=0,
     num_hosts=1,
 ):
-    """The endless stream of records of a set that stays on disk.
+    """The endless stream of records of a set that remains on disk.
 
     Args:
         records: A `base.Records` of one part.
         seed: Integer.
         start_index: Position to start at, over all hosts.
         num_readers: R; changing it changes the order.
-        shuffle: Records held in memory for shuffling, over all readers; 0 to
-            go through readers and shards in order.
-        host: Whose positions to give, in [0, H).
-        num_hosts: H; best a divisor of R (see above).
+        shuffle: Number of records held in memory for shuffling, over all
+            readers; 0 to go through readers and shards in order.
+        host: Index of the host whose positions to return, in [0, H).
+        num_hosts: H, preferably a divisor of R.
 
     Returns:
-        A tf.data.Dataset of (position, serialized record).
+        A `tf.data.Dataset` of (position, serialized record).
     """
     counts = _counts(records)
     total = records.num_examples
@@ -137,7 +140,7 @@ def from_readers(
         begin = epoch * total
         first = tf.maximum(start_index, begin) - begin
         first += (host - begin - first) % stride
-        # From the reader of the first position on, once around.
+        # One turn of each reader, beginning with that of the first position.
         turns = tf.range(first, first + num_readers, stride) % num_readers
 
         def reader_records(reader):
@@ -171,14 +174,14 @@ def from_readers(
 
 
 def of_host(stream, host, num_hosts):
-    """Drops from a stream of (position, ...) what other hosts get."""
+    """Drops the elements of other hosts from a stream of (position, ...)."""
     return stream.filter(
         lambda position, _: position % num_hosts == host % num_hosts
     )
 
 
 def _epochs(first):
-    """first, first + 1, ... without end, int64."""
+    """Counts first, first + 1, ... without end, int64."""
     return tf.data.Dataset.counter(start=first, dtype=tf.int64)
 
 
@@ -198,19 +201,19 @@ def _range(total, num_readers, reader):
 
 
 def _reader_records(read, line, bounds, skip, block, permutation):
-    """What one reader gives in an epoch from its record `skip` on.
+    """The records of one reader in an epoch, from its record `skip` on.
 
     Args:
-        read: Function of (shard, skip, count) to its serialized records.
+        read: Function of (shard, skip, count) that returns records of a shard.
         line: (int64 [S], int64 [S]), shards in the order of this epoch, and
             their record counts.
         bounds: Begin and end of the reader's range in the line.
         skip: Scalar int64.
-        block: Records shuffled together, 0 for none.
-        permutation: Function of (block number, records of the block).
+        block: Number of records shuffled together, 0 for none.
+        permutation: Function of (block number, number of records in it).
 
     Returns:
-        A tf.data.Dataset of serialized records.
+        A `tf.data.Dataset` of serialized records.
     """
     shards, counts = line
     begin, end = bounds
@@ -227,7 +230,7 @@ def _reader_records(read, line, bounds, skip, block, permutation):
 
     def shuffled(number, serialized):
         order = permutation(number, tf.size(serialized))
-        # The block the position lies in has given some of its records.
+        # The block of the start position has already returned some records.
         given = tf.where(number == first_block, skip - start, 0)
         return tf.data.Dataset.from_tensor_slices(
             tf.gather(serialized, order[given:])

@@ -1,18 +1,18 @@
-"""Random numbers as a pure function of (seed, purpose, example index).
+"""Stateless random numbers, a pure function of (seed, purpose, index).
 
-TensorFlow's stateless generators take one seed a call; here each example of a
-batch has its own index, so that the draws of an example do not depend on the
-batch, device or process it lands in. A counter-based hash (the finaliser of
-splitmix64, Steele et al. 2014) does all of them in a few vector operations.
+TensorFlow's stateless generators take one seed per call. Here each example of a
+batch has its own index, so that its random numbers do not depend on the batch,
+device or process it is in. A counter-based hash (the finalizer of splitmix64,
+Steele et al. 2014) computes all of them in a few vector operations.
 
 Dimensions:
     B: batch size.
-    N: numbers drawn an example, or elements permuted.
+    N: random numbers per example, or elements to permute.
 """
 
 import tensorflow as tf
 
-# Purposes, so that no two kinds of draws share their numbers.
+# Purposes, which give each kind of random choice its own numbers.
 CAPTION = 1
 FLIP = 2
 CROP = 3
@@ -48,8 +48,8 @@ def bits(seed, purpose, index, count):
 
 
 def uniform(seed, purpose, index, count):
-    """Uniform float32 in [0, 1), [B, N]; arguments as `bits`."""
-    # 24 bits are what a float32 holds exactly.
+    """Uniform float32 in [0, 1), [B, N], with the arguments of `bits`."""
+    # A float32 holds 24 bits exactly.
     top = tf.bitwise.right_shift(
         bits(seed, purpose, index, count), _constant(40)
     )
@@ -58,8 +58,8 @@ def uniform(seed, purpose, index, count):
 
 def permutation(seed, purpose, index, count):
     """A random permutation of range(N), int64 [N], for a scalar index."""
-    # One bit less, since sorting knows signed integers only. Equal keys (one
-    # chance in 2^63 a pair) keep their order: a permutation all the same.
+    # One bit less, as sorting needs signed integers. Equal keys (a probability
+    # of 2^-63 per pair) keep their order, which is still a permutation.
     keys = tf.cast(
         tf.bitwise.right_shift(bits(seed, purpose, index, count), _constant(1)),
         tf.int64,
@@ -68,7 +68,7 @@ def permutation(seed, purpose, index, count):
 
 
 def _mix(x):
-    """The finaliser of splitmix64: each input bit reaches each output bit."""
+    """The finalizer of splitmix64: each input bit affects each output bit."""
     x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _constant(30)))
     x = x * _constant(_MIX_1)
     x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _constant(27)))

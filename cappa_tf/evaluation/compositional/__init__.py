@@ -1,1 +1,1 @@
-"""Right captions against wrong ones of the same words."""
+"""Compositional understanding: right captions against similar wrong ones."""

@@ -1,13 +1,16 @@
-"""Compositional understanding: is the right caption likelier than wrong ones?
+"""Compositional benchmarks: SugarCrepe, ARO and synthetic scenes.
 
-Every subset is reported for four scores: left to right, the parallel mode (of
-models trained in it), the text without any image (`blind`: what is won by
-language alone, which on ARO is nearly all), and the first less the third.
+A choice is won if the right caption scores higher than all wrong ones. Every
+subset is reported for four scores of a captioner: left to right; parallel
+prediction (of models trained with it); the text without any image (`blind`,
+which shows what language alone achieves: nearly everything on ARO); and the
+first minus the third. A contrastive model has one, the cosine of its
+embeddings.
 
 Reference: arXiv 2306.07915, section 4.4: the caption with the higher
-log-likelihood wins. A tie counts as lost.
+log-likelihood, or cosine, wins. A tie counts as an error.
 
-Letters: B images at once, K texts of one image.
+Letters: B images per batch, K texts of one image.
 """
 
 import collections
@@ -26,21 +29,21 @@ from cappa_tf.utils.arguments import check_counts
 
 
 class Compositional(Evaluator):
-    """What the benchmarks share: counting who wins.
+    """Base class of the benchmarks, which counts the choices won.
 
-    A metric is `score/subset`, `score/group` (the mean of its subsets, where
-    subsets are called group_something: `swap_att` and `swap_obj` are of the
-    group `swap`), `score/macro` (the mean of all subsets) or `score/micro`
-    (of all choices), each a share in [0, 1]. What is reached at best,
-    `ceiling/macro` and so on, is below 1 where the vocabulary turns a right
-    and a wrong caption into the same tokens.
+    A metric is a fraction in [0, 1], of one of these kinds: `score/subset`;
+    `score/group`, the mean of its subsets (`swap_att` and `swap_obj` are in
+    the group `swap`); `score/macro`, the mean of all subsets; or
+    `score/micro`, over all choices. The best possible value, `ceiling/macro`
+    and so on, is below 1 if the vocabulary turns a right and a wrong caption
+    into the same tokens.
     """
 
     needs = (SCORE,)
     groups = True
 
     def batches(self, predictor):
-        """Yields (images [at most B, H, W, 3], a list of `Choice`s of each).
+        """Yields (images [at most B, H, W, 3], list of `Choice`s per image).
 
         Args:
             predictor: `Predictor`.
@@ -48,7 +51,7 @@ class Compositional(Evaluator):
         raise NotImplementedError
 
     def evaluate(self, predictor):
-        """Scores every text of every choice; see the class for the metrics."""
+        """Scores every text of every choice; the class lists the metrics."""
         self.check(predictor)
         plain = predictor.score_kinds[0]
         won = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -76,7 +79,7 @@ class Compositional(Evaluator):
         return self._report(plain, won, tied, rows, num_images)
 
     def missing(self):
-        """Counts of what was left out, by reason."""
+        """Counts of the choices left out, by reason."""
         return {}
 
     def _report(self, plain, won, tied, rows, num_images):
@@ -109,7 +112,7 @@ class Compositional(Evaluator):
         return Report(metrics, lines, details, rows)
 
     def _shares(self, hits):
-        """Share of the choices won: subsets, groups, macro, micro."""
+        """Fractions of choices won: subsets, groups, macro, micro."""
         shares = {s: float(np.mean(h)) for s, h in sorted(hits.items())}
         grouped = collections.defaultdict(list)
         for subset, share in shares.items():
@@ -126,7 +129,7 @@ class Compositional(Evaluator):
 
 def _scored(predictor, images, choices):
     """Yields (dict mode -> float64 [texts of the choice], choice)."""
-    # A text that several choices of an image share is scored once.
+    # A text shared by several choices of an image is scored once.
     texts = [
         list(dict.fromkeys(itertools.chain(*(c.texts for c in some))))
         for some in choices
@@ -147,18 +150,18 @@ def _scored(predictor, images, choices):
 
 
 def _can_be_right(predictor, texts):
-    """Whether the right text's tokens are not those of a wrong one."""
+    """Whether the tokens of the right text differ from all wrong ones."""
     right, *wrong = predictor.tokens(texts)
     return not any(np.array_equal(right, other) for other in wrong)
 
 
 class FileChoices(Compositional):
-    """Choices of which a file tells, on as many images as are there.
+    """Choices read from files, for the images that are present.
 
     Args:
-        pictures: Folder of the pictures.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        pictures: Folder of the images.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(self, pictures: str | os.PathLike, limit, name):
@@ -169,36 +172,36 @@ class FileChoices(Compositional):
         self._missing = collections.Counter()
 
     def read(self):
-        """The `Choice`s of the files."""
+        """Returns the `Choice`s in the files."""
         raise NotImplementedError
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the files and at least one image can be found."""
         choices = self.read()
         if not any(os.path.exists(self._path(choice)) for choice in choices):
             raise ValueError(
-                f"None of the {len({c.image for c in choices})} images is "
-                f"in {self._pictures}, such as {choices[0].image}"
+                f"None of the {len({c.image for c in choices})} images, such "
+                f"as {choices[0].image}, is in {self._pictures}"
             )
 
     def missing(self):
-        """See `Compositional`."""
+        """Counts of the choices left out, by reason."""
         return dict(self._missing)
 
     def batches(self, predictor):
-        """See `Compositional`."""
+        """Yields (images, list of `Choice`s per image), as `Compositional`."""
         self._missing.clear()
-        pictures = self._read_pictures(predictor.preprocessing)
-        while some := list(itertools.islice(pictures, predictor.batch_size)):
+        pairs = self._read_images(predictor.preprocessing)
+        while some := list(itertools.islice(pairs, predictor.batch_size)):
             images, choices = zip(*some)
             yield np.stack(images), list(choices)
 
-    def _read_pictures(self, preprocessing):
-        """Yields (image, its choices), most choices first."""
+    def _read_images(self, preprocessing):
+        """Yields (image, its choices), those with most choices first."""
         by_part = collections.defaultdict(list)
         for choice in self.read():
             by_part[choice.image, choice.box].append(choice)
-        # Images with equally many texts share a batch: less padding.
+        # Images with equally many texts share a batch, to reduce padding.
         parts = list(by_part.values())[: self._limit]
         for choices in sorted(parts, key=len, reverse=True):
             try:
@@ -216,9 +219,9 @@ class SugarCrepe(FileChoices):
 
     Args:
         path: Folder of its seven files.
-        pictures: Folder of COCO's val2017 pictures, or of some of them.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        pictures: Folder of all or some of COCO's val2017 images.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -233,22 +236,22 @@ class SugarCrepe(FileChoices):
         self._folder = os.fspath(path)
 
     def read(self):
-        """See `FileChoices`."""
+        """Returns the `Choice`s of all subsets in the folder."""
         return choice_files.read_sugar_crepe(self._folder)
 
 
 class Aro(FileChoices):
-    """One file of ARO (or of that form).
+    """One file of ARO, or of the same format.
 
-    `micro` is the share of all choices. `macro` is the mean over all relations
-    or pairs of attributes; the authors leave out the rarest and those that
-    mean the same both ways, such as "next to".
+    `micro` is the fraction of all choices. `macro` is the mean over all
+    relations or pairs of attributes; the authors leave out rare and symmetric
+    ones, such as "next to".
 
     Args:
-        path: The JSON file.
+        path: Path of the JSON file.
         pictures: Folder that its image paths are relative to.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     groups = False
@@ -265,19 +268,19 @@ class Aro(FileChoices):
         self._file = os.fspath(path)
 
     def read(self):
-        """See `FileChoices`."""
+        """Returns the `Choice`s of the file."""
         return choice_files.read_aro(self._file)
 
 
 class Scenes(Compositional):
-    """Swapped and replaced words in captions of drawn scenes.
+    """Swapped and replaced words in captions of synthetic scenes.
 
     Args:
-        path: Folder of the drawn data set.
+        path: Folder of the synthetic data set.
         split: Name of the split.
-        limit: Only the first images.
-        seed: Of what replaces, see `scene_choices.choices`.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        seed: Seed of the replacements, as in `scene_choices.choices`.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -295,16 +298,16 @@ class Scenes(Compositional):
         self._others = 0
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def missing(self):
-        """See `Compositional`."""
+        """Counts of the images left out, by reason."""
         others = {"caption of another kind": self._others}
         return +(collections.Counter(others) + self._data.skipped)
 
     def batches(self, predictor):
-        """See `Compositional`."""
+        """Yields (images, list of `Choice`s per image), as `Compositional`."""
         self._others = 0
         for images, examples in self._data.captioned(predictor):
             choices = [

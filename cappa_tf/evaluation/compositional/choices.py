@@ -1,4 +1,4 @@
-"""Right captions among wrong ones: SugarCrepe's and ARO's files.
+"""Choices between right and wrong captions, from SugarCrepe and ARO files.
 
 SugarCrepe (github.com/RAIVNLab/sugar-crepe): seven files such as
 swap_att.json, {"0": {"filename", "caption", "negative_caption"}, ...}.
@@ -6,7 +6,7 @@ swap_att.json, {"0": {"filename", "caption", "negative_caption"}, ...}.
 ARO (github.com/mertyg/vision-language-models-are-bows): a list of
     {"image_path", "true_caption", "false_caption"}      VG-Relation and
         VG-Attribution, with "relation_name" or "attributes", and "bbox_x",
-        "bbox_y", "bbox_w", "bbox_h", the part of the image that is meant
+        "bbox_y", "bbox_w", "bbox_h", the part of the image described
     {"image_path", "caption_options"}   COCO-Order and Flickr30k-Order; the
         first option is the right one
 """
@@ -31,12 +31,12 @@ class Choice:
     """One image with a right caption and wrong ones.
 
     Attributes:
-        subset: What kind of difference is asked for: "swap_att".
-        texts: The right caption, then the wrong ones, at least one.
-        image: Path of the image, relative to the folder of images; None
-            where the image comes with the choice.
-        box: (left, top, width, height) in pixels of the part that is meant,
-            or None for the whole image.
+        subset: Kind of difference between the captions, such as "swap_att".
+        texts: The right caption, then at least one wrong one.
+        image: Path of the image, relative to the folder of images; None if the
+            image comes with the choice.
+        box: (left, top, width, height) in pixels of the part described, or
+            None for the whole image.
     """
 
     subset: str
@@ -52,7 +52,7 @@ def read_sugar_crepe(folder):
         A list of `Choice`s, subset by subset.
 
     Raises:
-        ValueError: There is none of them, or one is not as it should be.
+        ValueError: If there is none of them, or one is malformed.
     """
     paths = {
         subset: os.path.join(folder, f"{subset}.json") for subset in SUGAR_CREPE
@@ -60,8 +60,8 @@ def read_sugar_crepe(folder):
     found = {s: p for s, p in paths.items() if os.path.exists(p)}
     if not found:
         raise ValueError(
-            f"SugarCrepe is a folder with {', '.join(SUGAR_CREPE)} (.json). "
-            f"Received: {folder}"
+            "SugarCrepe must be a folder with "
+            f"{', '.join(SUGAR_CREPE)} (.json). Received: {folder}"
         )
     choices = []
     for subset, path in found.items():
@@ -74,14 +74,14 @@ def read_sugar_crepe(folder):
 
 
 def read_aro(path):
-    """Reads one file of ARO, see above.
+    """Reads one file of ARO, in any of the forms above.
 
     Returns:
-        A list of `Choice`s; their subsets are the relations ("to the left
-        of"), the pairs of attributes ("black, white"), or the file's name.
+        A list of `Choice`s, whose subsets are the relations ("to the left
+        of"), the pairs of attributes ("black, white") or the file's name.
 
     Raises:
-        ValueError: The file is not of this form.
+        ValueError: If the file is malformed.
     """
     name = os.path.splitext(os.path.basename(path))[0]
     choices = []
@@ -92,7 +92,7 @@ def read_aro(path):
             texts, box = tuple(item["caption_options"]), None
             if len(texts) < 2 or not all(isinstance(t, str) for t in texts):
                 raise ValueError(
-                    "`caption_options` must be two texts or more. Received: "
+                    "`caption_options` must be at least two texts. Received: "
                     f"{texts} in {where}"
                 )
         else:

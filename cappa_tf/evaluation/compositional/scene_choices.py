@@ -1,7 +1,7 @@
-"""Hard negatives of the drawn scenes: one thing swapped or replaced.
+"""Hard negatives of the synthetic scenes: one word swapped or replaced.
 
-The captions say all there is to say of a scene, in one grammar, so each is
-taken apart and put together wrongly. For
+The captions describe a scene completely, in one grammar, so each can be parsed
+and put together wrongly. For
     a small red circle left of a large blue square
 there are
     swap_color         a small blue circle left of a large red square
@@ -15,9 +15,9 @@ there are
 and for "the word lamp in green on white"
     swap_word_colors   the word lamp in white on green
     replace_word       the word tent in green on white
-A swap that changes nothing (both are red) is left out. Swaps hold the same
-words as the right caption: no bag of words tells them apart. All are wrong of
-the image, since of two objects only one relation is ever true.
+A swap that changes nothing (both are red) is left out. Swaps have the same
+words as the right caption, so no bag of words distinguishes them. All of them
+are wrong, as two objects are in only one relation.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ _PRINT = re.compile(
 
 
 def parse(caption):
-    """The `Scene` or `Print` of a caption; None for one of another kind."""
+    """Parses a caption into a `Scene` or `Print`; None if it is neither."""
     if found := _SCENE.fullmatch(caption):
         first, second = (
             world.Thing(
@@ -58,11 +58,11 @@ def parse(caption):
 
 
 def negatives(content, rng):
-    """Wrong captions of what an image shows.
+    """Wrong captions for an image.
 
     Args:
-        content: A `Scene` or a `Print`.
-        rng: A `numpy.random.Generator`; chooses what replaces.
+        content: `Scene` or `Print` that the image shows.
+        rng: A `numpy.random.Generator`, which chooses the replacements.
 
     Returns:
         Dict subset -> caption.
@@ -105,7 +105,7 @@ def _wrong_scenes(scene, rng):
 
 
 def _replaced(content, rng, **words):
-    """The same with another word in one place."""
+    """Copies `content` with another word in one place."""
     ((name, all_words),) = words.items()
     others = [word for word in all_words if word != getattr(content, name)]
     word = others[int(rng.integers(len(others)))]
@@ -113,15 +113,15 @@ def _replaced(content, rng, **words):
 
 
 def choices(caption, key, seed=0):
-    """`Choice`s of one caption, a function of (seed, key) alone.
+    """Choices between a caption and its hard negatives.
 
     Args:
         caption: The right caption.
-        key: Name of the image.
+        key: Name of the image; the replacements depend on `seed` and `key`.
         seed: An int.
 
     Returns:
-        A list, empty for a caption of another kind.
+        List of `Choice`s, empty for a caption of another kind.
     """
     content = parse(caption)
     if content is None:

@@ -1,8 +1,8 @@
 """Contrastive losses of paired embeddings: softmax and sigmoid, in chunks.
 
-Both compare the rows of one modality with all columns of the other. The logits
-of one chunk of rows are held at a time, and the backward pass computes them
-again: memory grows with the batch, not with its square.
+Both compare the rows of one modality with all columns of the other. Only the
+logits of one chunk of rows are held at a time, and the backward pass recomputes
+them, so memory grows with the batch, not with its square.
 
 Abbreviations for dimensions:
     R: rows (pairs of this device).  B: columns (pairs of the global batch).
@@ -11,7 +11,7 @@ Abbreviations for dimensions:
 
 import tensorflow as tf
 
-# Logits of so many rows at once; a batch of up to that size is one chunk.
+# Rows per chunk; a batch of up to that size is one chunk.
 DEFAULT_CHUNK_SIZE = 1024
 
 
@@ -19,18 +19,19 @@ def softmax_losses(images, texts, own, scale, *, mask=None, chunk_size=None):
     """Cross-entropy of finding the text of an image and the image of a text.
 
     Args:
-        images: float32 [B, C], normalised embeddings of the global batch.
+        images: float32 [B, C], normalized embeddings of the global batch.
         texts: float32 [B, C]; text i belongs to image i.
-        own: (offset, R): the pairs offset ... offset + R - 1 are measured.
+        own: (offset, R): the losses of the pairs offset ... offset + R - 1 are
+            returned.
         scale: float32 scalar, the factor of the similarities.
-        mask: Optional bool [B]; a pair that is masked (False) is nobody's
+        mask: Optional bool [B]; a pair that is masked (False) is not used as a
             negative, and its own loss is 0.
         chunk_size: S, `DEFAULT_CHUNK_SIZE` by default.
 
     Returns:
         (losses, found), both float32 [R]: half the sum of both directions'
         negative log-likelihoods, differentiable in images, texts and scale;
-        and 1 where an image's own text is the most similar one.
+        and 1 if an image's own text is the most similar one, else 0.
 
     Reference: arXiv 2103.00020; big_vision utils.py
     `bidirectional_contrastive_loss`.
@@ -51,16 +52,16 @@ def sigmoid_losses(
     """Binary cross-entropy of every pair, summed over the texts.
 
     Args:
-        images: float32 [B, C], normalised embeddings of the global batch.
+        images: float32 [B, C], normalized embeddings of the global batch.
         texts: float32 [B, C]; text i belongs to image i.
-        own: As of `softmax_losses`.
+        own: (offset, R), as in `softmax_losses`.
         scale: float32 scalar, the factor of the similarities.
         bias: float32 scalar, added to the scaled similarities.
-        mask: As of `softmax_losses`.
+        mask: Optional bool [B], as in `softmax_losses`.
         chunk_size: S, `DEFAULT_CHUNK_SIZE` by default.
 
     Returns:
-        (losses, found), both float32 [R], as of `softmax_losses`. The loss of
+        (losses, found), both float32 [R], as in `softmax_losses`. The loss of
         the batch is the mean of `losses`: divided by B, not by B^2.
 
     Reference: arXiv 2303.15343; big_vision trainers/proj/image_text/siglip.py.
@@ -73,7 +74,7 @@ def sigmoid_losses(
 def _softmax(logits, positive):
     """Losses [S] of logits [S, B] and their derivatives [S, B]."""
     normalizer = tf.reduce_logsumexp(logits, axis=1, keepdims=True)
-    # Not a product with 0: the logit of a masked column is -inf.
+    # `where` instead of a product with 0, as masked logits are -inf.
     right = tf.reduce_sum(tf.where(positive, logits, 0.0), axis=1)
     derivative = tf.exp(logits - normalizer) - tf.cast(positive, logits.dtype)
     return normalizer[:, 0] - right, derivative
@@ -132,7 +133,7 @@ def _row_losses(rows, columns, own, scale, bias, mask, chunk_size, kind):
                 i, rows, columns, scale, bias
             )
             loss, _ = kind(logits, positive)
-            # A wrong column that scores the same counts as better.
+            # A wrong column with the same score counts as better.
             right = tf.reduce_max(
                 tf.where(positive, logits, -float("inf")), axis=1
             )

@@ -1,4 +1,4 @@
-"""Tables of every form: read as meant, or each row named that is not."""
+"""Tables of every format: rows are read as intended, or reported."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def read(path, captions=None):
 
 
 def captions(path, **options):
-    """{key: captions} and the lines of what was skipped."""
+    """{key: captions} and the lines of the skipped rows."""
     found, skipped = read(path, **options)
     return {key: row[0] for key, row in found.items()}, skipped.lines
 
@@ -178,10 +178,7 @@ def test_kaggle_and_flickr_and_openclip(folder):
     )
     assert captions(folder) == (
         {"0.jpg": ['A man , "so-called" .'], "2.jpg": ['"Two" men .']},
-        [
-            "malformed row\tresults.csv:3: 2 fields where there are 3 "
-            "columns: no 'comment'"
-        ],
+        ["malformed row\tresults.csv:3: 2 fields for 3 columns: no 'comment'"],
     )
     (folder / "results.csv").unlink()
     write(
@@ -255,7 +252,7 @@ def test_words_and_numbers_in_one_set(folder):
     found, skipped = read(folder)
     assert [row[2] for row in found.values()] == ["a", "b"]
     assert skipped.lines == [
-        "malformed row\tlabels.csv:2: 'label' is a number, 7, where most are "
+        "malformed row\tlabels.csv:2: 'label' is a number, 7, but most are "
         "a word"
     ]
     write(folder / "labels.csv", "image,label\n0.jpg,\u00b2\n1.jpg,-1\n")
@@ -306,7 +303,7 @@ def test_coco_and_karpathy(folder):
     ]
     coco["annotations"] = [{"image_id": 7, "bbox": [0, 0, 1, 1]}]
     write(folder / "captions_val.json", json.dumps(coco))
-    with pytest.raises(ValueError, match="no 'caption': COCO's captions lie"):
+    with pytest.raises(ValueError, match="no 'caption': COCO's captions are"):
         read(folder)
     (folder / "captions_val.json").unlink()
     images = [
@@ -358,13 +355,13 @@ def test_a_stray_table_does_not_hide_text_files(folder):
     assert "download_stats.csv:1: neither a header" in lines[1]
     more = folder / "more.jsonl"
     assert captions(folder, captions=more) == ({"1.jpg": ["c"]}, [])
-    # Without text files the table that is understood is taken.
+    # Without text files, the table of a known format is used.
     (folder / "0.txt").unlink()
     found, lines = captions(folder)
     assert found == {"1.jpg": ["c"]}
     assert lines[0].startswith("table not understood\tdownload_stats.csv:1")
     more.unlink()
-    with pytest.raises(ValueError, match="no table that is understood.*stats"):
+    with pytest.raises(ValueError, match="no table of a known format.*stats"):
         read(folder)
 
 
@@ -480,7 +477,7 @@ def test_parquet_that_holds_the_images(folder):
 
 def test_parquet_without_image_or_reader_is_named(folder, monkeypatch):
     parquet(folder / "captions.parquet", url=["u"], caption=["a"])
-    with pytest.raises(ValueError, match="no column is an image.*img2dataset"):
+    with pytest.raises(ValueError, match="no column holds images.*img2dataset"):
         read(folder)
     write(folder / "captions.parquet", b"PAR1 not really")
     with pytest.raises(ValueError, match=r"captions\.parquet: "):

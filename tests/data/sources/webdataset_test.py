@@ -1,4 +1,4 @@
-"""tar shards: what is read of them, and what happens to damaged ones."""
+"""Tar shards: their contents, and the handling of damaged ones."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def write(path, samples):
 
 
 def picture(i):
-    """Stands for an image; reading does not look at it."""
+    """In place of an image, as reading does not decode it."""
     return b"image %d " % i * (40 + i)
 
 
@@ -150,7 +150,7 @@ def test_an_index_goes_to_the_cache_where_data_cannot_be_written(
 
 
 def check(folder, max_fraction):
-    """Opens a data set as training does; returns what was skipped."""
+    """Opens a data set as training does; returns the skipped counts."""
     records = webdataset.WebDataset(folder).split("train")
     counter = bad_records.SkipCounter(
         max_fraction, records.num_examples, "tars"
@@ -184,7 +184,7 @@ def test_new_and_grown_shards_are_refused(shards):
     with pytest.raises(ValueError, match=r"train-0.tar had \d+ bytes and has"):
         check(shards, 1.0)
     write(shards / "train-2.tar", {"x": {"jpg": b"1"}})
-    with pytest.raises(ValueError, match="1 shards came.*train-2.tar"):
+    with pytest.raises(ValueError, match="1 shards were added.*train-2.tar"):
         check(shards, 1.0)
 
 
@@ -212,7 +212,7 @@ def test_half_written_and_damaged_shards(shards):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{folder}/train-0.tar", "must say which shards a split has"),
+        ("{folder}/train-0.tar", "must tell the shards of a split"),
         ("{folder}/{{split}}-none-*.tar", "has no shards"),
         ({"validation": "x"}, r"one of \['validation'\]. Received: 'train'"),
     ],
@@ -257,7 +257,7 @@ def test_captions_under_another_name(shards):
 
 
 def sample_begin(path, number):
-    """Where in a shard of `shards` a sample begins."""
+    """Position of a sample in a shard of `shards`."""
     with tarfile.open(path) as tar:
         members = tar.getmembers()
         # Behind the last one, in whole blocks.
@@ -280,7 +280,7 @@ def test_a_cut_shard_alone_stops_the_run(shards, more):
     path = shards / "train-0.tar"
     os.truncate(path, sample_begin(path, 25) + more)
     assert len(read(shards)) == 25
-    with pytest.raises(ValueError, match="25 records are taken for lost"):
+    with pytest.raises(ValueError, match="25 records count as lost"):
         check(shards, 0.5)
 
 

@@ -1,4 +1,4 @@
-"""A run is the same run on one device, on several, and on several hosts."""
+"""A run is the same on one device, on several, and on several hosts."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def _start(data, run, folder, blow, sample_images=0):
 def test_two_hosts_are_the_same_run(data, one_device, tmp_path):
     """Preempted after step 7, and resumed to the end."""
     run = str(tmp_path / "run")
-    # The second host alone gets the signal; both stop after the same step.
+    # Only the second host gets the signal; both stop after the same step.
     codes, outputs = _start(data, run, tmp_path, (1, 7, signal.SIGTERM))
     assert codes == [0, 0], outputs
     for output in outputs:
@@ -173,7 +173,7 @@ def _by_position(batches, count):
         index, labels = batch["index"], batch["labels"]
         seeds = stateless_random.example_seeds(model.seed, index)
         parallel = model._sample_parallel(seeds, len(index))
-        inputs = model._decoder_inputs(labels[:, 0], parallel, seeds)
+        inputs, _, _ = model._decoder_inputs(labels[:, 0], parallel, seeds)
         rows = zip(index.numpy(), batch["image"], labels, parallel, inputs)
         for position, *example in rows:
             examples[int(position)] = [part.numpy() for part in example]
