@@ -155,7 +155,7 @@ def _timm(options):
 def _saved_model(options):
     _refuse(options, ["image_size"])
     from cappa_tf.export import saved_model, serving_files
-    from cappa_tf.inference.predictor import GENERATE, SCORE
+    from cappa_tf.inference.predictor import SCORE
 
     serving_files.check_protos()
     files.check_output("output", options.output, is_folder=True)
@@ -165,19 +165,18 @@ def _saved_model(options):
         return {k: v for k, v in values.items() if v is not None}
 
     predictor = _opened(options, SCORE)
-    limits = given("max_batch_size", "max_texts", "max_pixels")
-    make = saved_model.CaptionService
-    if predictor.can(GENERATE):
-        limits |= given("max_length")
-    else:
-        make = saved_model.ContrastiveService
-        if options.max_length is not None:
-            raise ValueError(
-                "--max_length is for captioners. "
-                f"Received: --max_length={options.max_length}"
-            )
+    make = saved_model.service_class(predictor.model)
+    is_captioner = make is not saved_model.ContrastiveService
+    if options.max_length is not None and not is_captioner:
+        raise ValueError(
+            "--max_length is for captioners. "
+            f"Received: --max_length={options.max_length}"
+        )
     service = make(
-        predictor.model, predictor.tokenizer, predictor.preprocessing, **limits
+        predictor.model,
+        predictor.tokenizer,
+        predictor.preprocessing,
+        **given("max_length", "max_batch_size", "max_texts", "max_pixels"),
     )
     path = saved_model.export_saved_model(
         options.output, service, **given("name", "version")

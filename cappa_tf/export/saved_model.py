@@ -401,6 +401,25 @@ class ContrastiveService(Service):
         return embeddings
 
 
+class ContrastiveCaptionService(CaptionService, ContrastiveService):
+    """The signatures of both, of a `ContrastiveCaptioner`."""
+
+    def functions(self):
+        """The methods and their inputs, see `Service.signatures`."""
+        return {
+            **CaptionService.functions(self),
+            **ContrastiveService.functions(self),
+        }
+
+
+def service_class(model):
+    """The class of the service of a model that scores texts."""
+    captions = hasattr(model, "text_decoder")
+    if hasattr(model, "text_encoder"):
+        return ContrastiveCaptionService if captions else ContrastiveService
+    return CaptionService
+
+
 def export_saved_model(output, service, *, name=None, version=None):
     """Writes a model to `output`/VERSION, and configuration for servers.
 
@@ -411,7 +430,7 @@ def export_saved_model(output, service, *, name=None, version=None):
 
     Args:
         output: The model's folder, which holds its versions.
-        service: `CaptionService` or `ContrastiveService`.
+        service: `Service` of the model.
         name: Name of the model on the server, by default its `kind`.
         version: Positive integer; by default one more than the highest
             existing version.

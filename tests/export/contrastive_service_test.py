@@ -90,14 +90,20 @@ def test_answers_are_the_models(served, tokenizer):
     np.testing.assert_allclose(found["score"], expected, atol=1e-4)
 
 
-def test_the_score_of_a_sigmoid_loss_is_each_labels_own(tokenizer, monkeypatch):
-    model, service = make_service(tokenizer, bias=True)
-    # The graph of the decoder takes long to build.
+@pytest.fixture
+def decoding_at_once(monkeypatch):
+    """The graph that decodes images takes long to build."""
     monkeypatch.setattr(
         request_images,
         "decode_request",
         lambda *_: (decoded(), tf.constant([""] * len(IMAGES))),
     )
+
+
+def test_the_score_of_a_sigmoid_loss_is_each_labels_own(
+    tokenizer, decoding_at_once
+):
+    model, service = make_service(tokenizer, bias=True)
     found = service.zero_shot(tf.constant(IMAGES), tf.constant([LABELS]))
     logits = model.contrastive_head.logits(*embeddings(model, tokenizer))
     expected = tf.sigmoid(logits)
@@ -184,6 +190,28 @@ def test_a_server_can_run_it(served):
         inputs = {k: tf.make_ndarray(v) for k, v in request.inputs.items()}
         assert ask(loaded, name, **inputs)["ok"][0]
     assert signatures == {*loaded.signatures}
+
+
+def test_a_captioner_with_a_text_tower_has_all_signatures(
+    tokenizer, decoding_at_once
+):
+    model = tiny.make_contrastive_captioner(tokenizer.vocabulary_size)
+    model.build()
+    make = saved_model.service_class(model)
+    service = make(model, tokenizer, ImagePreprocessing(16), max_length=3)
+    names = ["caption", "score", "embed", "embed_image", "embed_text"]
+    assert [*service.functions()] == [*names, "zero_shot"]
+    weights = {id(weight) for weight in service.weights}
+    assert len(weights) == len(model.weights)
+    images, texts = embeddings(model, tokenizer)
+    found = service.zero_shot(tf.constant(IMAGES), tf.constant([LABELS]))
+    similarity = images @ tf.transpose(texts)
+    np.testing.assert_allclose(found["similarity"], similarity, atol=1e-5)
+    for other, kind in (
+        (make_contrastive(), saved_model.ContrastiveService),
+        (tiny.make_model(40), saved_model.CaptionService),
+    ):
+        assert saved_model.service_class(other) is kind
 
 
 def test_texts_longer_than_the_model_reads_are_refused(tokenizer):
