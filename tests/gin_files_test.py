@@ -115,6 +115,21 @@ def test_a_size_file_gives_the_size_of_its_name(path):
         assert model.count_params() < 30_000_000, "large: add it to VARIANTS"
 
 
+# Two towers, gap and last, as table 1 of the CapPa paper counts CLIP*: 197M and
+# 640M parameters.
+@pytest.mark.parametrize(
+    ("path", "patch", "count"),
+    [
+        ("gin/clip_s16.gin", 16, 55_567_489),
+        ("gin/clip_b16.gin", 16, 196_659_457),
+        ("gin/clip_l16.gin", 14, 640_420_865),
+    ],
+)
+def test_clip_has_the_papers_number_of_parameters(path, patch, count):
+    found = parse(path, params=(*GIVEN, f"PATCH_SIZE={patch}"))
+    assert build(found["model"]).count_params() == count
+
+
 @pytest.mark.parametrize("path", PARTS)
 def test_a_part_may_be_laid_over_a_runnable_file(path):
     given = (*GIVEN, *GIVEN_FOR.get(path, ()))
