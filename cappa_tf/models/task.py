@@ -14,6 +14,9 @@ import tensorflow as tf
 
 from cappa_tf.models import stateless_random
 
+# The pooling head, the one layer that reads nothing but `encoded`.
+_POOL = "vision_encoder/pool"
+
 
 class ExampleLosses(NamedTuple):
     """The loss of each example, and its contributions to the metrics.
@@ -62,7 +65,11 @@ class Task(keras.Model):
         needs_whole_batch: Whether the loss of an example depends on the others
             of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
-        trained_parts: Names of layers inside frozen parts that are trained.
+        trained_parts: Names of what is trained inside frozen parts.
+        takes_features: Whether a batch may have features of a frozen vision
+            encoder in place of images, see `use_features`.
+        feature_kind: The output of `VisionEncoder` that batches have in place
+            of images, or None.
     """
 
     selection_metric = "loss"
@@ -72,6 +79,8 @@ class Task(keras.Model):
     needs_whole_batch = False
     frozen_parts = ()
     trained_parts = ()
+    takes_features = False
+    feature_kind = None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -177,6 +186,43 @@ class Task(keras.Model):
             training: Whether the model as a whole is being trained.
         """
         return training and part not in self.frozen_parts
+
+    def use_features(self):
+        """From now on batches have `image_features` in place of `image`.
+
+        These are what the frozen vision encoder gives for the images:
+        `pre_logits`, or `encoded` where the pooling on top is trained.
+
+        Raises:
+            ValueError: If the method needs images, or more of the encoder is
+                trained.
+        """
+        if not self.takes_features:
+            raise ValueError(
+                "FEATURES='cached' is for methods that need images for nothing "
+                "but their features, such as Contrastive. Received: "
+                f"{type(self).__name__}"
+            )
+        name = "vision_encoder"
+        trained = self.trained_parts
+        trained = [part for part in trained if part.startswith(f"{name}/")]
+        if name not in self.frozen_parts or trained not in ([], [_POOL]):
+            raise ValueError(
+                "FEATURES='cached' needs a frozen vision encoder: "
+                f"FROZEN_PARTS=['{name}'], and TRAINED_PARTS=['{_POOL}'] or "
+                f"none of it. Received: frozen_parts={list(self.frozen_parts)}"
+                f", trained_parts={list(self.trained_parts)}"
+            )
+        self.feature_kind = "encoded" if trained else "pre_logits"
+
+    def image_spec(self, size):
+        """The part of `batch_spec` that is images, or features of images."""
+        encoder = self.parts["vision_encoder"]
+        if self.feature_kind is None:
+            shape = (size, *encoder.image_size, 3)
+            return {"image": tf.TensorSpec(shape, tf.float32)}
+        shape = (size, *encoder.output_shapes()[self.feature_kind])
+        return {"image_features": tf.TensorSpec(shape, tf.float32)}
 
     def example_losses(self, batch, training):
         """Loss and metrics of each example in a batch.

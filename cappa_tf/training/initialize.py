@@ -16,6 +16,8 @@ from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import files
 
 _POSITIONS = "positions/position_embedding"
+# Arguments of towers that must be those of the source.
+_SIZES = "hidden_dim num_layers num_heads mlp_dim patch_size pooling".split()
 # Maximum number of differences that an error message lists.
 _MOST_LINES = 12
 
@@ -111,6 +113,18 @@ def initialize(model, path, parts=None):
     for name in wanted:
         found = _arrays(source[name], model.parts[name], notes)
         variables = variables_by_path(model.parts[name])
+        new = _without_source(model, name, found, variables)
+        if new:
+            notes.append(f"{', '.join(new)} not in it, so from scratch")
+            variables = {
+                path: variable
+                for path, variable in variables.items()
+                if path.split("/")[0] not in new
+            }
+        problems += [
+            f"  {name}.{line}"
+            for line in _other_sizes(source[name], model.parts[name], new)
+        ]
         problems += [
             f"  {name}/{line}" for line in _differences(found, variables)
         ]
@@ -193,6 +207,41 @@ def _arrays(source, part, notes):
             )
         )
     return arrays
+
+
+def _without_source(model, name, found, variables):
+    """Layers of a frozen part that are trained and not in the source.
+
+    Such as the pooling head that is to be trained on frozen patches.
+
+    Args:
+        model: The `Task`.
+        name: Name of the part.
+        found: Arrays of the source by path.
+        variables: Variables of the part by path.
+
+    Returns:
+        List of the layers' names.
+    """
+    layers = {path.split("/")[0] for path in variables}
+    layers -= {path.split("/")[0] for path in found}
+    return sorted(x for x in layers if f"{name}/{x}" in model.trained_parts)
+
+
+def _other_sizes(source, part, new):
+    """Yields a line for each argument that two towers do not share.
+
+    Some of them no array tells: patches of 14 x 16 and 16 x 14 pixels, the
+    number of heads.
+    """
+    for name in _SIZES:
+        values = [getattr(layer, name, None) for layer in (source, part)]
+        if None in values or values[0] == values[1]:
+            continue
+        # A head that is new pools what was pooled in another way.
+        if name == "pooling" and ("none" in values or "pool" in new):
+            continue
+        yield f"{name}: {values[0]!r} in the file, {values[1]!r} in the model"
 
 
 def _differences(found, variables):
