@@ -32,6 +32,13 @@ GIVEN_FOR = {
     "gin/lit_b16.gin": ("ENCODER='there'",),
 }
 
+# Objectives of each kind of model other than a captioner.
+OBJECTIVES = {
+    "gin/models/contrastive.gin": ("clip", "siglip"),
+    "gin/models/contrastive_captioner.gin": ("cappa_clip",),
+    "gin/models/bag_of_tokens.gin": ("superclass",),
+}
+
 # At 224 px, 64 tokens, vocabulary 32,000: counted from the public JAX code.
 COUNTS = {
     "gin/sizes/s16.gin": 60_461_312,
@@ -78,7 +85,9 @@ def test_a_runnable_file_builds_parts_that_fit(path):
     for name in ("train_data", "eval_data"):
         data = found[name]
         assert data.path == "here"
-        assert data.tokenizer.max_length == model.text_decoder.max_length
+        towers = (model, *model.parts.values())
+        lengths = {t.max_length for t in towers if hasattr(t, "max_length")}
+        assert lengths == {data.tokenizer.max_length}
         assert tuple(data.image_size) == model.vision_encoder.image_size
     assert callable(found["prepare"]) or found["prepare"] is None
 
@@ -109,10 +118,30 @@ def test_a_size_file_gives_the_size_of_its_name(path):
         assert model.count_params() < 30_000_000, "large: add it to VARIANTS"
 
 
+# Two towers, gap and last, as table 1 of the CapPa paper counts CLIP*: 197M and
+# 640M parameters.
+@pytest.mark.parametrize(
+    ("path", "patch", "count"),
+    [
+        ("gin/clip_s16.gin", 16, 55_567_489),
+        ("gin/clip_b16.gin", 16, 196_659_457),
+        ("gin/clip_l16.gin", 14, 640_420_865),
+    ],
+)
+def test_clip_has_the_papers_number_of_parameters(path, patch, count):
+    found = parse(path, params=(*GIVEN, f"PATCH_SIZE={patch}"))
+    assert build(found["model"]).count_params() == count
+
+
 @pytest.mark.parametrize("path", PARTS)
 def test_a_part_may_be_laid_over_a_runnable_file(path):
     given = (*GIVEN, *GIVEN_FOR.get(path, ()))
-    found = parse("gin/cappa_b16.gin", path, params=given)
+    files = [path]
+    for model, names in OBJECTIVES.items():
+        objectives = [f"gin/objectives/{name}.gin" for name in names]
+        if path == model or path in objectives:
+            files = [model, path if path in objectives else objectives[0]]
+    found = parse("gin/cappa_b16.gin", *files, params=given)
     # What a part names is built, and opens nothing.
     assert found["train_data"].tokenizer.max_length == 64
 
@@ -156,6 +185,30 @@ def test_cap_and_cappa_differ_in_the_objective_only():
     first, second = (set(text) for text in texts)
     assert first - second == {"MASKED_PRED_PROB = 0.0"}
     assert second - first == {"MASKED_PRED_PROB = 0.75"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RUNNABLE if path.endswith("_b16.gin")]
+)
+def test_objectives_share_everything_else(path):
+    """Same encoder, data, optimizer and trainer: a comparison."""
+
+    def recipe(path):
+        found = parse(path)
+        encoder = found.pop("model")().vision_encoder.get_config()
+        del encoder["name"]
+        optimizer = found.pop("optimizer")().get_config()
+        data = [
+            {
+                k: v
+                for k, v in vars(found.pop(name)).items()
+                if isinstance(v, str | int | float | tuple | None)
+            }
+            for name in ("train_data", "eval_data")
+        ]
+        return found, encoder, optimizer, data
+
+    assert recipe(path) == recipe("gin/cappa_b16.gin")
 
 
 @pytest.mark.parametrize("path", PAPER)

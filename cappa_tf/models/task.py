@@ -113,38 +113,42 @@ class Task(keras.Model):
         model or part loaded from a file can be trained as a whole.
 
         Args:
-            names: Names of `parts`; those of an earlier call are trained again.
+            names: Names of `parts`, or of layers of them that have no dropout,
+                such as "contrastive_head/image"; those of an earlier call are
+                trained again.
             trained: Names of layers inside them that are trained all the same,
                 such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
         """
-        parts = self.parts
-        unknown = [name for name in names if name not in parts]
+        inside = {
+            f"{part}/{layer.name}": layer
+            for part, whole in self.parts.items()
+            for layer in _layers_inside(whole)
+        }
+        known = {**self.parts, **inside}
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
-                f"`frozen_parts` must be among the parts of the model, "
-                f"{list(parts)}. Received: {unknown}"
+                "`frozen_parts` must be among the parts of the model, "
+                f"{list(self.parts)}, or layers of them such as "
+                f"{next(iter(inside), None)!r}. Received: {unknown}"
             )
-        inside = {
-            f"{part}/{name}": layer
-            for part in names
-            for name, layer in _layers_inside(parts[part]).items()
-        }
+        inside = [name for name in inside if name.partition("/")[0] in names]
         unknown = [name for name in trained if name not in inside]
         if unknown:
             raise ValueError(
                 "`trained_parts` (TRAINED_PARTS) must be among the layers of "
-                f"the frozen parts, {list(inside)}. Received: {unknown}, with "
+                f"the frozen parts, {inside}. Received: {unknown}, with "
                 f"frozen_parts={list(names)}"
             )
         self.frozen_parts, self.trained_parts = tuple(names), tuple(trained)
-        kept = {id(v) for name in trained for v in inside[name].variables}
+        kept = {id(v) for name in trained for v in known[name].variables}
         self._frozen_variables = frozenset(
             id(variable)
             for name in names
-            for variable in parts[name].variables
+            for variable in known[name].variables
             if id(variable) not in kept
         )
         if not self.trainable_variables:
@@ -166,17 +170,18 @@ class Task(keras.Model):
             part: Name of the part.
 
         Returns:
-            "" if all are trained, "frozen", or "frozen except pool".
+            "" if all are trained, "frozen", "frozen except pool" or "image
+            frozen".
         """
-        if part not in self.frozen_parts:
-            return ""
         prefix = f"{part}/"
-        trained = [
-            name.removeprefix(prefix)
-            for name in self.trained_parts
-            if name.startswith(prefix)
-        ]
-        return "frozen" + (f" except {', '.join(trained)}" if trained else "")
+        frozen, trained = (
+            [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            for names in (self.frozen_parts, self.trained_parts)
+        )
+        if part in self.frozen_parts:
+            except_for = f" except {', '.join(trained)}" if trained else ""
+            return f"frozen{except_for}"
+        return f"{', '.join(frozen)} frozen" if frozen else ""
 
     def trains(self, part, training):
         """Returns whether the layers of a part run as in training.
@@ -462,6 +467,6 @@ class WholeBatchTask(Task):
 
 
 def _layers_inside(part):
-    """Dict name -> layer of a part's own layers that have weights."""
-    layers = getattr(part, "layers", ())
-    return {layer.name: layer for layer in layers if layer.variables}
+    """A part's own layers that have weights."""
+    layers = part._flatten_layers(include_self=False, recursive=False)
+    return [layer for layer in layers if layer.variables]

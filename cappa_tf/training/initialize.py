@@ -5,12 +5,15 @@ positions are resampled if the resolution differs. Any other difference is an
 error that lists both sides.
 """
 
+import os
+
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
 from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import to_numpy, variables_by_path
+from cappa_tf.utils import files
 
 _POSITIONS = "positions/position_embedding"
 # Arguments of towers that must be those of the source.
@@ -37,6 +40,44 @@ def first_weights(model, weights, workdir):
     if weights.initialize_from is None or latest_checkpoint(workdir):
         return None
     return initialize(model, weights.initialize_from, weights.initialize_parts)
+
+
+def check_vocabulary(model, weights, data):
+    """Refuses texts tokenized otherwise than those the weights were trained on.
+
+    Vocabularies of one size have the same shapes but give the ids to other
+    pieces, so that nothing else would notice.
+
+    Args:
+        model: Built `Task`.
+        weights: The run's `WeightSettings`.
+        data: The training data set.
+
+    Raises:
+        ValueError: If parts that read texts come from a run with another
+            vocabulary.
+    """
+    path = weights.initialize_from
+    if path is None or data.tokenizer is None:
+        return
+    read = weights.initialize_parts
+    texts = [
+        name
+        for name, part in model.parts.items()
+        if hasattr(part, "vocabulary_size") and (read is None or name in read)
+    ]
+    folder = path if files.isdir(path) else os.path.dirname(path)
+    kept = os.path.join(folder, "tokenizer.model")
+    if not texts or not files.exists(kept):
+        return
+    if files.read_bytes(kept) != files.read_bytes(data.tokenizer.path):
+        raise ValueError(
+            f"`initialize_from` gives {', '.join(texts)}, so the vocabulary "
+            "must be the one it was trained with: set TOKENIZER "
+            "(Tokenizer.path) to that file, or leave those parts out of "
+            f"INITIALIZE_PARTS. Received: {data.tokenizer.path}, which differs "
+            f"from {kept}"
+        )
 
 
 def initialize(model, path, parts=None):

@@ -35,7 +35,7 @@ from cappa_tf.training.distribution.strategies import (
     check_batch_size,
     make_strategy,
 )
-from cappa_tf.training.initialize import first_weights
+from cappa_tf.training.initialize import check_vocabulary, first_weights
 from cappa_tf.training.settings import (
     ComputeSettings,
     EvaluationSettings,
@@ -139,6 +139,8 @@ def train(
                 prepare()
             hosts.wait()
             data = _open_data(model, train_data, eval_data, test_data)
+            if origin:
+                check_vocabulary(model, weights, data.train)
             trainer = Trainer(
                 model=model,
                 optimizer=optimizer,
