@@ -15,10 +15,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adafactor": "cappa_tf.training.optimizers.adafactor",
     "AdamW": "cappa_tf.training.optimizers.adamw",
+    "BagOfTokens": "cappa_tf.models.bag_of_tokens",
     "CaptionDataset": "cappa_tf.data.caption_dataset",
     "Captioner": "cappa_tf.models.captioner",
     "Classifier": "cappa_tf.models.classifier",
     "ComputeSettings": "cappa_tf.training.settings",
+    "ContrastiveCaptioner": "cappa_tf.models.contrastive_captioner",
     "Cosine": "cappa_tf.training.optimizers.schedules",
     "DatasetDescription": "cappa_tf.data.schema",
     "EvaluationSettings": "cappa_tf.training.settings",

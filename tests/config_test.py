@@ -1,4 +1,4 @@
-"""The configuration: every mistake stops the run and is named."""
+"""The configuration: every mistake stops the run and is named in the error."""
 
 import sys
 import textwrap
@@ -15,7 +15,7 @@ ROOT = "stand_ins.root"
 
 
 class Layer(keras.layers.Layer):
-    """Takes any keyword as far as gin can see, like every Keras class."""
+    """Accepts any keyword as far as gin can see, like every Keras class."""
 
     def __init__(self, width=8, ratio=0.5, size: int | str = 4, **kwargs):
         super().__init__(**kwargs)
@@ -234,7 +234,7 @@ def test_both_saved_files_parse_again(write, tmp_path):
         assert type(result["rate"]) is Slope
         if name == "config.gin":
             assert (tmp_path / "config.gin").read_text() == first
-    # The operative one holds the defaults too.
+    # The operative configuration also holds the defaults.
     text = (tmp_path / "operative_config-1.gin").read_text()
     assert "stand_ins.prepare.pieces = 3" in text
 

@@ -1,14 +1,15 @@
-"""What all tests share: quiet TensorFlow, a clean gin, optional real data."""
+"""Shared fixtures: quiet TensorFlow, a clean gin, optional real data."""
 
 import functools
+import gc
 import os
 import pathlib
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# What XLA compiles here runs once or twice: to optimize the machine code takes
-# an eighth of the time of these tests and changes no result they look at.
+# Code that XLA compiles here runs once or twice, and optimizing it would take
+# an eighth of the time of these tests without changing their results.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import tensorflow as tf
@@ -28,16 +29,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @functools.cache
 def two_devices():
-    """The strategy over both devices, one for all tests.
+    """The strategy over both devices, shared by all tests.
 
-    Each strategy numbers its collective operations from the start; those of
+    Each strategy numbers its collective operations from the start, so those of
     a second one in the same process would meet the numbers of the first.
     """
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 def shared_data(name):
-    """Path of an optional real data set; skips the test where it is absent.
+    """Path of an optional real data set; skips the test if it is absent.
 
     Args:
         name: A folder or file below `CAPPA_TEST_DATA` (by default
@@ -51,7 +52,7 @@ def shared_data(name):
 
 
 def shared_reference(name):
-    """Path of an optional reference array file; skips where it is absent.
+    """Path of an optional file of reference arrays; skips if it is absent.
 
     Args:
         name: A file below `CAPPA_TEST_REFERENCE` (by default
@@ -64,9 +65,14 @@ def shared_reference(name):
     return path
 
 
+def pytest_collection_finish():
+    """What was imported is not searched by each collection of garbage."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _clean_gin():
-    """No binding of one test reaches the next."""
+    """Clears gin, so that no binding of one test affects the next."""
     import gin
 
     gin.clear_config()

@@ -1,6 +1,6 @@
-"""Every shipped gin file parses and builds what it says it builds.
+"""Every shipped gin file parses and builds the model it describes.
 
-The files are found by looking, so a new one cannot escape.
+The files are found by a glob, so that new ones are tested, too.
 """
 
 import json
@@ -21,7 +21,7 @@ PARTS = sorted(
 )
 PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
 
-# What must be given, where a file leaves it open.
+# Parameters that a file requires.
 GIVEN = ("DATA='here'",)
 GIVEN_FOR = {
     "gin/data/folder.gin": ("TOKENIZER='here'",),
@@ -29,6 +29,14 @@ GIVEN_FOR = {
     "gin/data/mixture.gin": ("WEB_DATA='{split}-*.tar'",),
     "gin/data/tfds.gin": ("TOKENIZER='here'",),
     "gin/data/webdataset.gin": ("TOKENIZER='here'",),
+    "gin/lit_b16.gin": ("ENCODER='there'",),
+}
+
+# Objectives of each kind of model other than a captioner.
+OBJECTIVES = {
+    "gin/models/contrastive.gin": ("clip", "siglip"),
+    "gin/models/contrastive_captioner.gin": ("cappa_clip",),
+    "gin/models/bag_of_tokens.gin": ("superclass",),
 }
 
 # At 224 px, 64 tokens, vocabulary 32,000: counted from the public JAX code.
@@ -49,13 +57,15 @@ VARIANTS = {
 }
 
 
-def parse(*files, params=GIVEN, workdir="runs/test"):
+def parse(*files, params=None, workdir="runs/test"):
+    if params is None:
+        params = (*GIVEN, *GIVEN_FOR.get(files[0], ()))
     config.parse(files, params, workdir=workdir)
     return config.arguments()
 
 
 def build(constructor):
-    """A model without values: its shapes are all that is looked at."""
+    """A model without values, as only its shapes are checked."""
     try:
         with keras.StatelessScope(initialize_variables=False):
             model = constructor()
@@ -75,7 +85,9 @@ def test_a_runnable_file_builds_parts_that_fit(path):
     for name in ("train_data", "eval_data"):
         data = found[name]
         assert data.path == "here"
-        assert data.tokenizer.max_length == model.text_decoder.max_length
+        towers = (model, *model.parts.values())
+        lengths = {t.max_length for t in towers if hasattr(t, "max_length")}
+        assert lengths == {data.tokenizer.max_length}
         assert tuple(data.image_size) == model.vision_encoder.image_size
     assert callable(found["prepare"]) or found["prepare"] is None
 
@@ -106,12 +118,47 @@ def test_a_size_file_gives_the_size_of_its_name(path):
         assert model.count_params() < 30_000_000, "large: add it to VARIANTS"
 
 
+# Two towers, gap and last, as table 1 of the CapPa paper counts CLIP*: 197M and
+# 640M parameters.
+@pytest.mark.parametrize(
+    ("path", "patch", "count"),
+    [
+        ("gin/clip_s16.gin", 16, 55_567_489),
+        ("gin/clip_b16.gin", 16, 196_659_457),
+        ("gin/clip_l16.gin", 14, 640_420_865),
+    ],
+)
+def test_clip_has_the_papers_number_of_parameters(path, patch, count):
+    found = parse(path, params=(*GIVEN, f"PATCH_SIZE={patch}"))
+    assert build(found["model"]).count_params() == count
+
+
 @pytest.mark.parametrize("path", PARTS)
 def test_a_part_may_be_laid_over_a_runnable_file(path):
     given = (*GIVEN, *GIVEN_FOR.get(path, ()))
-    found = parse("gin/cappa_b16.gin", path, params=given)
+    files = [path]
+    for model, names in OBJECTIVES.items():
+        objectives = [f"gin/objectives/{name}.gin" for name in names]
+        if path == model or path in objectives:
+            files = [model, path if path in objectives else objectives[0]]
+    found = parse("gin/cappa_b16.gin", *files, params=given)
     # What a part names is built, and opens nothing.
     assert found["train_data"].tokenizer.max_length == 64
+
+
+def test_lit_trains_a_text_tower_against_a_frozen_encoder():
+    found = parse("gin/lit_b16.gin")
+    weights = found["weights"]
+    assert weights.initialize_from == "there"
+    assert weights.initialize_parts == weights.frozen_parts
+    model = build(found["model"])
+    model.freeze(weights.frozen_parts)
+    assert found["features"].features is None
+    # The text tower, its projection and the temperature.
+    trained = sum(v.shape.num_elements() for v in model.trainable_variables)
+    text = model.text_encoder.count_params()
+    assert trained == text + 768 * 768 + 768 + 1
+    assert model.embedding_width == 768
 
 
 @pytest.mark.parametrize("path", PAPER)
@@ -138,6 +185,30 @@ def test_cap_and_cappa_differ_in_the_objective_only():
     first, second = (set(text) for text in texts)
     assert first - second == {"MASKED_PRED_PROB = 0.0"}
     assert second - first == {"MASKED_PRED_PROB = 0.75"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RUNNABLE if path.endswith("_b16.gin")]
+)
+def test_objectives_share_everything_else(path):
+    """Same encoder, data, optimizer and trainer: a comparison."""
+
+    def recipe(path):
+        found = parse(path)
+        encoder = found.pop("model")().vision_encoder.get_config()
+        del encoder["name"]
+        optimizer = found.pop("optimizer")().get_config()
+        data = [
+            {
+                k: v
+                for k, v in vars(found.pop(name)).items()
+                if isinstance(v, str | int | float | tuple | None)
+            }
+            for name in ("train_data", "eval_data")
+        ]
+        return found, encoder, optimizer, data
+
+    assert recipe(path) == recipe("gin/cappa_b16.gin")
 
 
 @pytest.mark.parametrize("path", PAPER)
@@ -183,7 +254,7 @@ def test_the_saved_configuration_parses_again(path, tmp_path):
 
 @pytest.mark.parametrize("path", RUNNABLE + PARTS)
 def test_no_file_binds_a_name_twice(path):
-    """The last one would win, silently."""
+    """The last binding would win silently."""
     lines = (ROOT / path).read_text().splitlines()
     names = [line.split("=")[0].strip() for line in lines if " = " in line]
     macros = [name for name in names if name.isupper()]
@@ -191,7 +262,7 @@ def test_no_file_binds_a_name_twice(path):
 
 
 def test_quickstart_runs_and_records_what_it_ran(tmp_path):
-    """Two steps of the real thing, with the smallest model and few images."""
+    """Two steps of a real run, with the smallest model and few images."""
     params = [
         f"DATA={str(tmp_path / 'scenes')!r}",
         "scenes.prepare.num_train=300",
@@ -222,5 +293,5 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
     assert sizes[0] == sizes[1]
     measured = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 <= measured["evaluation/scenes/blind/macro"] <= 1
-    # The operative one holds what nobody set.
+    # The operative configuration also holds defaults.
     assert "AdamW.beta_1 = 0.9" in operative.read_text()

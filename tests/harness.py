@@ -1,7 +1,7 @@
-"""The promises that every layer, function and optimizer keeps, as one check.
+"""Common checks of every layer, function and optimizer.
 
-A test of a class calls its check once and then states only what is special
-about that class.
+A test of a class calls its check once, and then tests only what is specific
+to that class.
 """
 
 import json
@@ -75,7 +75,7 @@ def check_layer(
 
 
 def check_function(function, inputs, rtol=1e-5, atol=1e-5):
-    """Checks that a function gives the same eagerly, as a graph and in XLA.
+    """Checks that a function has equal results eagerly, as a graph and in XLA.
 
     Args:
         function: Takes tensors, returns a structure of tensors.
@@ -95,7 +95,7 @@ def check_function(function, inputs, rtol=1e-5, atol=1e-5):
 
 
 def check_loss(function, inputs, expected, rtol=1e-5, atol=1e-6):
-    """Checks a loss: its value, the ways to run it, and its gradient.
+    """Checks a loss: its value in all modes of execution, and its gradient.
 
     Args:
         function: Takes tensors, returns a tensor of losses.
@@ -185,7 +185,7 @@ def small_model(optimizer, jit_compile=False):
 
 
 def randomize(layer, scale=0.1, seed=0):
-    """Adds noise to all weights, so that a forgotten bias or head shows."""
+    """Adds noise to all weights, to reveal a forgotten bias or head."""
     rng = np.random.default_rng(seed)
     for weight in layer.weights:
         noise = scale * rng.normal(size=weight.shape)
@@ -279,7 +279,7 @@ def _weight_shapes(layer):
 
 
 def _plain(config):
-    """The config without what Keras draws anew, tuples as JSON has them."""
+    """The config without random seeds, and with tuples as JSON lists."""
     return json.loads(json.dumps(config))
 
 

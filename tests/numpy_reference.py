@@ -1,7 +1,7 @@
-"""The models in plain NumPy, float64, written from the paper's equations.
+"""NumPy reference of the models, float64, from the paper's equations.
 
-It knows nothing of this project's layers: it works on arrays with
-big_vision's names, one example of the equations for one line of the model.
+It does not use this project's layers. It works on arrays with
+big_vision's names, with one line per equation.
 Sources: arXiv 2306.07915, section 3 and appendix; big_vision models/vit.py
 and models/proj/cappa/cappa.py for what papers leave out (epsilons, order).
 

@@ -1,4 +1,4 @@
-"""The package: cheap to import, bounded dependencies, all of it listed."""
+"""The package: fast to import, bounded dependencies, complete lists."""
 
 import ast
 import graphlib
@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def python(code, cwd, path):
-    """What an interpreter prints that knows the standard library and `path`."""
+    """Output of an interpreter with the standard library and `path` only."""
     code = f"import sys; sys.path.insert(0, {str(path)!r}); {code}"
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -53,7 +53,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_imports_go_down_only():
-    """No circle among folders; data and models stand on the ground alone."""
+    """No import cycle among folders; data and models depend on utils only."""
     package = ROOT / "cappa_tf"
     below = {}
     for path in package.rglob("*.py"):

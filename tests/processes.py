@@ -1,7 +1,7 @@
-"""Training runs in processes of their own, which tests pair up and kill.
+"""Training runs in separate processes, which tests combine and kill.
 
-They are forked from a server that has imported TensorFlow and run nothing
-with it: a fork costs no import, and may still choose its devices.
+They are forked from a server that has imported TensorFlow but not used it:
+a fork needs no import, and may still choose its devices.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _context.set_forkserver_preload(["small_run"])
 
 
 class Process:
-    """One process; what it prints goes to a file.
+    """One process, whose output goes to a file.
 
     Args:
         function: Importable function.
@@ -36,7 +36,7 @@ class Process:
 
     @property
     def output(self):
-        """What it has printed so far."""
+        """Its output so far."""
         return self._log.read_text() if self._log.exists() else ""
 
     @property
@@ -48,7 +48,7 @@ class Process:
         return self._process.is_alive()
 
     def wait(self, timeout=300):
-        """Exit code; fails the test where it takes longer than `timeout`."""
+        """Its exit code; fails the test if it takes longer than `timeout`."""
         self._process.join(timeout)
         if self.running:
             self._process.kill()
@@ -56,7 +56,7 @@ class Process:
         return self._process.exitcode
 
     def kill(self):
-        """SIGKILL."""
+        """Kills the process with SIGKILL."""
         self._process.kill()
         self._process.join()
 
@@ -101,7 +101,7 @@ def _free_ports(count):
 
 @contextlib.contextmanager
 def _importable():
-    """The server finds the modules that this process finds."""
+    """Passes this process's module path to the server."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:

@@ -1,4 +1,4 @@
-"""A tiny captioner whose every weight is random, and images for it."""
+"""A tiny captioner whose weights are all random, and images for it."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ SMALL = {"hidden_dim": 16, "num_heads": 2, "mlp_dim": 32}
 
 
 def make_captioner(encoder=None, vocabulary_size=V, length=L, **kwargs):
-    """A captioner without training (the head would start at zero)."""
+    """An untrained captioner with a random head, which starts at zero."""
     keras.utils.set_random_seed(0)
     captioner = Captioner(
         VisionEncoder(

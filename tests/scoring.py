@@ -1,4 +1,4 @@
-"""What tests of evaluators share: a model that knows, one that does not."""
+"""Helpers of evaluator tests: a perfect model, and an untrained one."""
 
 import json
 
@@ -12,16 +12,16 @@ from cappa_tf.inference.predictor import Predictor
 from cappa_tf.saving import run_folder
 
 PREPROCESSING = ImagePreprocessing(16, reduced_decode=False, max_pixels=None)
-# As many colours as `tiny.WORDS` names.
+# As many colors as in `tiny.WORDS`.
 COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
 
 
 class Knowing:
-    """In place of a captioner: says how red, green or blue an image is.
+    """In place of a captioner: tells how red, green or blue an image is.
 
-    A text with a colour's name scores the logarithm of how much of the
-    image has that colour, less `prior` for each letter "e" of the text,
-    which is what it thinks of a text without an image.
+    A text with the name of a color scores the logarithm of how much of the
+    image has that color, minus `prior` for each letter "e" of the text,
+    which is its score of a text without an image.
     """
 
     score_kinds = ("autoregressive", "parallel", "blind")
@@ -53,7 +53,7 @@ class Knowing:
 
 
 def _match(image, text):
-    """Log share of the colours that the text names, in the image."""
+    """Log fraction of the image that has the colors in the text."""
     level = (image.mean((0, 1)) + 1) / 2
     share = level / max(level.sum(), 1e-6) + 1e-6
     return sum(
@@ -62,9 +62,9 @@ def _match(image, text):
 
 
 class KnowingEmbeddings:
-    """In place of a contrastive model: embeds colours.
+    """In place of a contrastive model: embeds colors.
 
-    An image lies where its colours do, a text where those that it names do.
+    An image has the embedding of its colors, a text of those that it names.
     """
 
     score_kinds = ("cosine",)
@@ -103,7 +103,7 @@ def contrastive_predictor(folder, batch_size=4):
 
 
 def tiny_predictor(folder, batch_size=4):
-    """A model with random weights, its vocabulary, and what it sees."""
+    """A model with random weights, its vocabulary and preprocessing."""
     data = tiny.Data(folder)
     return Predictor(
         random_model(folder), data.tokenizer, PREPROCESSING, batch_size
@@ -129,7 +129,7 @@ def knowing_predictor(folder, prior=0.0, batch_size=4):
 
 
 def save_run(folder, vocabulary, model=None):
-    """The folder of a run that has not learnt anything."""
+    """The folder of an untrained run."""
     model, data = model or random_model(vocabulary), tiny.Data(vocabulary)
     run_folder.describe_run(str(folder), model, data)
     run_folder.save_model(str(folder), model)
@@ -137,10 +137,10 @@ def save_run(folder, vocabulary, model=None):
 
 
 def write_colours(folder, count=6):
-    """Images in one colour each; labels.jsonl and captions.jsonl.
+    """Images in one color each; labels.jsonl and captions.jsonl.
 
-    Image i has colour i % 3, the captions "<colour> square" and "square
-    <colour>", and the split "test" (the first six) or "train".
+    Image i has color i % 3, the captions "<color> square" and "square
+    <color>", and the split "test" (the first six) or "train".
     """
     folder.mkdir(parents=True, exist_ok=True)
     labels, captions = [], []

@@ -1,4 +1,4 @@
-"""A small captioner, exported and served in a process of its own."""
+"""A small captioner, exported and served in a separate process."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ class Served:
         return self.process.poll() is None
 
     def predict(self, signature, name=NAME, timeout=60, **inputs):
-        """Asks with the official protos; outputs as arrays."""
+        """Sends a request with the official protos; returns arrays."""
         request = predict_request(signature, name, **inputs)
         with grpc.insecure_channel(self.grpc) as channel:
             stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -103,7 +103,7 @@ def service(run, **options):
 
 @contextlib.contextmanager
 def serve(run, model, python=sys.executable):
-    """Starts the stand-in, where this project is not to be found.
+    """Starts the stand-in without access to this project.
 
     Args:
         run: Folder of the run.

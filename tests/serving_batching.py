@@ -1,4 +1,4 @@
-"""Merges requests of the stand-in server as TensorFlow Serving does.
+"""Batching of requests in the stand-in server, as in TensorFlow Serving.
 
 Followed are, of tensorflow/serving: batching_session.cc, batching_util.cc; of
 TensorFlow: shared_batch_scheduler.h.
@@ -19,7 +19,7 @@ INTERNAL, UNAVAILABLE = 13, 14
 
 
 class RequestError(Exception):
-    """An answer with a gRPC status other than OK."""
+    """A response with a gRPC status other than OK."""
 
     def __init__(self, code, message):
         super().__init__(message)
@@ -68,7 +68,7 @@ def read_parameters(text):
 
 @dataclasses.dataclass
 class Task:
-    """A request that waits. `deadline` is in seconds of `time.monotonic`."""
+    """A waiting request. `deadline` is in seconds of `time.monotonic`."""
 
     inputs: dict
     size: int

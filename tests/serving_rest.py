@@ -1,4 +1,4 @@
-"""REST of the stand-in server.
+"""REST interface of the stand-in server.
 
 Followed are, of tensorflow/serving: http_rest_api_util.cc (paths),
 http_server.cc (status codes), get_model_status_impl.cc and json_tensor.cc, for
@@ -29,7 +29,7 @@ HTTP_STATUS |= {14: 503}
 
 
 def start(model):
-    """Answers at a free port, in threads of its own.
+    """Serves requests at a free port, in its own threads.
 
     Args:
         model: `serving_stand_in.Model`.

@@ -1,10 +1,10 @@
-"""Does what tensorflow_model_server does with a SavedModel, for tests.
+"""Stand-in for tensorflow_model_server that serves a SavedModel, for tests.
 
     python tests/serving_stand_in.py MODEL
 
-serves what MODEL/models.config names with the server's defaults:
+serves the model of MODEL/models.config with the server's defaults:
 
-- XLA is turned off: a graph with one of its ops does not run.
+- XLA is turned off, so a graph with one of its ops does not run.
 - The highest version is loaded (session loader, tag `serve`, tensors by the
   names in the signatures) and its warm-up requests are run, at most 1000. If
   that fails at the start there is no server (the real one tries five times
@@ -55,9 +55,9 @@ POLL_SECONDS = 1.0
 
 
 def turn_xla_off():
-    """What the server does unless started with --xla_cpu_compilation_enabled.
+    """Turns off XLA, as the server without --xla_cpu_compilation_enabled.
 
-    For the whole process, and for good.
+    This holds for the whole process, permanently.
     """
     (library,) = pathlib.Path(tf.sysconfig.get_lib()).glob(
         "libtensorflow_cc.so.?"
@@ -135,7 +135,7 @@ class Servable:
         return function
 
     def _warm_up(self, file):
-        """Runs the recorded requests, through the queues as all others."""
+        """Runs the recorded requests, through the queues like all others."""
         count = 0
         if not file.exists():
             return count
@@ -202,7 +202,7 @@ def _check_names(signature, request):
 
 
 class Model:
-    """What the server has of the one model in models.config.
+    """The versions of the one model in models.config.
 
     Args:
         folder: The model's folder.
@@ -244,7 +244,7 @@ class Model:
             raise RequestError(code, str(error)) from None
 
     def poll(self):
-        """Loads the newest version, if it is another one, then swaps them."""
+        """Loads the newest version if it is new, then swaps them."""
         newest = self._newest()
         if newest in (None, self._seen):
             return
@@ -292,7 +292,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
 
 def main(folder):
-    # As on a machine that has never heard of this project.
+    # As on a machine without this project.
     sys.modules["cappa_tf"] = sys.modules["keras"] = None
     turn_xla_off()
     try:

@@ -26,7 +26,7 @@ ECHO = "/v1/models/echo:predict"
 
 
 def _write_version(folder, version, warm_up=("a",), function=None):
-    """A version of a model that gives its texts back.
+    """A version of a model that returns its texts.
 
     Args:
         folder: Of the model.
@@ -106,7 +106,7 @@ def _states(served):
 
 
 def test_a_version_with_an_op_of_xla_is_not_served(served, tmp_path):
-    """By the process with the server's defaults, which goes on with its own."""
+    """XLA is off in the process with the server's defaults."""
 
     def function(texts):
         lengths = tf.strings.length(texts)

@@ -1,4 +1,4 @@
-"""A run of the real captioner on real shards, small enough to be repeated."""
+"""A small run of the real captioner on real shards."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def data(folder, split="train", **options):
 
 
 def make_model(folder, remat=False, num_layers=1, **kwargs):
-    """A captioner that draws all there is to draw."""
+    """A captioner that uses all kinds of random choices."""
     small = {
         "hidden_dim": 16,
         "num_layers": num_layers,
@@ -86,7 +86,7 @@ def make_model(folder, remat=False, num_layers=1, **kwargs):
 
 
 def run(folder, workdir, **overrides):
-    """Trains; returns what `train` does.
+    """Trains; returns the result of `train`.
 
     Args:
         folder: Of the data.
@@ -124,7 +124,7 @@ def run(folder, workdir, **overrides):
 
 
 def plain_run(folder, workdir):
-    """Trains only, and saves every other step; deterministic."""
+    """Trains without evaluation, saves every other step; deterministic."""
     run(
         folder,
         workdir,
@@ -172,8 +172,32 @@ def worker(index, folder, workdir, blow=None, sample_images=0):
     print("figures", figures, flush=True)
 
 
+def contrastive_run(folder, workdir, strategy="one"):
+    """Trains two towers, without saving before the end."""
+    run(
+        folder,
+        workdir,
+        # Not before the hosts have met: a tokenizer runs an operation.
+        model=lambda: tiny.make_contrastive(
+            Tokenizer(folder, LENGTH).vocabulary_size, dropout=0.1
+        ),
+        checkpoint_steps=STEPS,
+        eval_steps=STEPS,
+        eval_data=None,
+        final_evaluation=False,
+        deterministic=False,
+        strategy=strategy,
+    )
+
+
+def contrastive_worker(index, folder, workdir):
+    """A host of a contrastive run on several."""
+    del index
+    contrastive_run(folder, workdir, strategy="auto")
+
+
 def signal_after(step, number):
-    """Makes this process send itself a signal once `step` steps are made."""
+    """Makes this process send itself a signal after `step` steps."""
     real = run_module.Trainer._between_loops
 
     def between(self, interval):

@@ -1,4 +1,4 @@
-"""The smallest captioner and data set that can be trained, for tests."""
+"""Tiny models and data sets that can be trained, for tests."""
 
 import dataclasses
 import functools
@@ -8,8 +8,11 @@ import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
+from cappa_tf.models.bag_of_tokens import BagOfTokens
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.contrastive import Contrastive
+from cappa_tf.models.contrastive_captioner import ContrastiveCaptioner
+from cappa_tf.models.contrastive_head import ContrastiveHead
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.text_encoder import TextEncoder
 from cappa_tf.models.vision_encoder import VisionEncoder
@@ -55,7 +58,7 @@ def make_contrastive(size, **kwargs):
     """
     small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
     small["dropout"] = kwargs.pop("dropout", 0.0)
-    names = ("pooling", "patch_dropout", "image_size", "patch_size")
+    names = "pooling patch_dropout image_size patch_size num_heads".split()
     image = {name: kwargs.pop(name) for name in names if name in kwargs}
     return Contrastive(
         VisionEncoder(**{"patch_size": 8, "image_size": 16, **small, **image}),
@@ -64,32 +67,67 @@ def make_contrastive(size, **kwargs):
     )
 
 
+def make_contrastive_captioner(size, dropout=0.0, **kwargs):
+    """The captioner and the text tower of the other two, on one encoder.
+
+    Args:
+        size: Pieces of the vocabulary.
+        dropout: Of all towers.
+        **kwargs: Arguments of `ContrastiveCaptioner`.
+    """
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    small["dropout"] = dropout
+    return ContrastiveCaptioner(
+        VisionEncoder(patch_size=8, image_size=16, **small),
+        TextDecoder(size, LENGTH, **small),
+        TextEncoder(size, LENGTH, **small),
+        ContrastiveHead(16, 16, 8),
+        **{"masked_pred_prob": 0.5, "chunk_size": 64, **kwargs},
+    )
+
+
+def make_bag_of_tokens(size, **kwargs):
+    """The encoder of the others, that predicts the tokens of captions."""
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    return BagOfTokens(
+        VisionEncoder(patch_size=8, image_size=16, **small),
+        size,
+        LENGTH,
+        **kwargs,
+    )
+
+
 class Data:
-    """Images in a colour that their two words decide, made on the spot."""
+    """Images in a color that their two words determine, made in memory."""
 
     image_size = (16, 16)
     path = "tiny"
-    captions_per_image = 1
     preprocessing = ImagePreprocessing(image_size, max_pixels=None)
 
-    def __init__(self, folder, examples=32, poison=None):
+    def __init__(self, folder, examples=32, poison=None, captions=1):
+        self.captions_per_image = captions
         self.tokenizer = Tokenizer(vocabulary(folder)[0], max_length=LENGTH)
         self.skipped = {}
         random = np.random.RandomState(0)
         pairs = random.randint(len(WORDS), size=(examples, 2))
-        texts = [f"{WORDS[a]} {WORDS[b]}" for a, b in pairs]
-        self._labels = self.tokenizer(texts).numpy()
+        self._texts = [f"{WORDS[a]} {WORDS[b]}" for a, b in pairs]
+        self._labels = self.tokenizer(self._texts).numpy()
         pixels = random.uniform(-0.1, 0.1, (examples, 16, 16, 3))
         pixels[..., :2] += pairs[:, None, None] / len(WORDS)
         self._images = pixels.astype("float32")
         self._poison = poison
         self._read = []
 
+    def read_captions(self, limit):
+        for text in self._texts[:limit]:
+            yield [text]
+
     def _example(self, index):
         image = tf.gather(self._images, index % len(self._images))
         if self._poison is not None:
             image = tf.where(index == self._poison, np.nan, image)
-        labels = tf.gather(self._labels, index % len(self._labels))[None]
+        others = tf.range(self.captions_per_image, dtype=tf.int64)
+        labels = tf.gather(self._labels, (index + others) % len(self._labels))
         return {"image": image, "labels": labels, "index": index}
 
     def train(self, batch_size, start_index=0, seed=0, host=0, num_hosts=1):
@@ -137,6 +175,7 @@ def with_settings(**flat):
         "evaluation": settings.EvaluationSettings,
         "compute": settings.ComputeSettings,
         "weights": settings.WeightSettings,
+        "features": settings.FeatureSettings,
     }
     found = {}
     for argument, cls in objects.items():
@@ -147,5 +186,5 @@ def with_settings(**flat):
 
 
 def run(folder, **overrides):
-    """Trains; returns what `train` does."""
+    """Trains; returns the result of `train`."""
     return train(**with_settings(**arguments(folder, **overrides)))

@@ -103,7 +103,7 @@ def test_every_command_shows_its_own_help(name, command, tmp_path):
     shown = command(name, "--help", cwd=tmp_path, succeeds=False)
     assert f"    {name} " in shown
     assert "Traceback" not in shown
-    # Every flag that its help talks about comes from the tool's own list.
+    # Every flag in the help text is one of the tool's flags.
     main_flag = {
         "cappa-serving-client": "--address",
         "cappa-train": "--gin_file",
@@ -118,7 +118,7 @@ def test_every_command_shows_its_own_help(name, command, tmp_path):
 
 @pytest.mark.slow
 def test_the_commands_together_from_an_empty_folder(command, tmp_path):
-    """From photos to captions, with nothing of a checkout in sight."""
+    """From photos to captions, without access to the checkout."""
 
     def run(name, *arguments):
         return command(name, *arguments, cwd=tmp_path)

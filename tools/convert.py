@@ -7,9 +7,10 @@
     python tools/convert.py --from=big_vision --input=siglip.npz \
         --output=encoder.keras --image_size=384
 
-An npz file of a captioner becomes a captioner, one of a ViT or of a two-tower
-model (`img/...`) a vision encoder. --to=big_vision also takes the folder of a
-run.
+An npz of a captioner becomes a captioner, one of two towers (`img/...` and
+`txt/...`: CLIP, LiT, SigLIP) a contrastive model, one of a ViT a vision
+encoder. --to=big_vision also takes the folder of a run. --to=big_vision also
+takes the folder of a run.
 """
 
 import pathlib
@@ -21,6 +22,9 @@ from absl import app, flags
 
 from cappa_tf.utils import console, files
 from cappa_tf.utils.arguments import parse_height_width
+
+# What only the arrays of two towers are read with.
+TEXT_TOWER_FLAGS = ("text_pooling", "pad_with_eos")
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -52,7 +56,22 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_bool(
         "encoder_only",
         False,
-        "Write only the vision encoder of a captioner.",
+        "Write only the vision encoder of a captioner or contrastive model.",
+        **where,
+    )
+    flags.DEFINE_enum(
+        "text_pooling",
+        None,
+        ["last", "first", "gap", "max"],
+        "Pooling of a text tower, which arrays without a MAP head do not tell; "
+        "last by default. Only with --from=big_vision.",
+        **where,
+    )
+    flags.DEFINE_bool(
+        "pad_with_eos",
+        None,
+        "Whether texts of a contrastive model are padded with eos; by default "
+        "yes, except for SigLIP 2. Only with --from=big_vision.",
         **where,
     )
     flags.DEFINE_bool(
@@ -87,6 +106,8 @@ def convert(options):
     else:
         _write_big_vision(model, options)
     kind = "vision encoder" if model is encoder else "captioner"
+    if hasattr(model, "text_encoder"):
+        kind = "contrastive model"
     return (
         f"{options.output}: {kind}, {model.count_params():,} parameters, "
         f"images of {encoder.image_size[0]} x {encoder.image_size[1]} pixels"
@@ -103,7 +124,7 @@ def _check(options):
     to_keras = options.to == "keras"
     if to_keras and options.scan:
         raise ValueError("--scan is for --to=big_vision. Received: --scan")
-    for name in ("image_size", "max_length"):
+    for name in ("image_size", "max_length", *TEXT_TOWER_FLAGS):
         if not to_keras and options[name].value is not None:
             raise ValueError(
                 f"--{name} is for --from=big_vision. "
@@ -134,25 +155,47 @@ def _read_big_vision(options):
 
     arrays = big_vision.read_arrays(options.input)
     size = parse_height_width("image_size", options.image_size)
-    if big_vision.is_captioner(arrays) and not options.encoder_only:
+    whole = not options.encoder_only
+    if big_vision.is_two_towers(arrays) and whole:
+        _refuse(options, ["max_length"], "captioners")
+        given = {name: options[name].value for name in TEXT_TOWER_FLAGS}
+        return big_vision.load_two_towers(arrays, size, **given)
+    _refuse(options, TEXT_TOWER_FLAGS, "contrastive models")
+    if big_vision.is_captioner(arrays) and whole:
         return big_vision.load_captioner(
             arrays, size, max_length=options.max_length
         )
-    if options.max_length is not None:
-        raise ValueError(
-            "--max_length is for captioners. "
-            f"Received: --max_length={options.max_length}"
-        )
+    _refuse(options, ["max_length"], "captioners")
     return big_vision.load_vision_encoder(arrays, size)
+
+
+def _refuse(options, names, owners):
+    """Raises ValueError if one of these flags was given."""
+    for name in names:
+        if options[name].value is not None:
+            raise ValueError(
+                f"--{name} is for {owners}. "
+                f"Received: --{name}={options[name].value}"
+            )
 
 
 def _write_big_vision(model, options):
     from cappa_tf.saving import big_vision
 
-    if hasattr(model, "text_decoder"):
-        big_vision.save_captioner(model, options.output, scan=options.scan)
-    else:
-        big_vision.save_vision_encoder(model, options.output, scan=options.scan)
+    captions = hasattr(model, "text_decoder")
+    save = big_vision.save_vision_encoder
+    if hasattr(model, "text_encoder"):
+        if captions:
+            raise ValueError(
+                "A file of big_vision holds a captioner or two towers. Use "
+                "--encoder_only, or save_captioner and save_two_towers of "
+                "cappa_tf.export.big_vision. "
+                f"Received: --input={options.input}, which holds both"
+            )
+        save = big_vision.save_two_towers
+    elif captions:
+        save = big_vision.save_captioner
+    save(model, options.output, scan=options.scan)
 
 
 def main(argv):

@@ -19,8 +19,8 @@ Tasks:
                  the result of each image, and image sheets of the worst and
                  the best
     perplexity   likelihood of people's captions, with and without the image
-    retrieval    which caption, which image: Recall@1, 5, 10
-    zero_shot    which class name fits the image best
+    retrieval    captions of an image and images of a caption: Recall@1, 5, 10
+    zero_shot    classification by the class name that fits an image best
     geometry     embeddings of a contrastive model: modality gap, alignment,
                  uniformity
     fewshot      ridge regression on frozen features of few examples a class
@@ -40,11 +40,11 @@ embeddings; the latter has no captions and no perplexity.
 
 --checkpoint is the folder of a run or its .keras file; fewshot takes any
 .keras file (captioner or vision encoder) and an npz of big_vision, too. A
-model that cannot do what is asked for is refused before any data is read. A
-table is printed; the figures are written as JSON to --output, by default
-beside the checkpoint (of several evaluators, --output is a folder), results
-one by one (of an image, a choice) to .jsonl and sheets to .png files of the
-same name. A figure that is not defined is null.
+model that cannot perform the task is refused before any data is read. A table
+is printed; the metrics are written as JSON to --output, by default beside the
+checkpoint (with several evaluators, --output is a folder), the results of
+single images or choices to .jsonl files and sheets to .png files of the same
+name. A metric that is not defined is null.
 """
 
 import json
@@ -92,7 +92,8 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_integer(
         "limit",
         None,
-        "Only so many images; all by default, of retrieval by likelihood 100.",
+        "Maximum number of images; by default all, but 100 for retrieval by "
+        "likelihood.",
         lower_bound=1,
         **where,
     )
@@ -137,8 +138,8 @@ def _define_label_flags(where):
     flags.DEFINE_multi_string(
         "templates",
         ["a photo of a {}"],
-        "zero_shot: captions of a class, {} being its name; repeat for more. "
-        "clip_paper stands for 81 of them, clip_best for 8.",
+        "zero_shot: caption of a class with {} in place of its name; repeat "
+        "for more. clip_paper stands for 81 of them, clip_best for 8.",
         **where,
     )
     flags.DEFINE_string(
@@ -152,7 +153,7 @@ def _define_label_flags(where):
         "aliases",
         None,
         ["first", "all", "whole"],
-        "zero_shot: what becomes of a class name with commas, which separate "
+        "zero_shot: part to use of a class name with commas, which separate "
         "aliases; by default first by cosine, whole by likelihood.",
         **where,
     )

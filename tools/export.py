@@ -10,9 +10,10 @@
 Values of --what:
     backbone     the vision encoder as a Keras file, which opens with
                  TensorFlow, JAX or PyTorch
-    siglip       a folder for `transformers.SiglipVisionModel`
+    siglip       a folder for transformers: a `SiglipModel` of a contrastive
+                 model in SigLIP's form, otherwise a `SiglipVisionModel`
     timm         a folder for `timm.create_model("local-dir:...")`
-    saved_model  the captioner for TensorFlow Serving, in a new VERSION below
+    saved_model  the model for TensorFlow Serving, in a new VERSION below
                  the folder, with configuration files for a server beside it
 """
 
@@ -36,7 +37,8 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Folder of a run, or a .keras file of a captioner or an encoder.",
+        "Folder of a run, a .keras file of a model or an encoder, an npz of "
+        "big_vision, or a folder of transformers' SigLIP.",
         required=True,
         **where,
     )
@@ -70,7 +72,7 @@ def _define_serving_flags(where):
         "version": "number of the version; one more than the highest",
         "max_length": "maximum tokens of a caption; the decoder's",
         "max_batch_size": "maximum images per request; 32",
-        "max_texts": "maximum texts to score per image; 1,000",
+        "max_texts": "maximum texts or labels per image; 1,000",
         "max_pixels": "maximum pixels of an image; the limit of the run",
     }
     for name, meaning in numbers.items():
@@ -113,29 +115,47 @@ def _backbone(options):
 
 
 def _siglip(options):
-    from cappa_tf.export import torch_vit
+    """A `Contrastive` as a SiglipModel, else the vision encoder alone."""
+    from cappa_tf.export import siglip
+    from cappa_tf.saving import torch_layout
 
-    torch_vit.check_installed()
+    torch_layout.check_installed()
     files.check_output("output", options.output, is_folder=True)
-    encoder = _encoder(options)
-    torch_vit.save_siglip(encoder, options.output)
-    return _described(options, "SiglipVisionModel", encoder)
+    from cappa_tf.inference.predictor import FEATURES
+    from cappa_tf.models.contrastive import Contrastive
+
+    predictor = _opened(options, FEATURES)
+    if not isinstance(predictor.model, Contrastive):
+        encoder = _resized(options, predictor.encoder)
+        siglip.save_siglip_vision(encoder, options.output)
+        return _described(options, "SiglipVisionModel", encoder)
+    if options.image_size is not None:
+        raise ValueError(
+            "--image_size is for a vision encoder alone: a model of two towers "
+            "is written at its own size. "
+            f"Received: --image_size={','.join(options.image_size)}"
+        )
+    siglip.save_siglip(predictor.model, options.output, predictor.tokenizer)
+    vocabulary = "with" if predictor.tokenizer is not None else "without"
+    said = _described(options, "SiglipModel", predictor.model)
+    return f"{said}, {vocabulary} vocabulary"
 
 
 def _timm(options):
-    from cappa_tf.export import torch_vit
+    from cappa_tf.export import timm
+    from cappa_tf.saving import torch_layout
 
-    torch_vit.check_installed()
+    torch_layout.check_installed()
     files.check_output("output", options.output, is_folder=True)
     encoder = _encoder(options)
-    torch_vit.save_timm(encoder, options.output)
+    timm.save_timm(encoder, options.output)
     return _described(options, "timm VisionTransformer", encoder)
 
 
 def _saved_model(options):
     _refuse(options, ["image_size"])
     from cappa_tf.export import saved_model, serving_files
-    from cappa_tf.inference.predictor import GENERATE
+    from cappa_tf.inference.predictor import SCORE
 
     serving_files.check_protos()
     files.check_output("output", options.output, is_folder=True)
@@ -144,8 +164,15 @@ def _saved_model(options):
         values = {name: options[name].value for name in names}
         return {k: v for k, v in values.items() if v is not None}
 
-    predictor = _opened(options, GENERATE)
-    service = saved_model.CaptionService(
+    predictor = _opened(options, SCORE)
+    make = saved_model.service_class(predictor.model)
+    is_captioner = make is not saved_model.ContrastiveService
+    if options.max_length is not None and not is_captioner:
+        raise ValueError(
+            "--max_length is for captioners. "
+            f"Received: --max_length={options.max_length}"
+        )
+    service = make(
         predictor.model,
         predictor.tokenizer,
         predictor.preprocessing,
@@ -156,7 +183,7 @@ def _saved_model(options):
     )
     height, width = service.image_size
     return (
-        f"{path}: captioner for TensorFlow Serving, "
+        f"{path}: {service.kind} for TensorFlow Serving, "
         f"{service.num_bytes / 2**20:.0f} MiB of weights, images of "
         f"{height} x {width} pixels"
     )
@@ -196,20 +223,24 @@ def _opened(options, capability):
 
 def _encoder(options):
     """The vision encoder of --checkpoint, at --image_size."""
-    from cappa_tf.export import keras_backbone
     from cappa_tf.inference.predictor import FEATURES
 
-    encoder = _opened(options, FEATURES).encoder
+    return _resized(options, _opened(options, FEATURES).encoder)
+
+
+def _resized(options, encoder):
+    from cappa_tf.export import keras_backbone
+
     size = parse_height_width("image_size", options.image_size)
     if size is None:
         return encoder
     return keras_backbone.rebuilt(encoder, image_size=size)
 
 
-def _described(options, kind, encoder):
-    height, width = encoder.image_size
+def _described(options, kind, model):
+    height, width = getattr(model, "vision_encoder", model).image_size
     return (
-        f"{options.output}: {kind}, {encoder.count_params():,} parameters, "
+        f"{options.output}: {kind}, {model.count_params():,} parameters, "
         f"images of {height} x {width} pixels"
     )
 

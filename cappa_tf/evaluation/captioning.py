@@ -51,7 +51,8 @@ def evaluate_captions(
         A `CaptionResult` with the metrics `num_images`; `exact_match`, the
         fraction of captions equal to one of their references;
         `nll_per_token`, in nats, of the references, left to right, over all
-        their tokens; `distinct_captions`; `mean_words` per caption; and, with
+        their tokens, if the model is trained left to right;
+        `distinct_captions`; `mean_words` per caption; and, with
         `corpus_scores`, `cider` and the like.
 
     Raises:
@@ -69,8 +70,9 @@ def evaluate_captions(
         for i, row, example in zip(indices, decoded, examples):
             row.image = example.image if len(rows) < keep_images else None
             rows.append((i, row))
-        sums = decoder.reference_nll(images, references, most)
-        nll, tokens = nll + sums[0], tokens + sums[1]
+        if decoder.left_to_right:
+            sums = decoder.reference_nll(images, references, most)
+            nll, tokens = nll + sums[0], tokens + sums[1]
         if progress is not None:
             progress(len(rows))
     parts = [(rows, nll, tokens)]
@@ -84,7 +86,9 @@ def evaluate_captions(
             f"Received: split {dataset.split!r} of {dataset.path}, "
             f"limit={limit}, skipped={dataset.skipped}"
         )
-    metrics = summarize(rows) | {"nll_per_token": nll / tokens}
+    metrics = summarize(rows)
+    if decoder.left_to_right:
+        metrics["nll_per_token"] = nll / tokens
     if corpus_scores:
         metrics |= score_rows(rows).corpus
     return CaptionResult(rows, metrics)

@@ -1,9 +1,9 @@
-"""How the embeddings of a contrastive model lie on the unit sphere.
+"""Geometry of the embeddings of a contrastive model on the unit sphere.
 
     modality gap   length of the difference of the mean image embedding and the
                    mean text embedding (Liang et al., arXiv 2203.02053)
-    alignment      mean squared distance of an image and a text of it; 0 where
-                   they coincide
+    alignment      mean squared distance between an image and a text of it; 0
+                   if they coincide
     uniformity     log of the mean of exp(-2 distance^2) over pairs of two
                    images, or of two texts; lower is more even, 0 is a single
                    point (both: Wang and Isola, arXiv 2005.10242)
@@ -38,11 +38,11 @@ def uniformity(embeddings, rows=_ROWS):
     """Log of the mean of exp(-2 distance^2) over distinct pairs.
 
     Args:
-        embeddings: float [N, C], normalised.
+        embeddings: float [N, C], normalized.
         rows: Rows of the [N, N] distances that are held at once.
 
     Returns:
-        A float; NaN of fewer than two embeddings, which have no pair.
+        A float; NaN for fewer than two embeddings, which have no pair.
     """
     x = np.asarray(embeddings, np.float64)
     count = len(x)
@@ -54,26 +54,27 @@ def uniformity(embeddings, rows=_ROWS):
         some = slice(start, start + rows)
         distances = squares[some, None] + squares - 2 * (x[some] @ x.T)
         kernel = np.exp(-2 * np.maximum(distances, 0.0))
-        # Not an embedding with itself.
+        # An embedding and itself are not a pair.
         np.fill_diagonal(kernel[:, start:], 0.0)
         total += kernel.sum()
     return float(np.log(total / (count * (count - 1))))
 
 
 def geometry(images, texts, owners):
-    """Figures of the embeddings of images and of their texts.
+    """Metrics of the embeddings of images and of their texts.
 
     Args:
-        images: float [I, C], normalised.
-        texts: float [T, C], normalised.
+        images: float [I, C], normalized.
+        texts: float [T, C], normalized.
         owners: int [T], the image that each text belongs to.
 
     Returns:
         Dict of `modality_gap`, `alignment`, `uniformity/images`,
         `uniformity/texts`, `cosine/pairs` (mean cosine of a text and its
-        image) and `cosine/non_pairs` (and any other image; NaN of one image).
+        image) and `cosine/non_pairs` (mean cosine of a text and any other
+        image; NaN if there is only one image).
     """
-    x, y = (np.asarray(some, np.float64) for some in (images, texts))
+    x, y = np.asarray(images, np.float64), np.asarray(texts, np.float64)
     owners = np.asarray(owners)
     own = x[owners]  # [T, C]
     pairs = (own * y).sum()
@@ -96,13 +97,13 @@ class EmbeddingGeometry(Evaluator):
     """Modality gap, alignment and uniformity on one split.
 
     Args:
-        path: See `EvaluationImages`.
+        path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images.
+        limit: Maximum number of images to use, or None for all.
         captions_per_image: At most as many captions of each; None for all.
-            Captions of one image are near each other, so that several give
-            texts a higher uniformity than one does.
-        name: See `Evaluator`.
+            Captions of one image are close to each other, so several of them
+            give a higher uniformity of texts than one does.
+        name: Name of the evaluator in the results.
     """
 
     needs = (COSINE,)
@@ -122,11 +123,11 @@ class EmbeddingGeometry(Evaluator):
         self._most = captions_per_image
 
     def open(self):
-        """See `Evaluator`."""
+        """Checks that the data can be found."""
         self._data.open()
 
     def evaluate(self, predictor):
-        """Embeds each image and text once; see `geometry` for the metrics."""
+        """Embeds each image and text once and reports their `geometry`."""
         self.check(predictor)
         images, owned = [], []
         for pixels, examples in self._data.captioned(predictor):

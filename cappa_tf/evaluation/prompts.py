@@ -1,9 +1,9 @@
 """Prompts of zero-shot classification: templates and names of classes.
 
 Reference: big_vision evaluators/proj/image_text/prompt_engineering.py and
-prompt_engineering_constants.py. The templates are those that OpenAI published
-with CLIP (github.com/openai/CLIP, Prompt_Engineering_for_ImageNet), and the
-name alone.
+prompt_engineering_constants.py. The sets of templates are those that OpenAI
+published with CLIP (github.com/openai/CLIP, Prompt_Engineering_for_ImageNet),
+plus the name alone.
 
 Abbreviations for dimensions:
     C: classes.  M: templates.
@@ -13,7 +13,7 @@ import string
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 
-# The 80 templates of CLIP's ImageNet figures and the name alone.
+# The 80 templates of CLIP's ImageNet results and the name alone.
 _CLIP_PAPER = (
     "a bad photo of a {}.",
     "a photo of many {}.",
@@ -110,7 +110,7 @@ _CLIP_BEST = (
 )
 TEMPLATES = {"clip_paper": _CLIP_PAPER, "clip_best": _CLIP_BEST}
 
-# What becomes of a name with commas, which separate the aliases of a class.
+# Ways to use a name with commas, which separate the aliases of a class.
 ALIASES = ("first", "all", "whole")
 
 
@@ -123,10 +123,10 @@ def canonical(text, keep=""):
 
     Args:
         text: A string.
-        keep: Punctuation that stays where exactly this string occurs.
+        keep: Punctuation to keep where exactly this string occurs.
 
     Returns:
-        A string. "_" becomes a space; other ASCII punctuation leaves none.
+        A string. "_" becomes a space; other ASCII punctuation is deleted.
     """
     removed = str.maketrans("", "", string.punctuation)
     parts = text.replace("_", " ")
@@ -136,7 +136,7 @@ def canonical(text, keep=""):
 
 
 def find_templates(templates):
-    """The templates that a name of `TEMPLATES` or a list stands for.
+    """Returns a set of templates given by name, or a list after validation.
 
     Args:
         templates: "clip_paper", "clip_best", or M texts, each with one {}
@@ -146,7 +146,8 @@ def find_templates(templates):
         A tuple of M texts.
 
     Raises:
-        ValueError: The name is unknown, or a text is not a template.
+        ValueError: If the name is unknown, a text is not a template, or the
+            list is empty.
     """
     if isinstance(templates, str):
         if templates not in TEMPLATES:
@@ -158,18 +159,18 @@ def find_templates(templates):
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(
-                "A template must hold {} once, where the name goes. "
+                "A template must contain {} once, in place of the name. "
                 f"Received: {template!r} of {tuple(templates)}"
             )
     if not templates:
         raise ValueError(
-            f"There must be templates. Received: templates={templates}"
+            f"`templates` must not be empty. Received: templates={templates}"
         )
     return tuple(templates)
 
 
 def class_prompts(class_names, templates, is_canonical=False, aliases="whole"):
-    """Texts of each class.
+    """Returns the texts of each class.
 
     class_prompts(["Cat, kitty"], ["A {}.", "The {}"], True, "first")
         -> [["a cat", "the cat"]]
@@ -177,16 +178,16 @@ def class_prompts(class_names, templates, is_canonical=False, aliases="whole"):
     Args:
         class_names: C names; a comma separates aliases.
         templates: M texts, from `find_templates`.
-        is_canonical: Whether names and templates become `canonical`.
-        aliases: "first" takes a name's first alias, "all" each with every
-            template, and "whole" the name as it is.
+        is_canonical: Whether to pass names and templates through `canonical`.
+        aliases: "first" takes the first alias of a name, "all" every alias,
+            and "whole" the name as it is.
 
     Returns:
-        A list of C lists of texts, an alias's M texts together. With "all"
-        an alias keeps the space before it, as in the reference.
+        A list of C lists of texts, with the M texts of an alias together. With
+        "all" an alias keeps the space before it, as in the reference.
 
     Raises:
-        ValueError: There is no class, or nothing is left of a name.
+        ValueError: If there is no class, or an alias is empty.
     """
     if is_canonical:
         templates = [canonical(text, keep="{}") for text in templates]
@@ -197,11 +198,12 @@ def class_prompts(class_names, templates, is_canonical=False, aliases="whole"):
         parts = parts[:1] if aliases == "first" else parts
         if not all(part.strip() for part in parts):
             raise ValueError(
-                f"Nothing is left of the class name {name!r} of {class_names}"
+                "Class names and their aliases must not be empty. Received: "
+                f"{name!r} among {class_names}"
             )
         texts.append([t.replace("{}", p) for p in parts for t in templates])
     if not texts:
         raise ValueError(
-            f"There must be class names. Received: class_names={class_names}"
+            f"`class_names` must not be empty. Received: {class_names}"
         )
     return texts

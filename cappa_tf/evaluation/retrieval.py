@@ -1,10 +1,10 @@
-"""Image-text retrieval: which caption, which image.
+"""Image-text retrieval: finds the caption of an image and vice versa.
 
 The score of a pair is the caption's log-likelihood given the image, or the
-cosine of their embeddings. Some captions are likelier than others whatever the
-image shows, and rank first for all of them; so images also rank captions by the
-likelihood less the caption's likelihood without an image (`minus_blind`). For a
-given caption that changes no order of images.
+cosine of their embeddings. Some captions are likely whatever the image shows,
+and would rank first for all images; so captions are also ranked by the
+log-likelihood minus that of the caption without an image (`minus_blind`). This
+does not change the order of images for a given caption.
 
 Abbreviations for dimensions:
     I: images.  T: captions, each of one image.  C: width of the embeddings.
@@ -33,7 +33,7 @@ from cappa_tf.inference.predictor import (
 from cappa_tf.utils.arguments import check_counts
 
 RECALLS = (1, 5, 10)
-# Images that are scored by likelihood where no limit is given.
+# Default limit of images if likelihoods are scored.
 _LIKELIHOOD_LIMIT = 100
 
 
@@ -49,9 +49,9 @@ def recalls(scores, owners, at=RECALLS):
     Returns:
         Dict of `image_to_text/recall@k`, the fraction of images that have one
         of their own captions among the k best, and `text_to_image/recall@k`,
-        the fraction of captions whose image is among the k best. A wrong one
-        with the same score counts as better, so a model that gives all pairs
-        the same score has a recall of 0.
+        the fraction of captions whose image is among the k best. A wrong
+        candidate with the same score counts as better, so a model that gives
+        all pairs the same score has a recall of 0.
     """
     scores, owners = np.asarray(scores), np.asarray(owners)
     count = len(scores)
@@ -82,18 +82,18 @@ def recalls(scores, owners, at=RECALLS):
 class Retrieval(Evaluator):
     """Retrieval in one split of captioned images.
 
-    By likelihood every caption is scored for every image: the cost of I * T
-    captions, which grows with the square of `limit`. By cosine each image and
-    each caption is embedded once.
+    By likelihood every caption is scored for every image: I * T scores, whose
+    cost grows with the square of `limit`. By cosine each image and each caption
+    is embedded once.
 
     Args:
         path: Path of the data, as in `EvaluationImages`.
         split: Name of the split.
-        limit: Only the first images; by default 100 where likelihoods are
-            scored, and all otherwise.
+        limit: Maximum number of images to use; by default 100 if likelihoods
+            are scored, and all otherwise.
         captions_per_image: At most as many captions of each; None for all.
         parallel: Whether to score in parallel mode, too.
-        name: See `Evaluator`.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -120,8 +120,9 @@ class Retrieval(Evaluator):
     def evaluate(self, predictor):
         """Scores all pairs of images and captions.
 
-        Those of the other scores have `minus_blind/` and `parallel/` in front,
-        and those by cosine of a captioner that can do both `cosine/`.
+        The names of metrics of other scores than the default begin with
+        `minus_blind/`, `parallel/` or, for a captioner that also has a cosine,
+        `cosine/`.
         """
         self.check(predictor)
         plain = predictor.score_kinds[0]

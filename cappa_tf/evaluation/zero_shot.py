@@ -1,22 +1,22 @@
-"""Zero-shot classification: the class whose name fits the image best.
+"""Zero-shot classification: predicts the class whose name fits an image best.
 
-A captioner scores the log-likelihood of a class's prompt, summed over the
-tokens and not divided by their number; with several templates it is their mean,
-with several aliases that of the best one. Reference: arXiv 2306.07915, section
-4.2; big_vision evaluators/proj/cappa/scoring_classifier.py.
+The score of a captioner is the log-likelihood of the class's prompt, summed
+over the tokens and not divided by their number. It is averaged over several
+templates, and the best of several aliases counts. Reference: arXiv 2306.07915,
+section 4.2; big_vision evaluators/proj/cappa/scoring_classifier.py.
 
-A contrastive model compares the image's embedding with one of the class, the
-mean of the embeddings of all its prompts, normalised. Reference: big_vision
-evaluators/proj/image_text/discriminative_classifier.py.
+The score of a contrastive model is the cosine of the image's embedding and the
+normalized mean of the embeddings of all prompts of the class. Reference:
+big_vision evaluators/proj/image_text/discriminative_classifier.py.
 
-What becomes of the names differs by default. The reference's contrastive
-figures are those of canonical text and of a name's first alias. A likelihood is
-that of a text as people write it, so the name stays as it is.
+The default treatment of names differs. The contrastive results of the reference
+are for canonical text and the first alias of a name. A likelihood is that of
+text as people write it, so a captioner scores the name as it is.
 
 Abbreviations for dimensions:
-    N: images.  C: classes.  B: images at once.  M: templates.
+    N: images.  C: classes.  B: images per batch.  M: templates.
     D: width of the embeddings.  P: prompts of all classes.
-    K: labels an image has at most.
+    K: maximum number of labels of an image.
 """
 
 import os
@@ -53,10 +53,10 @@ _EPSILON = 1e-8
 
 
 def class_embeddings(embeddings, classes):
-    """One normalised embedding of each class.
+    """Returns one normalized embedding of each class.
 
     Args:
-        embeddings: float [P, D], normalised, of prompts.
+        embeddings: float [P, D], normalized, of prompts.
         classes: int [P], the class of each prompt, 0 ... C - 1; each class
             has at least one.
 
@@ -75,12 +75,12 @@ def class_embeddings(embeddings, classes):
 
 
 def ranks(scores, labels):
-    """How many wrong classes score as high as the right one or higher.
+    """Counts the wrong classes that score as high as the right one or higher.
 
     Args:
         scores: float [N, C].
-        labels: int [N], or [N, K] filled up with -1, of which the one that
-            scores highest counts.
+        labels: int [N], or [N, K] padded with -1; of several labels the one
+            with the highest score counts.
 
     Returns:
         int [N], 0 where a right class wins alone: a tie counts as lost.
@@ -91,7 +91,7 @@ def ranks(scores, labels):
 
 
 def _is_right(labels, num_classes):
-    """Bool [N, C]: whether a class is a label of an image."""
+    """Bool [N, C], True where a class is a label of an image."""
     labels = np.asarray(labels)
     labels = labels.reshape(len(labels), -1)
     right = np.zeros((len(labels), num_classes), bool)
@@ -105,15 +105,15 @@ def figures(scores, labels):
 
     Args:
         scores: float [N, C].
-        labels: int [N], or [N, K] filled up with -1: right is what is any of
-            them. Each image has at least one.
+        labels: int [N], or [N, K] padded with -1: any of them is right. Each
+            image has at least one.
 
     Returns:
         (dict of `top_1`, with more than five classes `top_5`, and
-        `mean_per_class`, the mean of the classes' own top-1; int [C, C], true
-        class by predicted one). An image of several labels is one of each
-        class; in the matrix its true class is the predicted one if that is
-        right, and the first otherwise.
+        `mean_per_class`, the mean of the top-1 of each class; int [C, C], true
+        class by predicted class). An image with several labels belongs to each
+        of these classes; in the matrix its true class is the predicted one if
+        that is right, and the first label otherwise.
     """
     classes = scores.shape[1]
     position = ranks(scores, labels)
@@ -141,7 +141,7 @@ class _Likelihoods:
 
     Args:
         predictor: `Predictor`.
-        texts: C lists of texts, an alias's M texts together.
+        texts: C lists of texts, with the M texts of an alias together.
         num_templates: M.
         kind: Kind of the score.
     """
@@ -203,19 +203,19 @@ class ZeroShot(Evaluator):
             left out. None for the labels of the data.
         class_names: C names by class number, with commas between aliases;
             None for those of the data.
-        templates: M texts with {} where the name goes, or "clip_paper" (81 of
-            them) or "clip_best" (8).
-        canonical: Whether names and templates are lower-cased and lose their
+        templates: M texts with {} in place of the name, or "clip_paper" (81
+            texts) or "clip_best" (8 texts).
+        canonical: Whether to lower-case names and templates and remove their
             punctuation; None for yes by cosine, no by likelihood.
-        aliases: "first", "all" or "whole", see `prompts.class_prompts`; None
+        aliases: "first", "all" or "whole", as in `prompts.class_prompts`; None
             for "first" by cosine, "whole" by likelihood.
-        resize: "squash" or "resize_small", the whole image or its middle.
-        margin: How much larger the image is resized than it is cropped; 1.0
-            crops nothing. The reference's contrastive figures are at 1.14
-            (1 / 0.875) in some of its configurations, at 1.0 in others.
+        resize: "squash" for the whole image, or "resize_small" for its middle.
+        margin: Ratio of the size the image is resized to and the size of the
+            crop; 1.0 crops nothing. Some configurations of the reference use
+            1.14 (1 / 0.875) for contrastive models, others 1.0.
         parallel: Whether to score in parallel mode, too.
-        limit: Only the first images.
-        name: See `Evaluator`.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
     """
 
     def __init__(
@@ -288,14 +288,14 @@ class ZeroShot(Evaluator):
     def evaluate(self, predictor):
         """Classifies every image.
 
-        Those of a captioner's parallel mode are called `parallel/top_1` and so
-        on, those of its scores less that of the text without an image
-        `minus_blind/...`, and those by cosine of a model that can do both
-        `cosine/...`.
+        Metrics of the default score are called `top_1` and so on. The parallel
+        mode of a captioner adds `parallel/top_1` and so on, its scores minus
+        those of the text without an image add `minus_blind/...`, and the
+        cosine of a model that has both kinds of scores adds `cosine/...`.
         """
         self.check(predictor)
         data, names = self._data, self._names()
-        # All of the image by default, as in training: no margin is cut off.
+        # By default the whole image is used, as in training.
         prepare = preprocessing(
             predictor.image_size, self._resize, self._margin
         )
@@ -315,15 +315,15 @@ class ZeroShot(Evaluator):
         for images, numbers, _ in _first(batches, self._limit):
             if numbers.max() >= len(names):
                 raise ValueError(
-                    f"A label has no name. Received: label {numbers.max()} "
-                    f"with the {len(names)} names {names}"
+                    "Every label must have a class name. Received: label "
+                    f"{numbers.max()} with the {len(names)} names {names}"
                 )
             labels.append(numbers)
             for kind, parts in scores.items():
                 parts.append(scorers[kind](images))  # [B, C]
         if not labels:
             raise ValueError(
-                f"No labeled image in split {data.split!r} of "
+                f"There is no labeled image in split {data.split!r} of "
                 f"{data.path}. Received: skipped={dict(data.skipped)}"
             )
         labels = np.concatenate(labels)

@@ -69,6 +69,10 @@ class CaptionDecoder:
         compiled: Compiles a function of batches; by default for one device.
         **generation: Options of `captioner.generate`. If it samples, the
             samples of an image are a function of the seed and its key.
+
+    Attributes:
+        left_to_right: Whether `reference_nll` is defined: whether the captioner
+            is trained left to right.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class CaptionDecoder:
             )
         )
         self._generation = generation
+        self.left_to_right = captioner.left_to_right
         self._losses = compiled(
             lambda batch: captioner.compute_losses(batch, training=False)
         )
@@ -187,7 +192,7 @@ class CaptionDecoder:
                 yield path, rows.get(path), reasons.get(path)
 
     def reference_nll(self, images, references, most=None):
-        """Negative log-likelihood of captions written by people.
+        """Negative log-likelihood of captions written by people, left to right.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1], or fewer.

@@ -17,10 +17,16 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
+from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.inference.text_embeddings import TextEmbeddings
 from cappa_tf.models.contrastive import COSINE
-from cappa_tf.saving import big_vision, run_folder
+from cappa_tf.saving import (
+    big_vision,
+    huggingface_tokenizer,
+    run_folder,
+    siglip,
+)
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice, check_counts
 
@@ -32,8 +38,8 @@ SCORE = "score"  # of any kind
 # Kinds of scores of captioners: left to right, as captions are generated; all
 # tokens at once from MASK tokens and the image; left to right without an image,
 # which is the likelihood of the text alone; and the first minus the third.
-# Contrastive models score by COSINE, that of the image's and the text's
-# embedding.
+# Contrastive models score by COSINE, the cosine of the embeddings of image and
+# text.
 AUTOREGRESSIVE = "autoregressive"
 PARALLEL = "parallel"
 BLIND = "blind"
@@ -85,12 +91,12 @@ class Predictor:
 
         Args:
             path: Folder of a run; `.keras` file of a task or of a vision
-                encoder, in such a folder or elsewhere; or an npz file of
-                big_vision.
+                encoder, in such a folder or elsewhere; an npz file of
+                big_vision; or a folder of transformers' SigLIP.
             weights: Weights of a run to load: "final", "best", "latest" or
                 "auto", as in `run_folder.load_model`.
             tokenizer: `Tokenizer` of a model without a vocabulary beside it. A
-                run has its own.
+                run has its own, and so has a folder with spiece.model.
             batch_size: B.
 
         Returns:
@@ -103,11 +109,9 @@ class Predictor:
         path = os.fspath(path)
         preprocessing = None
         if path.endswith(".npz"):
-            model = big_vision.load_vision_encoder(path)
-            if tokenizer is not None:
-                model = big_vision.load_captioner(
-                    path, max_length=tokenizer.max_length
-                )
+            model = _open_npz(path, tokenizer)
+        elif siglip.is_siglip(path):
+            model, tokenizer = _open_siglip(path, tokenizer)
         else:
             model = run_folder.load_model(path, weights)
             folder = path if files.isdir(path) else os.path.dirname(path)
@@ -226,7 +230,7 @@ class Predictor:
         )
 
     def embed_images(self, images):
-        """Normalised embeddings of images, to be compared with texts.
+        """Normalized embeddings of images, to be compared with texts.
 
         Args:
             images: float [any number, H, W, 3] in [-1, 1].
@@ -254,7 +258,7 @@ class Predictor:
     # Texts.
 
     def embed_texts(self, texts):
-        """Normalised embeddings of texts, to be compared with images.
+        """Normalized embeddings of texts, to be compared with images.
 
         An embedding is kept until the weights change.
 
@@ -409,6 +413,42 @@ class Predictor:
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+
+
+def _open_npz(path, tokenizer):
+    """A model of big_vision; its vision encoder if texts cannot be read."""
+    if tokenizer is None:
+        return big_vision.load_vision_encoder(path)
+    arrays = big_vision.read_arrays(path)
+    if not big_vision.is_two_towers(arrays):
+        return big_vision.load_captioner(
+            arrays, max_length=tokenizer.max_length
+        )
+    model = big_vision.load_two_towers(arrays)
+    _check_length(path, model, tokenizer)
+    return model
+
+
+def _open_siglip(path, tokenizer):
+    """The model of a folder of transformers, and its tokenizer if any."""
+    if not siglip.has_text(path):
+        return siglip.load_siglip_vision(path), None
+    model = siglip.load_siglip(path)
+    vocabulary = os.path.join(path, huggingface_tokenizer.VOCABULARY)
+    if tokenizer is None and files.exists(vocabulary):
+        tokenizer = Tokenizer(vocabulary, model.text_encoder.max_length)
+    if tokenizer is not None:
+        _check_length(path, model, tokenizer)
+    return model, tokenizer
+
+
+def _check_length(path, model, tokenizer):
+    limit = model.text_encoder.max_length
+    if tokenizer.max_length > limit:
+        raise ValueError(
+            f"Texts of {path} have at most {limit} tokens. Received: a "
+            f"tokenizer with max_length={tokenizer.max_length}"
+        )
 
 
 def _encoder(model):

@@ -9,8 +9,10 @@ from cappa_tf.models import classification_head, text_encoder  # noqa: F401
 # Encoders open under every backend, even if TensorFlow is not installed.
 if keras.config.backend() == "tensorflow":
     from cappa_tf.models import (  # noqa: F401
+        bag_of_tokens,
         captioner,
         classifier,
         contrastive,
+        contrastive_captioner,
         text_decoder,
     )

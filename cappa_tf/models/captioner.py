@@ -10,6 +10,7 @@ Abbreviations for dimensions:
 import dataclasses
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from cappa_tf.models import stateless_random
@@ -21,6 +22,7 @@ from cappa_tf.utils.arguments import check_counts, check_fraction
 
 _PARALLEL_SALT = stateless_random.salt_of("captioner/parallel")
 _MASKING_SALT = stateless_random.salt_of("captioner/masking")
+_RATIO_SALT = stateless_random.salt_of("captioner/ratio")
 _CAPTION_SALT = stateless_random.salt_of("captioner/caption")
 
 
@@ -31,13 +33,21 @@ class Captioner(Inference, Task):
     Each training example is predicted either left to right (autoregressive,
     "Cap") or all at once from MASK tokens (parallel, "Pa"), chosen at random.
 
+    With a `masking_ratio` that is sampled, a parallel example is one of masked
+    diffusion captioning ("MDC"): the ratio r of each caption is sampled
+    uniformly, each of its positions is MASK with probability r, and the loss
+    of the masked tokens is weighted by 1 / r. Its expectation is an upper
+    bound of the caption's negative log-likelihood.
+
     Args:
         vision_encoder: `VisionEncoder`; the decoder attends to its `encoded`.
         text_decoder: `TextDecoder` with `encoder_dim` = the encoder's width.
         masked_pred_prob: Probability that a training example is predicted in
             parallel; 0 is "Cap".
         masking_ratio: Fraction of the L input positions that are MASK in a
-            parallel example; the others show their own token.
+            parallel example; the others show their own token, and all tokens
+            are predicted. Or a pair (low, high): the range (low, high] from
+            which it is sampled for each caption.
         label_smoothing: Fraction of the target's probability that is spread
             over the whole vocabulary.
         seed: Seed of all random choices, together with each example's `index`.
@@ -45,9 +55,9 @@ class Captioner(Inference, Task):
 
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
+    arXiv 2510.26799 for the sampled ratio.
     """
 
-    selection_metric = "nll_per_token"
     can_generate = True
     short_names = {
         "autoregressive/loss": "cap",
@@ -55,7 +65,17 @@ class Captioner(Inference, Task):
         "parallel/loss": "pa",
         "parallel/nll_per_token": "pa/token",
         "nll_per_token": None,
+        "masked/nll_per_token": "masked/token",
     }
+    # The parts that the constructor takes, and its other arguments.
+    _PARTS = ("vision_encoder", "text_decoder")
+    _ARGUMENTS = (
+        "masked_pred_prob",
+        "masking_ratio",
+        "label_smoothing",
+        "seed",
+        "chunk_size",
+    )
 
     def __init__(
         self,
@@ -71,9 +91,7 @@ class Captioner(Inference, Task):
     ):
         super().__init__(**kwargs)
         check_fraction(
-            masked_pred_prob=masked_pred_prob,
-            masking_ratio=masking_ratio,
-            label_smoothing=label_smoothing,
+            masked_pred_prob=masked_pred_prob, label_smoothing=label_smoothing
         )
         check_counts(chunk_size=chunk_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -90,7 +108,7 @@ class Captioner(Inference, Task):
         self.vision_encoder = vision_encoder
         self.text_decoder = text_decoder
         self.masked_pred_prob = masked_pred_prob
-        self.masking_ratio = masking_ratio
+        self.masking_ratio = _checked_ratio(masking_ratio)
         self.label_smoothing = label_smoothing
         self.seed = seed
         self.chunk_size = chunk_size
@@ -98,10 +116,26 @@ class Captioner(Inference, Task):
     @property
     def parts(self):
         """Dict of the two parts, "vision_encoder" and "text_decoder"."""
-        return {
-            "vision_encoder": self.vision_encoder,
-            "text_decoder": self.text_decoder,
-        }
+        return {name: getattr(self, name) for name in self._PARTS}
+
+    @property
+    def samples_ratio(self):
+        """Whether the masking ratio is sampled for each caption."""
+        return isinstance(self.masking_ratio, tuple)
+
+    @property
+    def left_to_right(self):
+        """Whether any caption is predicted left to right in training.
+
+        One that is not fills MASK tokens in: it is evaluated on masked
+        captions, and generates by filling one position after the other.
+        """
+        return not (self.samples_ratio and self.masked_pred_prob == 1.0)
+
+    @property
+    def selection_metric(self):
+        """The name of the metric that selects the best weights."""
+        return "nll_per_token" if self.left_to_right else "loss"
 
     # Predictions.
 
@@ -153,7 +187,9 @@ class Captioner(Inference, Task):
         """Losses of a batch, one value per example.
 
         In training the objective of each example is chosen at random; in
-        evaluation all examples are autoregressive.
+        evaluation all examples are autoregressive, or masked if the captioner
+        is not trained `left_to_right`. The masks of evaluation are a function
+        of the caption.
 
         Args:
             batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
@@ -167,46 +203,64 @@ class Captioner(Inference, Task):
         Returns:
             Dict of float32 [B]: `loss`, the mean over each caption's tokens,
             then over the example's K captions (the training loss is the mean
-            of this over the global batch); `nll`, summed over all tokens,
-            without smoothing; `tokens`, their number; `parallel`, 1 if the
+            of this over the global batch); `nll`, summed over all predicted
+            tokens, without smoothing or weights; `predicted`, their number;
+            `tokens`, the number of all tokens, of which a caption whose ratio
+            is sampled predicts the masked ones only; `parallel`, 1 if the
             example was predicted in parallel, else 0.
         """
-        labels = batch["labels"]
+        seeds = self._example_seeds(batch, training)
+        encoded = self.encode(batch["image"], seeds, training)
+        return self._decoder_losses(batch["labels"], encoded, seeds, training)
+
+    def _decoder_losses(self, labels, encoded, seeds, training):
+        """`compute_losses` of labels [B, K, L] for encoded images [B, P, D]."""
         if labels.shape.rank != 3:
             raise ValueError(
                 "`labels` must be [B, K, L], K captions of each image. "
                 f"Received: labels of shape {labels.shape}"
             )
         count, captions = tf.shape(labels)[0], labels.shape[1]
-        seeds = caption_seeds = None
-        if training:
-            seeds = stateless_random.example_seeds(
-                self.seed, self._index(batch)
-            )
-            caption_seeds = self._caption_seeds(seeds, captions)
-        parallel = self._sample_parallel(seeds, count)
-        encoded = self.encode(batch["image"], seeds, training)
         flat = tf.reshape(labels, [-1, labels.shape[2] or tf.shape(labels)[2]])
+        real = flat != self.text_decoder.special_tokens.pad
+        caption_seeds = None
+        if training:
+            caption_seeds = self._caption_seeds(seeds, captions)
+        elif not self.left_to_right:
+            caption_seeds = self._seeds_of_captions(flat, real)
+        parallel = self._sample_parallel(seeds, count)
         repeated = tf.repeat(parallel, captions)
+        inputs, predicted, weight = self._decoder_inputs(
+            flat, repeated, caption_seeds
+        )
         hidden = self.text_decoder(
-            self._decoder_inputs(flat, repeated, caption_seeds),
+            inputs,
             self.text_decoder.project_memory(encoded),
             parallel=repeated,
             seeds=caption_seeds,
             training=self.trains("text_decoder", training),
         )
-        loss, nll = self._token_losses(hidden, flat)
-        real = labels != self.text_decoder.special_tokens.pad
-        per_caption = cross_entropy.caption_mean(
-            loss, tf.reshape(real, tf.shape(flat))
-        )
-        tokens = tf.reduce_sum(tf.cast(real, tf.float32), axis=[1, 2])
-        by_image = tf.reshape(tf.reduce_sum(nll, -1), [count, captions])
+        if predicted is not None:
+            predicted = tf.logical_and(predicted, real)
+        loss, nll = self._token_losses(hidden, flat, predicted)
+        if weight is not None:
+            loss = loss * weight[:, None]
+        per_caption = cross_entropy.caption_mean(loss, real)
+
+        def by_image(values):
+            values = tf.reduce_sum(values, axis=-1)  # [N, L] -> [N]
+            values = tf.reshape(values, [count, captions])
+            return tf.reduce_sum(values, axis=1)
+
+        tokens = by_image(tf.cast(real, tf.float32))
+        if predicted is not None:
+            predicted = by_image(tf.cast(predicted, tf.float32))
         return {
             "loss": tf.reduce_mean(
                 tf.reshape(per_caption, [count, captions]), axis=1
             ),
-            "nll": tf.reduce_sum(by_image, axis=1),
+            "nll": by_image(nll),
+            "predicted": tokens if predicted is None else predicted,
             "tokens": tokens,
             "parallel": tf.cast(parallel, tf.float32),
         }
@@ -219,10 +273,16 @@ class Captioner(Inference, Task):
         Returns:
             `ExampleLosses`.
         """
-        parts = self.compute_losses(batch, training)
-        nll, tokens = parts["nll"], parts["tokens"]
-        metrics = {"nll_per_token": (nll, tokens)}
-        if training:
+        return self._figures(self.compute_losses(batch, training), training)
+
+    def _figures(self, parts, training):
+        """`ExampleLosses` of what `compute_losses` returns."""
+        nll, predicted = parts["nll"], parts["predicted"]
+        per_token = (nll, predicted)
+        metrics = {"nll_per_token": per_token}
+        if not self.left_to_right:
+            metrics = {"masked/nll_per_token": per_token}
+        elif training:
             parallel = parts["parallel"]
             for name, chosen in (
                 ("autoregressive", 1.0 - parallel),
@@ -231,9 +291,11 @@ class Captioner(Inference, Task):
                 metrics[f"{name}/loss"] = (chosen * parts["loss"], chosen)
                 metrics[f"{name}/nll_per_token"] = (
                     chosen * nll,
-                    chosen * tokens,
+                    chosen * predicted,
                 )
-        return ExampleLosses(parts["loss"], metrics, {"tokens": tokens})
+        return ExampleLosses(
+            parts["loss"], metrics, {"tokens": parts["tokens"]}
+        )
 
     def batch_spec(self, size, captions=1):
         """Specs of `image`, `labels` and `index`, as `Task` defines them."""
@@ -270,6 +332,12 @@ class Captioner(Inference, Task):
         check_texts(data, self.text_decoder, "TextDecoder")
         check_image_size(data, name, self.vision_encoder)
 
+    def _example_seeds(self, batch, training):
+        """A seed for each example uint32 [B], None in evaluation."""
+        if not training:
+            return None
+        return stateless_random.example_seeds(self.seed, self._index(batch))
+
     def _index(self, batch):
         """Positions of the examples in the stream, by default from the step."""
         if "index" in batch:
@@ -287,37 +355,83 @@ class Captioner(Inference, Task):
             self.seed, tf.cast(tf.reshape(samples, [-1]) * 2.0**24, tf.int64)
         )
 
+    def _seeds_of_captions(self, labels, real):
+        """A seed for each caption, uint32 [N], from its tokens alone.
+
+        The same caption gets the same mask in every evaluation, whatever the
+        batch is and however long the padding.
+        """
+        length = labels.shape[1]
+        if length is None:
+            length = self.text_decoder.max_length
+        powers = [pow(_HASH_BASE, i, 2**31) for i in range(length)]
+        powers = tf.constant(np.array(powers), tf.int64)[: tf.shape(labels)[1]]
+        tokens = tf.where(real, tf.cast(labels, tf.int64) + 1, 0)
+        return stateless_random.example_seeds(
+            self.seed, tf.reduce_sum(tokens * powers, axis=1)
+        )
+
     def _sample_parallel(self, seeds, count):
         """Which examples are predicted in parallel, bool [B]."""
+        if not self.left_to_right:
+            return tf.fill([count], True)
         if seeds is None or self.masked_pred_prob == 0.0:
             return tf.fill([count], False)
         samples = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
         return samples < self.masked_pred_prob
 
     def _decoder_inputs(self, labels, parallel, seeds):
-        """Shifted labels, or masked ones if parallel, int32 [N, L]."""
+        """What the decoder reads, and what it has to predict.
+
+        Args:
+            labels: int32 [N, L].
+            parallel: bool [N].
+            seeds: uint32 [N] of the masks; None if no caption is parallel.
+
+        Returns:
+            (inputs, predicted, weight): the shifted labels, or the masked ones
+            of parallel captions, int32 [N, L]; bool [N, L] of the positions
+            to predict, or None for all; float32 [N], the weight of the
+            caption's loss, or None for 1.
+        """
         shifted = self.text_decoder.shift_right(labels)
         if seeds is None or self.masked_pred_prob == 0.0:
-            return shifted
+            return shifted, None, None
+        predicted = weight = None
+        length = tf.shape(labels)[1]
         mask = self.text_decoder.special_tokens.require_mask()
         masked = tf.fill(tf.shape(labels), mask)
-        if self.masking_ratio < 1.0:
-            length = tf.shape(labels)[1]
+        if self.samples_ratio:
+            low, high = self.masking_ratio
+            samples = stateless_random.uniform(seeds, (1,), _RATIO_SALT)
+            ratio = high - (high - low) * samples  # [N, 1] in (low, high]
+            samples = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
+            chosen = samples < ratio
+            masked = tf.where(chosen, masked, labels)
+            predicted = tf.logical_or(chosen, ~parallel[:, None])
+            weight = tf.where(parallel, 1.0 / ratio[:, 0], 1.0)
+        elif self.masking_ratio < 1.0:
             count = tf.cast(length, tf.float32) * self.masking_ratio
             samples = stateless_random.uniform(seeds, (length,), _MASKING_SALT)
             rank = tf.argsort(tf.argsort(samples, axis=1), axis=1)
             chosen = rank < tf.cast(count, tf.int32)
             masked = tf.where(chosen, masked, labels)
-        return tf.where(parallel[:, None], masked, shifted)
+        inputs = tf.where(parallel[:, None], masked, shifted)
+        return inputs, predicted, weight
 
-    def _token_losses(self, hidden, labels):
-        """Loss and nll, each float32 [N, L], 0 at padding."""
+    def _token_losses(self, hidden, labels, predicted=None):
+        """Loss and nll, each float32 [N, L], 0 where nothing is predicted.
+
+        `predicted` is bool [N, L], by default True for all but padding.
+        """
+        if predicted is None:
+            predicted = labels != self.text_decoder.special_tokens.pad
         shape = tf.shape(labels)
         width = hidden.shape[-1]
         loss, nll = cross_entropy.token_cross_entropy(
             tf.reshape(hidden, [-1, width]),
             tf.reshape(labels, [-1]),
-            tf.reshape(labels, [-1]) != self.text_decoder.special_tokens.pad,
+            tf.reshape(predicted, [-1]),
             *self.text_decoder.head_weights,
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
@@ -329,6 +443,8 @@ class Captioner(Inference, Task):
     @property
     def score_kinds(self):
         """Kinds of scores; "blind" is the decoder without any image."""
+        if not self.left_to_right:
+            return ("parallel",)
         # A model never trained in parallel yields noise as parallel scores.
         parallel = ("parallel",) if self.masked_pred_prob > 0.0 else ()
         return ("autoregressive", *parallel, "blind")
@@ -346,24 +462,20 @@ class Captioner(Inference, Task):
 
     def get_config(self):
         """Returns the constructor's arguments."""
-        names = (
-            "masked_pred_prob masking_ratio label_smoothing seed chunk_size"
-        ).split()
         serialize = keras.saving.serialize_keras_object
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": serialize(self.dtype_policy),
-            "vision_encoder": serialize(self.vision_encoder),
-            "text_decoder": serialize(self.text_decoder),
-            **{name: getattr(self, name) for name in names},
+            **{name: serialize(getattr(self, name)) for name in self._PARTS},
+            **{name: getattr(self, name) for name in self._ARGUMENTS},
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Builds a captioner from `get_config`'s result."""
         config = dict(config)
-        for part in ("vision_encoder", "text_decoder"):
+        for part in cls._PARTS:
             config[part] = keras.saving.deserialize_keras_object(
                 config[part], custom_objects=custom_objects
             )
@@ -374,3 +486,24 @@ class Captioner(Inference, Task):
                 decoder.special_tokens, eos=eos
             )
         return cls(**config)
+
+
+# Of the hash by which the masks of evaluation follow from a caption.
+_HASH_BASE = 1_000_003
+
+
+def _checked_ratio(ratio):
+    """A masking ratio, or the range that it is sampled from as a tuple."""
+    if not isinstance(ratio, list | tuple):
+        check_fraction(masking_ratio=ratio)
+        return ratio
+    valid = len(ratio) == 2 and all(
+        isinstance(x, int | float) and not isinstance(x, bool) for x in ratio
+    )
+    if not valid or not 0.0 <= ratio[0] < ratio[1] <= 1.0:
+        raise ValueError(
+            "`masking_ratio` must be a fraction, or a pair (low, high) with "
+            "0 <= low < high <= 1 to sample it from. Received: "
+            f"masking_ratio={ratio!r}"
+        )
+    return tuple(ratio)

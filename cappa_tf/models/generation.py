@@ -36,7 +36,9 @@ class _State(NamedTuple):
     cache: list
 
 
-def decode(decoder, memory, search, rules, *, size, prefix, uniform):
+def decode(
+    decoder, memory, search, rules, *, size, prefix, uniform, masked=False
+):
     """Generates captions token by token.
 
     The loop has static shapes (so that it compiles), uses the image's keys and
@@ -52,6 +54,9 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
         prefix: int32 [B or 1, fewer than L], the beginning of each caption.
         uniform: float32 [B, L, S] in [0, 1), random numbers for sampling, or
             None.
+        masked: Whether the decoder fills in MASK tokens: the next token is
+            read at its own position, with MASK there and after it. Without a
+            cache, as all positions attend to each other.
 
     Returns:
         tokens: int32 [B, S, L], the best sequence first; eos is kept, pad
@@ -60,8 +65,10 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
             (before rules and temperature), 0 after eos.
     """
     batch, sequences, length = size
-    memory = tf.nest.map_structure(by_head, memory)
     special = decoder.special_tokens
+    next_hidden = _masked_hidden if masked else _cached_hidden
+    if not masked:
+        memory = tf.nest.map_structure(by_head, memory)
     forced = tf.pad(prefix, [[0, 0], [0, length - prefix.shape[1]]])
 
     def unfinished(state):
@@ -69,11 +76,7 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
 
     def step(state):
         i, flat = state.i, tf.reshape(state.tokens, [-1, length])
-        last = tf.gather(flat, tf.maximum(i - 1, 0), axis=1)
-        last = tf.where(i > 0, last, special.start)
-        hidden, cache = decoder.call_with_cache(
-            last[:, None], memory, state.cache, i
-        )
+        hidden, cache = next_hidden(decoder, memory, flat, state.cache, i)
         log_probs = tf.nn.log_softmax(decoder.logits(hidden)[:, 0])  # [N, V]
         scores = rules.apply(log_probs, flat, i)
         if prefix.shape[1] > 0:
@@ -126,7 +129,9 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
                 totals=tf.zeros((batch, sequences)) + first,
                 lengths=tf.zeros((batch, sequences), tf.int32),
                 ended=tf.fill((batch, sequences), False),
-                cache=decoder.empty_cache(batch * sequences, length),
+                cache=[]
+                if masked
+                else decoder.empty_cache(batch * sequences, length),
             ),
         ),
     )
@@ -136,6 +141,27 @@ def decode(decoder, memory, search, rules, *, size, prefix, uniform):
         tf.gather(state.tokens, order, batch_dims=1),
         tf.gather(state.log_probs, order, batch_dims=1),
     )
+
+
+def _cached_hidden(decoder, memory, tokens, cache, i):
+    """Hidden states [N, 1, D] that predict position i, and the cache.
+
+    `tokens` are int32 [N, L], of which those before position i count.
+    """
+    last = tf.gather(tokens, tf.maximum(i - 1, 0), axis=1)
+    last = tf.where(i > 0, last, decoder.special_tokens.start)
+    return decoder.call_with_cache(last[:, None], memory, cache, i)
+
+
+def _masked_hidden(decoder, memory, tokens, cache, i):
+    """As `_cached_hidden`, with MASK from position i on."""
+    most = decoder.max_length
+    tokens = tf.pad(tokens, [[0, 0], [0, most - tokens.shape[1]]])
+    mask = decoder.special_tokens.require_mask()
+    tokens = tf.where(tf.range(most) < i, tokens, mask)
+    everywhere = tf.fill(tf.shape(tokens)[:1], True)
+    hidden = decoder(tokens, memory, parallel=everywhere)
+    return tf.gather(hidden, [i], axis=1), cache
 
 
 def draft(decoder, memory, length):

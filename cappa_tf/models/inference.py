@@ -65,6 +65,9 @@ class Inference:
     ):
         """Generates captions, by default greedily.
 
+        A captioner that is not trained `left_to_right` fills MASK tokens in,
+        one position after the other, with a pass over all positions for each.
+
         Args:
             images: float [B, H, W, 3] in [-1, 1].
             max_length: Maximum length L of a caption, including prefix and
@@ -114,6 +117,7 @@ class Inference:
             size=(batch, plan.sequences, plan.length),
             prefix=plan.prefix,
             uniform=uniform,
+            masked=not self.left_to_right,
         )
         wanted = 0 if num_captions == 1 else slice(num_captions)
         return _captions(tokens[:, wanted], log_probs[:, wanted])

@@ -14,6 +14,9 @@ import tensorflow as tf
 
 from cappa_tf.models import stateless_random
 
+# The pooling head, the one layer that reads nothing but `encoded`.
+_POOL = "vision_encoder/pool"
+
 
 class ExampleLosses(NamedTuple):
     """The loss of each example, and its contributions to the metrics.
@@ -31,6 +34,10 @@ class ExampleLosses(NamedTuple):
     loss: tf.Tensor
     metrics: dict
     counts: dict
+
+    def times(self, weight):
+        """The loss times a number; all other figures as they are."""
+        return self._replace(loss=self.loss * weight)
 
     def plus(self, other):
         """The sum of two losses of the same examples, all figures of both."""
@@ -56,9 +63,13 @@ class Task(keras.Model):
         can_generate: Whether the model has `generate`, which captions images.
             A run then writes captions of sample images and of the test split.
         needs_whole_batch: Whether the loss of an example depends on the others
-            of the global batch, see `WholeBatchTask`.
+            of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
         trained_parts: Names of what is trained inside frozen parts.
+        takes_features: Whether a batch may have features of a frozen vision
+            encoder in place of images, see `use_features`.
+        feature_kind: The output of `VisionEncoder` that batches have in place
+            of images, or None.
     """
 
     selection_metric = "loss"
@@ -68,11 +79,12 @@ class Task(keras.Model):
     needs_whole_batch = False
     frozen_parts = ()
     trained_parts = ()
+    takes_features = False
+    feature_kind = None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        names = dict.fromkeys(["loss", self.selection_metric])
-        self._fit_metrics = {name: keras.metrics.Mean(name) for name in names}
+        self._fit_metrics = {}
         self._frozen_variables = frozenset()
 
     def build(self, input_shape=None):
@@ -82,6 +94,9 @@ class Task(keras.Model):
             if not part.built:
                 part.build()
             stateless_random.set_salt_prefix(part, name)
+        if not self._fit_metrics:
+            names = dict.fromkeys(["loss", self.selection_metric])
+            self._fit_metrics = {n: keras.metrics.Mean(n) for n in names}
         self.built = True
 
     def build_from_config(self, config):
@@ -98,38 +113,42 @@ class Task(keras.Model):
         model or part loaded from a file can be trained as a whole.
 
         Args:
-            names: Names of `parts`; those of an earlier call are trained again.
-            trained: Names of layers inside them that are trained nevertheless,
-                such as "vision_encoder/pool". They, too, drop nothing.
+            names: Names of `parts`, or of layers of them that have no dropout,
+                such as "contrastive_head/image"; those of an earlier call are
+                trained again.
+            trained: Names of layers inside them that are trained all the same,
+                such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
         """
-        parts = self.parts
-        unknown = [name for name in names if name not in parts]
+        inside = {
+            f"{part}/{layer.name}": layer
+            for part, whole in self.parts.items()
+            for layer in _layers_inside(whole)
+        }
+        known = {**self.parts, **inside}
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
-                f"`frozen_parts` must be among the parts of the model, "
-                f"{list(parts)}. Received: {unknown}"
+                "`frozen_parts` must be among the parts of the model, "
+                f"{list(self.parts)}, or layers of them such as "
+                f"{next(iter(inside), None)!r}. Received: {unknown}"
             )
-        inside = {
-            f"{part}/{name}": layer
-            for part in names
-            for name, layer in _layers_inside(parts[part]).items()
-        }
+        inside = [name for name in inside if name.partition("/")[0] in names]
         unknown = [name for name in trained if name not in inside]
         if unknown:
             raise ValueError(
                 "`trained_parts` (TRAINED_PARTS) must be among the layers of "
-                f"the frozen parts, {list(inside)}. Received: {unknown}, with "
+                f"the frozen parts, {inside}. Received: {unknown}, with "
                 f"frozen_parts={list(names)}"
             )
         self.frozen_parts, self.trained_parts = tuple(names), tuple(trained)
-        kept = {id(v) for name in trained for v in inside[name].variables}
+        kept = {id(v) for name in trained for v in known[name].variables}
         self._frozen_variables = frozenset(
             id(variable)
             for name in names
-            for variable in parts[name].variables
+            for variable in known[name].variables
             if id(variable) not in kept
         )
         if not self.trainable_variables:
@@ -145,23 +164,24 @@ class Task(keras.Model):
         return [v for v in super().trainable_variables if id(v) not in frozen]
 
     def how_trained(self, part):
-        """How much of a part is trained, for reports.
+        """Describes which layers of a part are trained, for reports.
 
         Args:
             part: Name of the part.
 
         Returns:
-            "" for all of it, "frozen", or "frozen except pool".
+            "" if all are trained, "frozen", "frozen except pool" or "image
+            frozen".
         """
-        if part not in self.frozen_parts:
-            return ""
         prefix = f"{part}/"
-        trained = [
-            name.removeprefix(prefix)
-            for name in self.trained_parts
-            if name.startswith(prefix)
-        ]
-        return "frozen" + (f" except {', '.join(trained)}" if trained else "")
+        frozen, trained = (
+            [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            for names in (self.frozen_parts, self.trained_parts)
+        )
+        if part in self.frozen_parts:
+            except_for = f" except {', '.join(trained)}" if trained else ""
+            return f"frozen{except_for}"
+        return f"{', '.join(frozen)} frozen" if frozen else ""
 
     def trains(self, part, training):
         """Returns whether the layers of a part run as in training.
@@ -171,6 +191,43 @@ class Task(keras.Model):
             training: Whether the model as a whole is being trained.
         """
         return training and part not in self.frozen_parts
+
+    def use_features(self):
+        """From now on batches have `image_features` in place of `image`.
+
+        These are what the frozen vision encoder gives for the images:
+        `pre_logits`, or `encoded` where the pooling on top is trained.
+
+        Raises:
+            ValueError: If the method needs images, or more of the encoder is
+                trained.
+        """
+        if not self.takes_features:
+            raise ValueError(
+                "FEATURES='cached' is for methods that need images for nothing "
+                "but their features, such as Contrastive. Received: "
+                f"{type(self).__name__}"
+            )
+        name = "vision_encoder"
+        trained = self.trained_parts
+        trained = [part for part in trained if part.startswith(f"{name}/")]
+        if name not in self.frozen_parts or trained not in ([], [_POOL]):
+            raise ValueError(
+                "FEATURES='cached' needs a frozen vision encoder: "
+                f"FROZEN_PARTS=['{name}'], and TRAINED_PARTS=['{_POOL}'] or "
+                f"none of it. Received: frozen_parts={list(self.frozen_parts)}"
+                f", trained_parts={list(self.trained_parts)}"
+            )
+        self.feature_kind = "encoded" if trained else "pre_logits"
+
+    def image_spec(self, size):
+        """The part of `batch_spec` that is images, or features of images."""
+        encoder = self.parts["vision_encoder"]
+        if self.feature_kind is None:
+            shape = (size, *encoder.image_size, 3)
+            return {"image": tf.TensorSpec(shape, tf.float32)}
+        shape = (size, *encoder.output_shapes()[self.feature_kind])
+        return {"image_features": tf.TensorSpec(shape, tf.float32)}
 
     def example_losses(self, batch, training):
         """Loss and metrics of each example in a batch.
@@ -223,6 +280,19 @@ class Task(keras.Model):
         Raises:
             ValueError: If it does not; names the file and the bindings that
                 disagree.
+        """
+
+    def prepare(self, data):
+        """Takes from the training data what is fixed before the first step.
+
+        The trainer calls it once when a run starts, not when it resumes: what
+        it finds belongs to the weights. Every host calls it.
+
+        Args:
+            data: The training data set.
+
+        Returns:
+            A log line, or None.
         """
 
     def better(self, value, best):
@@ -366,8 +436,21 @@ class WholeBatchTask(Task):
 
     def example_losses(self, batch, training):
         """Losses of a batch whose examples are compared with each other."""
-        images, texts, losses = self.embed(batch, training)
         mask = batch.get("_mask")
+        return self.complete(*self.embed(batch, training), mask)
+
+    def complete(self, images, texts, losses, mask=None):
+        """Losses of all examples, once they are compared with each other.
+
+        Args:
+            images: float32 [global batch, C], from `embed`, as are the others.
+            texts: float32 [global batch, C].
+            losses: `ExampleLosses`.
+            mask: Optional float32 [global batch], 0 for padding.
+
+        Returns:
+            `ExampleLosses`.
+        """
         mask = None if mask is None else mask > 0
         own = (0, images.shape[0] or tf.shape(images)[0])
         return losses.plus(self.batch_losses(images, texts, own, mask))
@@ -384,6 +467,6 @@ class WholeBatchTask(Task):
 
 
 def _layers_inside(part):
-    """Dict name -> layer of a part's own layers that have weights."""
-    layers = getattr(part, "layers", ())
-    return {layer.name: layer for layer in layers if layer.variables}
+    """A part's own layers that have weights."""
+    layers = part._flatten_layers(include_self=False, recursive=False)
+    return [layer for layer in layers if layer.variables]

@@ -48,8 +48,6 @@ __all__ = [
 _CAPTIONER_ENCODER = "encoder/"
 _IMAGE_TOWER = "img/"
 _TEXT_TOWER = "txt/"
-# Gemma's vocabulary. SigLIP 2 reads texts with it, padded with 0.
-_GEMMA_VOCABULARY = 256_000
 
 
 def load_captioner(
@@ -221,7 +219,7 @@ def load_two_towers(
         bias = float(arrays["b"][0])
         options.setdefault("loss", "sigmoid")
     if pad_with_eos is None:
-        pad_with_eos = text_sizes["V"] != _GEMMA_VOCABULARY
+        pad_with_eos = names.pads_with_eos(text_sizes["V"])
     model = Contrastive(
         _vision_encoder(structure, vision_sizes, vision, image_size),
         TextEncoder(

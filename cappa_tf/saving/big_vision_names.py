@@ -24,6 +24,8 @@ import re
 _ENCODER_SCAN_AXIS = 0
 _DECODER_SCAN_AXIS = 1
 
+_GEMMA_VOCABULARY = 256_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -276,6 +278,14 @@ def text_structure(names):
     }
 
 
+def pads_with_eos(vocabulary_size):
+    """Whether the text tower of a public file reads padding as eos.
+
+    CLIP, LiT and SigLIP pad with eos; SigLIP 2, of Gemma's vocabulary, with 0.
+    """
+    return vocabulary_size != _GEMMA_VOCABULARY
+
+
 def text_tower_structure(names):
     """Arguments of `text_tower_rows` for names below `txt/`.
 
@@ -338,13 +348,14 @@ def expected_shapes(rows, sizes, prefix=""):
     }
 
 
-def check_arrays(expected, arrays, source):
+def check_arrays(expected, arrays, source, owner="a big_vision model"):
     """Compares all names and shapes at once.
 
     Args:
         expected: Dict from name to shape, from `expected_shapes`.
         arrays: Dict of arrays by name.
         source: Source of the arrays, for the message.
+        owner: What the arrays should be of, for the message.
 
     Raises:
         ValueError: If any array is missing, extra or misshapen. The message
@@ -363,7 +374,7 @@ def check_arrays(expected, arrays, source):
     ]
     if not (missing or extra or misshapen):
         return
-    lines = ["The arrays are not those of a big_vision model."]
+    lines = [f"The arrays are not those of {owner}."]
     lines += _listed("Missing", missing, lambda n: _shown(expected[n]), " - ")
     lines += _listed("Extra", extra, lambda n: _shown(arrays[n].shape), " + ")
     lines += _listed(

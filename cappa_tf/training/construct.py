@@ -29,7 +29,7 @@ def build_model(
         precision: Dtype policy such as "mixed_bfloat16"; None keeps the
             current policy.
         frozen_parts: Names of the parts to exclude from training.
-        trained_parts: Names of layers inside them to train nevertheless.
+        trained_parts: Names of layers inside them to train all the same.
 
     Returns:
         (model, optimizer), both built.

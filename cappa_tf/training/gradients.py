@@ -50,6 +50,8 @@ class TaskGradients:
             wrap = _unchanged
         if model.needs_whole_batch:
             self._forward = wrap(lambda batch: model.embed(batch, True))
+            # Without the losses: nothing that only they need is computed.
+            self._embed = wrap(lambda batch: model.embed(batch, True)[:2])
             self._backward = wrap(self._against_derivatives)
             self._gradients = self._whole_batch
         else:
@@ -103,7 +105,7 @@ class TaskGradients:
             shape = [batch["index"].shape[0], model.embedding_width]
             spec = tf.TensorSpec([parts["index"].shape[1], shape[1]])
             embeddings = tf.map_fn(
-                lambda part: tuple(self._forward(part)[:2]),
+                self._embed,
                 parts,
                 parallel_iterations=1,
                 fn_output_signature=(spec, spec),

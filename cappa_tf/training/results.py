@@ -48,7 +48,7 @@ def finish(
         figures |= _caption(
             model, data, workdir, evaluation, batch_size, strategy, hosts
         )
-    elif data is not None:
+    if data is not None and model.selection_metric not in figures:
         figures |= Validation(strategy, hosts, model, data, batch_size)()
     figures |= evaluate()
     if hosts.is_chief:

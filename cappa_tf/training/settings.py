@@ -1,4 +1,4 @@
-"""Settings of a run: the four objects that `train.train` takes.
+"""Settings of a run: the five objects that `train.train` takes.
 
 Each is frozen and validated on construction. A gin file binds the fields by
 name (`settings.RunSettings.total_steps = 1000`), as gin/runs/pretrain.gin does.
@@ -8,6 +8,7 @@ import dataclasses
 
 from cappa_tf.utils import arguments
 
+FEATURE_TYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
 
 
@@ -78,8 +79,9 @@ class EvaluationSettings:
     can generate captions."""
 
     final_evaluation: bool = True
-    """Whether to caption the test split at the end. For a model that does not
-    generate captions, computes the validation metrics on it instead."""
+    """Whether to caption the test split at the end. The validation metrics are
+    computed on it if the metric that selects the best weights is not among the
+    figures of the captions, as for a model that generates none."""
 
     final_weights: str = "last"
     """Weights to finish with: "last", or "best" according to validation."""
@@ -156,15 +158,17 @@ class WeightSettings:
     """Source of the initial weights, and the parts that are not trained.
 
     Parts are named as in the model's `Task.parts`: "vision_encoder" and
-    "text_decoder" for a captioner.
+    "text_decoder" for a captioner; "vision_encoder", "text_encoder" and
+    "contrastive_head" for a contrastive model.
 
     Raises:
         ValueError: If a field is of the wrong type; names it.
     """
 
     initialize_from: str | None = None
-    """Run folder, `.keras` file or npz file of big_vision from which to read
-    the weights before the first step; None for random weights."""
+    """Run folder, `.keras` file, npz file of big_vision or folder of
+    transformers' SigLIP from which to read the weights before the first step;
+    None for random weights."""
 
     initialize_parts: list | tuple | None = None
     """Names of the parts to read; None for the whole model."""
@@ -174,7 +178,7 @@ class WeightSettings:
     optimizer state, and run as in inference (without dropout)."""
 
     trained_parts: list | tuple = ()
-    """Names of layers inside frozen parts that are trained nevertheless, such
+    """Names of layers inside frozen parts that are trained all the same, such
     as "vision_encoder/pool", the attention pooling on frozen features."""
 
     def __post_init__(self):
@@ -195,3 +199,37 @@ class WeightSettings:
         arguments.check_names(
             frozen_parts=self.frozen_parts, trained_parts=self.trained_parts
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Whether a frozen vision encoder's features replace images in training.
+
+    Raises:
+        ValueError: If a field is of the wrong type or unknown; names it.
+    """
+
+    features: str | None = None
+    """"cached" computes the features of all images once, keeps them on disk
+    and trains on them; None encodes the images of each batch."""
+
+    cache_folder: str | None = None
+    """Folder of the caches, which runs may share; by default `features` below
+    the run's. All hosts must see it, as one that is not in a bucket."""
+
+    dtype: str = "float32"
+    """Type they are kept in: "float32", "float16" or "bfloat16"."""
+
+    batch_size: int = 64
+    """Images encoded at a time, by each host on one device."""
+
+    def __post_init__(self):
+        arguments.check_choice((None, "cached"), features=self.features)
+        arguments.check_choice(FEATURE_TYPES, dtype=self.dtype)
+        arguments.check_counts(batch_size=self.batch_size)
+        folder = self.cache_folder
+        if folder is not None and not (isinstance(folder, str) and folder):
+            raise ValueError(
+                "`cache_folder` (FEATURE_CACHE) must be a path or None. "
+                f"Received: cache_folder={folder!r}"
+            )

@@ -3,10 +3,13 @@
 B: batch (padded at the end of the split).
 """
 
+import functools
+
 import numpy as np
 import tensorflow as tf
 
 from cappa_tf.training.distribution.strategies import on_replicas
+from cappa_tf.training.gradients import function
 
 
 class Validation:
@@ -22,14 +25,28 @@ class Validation:
         data: Data set whose `evaluate(batch_size, host, num_hosts)` returns a
             host's part of the split in padded batches with `_mask` [B], 1 for
             real examples.
-        batch_size: Batch size over all devices of all hosts.
+        batch_size: Batch size over all devices of all hosts. The examples of a
+            task that compares them (`WholeBatchTask`) are compared within a
+            host's part of such a batch.
     """
 
     def __init__(self, strategy, hosts, model, data, batch_size):
         self._hosts, self._model = hosts, model
         self._data, self._batch_size = data, batch_size
         self._names = None  # of the sums, once a batch has been traced
-        self._sums = on_replicas(strategy, self._example_sums, hosts.count)
+        shared = functools.partial(on_replicas, strategy, num_hosts=hosts.count)
+        if model.needs_whole_batch:
+            # However many devices embed a batch, it is compared as one.
+            self._embed = shared(
+                lambda batch: model.embed(batch, training=False)
+            )
+            self._sums = function(self._batch_sums)
+        else:
+            self._sums = shared(
+                lambda batch: self._example_sums(
+                    batch, model.example_losses(batch, training=False)
+                )
+            )
 
     def __call__(self):
         """Evaluates the split.
@@ -66,10 +83,14 @@ class Validation:
             self._batch_size // hosts.count, hosts.index, hosts.count
         )
 
-    def _example_sums(self, batch):
+    def _batch_sums(self, batch):
+        embedded = self._embed(batch)
+        losses = self._model.complete(*embedded, batch["_mask"])
+        return self._example_sums(batch, losses)
+
+    def _example_sums(self, batch, losses):
         """Totals and weights, float32 [B, 2 * metrics], zeros for padding."""
         mask = batch["_mask"]  # [B]
-        losses = self._model.example_losses(batch, training=False)
         figures = {"loss": (losses.loss, mask), **losses.metrics}
         self._names = list(figures)
         # A padding example may yield NaN, so it is masked with `where`.

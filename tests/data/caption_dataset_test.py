@@ -1,4 +1,4 @@
-"""Promises of the batches: what training and evaluation get to see."""
+"""Batches of the data set, as training and evaluation get them."""
 
 import io
 
@@ -14,7 +14,7 @@ COUNT = 21
 
 
 def _image(value, side=SIZE):
-    """A PNG whose pixels all say which example it is."""
+    """A PNG whose pixels all tell which example it is."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), (value, 255 - value, 7)).save(file, "PNG")
     return file.getvalue()
@@ -100,7 +100,7 @@ def test_training_batches(data, cache):
 
 @pytest.mark.parametrize("cache", [None, "records"])
 def test_caches_change_nothing_but_speed(data, pixels, cache):
-    """Small data are held in memory unless told otherwise."""
+    """Small data sets are held in memory by default."""
     options, wanted = pixels
     found = take(make(data, cache=cache, **options).train(start_index=2), 4)
     for one, other in zip(found, wanted, strict=True):
@@ -166,7 +166,7 @@ def test_long_captions_are_drawn_only_where_there_are_no_others(
     tmp_path, cache
 ):
     captions = [
-        ["a b c d e", "a b", " a  c ", "a b c"],  # Spaces are no words.
+        ["a b c d e", "a b", " a  c ", "a b c"],  # Spaces are not words.
         ["a b c d", "d e d e", "a b c d e", " "],
         ["a b c d e"],
     ]
@@ -189,7 +189,7 @@ def test_long_captions_are_drawn_only_where_there_are_no_others(
     assert drawn[1] == {("a b c d", "d e d e"), ("d e d e", "a b c d")}
     assert drawn[2] == {("a b c d e", "a b c d e")}
     assert dataset.skipped == {}
-    # What is evaluated is the whole of it.
+    # Evaluation uses the whole image.
     labels = take(dataset.evaluate(), 1)[0]["labels"]
     texts = dataset.tokenizer.detokenize(labels.reshape(-1, 12))
     assert texts[:2] == ["a b c d e", "a b"]
@@ -327,7 +327,7 @@ def test_fit_can_read_it(data):
 
 @pytest.mark.parametrize("resize", ["squash", "resize_small_central_crop"])
 def test_reduced_decoding_covers_what_is_resized_to(tmp_path, resize):
-    """Of 48 x 96 pixels, half covers 24 x 24 but no crop out of 30 x 30."""
+    """Half of 48 x 96 pixels covers 24 x 24, but not a crop from 30 x 30."""
     y, x = np.mgrid[0:48, 0:96]
     pixels = np.stack([y * 5, x * 2, y + x], -1).astype(np.uint8)
     file = io.BytesIO()
@@ -349,7 +349,7 @@ def test_reduced_decoding_covers_what_is_resized_to(tmp_path, resize):
         full = shown(reduced_decode=False, **options)
         reduced = shown(**options)
         covered = resize == "squash" or small == 24
-        # Where half does not cover the target, nothing is reduced.
+        # If half does not cover the target, the scale is not reduced.
         assert np.array_equal(full, reduced) != covered
     close = shown(resize_small=27)
     assert np.abs(close - exact).mean() < 0.1

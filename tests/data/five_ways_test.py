@@ -1,4 +1,4 @@
-"""A photo that lies on its side is read upright, wherever it comes from."""
+"""A photo stored sideways is read upright from every source."""
 
 import io
 import tarfile
@@ -39,7 +39,7 @@ def photo():
 
 @pytest.fixture(scope="module")
 def sources(photo, tmp_path_factory):
-    """The photo in a tar, in TFRecords of other names, in TFDS and prepared."""
+    """The photo in a tar, in foreign TFRecords, in TFDS and prepared."""
     folder = tmp_path_factory.mktemp("photo")
     with tarfile.open(folder / "train-0.tar", "w") as tar:
         for name, content in (("1.jfif", photo), ("1.txt", b"a caption")):
@@ -83,7 +83,7 @@ PREPROCESSING = ImagePreprocessing((W, H), max_pixels=10_000)
 
 @pytest.fixture(scope="module")
 def requested(photo):
-    """What a server makes of it."""
+    """The pixels that a server decodes."""
     pixels, errors = request_images.decode_request(
         tf.constant([photo]), PREPROCESSING
     )
@@ -105,20 +105,20 @@ def test_read_upright(photo, sources, requested, name):
     upright = np.rot90(tf.io.decode_jpeg(photo), 3)
     np.testing.assert_array_equal(requested, upright)
     difference = batch["image"][0].astype(int) - upright
-    # Prepared, it has been a JPEG once more.
+    # Prepared images were encoded as JPEG a second time.
     assert np.abs(difference).max() <= (24 if name == "prepared" else 0)
     assert np.abs(difference).mean() < 4
 
 
 def test_a_file_is_read_upright(photo, requested, tmp_path):
-    """As tools/caption.py and the evaluation of files do."""
+    """Reads the file like tools/caption.py and the evaluation of files."""
     expected = decode_resize.to_model_range(tf.constant(requested))
     (tmp_path / "1.jpg").write_bytes(photo)
     for pixels in (
         PREPROCESSING.read(tmp_path / "1.jpg"),
         PREPROCESSING.read_bytes(photo),
         PREPROCESSING(tf.constant(photo)),
-        # A box is in pixels of the image as it is to be seen.
+        # A box is in pixels of the upright image.
         PREPROCESSING.read_bytes(photo, (0, 0, H, W)),
     ):
         np.testing.assert_array_equal(pixels, expected)

@@ -1,7 +1,7 @@
-"""Every kind of image file gives the same pixels, whichever way it comes in.
+"""Every kind of image file yields the same pixels in every tool and source.
 
-The pixels are Pillow's own where it reads a kind right, and numbers that the
-test has itself put into the file where it does not.
+The pixels are those of Pillow if it reads a kind correctly, and numbers that
+the test itself has written to the file otherwise.
 """
 
 import io
@@ -103,7 +103,7 @@ def table(entry, colours=16):
 
 
 def bmp16(widths):
-    """Pixels of bit fields and what they stand for."""
+    """Pixels of bit fields and their values."""
     red, green, blue = widths
     values = [
         RANDOM.randint(1 << n, size=(H, W)).astype("uint32") for n in widths
@@ -197,7 +197,7 @@ def big_endian(values):
 
 
 def keyed(pixels, found):
-    """Pixels that have the transparent colour become white."""
+    """Pixels of the transparent color become white."""
     return np.where(found[..., None], np.uint8(255), pixels)
 
 
@@ -335,7 +335,7 @@ def tiff(image, **options):
 
 
 def tiff_grey(values, bits, photometric=1):
-    """A TIFF of grey numbers of more than 8 bits, little-endian."""
+    """A TIFF of gray values of more than 8 bits, little-endian."""
     if bits == 12:
         flags = np.unpackbits(
             values.astype(">u2").view("uint8").reshape(*values.shape, 2), axis=2
@@ -402,7 +402,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def decode():
-    """As training decodes."""
+    """Decodes as in training."""
     return tf.function(
         lambda encoded: decode_resize.decode(
             encoded, 10_000, others=image_files.decode_other
@@ -414,7 +414,7 @@ def decode():
 
 @pytest.mark.parametrize("name", IN_GRAPH)
 def test_decoded_right_in_the_graph_and_stored_so(decode, name):
-    """In training, and as prepared, with a smaller side or without."""
+    """Decodes as in training, and as prepared, with or without downsizing."""
     encoded, expected = IN_GRAPH[name]
     if expected is None:
         expected = _pillow(encoded)
@@ -515,7 +515,7 @@ def test_what_is_refused_is_refused_everywhere(decode, name):
 
 
 def test_a_server_decodes_the_same_and_names_what_it_does_not():
-    """In one request, so that the graph is made once."""
+    """Decodes all in one request, so that the graph is built once."""
     preprocessing = ImagePreprocessing(
         (H, W), reduced_decode=False, max_pixels=10_000
     )

@@ -1,4 +1,4 @@
-"""One object from the file on disk to the pixels, and back to JSON."""
+"""Image preprocessing: from a file to pixels, and to JSON and back."""
 
 import dataclasses
 import io
@@ -74,7 +74,7 @@ def test_margin_is_cut_off(encoded, resize):
 
 
 def test_a_small_side_is_refused(encoded):
-    """Of the file, not of what reduced decoding makes of it."""
+    """The minimum side is that of the file, not of a reduced decode."""
     one = ImagePreprocessing(4)
     file = io.BytesIO()
     Image.open(io.BytesIO(encoded)).save(file, "JPEG")

@@ -1,4 +1,4 @@
-"""Promises of the record schema and of the writer."""
+"""The record schema and the writer."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_interrupted_writing_leaves_nothing_and_can_be_repeated(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         schema.write_dataset({"train": interrupted()}, tmp_path, "d")
     assert list(tmp_path.iterdir()) == []
-    # What a killed process leaves: its number is no longer anybody's.
+    # Left by a killed process, whose number is no longer in use.
     unfinished = files.temporary_name(str(tmp_path / "shards"))
     os.makedirs(unfinished.replace(f"-{os.getpid()}-", "-999999999-"))
     schema.write_dataset({"train": _examples(5)}, tmp_path, "d")

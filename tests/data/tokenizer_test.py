@@ -1,4 +1,4 @@
-"""Promises of the tokenizer: eos and padding by example, same bytes twice."""
+"""The tokenizer: eos and padding by example, reproducible training."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_detokenize_inverts_and_stops_at_eos(model_path):
     texts = ["small red circle left of a paper wall", "a", ""]
     ids = tokenizer(texts).numpy()
     assert tokenizer.detokenize(ids) == texts
-    # What a decoder may have written after the end is no caption.
+    # Tokens after the end are not part of the caption.
     ids[1, 2:] = ids[0, 2:]
     assert tokenizer.detokenize(ids)[1] == "a"
 

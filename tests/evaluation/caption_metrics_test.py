@@ -1,4 +1,4 @@
-"""Caption metrics: tokens as the Java tokenizer's, figures known beforehand."""
+"""Caption metrics: tokens of the Java tokenizer, and known scores."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from conftest import shared_data
 from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.caption_report import Captions
 
-# What Stanford's PTBTokenizer -lowerCase gives, less the punctuation.
+# Output of Stanford's PTBTokenizer -lowerCase, without punctuation.
 WORKED_EXAMPLES = {
     "A dog's ball.": "a dog 's ball",
     "Two T-shirts, black/white!": "two t-shirts black/white",

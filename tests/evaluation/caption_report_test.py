@@ -1,4 +1,4 @@
-"""Each image's own caption and CIDEr are kept; worst and best are shown."""
+"""The caption report: each image's CIDEr, and the worst and best."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("colours")
     scoring.write_colours(folder)
     predictor = scoring.tiny_predictor(folder)
-    # A caption generator that knows: red and green right, blue wrong.
+    # A caption generator that gets red and green right, and blue wrong.
     texts = {0: "red square", 1: "green square", 2: "left above"}
 
     def generate(images):

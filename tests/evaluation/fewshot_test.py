@@ -1,4 +1,4 @@
-"""Few-shot accuracies are those of the normal equations, for every l2."""
+"""Few-shot accuracies equal those of the normal equations, for every l2."""
 
 import numpy as np
 import pytest

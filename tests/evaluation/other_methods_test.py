@@ -1,4 +1,4 @@
-"""Evaluators ask a model what it can, whatever its method is."""
+"""Evaluators ask a model for its capabilities, whatever its method."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_scores_of_any_kind_and_features_are_enough(
 ):
     ((_, report),) = evaluate(predictor, [make(folder)])
     assert report.metrics[perfect] == 1.0
-    # There is no decoder to ask without an image.
+    # There is no decoder to score texts without an image.
     assert not [name for name in report.metrics if "blind" in name]
 
 

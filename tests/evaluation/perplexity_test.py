@@ -1,4 +1,4 @@
-"""Perplexity is the exponential of the nll of every token, and says so."""
+"""Perplexity is the exponential of the mean nll per token."""
 
 import math
 

@@ -58,7 +58,7 @@ def test_prompts_of_names_and_aliases():
 
 
 def test_a_class_needs_a_name():
-    with pytest.raises(ValueError, match="name '...' of"):
+    with pytest.raises(ValueError, match="'...' among"):
         prompts.class_prompts(["cat", "..."], ("{}",), True)
-    with pytest.raises(ValueError, match="must be class names"):
+    with pytest.raises(ValueError, match="`class_names` must not be empty"):
         prompts.class_prompts([], ("{}",))

@@ -1,4 +1,4 @@
-"""Recall@k by hand, in both directions, with several captions an image."""
+"""Recall@k by hand, in both directions, with several captions per image."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_captions_without_an_image_are_refused():
 
 
 def test_the_prior_of_captions_is_taken_off(tmp_path):
-    """Six images of three colours: a twin's caption is as good, a tie.
+    """Six images of three colors: a twin's caption is as good, a tie.
 
     "green square" has an "e" more than the others.
     """

@@ -1,4 +1,4 @@
-"""The image sheet: all there, readable, marked, for any image and text."""
+"""The image sheet: complete, readable and marked, for any image and text."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Zero-shot: accuracies by hand, and of a model that knows the classes."""
+"""Zero-shot accuracies, by hand and of a model that knows the classes."""
 
 import json
 
@@ -12,7 +12,7 @@ from cappa_tf.evaluation.images import EvaluationImages
 
 
 def test_figures_by_hand():
-    """Ranks 0, 1, 5, and a tie of the best two, which counts as lost."""
+    """Ranks 0, 1, 5, and a tie of the best two, which counts as an error."""
     scores = np.array(
         [
             [9, 1, 2, 3, 4, 5],

@@ -1,4 +1,4 @@
-"""The encoder's file opens anywhere, gives the same, and at another size."""
+"""The encoder's file opens under every backend, and at another size."""
 
 import importlib.util
 import inspect
@@ -32,7 +32,7 @@ SIZES = {
     "patch_size": (4, 8),
     "image_size": (16, 24),
 }
-# What a user runs: a process of its own, in which TensorFlow may be missing.
+# A separate process, as for a user, in which TensorFlow may be missing.
 OTHER_PROCESS = """
 import sys
 import numpy as np
@@ -103,7 +103,7 @@ def images(height=16, width=24):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of two encoders, images, and what the encoders give."""
+    """Files of two encoders, images, and the encoders' outputs."""
     folder = tmp_path_factory.mktemp("backbone")
     np.savez(folder / "in.npz", images=images(), larger=images(24, 40))
     encoder = make_encoder()
@@ -130,7 +130,7 @@ def folder(tmp_path_factory):
 
 
 def python(code, *arguments, backend="tensorflow"):
-    """Runs code in a process that knows the environment and the project."""
+    """Runs code in a process with the environment and the project."""
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={
@@ -148,7 +148,7 @@ def python(code, *arguments, backend="tensorflow"):
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_features_are_the_same_under_every_backend(backend, folder):
-    """Without TensorFlow where it is not the backend; draws included."""
+    """Without TensorFlow if it is not the backend; including dropout."""
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed (pip install '.[interop]')")
     python(OTHER_PROCESS, backend, folder, backend=backend)
@@ -160,7 +160,7 @@ def test_features_are_the_same_under_every_backend(backend, folder):
 
 
 def test_whatever_is_imported_first(folder):
-    """With the backend that is always there, and Keras not yet imported."""
+    """With the backend that is always installed, before Keras is imported."""
     orders = [
         "import keras, cappa_tf",
         "import cappa_tf, keras",
@@ -189,7 +189,7 @@ def test_what_only_pretraining_needs_stays_behind(tmp_path):
     encoder = cappa_tf.load_backbone(path)
     assert (encoder.dropout, encoder.patch_dropout) == (0.0, 0.0)
     assert encoder.dtype_policy.name == "float32"
-    # `fit` says training=True and knows no seeds.
+    # `fit` passes training=True and no seeds.
     plain, training = encoder(images()), encoder(images(), training=True)
     np.testing.assert_array_equal(plain["encoded"], training["encoded"])
     half = cappa_tf.load_backbone(path, dtype="mixed_bfloat16")
@@ -225,7 +225,7 @@ def test_what_is_no_encoder_is_named(tmp_path):
 
 
 def test_a_saved_model_of_keras(folder, tmp_path):
-    """`Model.export` needs no signature: the images' size is known."""
+    """`Model.export` needs no signature, as the image size is known."""
     encoder = make_encoder()
     encoder.export(str(tmp_path / "exported"), verbose=False)
     exported = tf.saved_model.load(str(tmp_path / "exported"))
@@ -235,7 +235,7 @@ def test_a_saved_model_of_keras(folder, tmp_path):
 
 
 def test_an_encoder_with_a_head_as_version_0_1_0_saved_it(tmp_path):
-    """Its layers lay among those of the encoder."""
+    """Its layers were among those of the encoder."""
     old = EncoderWithHead(rep_size=6, num_classes=5, **SIZES)
     old.build()
     randomize(old)

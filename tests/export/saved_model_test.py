@@ -1,4 +1,4 @@
-"""A SavedModel answers like the captioner, whatever it is sent."""
+"""A SavedModel answers like the captioner, for any input."""
 
 import concurrent.futures
 import os
@@ -22,7 +22,7 @@ TEXTS = ["red circle", "green", "a longer text than the model can read", ""]
 
 
 def _png(width, height, pixels=b""):
-    """A PNG with the size in its header and nothing right after it."""
+    """A PNG with a valid size in its header and invalid data after it."""
     header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
     start = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + b"IHDR" + header
     return start + pixels
@@ -61,7 +61,7 @@ def captioner(served):
 
 @pytest.fixture(scope="module")
 def broken(contents):
-    """Bytes that are no usable image, and what is said of them."""
+    """Bytes that are not a usable image, and their error messages."""
     unknown = "not a JPEG, PNG, GIF, BMP or WebP image"
     undecodable = "image cannot be decoded"
     reasons = {
@@ -79,7 +79,7 @@ def _preprocessing(run):
 
 
 def _rows_of_the_tool(run, paths):
-    """What tools/caption.py prints of each file."""
+    """The output of tools/caption.py for each file."""
     captioner = run_folder.load_model(run)
     tokenizer, _ = run_folder.load_preprocessing(run)
     decoder = CaptionDecoder(captioner, tokenizer, 32)
@@ -112,7 +112,7 @@ def test_captions_of_photos_are_those_of_the_tool(served):
 
 
 def test_photos_are_turned(served, tmp_path):
-    """As tools/caption.py does, which stores a turned one anew."""
+    """Reads like tools/caption.py, which stores a rotated file again."""
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16] = 255
     upright, lying = tmp_path / "upright.png", tmp_path / "lying.jpg"
@@ -251,7 +251,7 @@ def test_a_malformed_request_names_the_input(served, contents, case):
         served.predict(signature, name=serving.UNBATCHED, **inputs)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert name in caught.value.details()
-    # A server that batches may have its own words, and lives on as well.
+    # A server that batches may have another message, and must also survive.
     with pytest.raises(grpc.RpcError):
         served.predict(signature, **inputs)
     assert served.is_alive()
@@ -259,7 +259,7 @@ def test_a_malformed_request_names_the_input(served, contents, case):
 
 
 def _answers(served, contents):
-    """What each file gets on its own."""
+    """The answer for each file on its own."""
     return {
         "caption": [
             served.predict("caption", image_bytes=[content])
@@ -277,7 +277,7 @@ def _answers(served, contents):
 
 
 def _client(served, contents, expected, seed, seconds):
-    """Asks until the time is over; returns (requests, wrong answers)."""
+    """Sends requests until a deadline; returns (requests, wrong answers)."""
     random = np.random.RandomState(seed)
     asked, wrong = 0, []
     end = time.monotonic() + seconds
@@ -313,7 +313,7 @@ def _is_right(signature, answer, i, right, texts):
     if signature == "embed":
         pair = answer["embedding"][i], right["embedding"][0]
     elif signature == "score":
-        # Columns on the right come from sharing a batch with more texts.
+        # Columns on the right are padding from a batch with more texts.
         got = answer["log_likelihood"][i][: len(texts)]
         pair = got, right["log_likelihood"][0][texts]
     else:
@@ -344,7 +344,7 @@ def test_concurrent_clients_get_their_own_answers(
 
 
 def test_a_real_server(contents):
-    """Against `tensorflow_model_server`, where there is one.
+    """Against a real `tensorflow_model_server`, if there is one.
 
     SERVING_ADDRESS is its gRPC address, SERVING_MODEL the model's name.
     """

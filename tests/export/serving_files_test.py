@@ -1,4 +1,4 @@
-"""What an export writes: versions, and what a server starts with."""
+"""Files of an export: versions and the configuration of a server."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def test_the_server_ran_the_warm_up_requests(served):
 
 
 def test_nothing_needs_xla(served):
-    """A server refuses it by default; one with a GPU always.
+    """XLA ops, which a server refuses by default, and one with a GPU always.
 
     (tensorflow/serving/model_servers/main.cc; tensorflow/serving#2214)
     """
@@ -70,7 +70,7 @@ def test_files_beside_the_versions_fit_it(served):
     assert model.name == serving.NAME
     assert model.base_path == f"/models/{serving.NAME}"
     batching = (served.model / "batching_parameters.txt").read_text()
-    # Larger ones the graph would refuse, those of other clients with them.
+    # The graph would refuse larger batches, including other clients' requests.
     assert f"max_batch_size {{ value: {serving.MAX_BATCH_SIZE} }}" in batching
 
 
@@ -123,7 +123,7 @@ def test_a_version_is_there_whole_or_not_at_all(
 def test_versions_count_up_and_are_never_replaced(
     served, tmp_path, monkeypatch
 ):
-    # What is tested is where it is written.
+    # The test is about the path it is written to.
     monkeypatch.setattr(tf.saved_model, "save", _only_make_the_folder)
     service = serving.service(served.run)
 

@@ -1,4 +1,4 @@
-"""Caption evaluation: every image once, right figures, padding left out."""
+"""Caption evaluation: every image once, correct metrics, no padding."""
 
 import math
 
@@ -28,7 +28,7 @@ REFERENCES = [
 
 
 class FakeCaptioner:
-    """Says of each image what its first pixel tells it to say."""
+    """Captions each image according to its first pixel."""
 
     def __init__(self, tokens, log_probs):
         self.tokens = tf.constant(tokens)
@@ -152,7 +152,7 @@ def test_nll_is_that_of_the_logits_over_all_real_tokens(
 
 
 def test_log_likelihood_is_the_score_of_the_caption(captioner, result, images):
-    """What greedy decoding reports equals teacher forcing on its own words."""
+    """Probabilities of greedy decoding equal teacher forcing on its output."""
     tokens = captioner.generate(images)["tokens"]
     scores = np.diag(captioner.score(images, tokens))
     for row, score in zip(result.rows, scores):
@@ -206,7 +206,7 @@ def test_rows_end_at_eos(tokenizer):
     assert normal.probabilities == pytest.approx([0.5] * 5)
     assert normal.log_likelihood == pytest.approx(5 * math.log(0.5))
     assert (empty.caption, empty.pieces) == ("", ["<eos>"])
-    assert endless.pieces == [" red"] * 12  # cut: no eos
+    assert endless.pieces == [" red"] * 12  # truncated, without eos
     for row in (normal, empty, endless):
         text = "".join(p for p in row.pieces if p != "<eos>").strip()
         assert text == row.caption

@@ -1,4 +1,4 @@
-"""Objectives, draws, scores and decoding of the whole captioner."""
+"""Objectives, random choices, scores and decoding of the captioner."""
 
 import keras
 import numpy as np
@@ -88,9 +88,11 @@ def test_evaluation_is_always_autoregressive(captioner, batch):
 def test_masking_ratio_is_the_share_of_masks(batch, ratio):
     captioner = make_captioner(masked_pred_prob=1.0, masking_ratio=ratio)
     seeds = stateless_random.example_seeds(0, batch["index"])
-    tokens = captioner._decoder_inputs(
+    tokens, predicted, weight = captioner._decoder_inputs(
         batch["labels"][:, 0], tf.fill([B], True), seeds
-    ).numpy()
+    )
+    assert predicted is None and weight is None
+    tokens = tokens.numpy()
     masked = tokens == V
     assert np.all(masked.sum(-1) == int(ratio * L))
     np.testing.assert_array_equal(

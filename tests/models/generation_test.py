@@ -1,4 +1,4 @@
-"""What captions promise, whichever sampler finds them."""
+"""Generation: properties of captions for every sampler."""
 
 import itertools
 

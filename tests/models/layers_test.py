@@ -73,7 +73,7 @@ def test_contract_of_attention(use_bias, tmp_path):
 
 
 def test_attention_equals_its_formula():
-    """softmax(q k / sqrt(C)) v for each head, True = may look."""
+    """softmax(q k / sqrt(C)) v for each head; True = may attend."""
     layer = MultiHeadAttention(8, 2)
     layer.build((None, None, 8), (None, None, 6))
     randomize(layer, scale=0.5)

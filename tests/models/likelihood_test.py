@@ -1,4 +1,4 @@
-"""Scores are those of one full decoder pass a pair, computed less often."""
+"""Scores equal those of a full decoder pass per pair."""
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ def test_scores_do_not_depend_on_the_groups(captioner, images, nodes):
 
 @pytest.mark.parametrize("known", [False, True])
 def test_score_in_a_graph(captioner, images, known):
-    """Labels may be constants of the graph or come when it runs."""
+    """Labels may be constants of the graph or inputs of it."""
     if known:
         score = tf.function(lambda x: captioner.score(x, texts()))
         scores = score(images)

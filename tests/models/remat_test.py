@@ -1,4 +1,4 @@
-"""Computing blocks again for the gradient changes memory, nothing else."""
+"""Rematerialization of blocks changes only memory."""
 
 import numpy as np
 import pytest

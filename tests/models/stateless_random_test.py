@@ -1,4 +1,4 @@
-"""Draws depend on seed, example and place alone, and are uniform."""
+"""Random numbers depend on seed, example and place only, and are uniform."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_other_seed_salt_or_examples_draw_independently(other):
 
 
 def test_draws_are_uniform_in_every_direction():
-    """32,000 draws: 10 bins within 5 sigma; no correlation of neighbours."""
+    """32,000 samples: 10 bins within 5 sigma; uncorrelated neighbors."""
     draws = stateless_random.uniform(_seeds(0, range(2000)), (16,), 0).numpy()
     counts = np.histogram(draws, 10, (0, 1))[0]
     assert np.all(abs(counts - 3200) < 5 * np.sqrt(3200))

@@ -1,4 +1,4 @@
-"""What each position of the decoder may see, and that caching is exact."""
+"""The decoder: what each position may attend to, and exact caching."""
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def test_cached_equals_uncached(length):
 
 
 def test_captions_of_one_image_share_its_memory():
-    """N = B * K captions side by side equal each with a copy of its image."""
+    """N = B * K adjacent captions equal each with a copy of its image."""
     model = decoder()
     encoded = patches(2)
     ids = tokens(6)

@@ -1,4 +1,4 @@
-"""What the encoder returns, and what patch dropout may and may not do."""
+"""The vision encoder: its outputs, and the effects of patch dropout."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Weights of big_vision: sizes read from arrays, both directions, messages."""
+"""Weights of big_vision: sizes from arrays, both directions, messages."""
 
 import re
 import zipfile
@@ -37,7 +37,7 @@ def random_encoder(seed=3, **sizes):
 
 
 def check_encoder(encoder, arrays, image=IMAGE):
-    """The encoder gives what the arrays say."""
+    """The encoder computes what the arrays define."""
     found, expected = encoder(image), reference.vit(arrays, image)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -215,7 +215,7 @@ def test_encoders_from_before_2022():
     old[key] = np.concatenate([position, old[key]], 1)
     old["cls"] = old["cls"] - position
     check_encoder(big_vision.load_vision_encoder(old), new)
-    # A MAP head stood beside the encoder.
+    # A MAP head was beside the encoder.
     new = random_encoder(pooling="map")
     old = {name.removeprefix("MAPHead_0/"): a for name, a in new.items()}
     check_encoder(big_vision.load_vision_encoder(old), new)

@@ -1,4 +1,4 @@
-"""A run comes back as it was, or says why it cannot."""
+"""Checkpoints restore a run exactly, or fail with a reason."""
 
 import os
 
@@ -57,7 +57,7 @@ def test_nothing_of_the_model_is_left_out(tmp_path, parts):
     shapes = sorted(shape for name, shape in saved.items() if "VALUE" in name)
     wanted = [list(v.shape) for v in model.weights]
     assert shapes == sorted([*wanted, []])  # and TensorFlow's save counter
-    # Built elsewhere, without a `captioner/` before every path.
+    # Built differently, without a `captioner/` before every path.
     config = keras.saving.serialize_keras_object(model)
     other = keras.saving.deserialize_keras_object(config)
     checkpoints.restore_model(saving.best, other)

@@ -1,4 +1,4 @@
-"""What is no model, or no longer a whole one, is named."""
+"""The run folder: missing, damaged and old files."""
 
 import shutil
 import zipfile
@@ -76,7 +76,7 @@ def test_a_run_of_version_0_1_0_opens_and_takes_the_new_names(
     old = saving.load_model(tmp_path)
     model = saving.load_model(run_folder)
     assert len(old.weights) == len(model.weights)
-    # What a resumed run writes: the old file must not hide its weights.
+    # Written by a resumed run; the old file must not hide its weights.
     saving.save_model(str(tmp_path), model)
     names = {path.name for path in tmp_path.iterdir()}
     assert "model.keras" in names and "captioner.keras" not in names

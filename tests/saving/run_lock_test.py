@@ -1,4 +1,4 @@
-"""A folder has one run at a time, whatever became of the one before."""
+"""The run lock: one run per folder, whatever happened to the previous one."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ def _short_waits(monkeypatch):
 
 @pytest.fixture(params=["mounted", "remote"])
 def lockless(request, tmp_path, monkeypatch):
-    """A folder in a bucket: mounted on the disk, or by TensorFlow's gfile."""
+    """A folder in a bucket, mounted or through TensorFlow's gfile."""
 
     def flock(file, operation):
         raise OSError(errno.ENOTSUP, "Operation not supported")
@@ -34,7 +34,7 @@ def lockless(request, tmp_path, monkeypatch):
 
 
 def _leave_behind(folder, **changes):
-    """What a run that was killed leaves."""
+    """The file that a killed run leaves."""
     path = os.path.join(folder, run_lock.FILE_NAME)
     with RunLock(folder):
         record = json.loads(files.read_text(path)) | {"run": "other"} | changes
@@ -89,7 +89,7 @@ def test_a_silent_run_of_another_machine_is_taken_over(tmp_path, caplog):
 
 
 def test_a_living_run_of_another_machine_is_not(tmp_path):
-    """Whose system's lock is not seen here."""
+    """A run whose system lock is not visible here."""
     path, record = _leave_behind(tmp_path, machine="b", host="far", pid=7)
 
     def beat():
@@ -114,7 +114,7 @@ def test_without_system_locks_the_beat_decides(lockless):
 
 
 def test_started_together_without_system_locks(lockless):
-    """One of them: the one that the file names in the end."""
+    """One of them runs, the one that the file names in the end."""
     won, lost = [], []
     together = threading.Barrier(2)
 
@@ -180,7 +180,7 @@ def test_a_child_does_not_keep_the_folder(tmp_path):
         os.read(done[0], 1)  # Until the test is over.
         os._exit(0)
     os.read(ready[0], 1)
-    # What the kernel does with a killed process.
+    # As the kernel does with a killed process.
     lock._ended.set()
     lock._thread.join()
     run_lock._close(lock._file)

@@ -1,4 +1,4 @@
-"""Makes golden_captioner.npz: a small captioner and what it should give.
+"""Writes golden_captioner.npz: a small captioner and its expected outputs.
 
     python tests/testdata/make_golden.py
 

@@ -1,4 +1,4 @@
-"""Captions from a run's folder alone, whatever the images are like."""
+"""tools/caption.py: captions from a run's folder, for any images."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tools import caption
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """The folder of a run that has not learnt anything."""
+    """The folder of an untrained run."""
     vocabulary = tmp_path_factory.mktemp("vocabulary")
     folder = str(tmp_path_factory.mktemp("run"))
     data = tiny.Data(vocabulary)
@@ -34,7 +34,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Five files in two folders, two of them unusable."""
+    """Five files in two folders, two of them bad."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "below").mkdir()
     random = np.random.RandomState(0)

@@ -1,11 +1,14 @@
-"""tools/convert.py takes weights from big_vision to Keras and back."""
+"""tools/convert.py converts weights from big_vision to Keras and back."""
 
 import keras
 import numpy as np
 import numpy_reference as reference
 import pytest
+import tiny
 from absl import flags
+from random_contrastive import make_contrastive
 
+from cappa_tf.saving import big_vision
 from tools import convert
 
 SIZES = reference.Sizes(image=(8, 12), length=4)
@@ -63,6 +66,53 @@ def test_only_the_encoder_and_stacked_blocks(paths):
         p = reference.below(reference.below(first, "params/"), "encoder/")
         for name, array in reference.stacked(p).items():
             np.testing.assert_array_equal(array, second[f"params/{name}"])
+
+
+def test_two_towers_there_and_back(tmp_path):
+    npz, model = tmp_path / "a.npz", tmp_path / "a.keras"
+    big_vision.save_two_towers(make_contrastive(), npz)
+    said = run(from_="big_vision", input=npz, output=model)
+    assert "contrastive model" in said and "16 x 16" in said
+    run(to="big_vision", input=model, output=tmp_path / "b.npz")
+    with np.load(npz) as first, np.load(tmp_path / "b.npz") as second:
+        assert sorted(first) == sorted(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+    run(
+        from_="big_vision",
+        input=npz,
+        output=model,
+        image_size=24,
+        text_pooling="gap",
+        pad_with_eos=False,
+    )
+    found = keras.saving.load_model(model)
+    assert found.vision_encoder.grid == (3, 3)
+    assert found.text_encoder.pooling == "gap"
+    assert not found.text_encoder.pad_with_eos
+    given = {"from_": "big_vision", "input": npz, "output": model}
+    said = run(**given, encoder_only=True)
+    assert "vision encoder" in said
+    with pytest.raises(ValueError, match="--max_length is for captioners"):
+        run(**given, max_length=8)
+    with pytest.raises(ValueError, match="--text_pooling is for contrastive"):
+        run(**given, encoder_only=True, text_pooling="gap")
+
+
+def test_a_model_that_is_both_is_in_neither_layout(tmp_path):
+    model = tiny.make_contrastive_captioner(20)
+    model.build()
+    model.save(tmp_path / "both.keras")
+    given = {"to": "big_vision", "input": tmp_path / "both.keras"}
+    with pytest.raises(ValueError, match="captioner or two towers.*both"):
+        run(**given, output=tmp_path / "both.npz")
+    run(**given, output=tmp_path / "encoder.npz", encoder_only=True)
+    big_vision.save_two_towers(model, tmp_path / "towers.npz")
+    towers = big_vision.load_two_towers(tmp_path / "towers.npz")
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    np.testing.assert_allclose(
+        towers.embed_images(images), model.embed_images(images), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

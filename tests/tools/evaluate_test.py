@@ -1,4 +1,4 @@
-"""tools/evaluate.py measures features on folders and TFRecords alike."""
+"""tools/evaluate.py: the same results from folders and TFRecords."""
 
 import json
 import types
@@ -25,7 +25,7 @@ COLOURS = ((250, 20, 20), (20, 250, 20), (20, 20, 250))
 
 
 def run(task="fewshot", **values):
-    """Parses flags like the program; returns what the JSON file says."""
+    """Parses flags like the program; returns the contents of the JSON file."""
     flag_values = flags.FlagValues()
     evaluate.define_flags(flag_values)
     if task is not None:
@@ -38,7 +38,7 @@ def run(task="fewshot", **values):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images in the colour of their class, some bad ones, a checkpoint."""
+    """Images in the color of their class, some bad ones, a checkpoint."""
     folder = tmp_path_factory.mktemp("labelled")
     rng, lines = np.random.default_rng(0), []
     for i in range(36):
@@ -74,10 +74,10 @@ def test_fewshot_on_a_folder(folder, capsys):
     assert report["skipped"]["train"] == {"image missing": 1, "no label": 1}
     settings = [(r["shots"], r["l2"]) for r in report["results"]]
     assert settings == [(1, 1), (1, 1024), (4, 1), (4, 1024)]
-    assert report["results"][3]["mean"] == 1.0  # The colours are far apart.
+    assert report["results"][3]["mean"] == 1.0  # The colors are far apart.
     assert len(report["results"][3]["accuracies"]) == 2
     printed = capsys.readouterr().out
-    assert "100.00%" in printed and "skipped of train: 1 x no label" in printed
+    assert "100.00%" in printed and "skipped in train: 1 x no label" in printed
 
 
 def test_records_give_the_same_pictures(folder, tmp_path):
@@ -128,7 +128,7 @@ def test_what_is_not_defined_is_null(tmp_path, scheme):
 
 
 class _Part:
-    """One host of two, which hears what the others gave."""
+    """One host of two, which receives the values of the other."""
 
     count = 2
 
@@ -221,7 +221,7 @@ def test_zero_shot_of_a_run(run_folder, colours, capsys):
 
 def test_captions_leave_their_rows_and_sheets(run_folder, colours, monkeypatch):
     pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
-    # METEOR takes many seconds to start.
+    # METEOR takes several seconds to start.
     monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
     report = run(
         "caption",

@@ -1,4 +1,4 @@
-"""Promises of tools/prepare_data.py: a data set, or nothing and a reason."""
+"""tools/prepare_data.py: a complete data set, or nothing and a reason."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def run(tool):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve images in three splits, two more that are no good."""
+    """Twelve images in three splits, and two bad ones."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rows = []
@@ -116,7 +116,7 @@ def test_fractions_and_resize(run, photos, tmp_path):
 
 
 def _contents(folder):
-    """Name -> bytes of all that is seen in a folder."""
+    """Dict name -> bytes of the visible files in a folder."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -173,7 +173,7 @@ def test_interrupted_before_any_step(run, photos, tmp_path, monkeypatch, step):
     with pytest.raises(SystemExit, match="interrupted; run it again"):
         run(f"--input={photos}", f"--output={output}", "--num_shards=1")
     monkeypatch.setattr(files, "rename", real)
-    if step % 2 and step < 10:  # The older version is still all there.
+    if step % 2 and step < 10:  # The older version is still complete.
         schema.DatasetDescription.load(output).verify(checksums=True)
     else:
         with pytest.raises(ValueError, match="interrupted"):

@@ -1,4 +1,4 @@
-"""The client against a server: both protocols, and what goes wrong."""
+"""The client with a server: both protocols, and errors."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Six images, one of them lying on its side."""
+    """Six images, one of them stored sideways."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.RandomState(0)
     for number in range(6):
@@ -55,7 +55,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captions(served, pictures):
-    """What tools/caption.py says of them."""
+    """The captions of tools/caption.py."""
     tokenizer, preprocessing = run_folder.load_preprocessing(served.run)
     decoder = CaptionDecoder(run_folder.load_model(served.run), tokenizer, 8)
     rows = decoder.caption_files(
@@ -225,7 +225,7 @@ def test_flags_that_do_not_fit(run, pictures, tmp_path):
 
 
 def _post(served, body):
-    """As curl does it."""
+    """Sends a request as curl does."""
     request = urllib.request.Request(
         f"http://{served.rest}/v1/models/{serving.NAME}:predict",
         json.dumps(body).encode(),

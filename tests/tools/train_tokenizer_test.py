@@ -1,4 +1,4 @@
-"""Promises of tools/train_tokenizer.py: the training captions' vocabulary."""
+"""tools/train_tokenizer.py: a vocabulary of the training captions."""
 
 import io
 import tarfile
@@ -33,7 +33,7 @@ def run(tool):
 
 @pytest.fixture
 def data(tmp_path):
-    """A data set whose test split has words that training has not."""
+    """A data set whose test split has words that are not in training."""
     captions = ["A Red Dog", "a blue cat", "the red cat and the blue dog"] * 4
     examples = {
         split: [
@@ -54,7 +54,7 @@ def test_vocabulary_of_the_training_split(run, data, capsys):
     assert "unknown               0.0000% of tokens" in printed
     assert made.detokenize(made(["A Red Cat"])) == ["a red cat"]
     assert tokenizer.UNKNOWN_ID in made("7").numpy()
-    # The description says nothing of it, and the data set stays as it is.
+    # The description does not mention it, and the data set is unchanged.
     schema.DatasetDescription.load(data).verify(checksums=True)
 
 

@@ -1,4 +1,4 @@
-"""The step is one program of static shapes: what a TPU asks for."""
+"""The step is one program with static shapes, as a TPU requires."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import processes
 import pytest
 import small_run
 
-# The program as it is handed to XLA's compiler, one file a compilation.
+# The program passed to XLA's compiler, one file per compilation.
 _DUMPED = "before_optimizations.txt"
 
 
@@ -35,7 +35,7 @@ def compiled(tmp_path_factory):
 
 
 def _text_lengths(program):
-    """Lengths L of the labels [A, B / A, K, L] that a program is for."""
+    """Lengths L of the labels [A, B / A, K, L] of a program."""
     return set(re.findall(r"s32\[2,2,1,(\d+)\]", program))
 
 
@@ -52,7 +52,7 @@ def test_whole_step_is_inside(compiled):
     for program in compiled:
         # The microbatches; chunks of the loss, forward and backward.
         assert program.count(" while(") >= 3
-        # New values of weights and optimizer state take the place of the old.
+        # New values of weights and optimizer state replace the old ones.
         assert program.split("\n")[0].count("alias") > 100
 
 

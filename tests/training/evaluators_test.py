@@ -1,4 +1,4 @@
-"""Evaluators run between steps and at the end, and leave their figures."""
+"""Evaluators run between steps and at the end, and report metrics."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Frozen parts: as if their gradients were dropped, and nothing more."""
+"""Frozen parts: the same as dropping their gradients, and nothing else."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def expected(folder):
 def test_the_rest_is_trained_as_if_gradients_were_dropped(
     folder, expected, devices
 ):
-    """What the frozen encoder would drop in training, it does not."""
+    """A frozen encoder has no dropout in training."""
     strategy = make_strategy("one") if devices == 1 else two_devices()
     before, after, decoder = _train(folder, strategy, dropout=0.5)
     for one, other in zip(before, after, strict=True):

@@ -1,14 +1,18 @@
-"""First weights from another model: parts by name, at any resolution."""
+"""Initial weights from another model: parts by name, at any resolution."""
+
+import importlib.util
 
 import numpy as np
 import pytest
 import tiny
+from random_contrastive import make_contrastive
 
 from cappa_tf.models.positions import resample_positions
-from cappa_tf.saving import big_vision
+from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import variables_by_path
-from cappa_tf.training.initialize import initialize
+from cappa_tf.training.initialize import check_vocabulary, initialize
+from cappa_tf.training.settings import WeightSettings
 
 SIZE = 20
 POSITIONS = "positions/position_embedding"
@@ -43,7 +47,7 @@ def _source():
 
 @pytest.fixture(scope="module", name="files")
 def _files(source, tmp_path_factory):
-    """The same weights as all that they can be read from."""
+    """The same weights in every source that can be read."""
     folder = tmp_path_factory.mktemp("files")
     source.save(folder / "captioner.keras")
     source.vision_encoder.save(folder / "encoder.keras")
@@ -86,6 +90,47 @@ def test_positions_are_resampled(files, source, name):
     assert_same(model.text_decoder, source.text_decoder)
     if name.endswith(".keras"):
         assert "resampled from 2x2 to 4x3" in line
+
+
+@pytest.fixture(scope="module", name="towers")
+def _towers(tmp_path_factory):
+    """Two towers, and what they can be read from."""
+    folder = tmp_path_factory.mktemp("towers")
+    model = make_contrastive()
+    model.save(folder / "towers.keras")
+    big_vision.save_two_towers(model, folder / "towers.npz")
+    names = ["towers.keras", "towers.npz"]
+    if importlib.util.find_spec("safetensors") is not None:
+        siglip.save_siglip(model, folder / "siglip")
+        names.append("siglip")
+    return model, [str(folder / name) for name in names]
+
+
+def test_two_towers_or_one_of_them(towers):
+    source, paths = towers
+    for path in paths:
+        model = type(source).from_config(source.get_config())
+        model.build()
+        before = values(model.text_encoder)
+        initialize(model, path, ["vision_encoder"])
+        assert_same(model.vision_encoder, source.vision_encoder)
+        assert_same(values(model.text_encoder), before)
+        initialize(model, path)
+        for name, part in model.parts.items():
+            assert_same(part, source.parts[name])
+
+
+def test_the_image_tower_of_two_for_a_captioner_at_another_size(towers):
+    _, paths = towers
+    model = make(image_size=32, mlp_dim=24, pooling="map")
+    for path in paths:
+        initialize(model, path, ["vision_encoder"])
+        with pytest.raises(ValueError, match="has the parts.*text_decoder"):
+            initialize(model, path)
+    # Pooling by attention has weights that other encoders lack.
+    model = make(image_size=32, mlp_dim=24)
+    with pytest.raises(ValueError, match="pool/attention.*: only in the file"):
+        initialize(model, path, ["vision_encoder"])
 
 
 @pytest.mark.parametrize(
@@ -131,3 +176,20 @@ def test_a_run_starts_from_another_and_resumes_from_itself(tmp_path):
     log = (tmp_path / "second" / "train.log").read_text()
     assert log.count("initialized from") == 1 and "resuming from" in log
     assert_same(load_model(second).vision_encoder, encoder)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path, source):
+    data = tiny.Data(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(b"other pieces")
+    all_parts = WeightSettings(initialize_from=str(folder))
+    with pytest.raises(ValueError, match="text_decoder.*differs from.*run"):
+        check_vocabulary(source, all_parts, data)
+    encoder = WeightSettings(
+        initialize_from=str(folder), initialize_parts=["vision_encoder"]
+    )
+    check_vocabulary(source, encoder, data)
+    with open(data.tokenizer.path, "rb") as file:
+        (folder / "tokenizer.model").write_bytes(file.read())
+    check_vocabulary(source, all_parts, data)

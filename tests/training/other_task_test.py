@@ -1,4 +1,4 @@
-"""The loop knows no method: a task of a few lines goes through all of it."""
+"""The trainer is independent of the method: a minimal task runs through it."""
 
 import json
 
@@ -15,7 +15,7 @@ from cappa_tf.training.optimizers.adafactor import Adafactor
 
 @keras.saving.register_keras_serializable("tests")
 class Brightness(Task):
-    """Tells dark images from bright ones by their mean."""
+    """Distinguishes dark images from bright ones by their mean."""
 
     selection_metric = "accuracy"
     selection_mode = "max"
@@ -100,6 +100,6 @@ def test_it_trains_validates_resumes_and_finishes(tmp_path):
     assert saved["accuracy"] == figures["accuracy"] > 0.9
     assert saved["examples"] == 21
     names = {path.name for path in run.iterdir()}
-    # Nothing that only a captioner has.
+    # None of the outputs that only a captioner has.
     assert not names & {"samples.png", "sheet.png", "tokenizer.model"}
     assert {"best", "checkpoints"} <= names

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run resumes as if nothing had happened."""
+"""A run killed at any moment resumes as if it had not been interrupted."""
 
 import os
 import random
@@ -54,9 +54,9 @@ def test_a_folder_has_one_run_at_a_time(rivals):
     for process in others:
         assert process.wait() == 1
         last = process.output.splitlines()[-1]
-        assert "WorkdirInUseError: `workdir` must be of one run" in last
+        assert "WorkdirInUseError: `workdir` must be used by one run" in last
         assert f"process {first.pid} on host {os.uname().nodename}" in last
-        # Nothing of the data was opened.
+        # No data was opened.
         assert "decoding" not in process.output
     assert "run.lock" not in os.listdir(folder)
 
@@ -95,7 +95,7 @@ def _while_saving(folder):
             "_temp" in name for name in os.listdir(path)
         )
 
-    # What an earlier kill has left goes when the process starts.
+    # Files left by an earlier kill are deleted when the process starts.
     while has_come():
         time.sleep(0.01)
     return has_come

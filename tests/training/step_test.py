@@ -1,4 +1,4 @@
-"""One step is one step, however it is split; figures are exact."""
+"""A step is the same however it is split; metrics are exact."""
 
 import keras
 import numpy as np
@@ -97,7 +97,7 @@ def test_compiled_step_is_the_step(folder, plain):
 
 
 def test_only_the_wait_for_data_is_timed(folder, monkeypatch):
-    """The clock is read twice between two steps, never beside one."""
+    """The clock is read twice between two steps, never during one."""
     events = []
 
     def event(name, value, dtype):
@@ -179,7 +179,7 @@ def test_interval_divides_by_what_was_counted():
     assert figures["parallel/loss"] == 2.0
     assert "never/loss" not in figures
     assert figures["gradient_norm"] == 0.5
-    # The first, untimed loop compiled: it says nothing about speed.
+    # The first loop compiles and is not timed.
     assert figures["images_per_second"] == 2.0
     assert figures["tokens_per_second"] == 6.0
     assert figures["data_wait_share"] == 0.25

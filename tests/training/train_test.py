@@ -1,4 +1,4 @@
-"""What a run promises: it resumes exactly, and stops with a reason."""
+"""Runs resume exactly, and stop with a reason."""
 
 import glob
 import json
@@ -149,7 +149,7 @@ def test_a_remote_workdir_holds_what_a_local_one_does(finished, resumed):
             found |= {*files.listdir(os.path.join(folder, below))}
         return found
 
-    # The interrupted run has kept the step at which it was.
+    # The interrupted run has saved its step.
     assert names(resumed) - names(finished[0]) == {
         "step-1.index",
         "step-1.data-00000-of-00001",
@@ -266,7 +266,7 @@ def test_vocabulary_of_another_run_is_refused(finished, folder, tmp_path):
 
 
 def test_missing_packages_are_found_at_the_start(folder, monkeypatch):
-    """Not when the run ends and wants its figures."""
+    """Checked at the start, not when the run ends and computes its metrics."""
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with pytest.raises(ImportError, match="pip install"):
         tiny.run(folder, workdir="nowhere", caption_metrics=True)

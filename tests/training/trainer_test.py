@@ -1,4 +1,4 @@
-"""Errors of the data reach the user in the data set's own words."""
+"""Errors of the data reach the user with the data set's own message."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""The terminal: the program's own lines, without TensorFlow's news."""
+"""The console: the program's own lines, without TensorFlow's messages."""
 
 import json
 import logging as levels
@@ -17,7 +17,7 @@ from cappa_tf.utils import console
 
 @pytest.fixture
 def written(capsys, monkeypatch):
-    """What absl's handler has written since the last call, from INFO on."""
+    """Output of absl's handler since the last call, from level INFO on."""
     handler = logging.get_absl_handler()
     # Where another test made it write before is not looked at here.
     monkeypatch.setattr(handler.python_handler, "stream", sys.stderr)

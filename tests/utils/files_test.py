@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, on disk and in a bucket.
+"""Files are written atomically, on disk and in a bucket.
 
 `ram://` is TensorFlow's own file system in memory, which Python's `os` and
 `open` cannot reach.
@@ -18,7 +18,7 @@ from cappa_tf.utils import files
 
 @pytest.fixture(params=["disk", "not UTF-8", "ram"])
 def place(request, tmp_path):
-    """A folder that is there, as a string."""
+    """An existing folder, as a string."""
     if request.param == "ram":
         path = f"ram://{uuid.uuid4().hex}/folder"
     else:
@@ -212,7 +212,7 @@ def test_a_file_grows_by_lines(place):
     assert files.read_text(path) == "a\n"
     first.append("ä")
     first.close()
-    # Another process, to whom the bucket gives no time for each line.
+    # Another process, whose lines come too fast for the bucket.
     second = files.LineFile(path, period=1e6)
     for line in "bcd":
         second.append(line)

@@ -1,11 +1,15 @@
-"""Memory and time of the captioning loss, and of a whole training step.
+"""Memory and time of the losses, and of a whole training step.
 
     python tools/benchmark.py memory
 
 1. The loss and its gradients: this project's chunked method against the plain
    one, which holds all logits; by default for 512 captions of 64 positions, 12
    of them real, and a vocabulary of 32,000.
-2. The step: all four combinations of PRECISION and REMAT; by default for S/16
+2. The contrastive losses and their gradients, softmax and sigmoid, with the
+   logits of all pairs at once ("whole") and of `LOGITS_CHUNK` rows ("chunked"),
+   by default for 8,192 pairs and half as many: memory that is linear in the
+   batch doubles.
+3. The step: all four combinations of PRECISION and REMAT; by default for S/16
    at 224 px and 16 images, beside the estimate of `--dry_run`.
 
 Each method runs in processes of its own, in turn.
@@ -20,6 +24,13 @@ from absl import flags
 from tools import benchmarks
 
 _WAYS = ("plain", "chunked")
+# Loss and rows of the logits that are held at once (None: all), by name.
+_CONTRASTIVE = {
+    "softmax, whole": ("softmax", None),
+    "softmax, chunked": ("softmax", 1024),
+    "sigmoid, whole": ("sigmoid", None),
+    "sigmoid, chunked": ("sigmoid", 1024),
+}
 # Precision and rematerialization of a step, by name.
 _STEPS = {
     "float32": ("float32", False),
@@ -38,10 +49,14 @@ def define_flags():
     flags.DEFINE_integer("vocabulary_size", 32_000, "Token ids.", **count)
     flags.DEFINE_integer("width", 384, "Width of the decoder.", **count)
     flags.DEFINE_integer("rounds", 3, "Runs of each method.", **count)
+    flags.DEFINE_integer(
+        "pairs", 8192, "Pairs of a contrastive batch.", **count
+    )
+    flags.DEFINE_integer("embedding", 768, "Width of embeddings.", **count)
     flags.DEFINE_string("variant", "S/16", "Model of the training step.")
     flags.DEFINE_integer("image_size", 224, "Side of its images.", **count)
     flags.DEFINE_integer("images", 16, "Images of its batch.", **count)
-    ways = (*_WAYS, *_STEPS)
+    ways = (*_WAYS, *_CONTRASTIVE, *_STEPS)
     flags.DEFINE_enum("way", None, ways, "Measure one method in this process.")
 
 
@@ -77,12 +92,53 @@ def measure_loss(way, batch_size, length, tokens, vocabulary_size, width):
     targets = tf.random.uniform([rows], 1, vocabulary_size, tf.int32)
     valid = tf.tile(tf.range(length) < tokens, [batch_size])
 
+    return _measured(
+        lambda *parts: _loss(way, parts[0], targets, valid, *parts[1:]),
+        [hidden, kernel, bias],
+    )
+
+
+def measure_contrastive(way, pairs, embedding):
+    """Measures one contrastive loss with gradients, compiled as a graph.
+
+    Returns:
+        As `measure_loss`.
+    """
+    import tensorflow as tf
+
+    from cappa_tf.models.losses import contrastive
+
+    kind, rows = _CONTRASTIVE[way]
+    images, texts = (
+        tf.math.l2_normalize(
+            tf.random.stateless_normal([pairs, embedding], (0, i)), axis=1
+        )
+        for i in range(2)
+    )
+
+    def loss(images, texts, scale, bias):
+        options = {"chunk_size": rows or pairs}
+        parts = (images, texts, (0, pairs), scale)
+        if kind == "softmax":
+            losses, _ = contrastive.softmax_losses(*parts, **options)
+        else:
+            losses, _ = contrastive.sigmoid_losses(*parts, bias, **options)
+        return tf.reduce_mean(losses)
+
+    start = [images, texts, tf.constant(10.0), tf.constant(-10.0)]
+    return _measured(loss, start)
+
+
+def _measured(function, values):
+    """Memory and time of a scalar function and its gradients."""
+    import tensorflow as tf
+
     @tf.function
     def step():
         with tf.GradientTape() as tape:
-            tape.watch(hidden)
-            loss = _loss(way, hidden, targets, valid, kernel, bias)
-        return loss, tape.gradient(loss, [hidden, kernel, bias])
+            tape.watch(values)
+            loss = function(*values)
+        return loss, tape.gradient(loss, values, unconnected_gradients="zero")
 
     before = benchmarks.peak_bytes()
     loss = step()[0].numpy()
@@ -185,6 +241,10 @@ def _loss_arguments():
     )
 
 
+def _pair_arguments():
+    return _arguments("pairs", "embedding")
+
+
 def _step_arguments():
     return _arguments(
         "variant", "image_size", "images", "length", "tokens", "vocabulary_size"
@@ -196,10 +256,14 @@ def run():
     way = flags.FLAGS.way
     if way in _WAYS:
         print(json.dumps(measure_loss(way, **_loss_arguments())))
+    elif way in _CONTRASTIVE:
+        print(json.dumps(measure_contrastive(way, **_pair_arguments())))
     elif way:
         print(json.dumps(measure_step(way, **_step_arguments())))
     else:
         _print_losses(_measure(_WAYS, _loss_arguments()))
+        print()
+        _print_contrastive()
         print()
         _print_steps(_measure(_STEPS, _step_arguments()))
 
@@ -223,6 +287,23 @@ def _print_losses(found):
         for key in ("bytes", "seconds")
     )
     print(f"plain / chunked: memory {memory:.1f}, time {speed:.1f}")
+
+
+def _print_contrastive():
+    arguments = _pair_arguments()
+    pairs = arguments.pop("pairs")
+    halved = _measure(_CONTRASTIVE, {"pairs": pairs // 2, **arguments})
+    found = _measure(_CONTRASTIVE, {"pairs": pairs, **arguments})
+    print(
+        f"{'contrastive loss':18}{f'MiB, {pairs // 2} pairs':>18}"
+        f"{f'MiB, {pairs} pairs':>18}{'ratio':>7}{'seconds':>9}{'loss':>10}"
+    )
+    for way, result in found.items():
+        half, whole = (x[way]["bytes"] / 2**20 for x in (halved, found))
+        print(
+            f"{way:18}{half:18.0f}{whole:18.0f}{whole / half:7.1f}"
+            f"{result['seconds']:9.2f}{result['loss']:10.4f}"
+        )
 
 
 def _print_steps(found):

@@ -1,4 +1,4 @@
-"""Promises of augmentation."""
+"""Augmentation: crops, shifts and flips of each example."""
 
 import numpy as np
 import tensorflow as tf
@@ -9,7 +9,7 @@ H, W = 24, 36
 
 
 def _picture():
-    """A smooth colour image."""
+    """A smooth color image."""
     y, x = np.mgrid[0:H, 0:W]
     rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
     return np.clip(rgb, 0, 255).astype(np.uint8)
@@ -54,7 +54,7 @@ def test_shift_moves_by_whole_pixels_within_bounds():
 
 
 def test_crops_cover_the_stated_area():
-    # An image whose pixel values are its coordinates shows what was cut.
+    # An image whose pixel values are its coordinates shows what was cropped.
     y, x = np.mgrid[0:51, 0:51]
     grid = np.stack([y, x, y], -1).astype(np.uint8)
     index = tf.range(80, dtype=tf.int64)
@@ -81,7 +81,7 @@ def test_augmentation_follows_the_index_not_the_batch():
     options = {"flip": True, "crop_scale": (0.5, 1.0)}
     whole = augmentation.augment(batch, (H, W), 1, index, **options)
     part = augmentation.augment(batch[:3], (H, W), 1, index[5:], **options)
-    # Not to the last bit: vectorised logarithms round by their lane.
+    # Not bitwise, as vectorized logarithms round differently by lane.
     np.testing.assert_allclose(whole[5:], part, atol=1e-3)
     other = augmentation.augment(batch, (H, W), 2, index, **options)
     assert np.abs(whole - other).max() > 1

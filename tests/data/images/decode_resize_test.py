@@ -1,5 +1,6 @@
-"""Promises of decoding and resizing."""
+"""Decoding and resizing: formats, scales and limits."""
 
+import functools
 import io
 
 import numpy as np
@@ -14,7 +15,7 @@ H, W = 24, 36
 
 
 def _picture(height=H, width=W):
-    """A smooth colour image, so that lossy formats stay close to it."""
+    """A smooth color image, so that lossy formats remain close to it."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = np.stack([y * 6, x * 4, 120 + y + x], axis=-1)
     return np.clip(rgb, 0, 255).astype(np.uint8)
@@ -39,6 +40,17 @@ def _grey(pixels):
     return np.repeat(
         np.asarray(Image.fromarray(pixels).convert("L"))[..., None], 3, -1
     )
+
+
+@functools.cache
+def in_graph(max_pixels):
+    """`decode` as pipelines call it, traced once for all tests."""
+
+    @functools.partial(tf.function, autograph=False)
+    def decode(encoded, at_least=None):
+        return decode_resize.decode(encoded, max_pixels, at_least)
+
+    return decode
 
 
 # format, mode, what decoding gives, tolerance in grey levels
@@ -132,37 +144,33 @@ def test_an_extended_webp_is_like_a_simple_one(mode):
 
 def test_frames_of_an_animation_are_no_way_around_the_limit():
     """TensorFlow decodes all of a WebP; of a GIF it is given the first."""
-    decode = tf.function(
-        lambda encoded: decode_resize.decode(encoded, 5 * H * W)
-    )
-    decode(_animation("WEBP", 5))
+    limit = 5 * H * W
+    decode_resize.decode(_animation("WEBP", 5), limit)
     with pytest.raises(
         tf.errors.InvalidArgumentError, match=r"(?s)more than.*4320"
     ):
-        decode(_animation("WEBP", 6))
-    decode(_animation("GIF", 6))
+        decode_resize.decode(_animation("WEBP", 6), limit)
+    decode_resize.decode(_animation("GIF", 6), limit)
 
 
 def test_a_gif_whose_frame_is_larger_than_announced():
     encoded = bytearray(encode(_picture(), "GIF"))
     encoded[6:10] = b"\1\0\1\0"
     assert decode_resize.header_size(bytes(encoded)).numpy().tolist() == [H, W]
-    decode = tf.function(lambda e: decode_resize.decode(e, H * W - 1))
     with pytest.raises(
         tf.errors.InvalidArgumentError, match=r"(?s)more than.*863"
     ):
-        decode(bytes(encoded))
+        in_graph(H * W - 1)(tf.constant(bytes(encoded)))
 
 
 def test_a_gif_may_end_anywhere():
     encoded = _animation("GIF")
-    decode = tf.function(
-        decode_resize.decode, input_signature=[tf.TensorSpec([], tf.string)]
-    )
-    whole = decode(encoded).numpy()
+    decode = in_graph(None)
+    whole = decode(tf.constant(encoded)).numpy()
     for length in range(6, len(encoded), 7):
+        part = tf.constant(encoded[:length])
         try:
-            np.testing.assert_array_equal(decode(encoded[:length]), whole)
+            np.testing.assert_array_equal(decode(part), whole)
         except tf.errors.InvalidArgumentError:
             continue
 
@@ -179,22 +187,20 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_fail(name):
-    decode = tf.function(lambda encoded: decode_resize.decode(encoded, 10_000))
     with pytest.raises(tf.errors.InvalidArgumentError):
-        decode(tf.constant(BAD[name]))
+        in_graph(10_000)(tf.constant(BAD[name]))
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_too_many_pixels_are_refused_from_the_header(file_format):
     encoded = encode(_picture(), file_format)
-    # With the pixels cut off, only the header can have been looked at. (A
+    # Without the pixels, only the header can have been read. (A
     # JPEG's size comes after its tables.)
     head = tf.constant(encoded if file_format == "JPEG" else encoded[:64])
-    decode = tf.function(lambda e: decode_resize.decode(e, H * W - 1))
     with pytest.raises(
         tf.errors.InvalidArgumentError, match=r"(?s)more than.*863"
     ):
-        decode(head)
+        in_graph(H * W - 1)(head)
 
 
 def test_one_pixel_becomes_a_uniform_picture():
@@ -236,7 +242,7 @@ def test_model_range():
 
 
 def _photo(height, width):
-    """Detail at all scales, a JPEG of it, and what a good shrink gives."""
+    """Detail at all scales, a JPEG of it, and the result of a good resize."""
     random = np.random.default_rng(0)
     rough = random.uniform(96, 160, (height // 8, width // 8, 3))
     pixels = Image.fromarray(rough.astype(np.uint8)).resize((width, height))
@@ -262,8 +268,9 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_covers(at_least, expected):
     assert (
         decode_resize.decode(encoded, at_least=at_least).shape[:2] == expected
     )
-    decode = tf.function(lambda e: decode_resize.decode(e, 120 * 320, at_least))
-    assert decode(encoded).shape[:2] == expected
+    wanted = None if at_least is None else tf.constant(at_least)
+    decode = in_graph(120 * 320)
+    assert decode(encoded, wanted).shape[:2] == expected
     with pytest.raises(
         tf.errors.InvalidArgumentError, match=r"(?s)more than.*9.*pixels"
     ):
@@ -282,7 +289,7 @@ def test_sides_that_no_scale_divides_are_rounded_up():
 
 
 def _mean_difference_to_antialiased(encoded, size, at_least):
-    """Grey levels between a shrink and a full decode, antialiased."""
+    """Difference in gray levels from a full, antialiased decode."""
     exact = decode_resize.resize(
         decode_resize.decode(encoded), size, antialias=True
     )
@@ -294,8 +301,8 @@ def _mean_difference_to_antialiased(encoded, size, at_least):
 
 @pytest.mark.parametrize("side, better", [(56, 0.7), (80, 1.1), (112, 1.1)])
 def test_reduced_decoding_is_close_to_an_antialiased_shrink(side, better):
-    # At a factor of 2 the four neighbours are all there is; beyond it, they
-    # miss pixels that a reduced scale takes in.
+    # At a factor of 2 the four neighbors are all pixels; beyond it, they
+    # miss pixels that a reduced scale includes.
     encoded, size = _photo(224, 448), (side, side)
     reduced = _mean_difference_to_antialiased(encoded, size, size)
     plain = _mean_difference_to_antialiased(encoded, size, None)

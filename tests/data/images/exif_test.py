@@ -1,4 +1,4 @@
-"""A photo is turned as Pillow turns it."""
+"""Photos are rotated as by Pillow."""
 
 import io
 
@@ -25,7 +25,7 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def upright():
-    """The function as a graph has it."""
+    """Runs the function in a graph."""
     return tf.function(
         decode_resize.decode,
         input_signature=[tf.TensorSpec([], tf.string)],
@@ -69,7 +69,7 @@ PROFILE = b"\xff\xe2\xff\xf0" + bytes(0xFFEE)
     "before", [b"", COMMENT, b"\xff\xff" + COMMENT, PROFILE * 3]
 )
 def test_segments_may_stand_before_the_exif_data(pixels, upright, before):
-    """A comment, bytes that fill up, a colour profile of 196 KB."""
+    """A comment, padding bytes, a color profile of 196 KB."""
     encoded = _jpeg(pixels, _exif(6))
     encoded = encoded[:2] + before + encoded[2:]
     expected = np.rot90(tf.io.decode_jpeg(encoded), 3)
@@ -83,7 +83,7 @@ def test_segments_may_stand_before_the_exif_data(pixels, upright, before):
     "number, size", [(1, (32, 64)), (4, (32, 64)), (5, (128, 64))]
 )
 def test_scale_covers_what_a_photo_is_after_turning(number, size):
-    """64 x 128 lies on its side: 128 x 64 then holds 30 x 60 only once."""
+    """64 x 128 stored sideways: 128 x 64 then holds 30 x 60 only once."""
     encoded = _jpeg(np.zeros((64, 128, 3), "uint8"), _exif(number))
     decode = tf.function(lambda e: decode_resize.decode(e, at_least=(30, 60)))
     assert decode(encoded).shape[:2] == size
@@ -98,7 +98,7 @@ def _exif(number):
 
 
 def test_exif_data_may_end_anywhere(pixels):
-    """Cut or nonsensical data are no reason to refuse an image."""
+    """Truncated or meaningless EXIF data do not make an image bad."""
     encoded = _jpeg(pixels, _exif(6))
     start = encoded.index(b"Exif")
     for length in range(3, len(encoded[: start + 40]) + 1, 3):

@@ -1,4 +1,4 @@
-"""The listing alone decides the bytes; what was made is not made again."""
+"""The listing alone determines the bytes; finished shards are reused."""
 
 import pytest
 import tensorflow as tf
@@ -13,7 +13,7 @@ OPTIONS = image_rows.Options(split_fractions={"train": 1})
 
 
 def make_rows(folder, count, bad=()):
-    """A row and an image file for each number; `bad` are no images."""
+    """A row and an image file for each number; `bad` are not images."""
     folder.mkdir(exist_ok=True)
     rows = []
     for i in range(count):
@@ -190,7 +190,7 @@ def test_errors_come_before_any_picture_is_read(tmp_path):
 
 @pytest.fixture
 def beam_conversion():
-    """The module, where Beam is installed."""
+    """The module, if Beam is installed."""
     pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
     from cappa_tf.data.prepare import beam
 
@@ -207,7 +207,7 @@ def beam_conversion():
 def test_two_workers_of_beam_make_and_count_the_same(
     beam_conversion, tmp_path, mode, monkeypatch
 ):
-    # Worker processes import the package from where this process did.
+    # Worker processes import the package from the same path as this one.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     rows = make_rows(tmp_path / "in", 30, bad=(3, 7))
     rows[5].captions = []

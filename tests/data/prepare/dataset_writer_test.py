@@ -1,4 +1,4 @@
-"""A data set written here is one that TFDS reads, and only that is replaced."""
+"""TFDS reads the data sets written here, and only these are replaced."""
 
 import io
 
@@ -27,7 +27,7 @@ def examples(count, labelled, start=0):
 
 
 def read(builder, split):
-    """(key, image bytes, captions, label) as TFDS gives them."""
+    """(key, image bytes, captions, label) as read by TFDS."""
     decoders = {IMAGE: tfds.decode.SkipDecoding()}
     found = []
     for record in builder.as_dataset(split=split, decoders=decoders):

@@ -1,4 +1,4 @@
-"""The drawn data set: one true caption an image, compositions kept apart."""
+"""Scenes: one true caption per image, separate compositions."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ def _all_compositions():
 
 
 def _composition(caption):
-    """Reads a composition back out of a caption."""
+    """Parses the composition of a caption."""
     words = caption.removeprefix("a ").split()
     if caption.startswith("the word"):
         _, _, word, _, color, _, ground = caption.split()
@@ -87,7 +87,7 @@ def test_the_relation_is_never_in_doubt():
 
 
 def _near(pixels, color):
-    """Coordinates (y, x) of the pixels of about this colour."""
+    """Coordinates (y, x) of the pixels of about this color."""
     distance = np.abs(pixels - np.array(render.COLORS[color])).max(-1)
     return np.argwhere(distance < 40)
 
@@ -156,7 +156,7 @@ def test_what_is_not_complete_or_not_the_same_is_not_taken(tmp_path):
     (tmp_path / "scenes-train.tfrecord-00001-of-00002").unlink()
     with pytest.raises(ValueError, match="00001-of-00002 is missing"):
         world.prepare(tmp_path, **SMALL)
-    # As after an interruption: without a description all is drawn anew.
+    # As after an interruption: without a description all is written again.
     (tmp_path / "dataset.json").unlink()
     world.prepare(tmp_path, **SMALL).verify(checksums=True)
 

@@ -1,4 +1,4 @@
-"""Promises that every source keeps, whatever its files are."""
+"""Behavior common to all sources, whatever their files."""
 
 import io
 import tarfile
@@ -25,7 +25,7 @@ SIZE = 8
 
 
 def image(number):
-    """A PNG whose pixels say which example it is."""
+    """A PNG whose pixels tell which example it is."""
     file = io.BytesIO()
     Image.new("L", (SIZE, SIZE), 10 * number).save(file, "PNG")
     return file.getvalue()
@@ -63,7 +63,7 @@ def write_tars(path):
 
 
 def write_img2dataset(path):
-    """As img2dataset 1.45 does: jpg is what it calls any image."""
+    """Writes like img2dataset 1.45, which calls any image jpg."""
     for number in range(SHARDS):
         name = str(path / f"{number:05d}.tfrecord")
         with tf.io.TFRecordWriter(name) as writer:
@@ -147,7 +147,7 @@ def open_tfds(path, **options):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The same 21 examples in every form."""
+    """The same 21 examples in every format."""
     path = tmp_path_factory.mktemp
     folder = write_tfds(path("tfds"))
     return {
@@ -325,28 +325,29 @@ def test_keys_of_any_type_and_captions_of_any_encoding(tmp_path):
         assert (int(parsed["label"]), parsed["image/encoded"]) == (i, image(i))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"txt": [5]}, "5: the feature 'txt' must be a bytes_list.*int64"),
-        ({"jpg": [1.0]}, "5: the feature 'jpg' must be a bytes_list.*float"),
-        ({"n": [b"cat"]}, "5: the feature 'n' must be a int64_list.*bytes"),
-        ({"n": [1, 2]}, "5: the feature 'n' holds 2 numbers"),
-        ({"txt": [b"caf\xe9"]}, "5: the text is not UTF-8 .byte 0xe9 at 3"),
-    ],
-)
-def test_features_of_another_kind_are_named(tmp_path, wrong, message):
+OF_ANOTHER_KIND = [
+    ({"txt": [5]}, "5: the feature 'txt' must be a bytes_list.*int64"),
+    ({"jpg": [1.0]}, "5: the feature 'jpg' must be a bytes_list.*float"),
+    ({"n": [b"cat"]}, "5: the feature 'n' must be a int64_list.*bytes"),
+    ({"n": [1, 2]}, "5: the feature 'n' holds 2 numbers"),
+    ({"txt": [b"caf\xe9"]}, "5: the text is not UTF-8 .byte 0xe9 at 3"),
+]
+
+
+def test_features_of_another_kind_are_named(tmp_path):
     good = {"jpg": [image(1)], "key": [5], "txt": [b"c"], "n": [1]}
-    path = tmp_path / "train-0.tfrecord"
-    write_foreign(path, good, {**good, **wrong})
-    source = tfrecords.TFRecords(tmp_path, label="n")
-    split = source.split("train")
-    records_ = [r for _, r in shuffling.in_sequence(split).as_numpy_iterator()]
-    split.parse(tf.constant(records_[0]))
-    with pytest.raises(ValueError, match=message):
-        split.deserialize(records_[1])
-    with pytest.raises(tf.errors.OpError):
-        split.parse(tf.constant(records_[1]))
+    wrong = [{**good, **features} for features, _ in OF_ANOTHER_KIND]
+    write_foreign(tmp_path / "train-0.tfrecord", good, *wrong)
+    split = tfrecords.TFRecords(tmp_path, label="n").split("train")
+    first, *others = (
+        r for _, r in shuffling.in_sequence(split).as_numpy_iterator()
+    )
+    split.parse(tf.constant(first))
+    for record, (_, message) in zip(others, OF_ANOTHER_KIND, strict=True):
+        with pytest.raises(ValueError, match=message):
+            split.deserialize(record)
+        with pytest.raises(tf.errors.OpError):
+            split.parse(tf.constant(record))
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut in a length", "overwritten"])
@@ -368,7 +369,7 @@ def test_what_a_damaged_shard_lost_is_counted(tmp_path, damage, alone):
     split = tfrecords.TFRecords(tmp_path).split("train")
     counter = bad_records.SkipCounter(10.0, split.num_examples, "data")
     split.check(counter)
-    # A shard alone that is cut is taken to have lost what it still has.
+    # A single truncated shard counts as many lost records as it still has.
     expected = 4 if alone and damage != "overwritten" else 6
     assert counter.counts == {"damaged shard": expected}
     strict = bad_records.SkipCounter(0.05, split.num_examples, "data")

@@ -1,4 +1,4 @@
-"""A plain folder of images is a source like any other."""
+"""Image folder: a plain folder of images as a source."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_labels_are_those_of_all_splits(folder):
     assert source.class_names == ["a", "b"]
     batch = next(make(source, None).evaluate().as_numpy_iterator())
     assert batch["label"][[0, 1, 2]].tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match="splits .'train'.*Received: .*'test'"):
+    with pytest.raises(ValueError, match="one of .'train'.*Received: .*'test'"):
         source.split("test")
 
 
@@ -89,7 +89,7 @@ def _stream(data, count, **options):
 
 
 def test_the_stream_is_a_function_of_the_position(folder, tokenizer):
-    """Whatever the cache, wherever it starts, and on several hosts."""
+    """The same with any cache, from any start, and on several hosts."""
     whole = _stream(make(folder, tokenizer), 4)
     for cache in ("records", "images"):
         again = _stream(make(folder, tokenizer, cache=cache), 4)
@@ -102,7 +102,7 @@ def test_the_stream_is_a_function_of_the_position(folder, tokenizer):
     ]
     first = np.stack([part[0] for part in parts], 1).reshape(whole[0].shape)
     good = (whole[0] == first).all((1, 2, 3))
-    # A bad one is replaced by a neighbour of its own batch.
+    # A bad record is replaced by a neighbor in its own batch.
     assert good.sum() >= 2
 
 

@@ -1,4 +1,4 @@
-"""Promises of reading users' folders: three forms, nothing dropped silently."""
+"""Reading users' folders: three layouts, nothing dropped silently."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def write_jsonl(path, rows):
 
 
 def read(path, options=None, **arguments):
-    """Usable (row, example) pairs and what was skipped."""
+    """Valid (row, example) pairs, and the skipped items."""
     skipped = image_rows.Skipped()
     rows = image_rows.read_rows(path, skipped=skipped, **arguments)
     classes = {name: i for i, name in enumerate(image_rows.class_names(rows))}
@@ -183,7 +183,7 @@ def test_splits(tmp_path):
     own = image_rows.Row("k", tmp_path, ["c"], split="dev")
     assert image_rows.choose_split(own) == "dev"
     assert image_rows.choose_split(own, {"all": 2}) == "all"
-    # An image stays where it was when others come.
+    # An image keeps its split when others are added.
     assert drawn[:9] == [image_rows.choose_split(row) for row in rows[:9]]
 
 

@@ -1,4 +1,4 @@
-"""Tables of every form: read as meant, or each row named that is not."""
+"""Tables of every format: rows are read as intended, or reported."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def read(path, captions=None):
 
 
 def captions(path, **options):
-    """{key: captions} and the lines of what was skipped."""
+    """{key: captions} and the lines of the skipped rows."""
     found, skipped = read(path, **options)
     return {key: row[0] for key, row in found.items()}, skipped.lines
 
@@ -355,7 +355,7 @@ def test_a_stray_table_does_not_hide_text_files(folder):
     assert "download_stats.csv:1: neither a header" in lines[1]
     more = folder / "more.jsonl"
     assert captions(folder, captions=more) == ({"1.jpg": ["c"]}, [])
-    # Without text files the table that is understood is taken.
+    # Without text files, the table of a known format is used.
     (folder / "0.txt").unlink()
     found, lines = captions(folder)
     assert found == {"1.jpg": ["c"]}

@@ -1,4 +1,4 @@
-"""tar shards: what is read of them, and what happens to damaged ones."""
+"""Tar shards: their contents, and the handling of damaged ones."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def write(path, samples):
 
 
 def picture(i):
-    """Stands for an image; reading does not look at it."""
+    """In place of an image, as reading does not decode it."""
     return b"image %d " % i * (40 + i)
 
 
@@ -150,7 +150,7 @@ def test_an_index_goes_to_the_cache_where_data_cannot_be_written(
 
 
 def check(folder, max_fraction):
-    """Opens a data set as training does; returns what was skipped."""
+    """Opens a data set as training does; returns the skipped counts."""
     records = webdataset.WebDataset(folder).split("train")
     counter = bad_records.SkipCounter(
         max_fraction, records.num_examples, "tars"
@@ -257,7 +257,7 @@ def test_captions_under_another_name(shards):
 
 
 def sample_begin(path, number):
-    """Where in a shard of `shards` a sample begins."""
+    """Position of a sample in a shard of `shards`."""
     with tarfile.open(path) as tar:
         members = tar.getmembers()
         # Behind the last one, in whole blocks.

@@ -1,4 +1,4 @@
-"""Memory of records is reused instead of being given back."""
+"""Memory of records is reused instead of returned to the system."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""Promises of the streams: epochs are permutations, any start continues."""
+"""Streams: epochs are permutations, and any start continues."""
 
 import os
 import pathlib
@@ -78,7 +78,7 @@ def _whole(shards, stream):
 STARTS = {
     "memory": [1, N, 2 * N - 2],
     "memory, in order": [N + 3],
-    "readers": [5, 15, N - 1, N + 9],
+    "readers": [5, N - 1, N + 9],
     "readers, in order": [13],
     "one reader": [6],
     "more readers than records": [17],
@@ -103,8 +103,9 @@ def test_any_start_continues_the_stream_from_zero(shards, stream):
         assert found == whole[start : start + N], start
 
 
-@pytest.mark.parametrize("num_hosts", [2, 3, 4])
-@pytest.mark.parametrize("stream", ["memory", "readers"])
+@pytest.mark.parametrize(
+    ("stream", "num_hosts"), [("memory", 3), ("readers", 3), ("readers", 4)]
+)
 def test_hosts_share_a_stream_without_overlap_or_loss(
     shards, stream, num_hosts
 ):
@@ -214,7 +215,7 @@ def test_damage_shifts_no_other_record(shards, damage, tmp_path):
     positions, found = _take(STREAMS["readers"](damaged, 0), 2 * N)
     assert positions == list(range(2 * N))
     lost = [w for w, r in zip(whole, found) if w != r]
-    # A wrong checksum costs its record, a lost end all that was in it.
+    # A wrong checksum costs its record, truncation all records after it.
     expected = {
         _cut: range(14, 17),
         _flip_a_byte: range(13, 14),

@@ -1,4 +1,4 @@
-"""Who wins is counted rightly, on whatever images are there."""
+"""Choices won are counted correctly, on the images that are present."""
 
 import json
 
@@ -17,7 +17,7 @@ def predictor(tmp_path):
 
 
 def write_sugar_crepe(folder):
-    """Two subsets on red and green images; one image is not there."""
+    """Two subsets on red and green images; one image is missing."""
     for name in ("red", "green"):
         Image.new("RGB", (8, 8), scoring.COLOURS[name]).save(
             folder / f"{name}.png"
@@ -57,7 +57,7 @@ def test_sugar_crepe_by_hand(tmp_path, predictor):
     for name, value in wanted.items():
         for mode in ("autoregressive", "parallel", "minus_blind"):
             assert report.metrics[f"{mode}/{name}"] == pytest.approx(value)
-        assert report.metrics[f"blind/{name}"] == 0.0  # All are ties to it.
+        assert report.metrics[f"blind/{name}"] == 0.0  # all ties
     assert report.metrics["ceiling/add_obj"] == 0.5
     assert report.metrics["ceiling/swap"] == 1.0
     assert report.details["ties"]["autoregressive"] == 1 / 5
@@ -147,7 +147,7 @@ def test_no_files_and_no_pictures(tmp_path):
 
 
 def test_sugar_crepe_as_published(tmp_path):
-    """The part whose images are at hand: 47 images, 211 choices."""
+    """The part whose images are available: 47 images, 211 choices."""
     pictures = shared_data("coco_mini/images")
     evaluator = benchmarks.SugarCrepe(shared_data("sugar_crepe"), pictures)
     assert len(evaluator.read()) == 7511

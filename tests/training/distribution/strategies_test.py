@@ -1,4 +1,4 @@
-"""Devices are found, or refused with what was found."""
+"""Strategies: devices are found, or the error lists those found."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def test_auto_takes_the_first_that_is_there(monkeypatch):
             "GPU 10.0 has .* 10.0.* 9.0",
         ),
         ([(9, 0), (12, 0)], ["sm_90a"], False, "GPU 12.0 has .* 12.0.* 9.0"),
-        # A TensorFlow that knows them, and one that does not tell.
+        # A TensorFlow that supports them, and one that does not tell.
         ([(12, 0)], ["sm_80", "sm_120a"], True, ""),
         ([(12, 1)], ["sm_80", "compute_120"], True, ""),
         ([(9, 0)], None, True, ""),
@@ -167,7 +167,7 @@ def test_xla_is_left_off_where_it_would_end_the_process(
         assert strategies.use_xla(False) is False
         assert re.search(said, caplog.text)
         assert bool(caplog.text) is bool(said)
-        # Asked for, it is tried; but the reason stands above what may come.
+        # If requested, it is tried, but the reason is logged first.
         caplog.clear()
         assert strategies.use_xla(True) is True
         assert re.search(said, caplog.text)

@@ -1,4 +1,4 @@
-"""The schedules equal the reference's, and refuse what gin may hand them."""
+"""The schedules equal the reference's, and refuse invalid arguments."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_equals_the_reference_at_every_step(name):
         (Linear(100, 20), 100, 0.0),
         (Rsqrt(100, 10, timescale=30), 10, 1.0),
         (Rsqrt(100, 10, timescale=30), 100, 0.5),
-        # Without a cooldown the length of the run plays no role.
+        # Without a cooldown the length of the run has no effect.
         (Rsqrt(100, 10, timescale=30), 460, 0.25),
         (Rsqrt(100, 10, 50, timescale=30), 100, 0.0),
         (Rsqrt(100, 10, 50, timescale=30), 75, 0.5 / math.sqrt(1 + 65 / 30)),
@@ -71,7 +71,7 @@ def test_config_rebuilds(name):
 
 
 def test_paper_schedule_is_exact_late_in_the_run():
-    """366,500 steps are told apart in float32."""
+    """366,500 steps are distinguished in float32."""
     schedule = Cosine(366_500, 10_000)
     for step in (10_001, 188_250, 366_499):
         progress = (step - 10_000) / 356_500

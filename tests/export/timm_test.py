@@ -1,4 +1,4 @@
-"""What transformers and timm compute from the exported folders."""
+"""What timm computes from the exported folders."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from cappa_tf.models.sizes import variant
 from cappa_tf.models.vision_encoder import VisionEncoder
 
 pytest.importorskip("safetensors", reason="pip install '.[interop]'")
-from cappa_tf.export import torch_vit
+from cappa_tf.export import timm
 
 SIZES = {
     "hidden_dim": 16,
@@ -79,43 +79,6 @@ def channels_first(images):
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("positions", ["learned", "sincos2d"])
-def test_siglip_gives_the_same_features(positions, tmp_path):
-    transformers = pytest.importorskip(
-        "transformers", reason="pip install '.[interop]'"
-    )
-    torch = pytest.importorskip("torch", reason="pip install '.[interop]'")
-    encoder = make_encoder(position_embedding=positions)
-    torch_vit.save_siglip(encoder, tmp_path)
-    model, loading = transformers.SiglipVisionModel.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert not any(loading.values()), loading
-    with torch.no_grad():
-        found = model(torch.from_numpy(channels_first(images())))
-    encoded, expected = found.last_hidden_state, encoder(images())
-    np.testing.assert_allclose(encoded, expected["encoded"], atol=1e-5)
-    pooled = encoded.mean(1)
-    np.testing.assert_allclose(pooled, expected["pre_logits"], atol=1e-5)
-    assert found.pooler_output is None
-
-
-def test_the_image_processor_prepares_as_in_training(tmp_path):
-    transformers = pytest.importorskip(
-        "transformers", reason="pip install '.[interop]'"
-    )
-    torch_vit.save_siglip(make_encoder(), tmp_path)
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    picture = np.random.default_rng(0).integers(256, size=(16, 16, 3))
-    batch = processor(picture.astype("uint8"), return_tensors="np")
-    expected = channels_first(picture[None] / 127.5 - 1.0)
-    np.testing.assert_allclose(batch["pixel_values"], expected, atol=1e-6)
-    wide = np.zeros((20, 50, 3), "uint8")
-    assert processor(wide, return_tensors="np")["pixel_values"].shape == (
-        (1, 3, 16, 16)
-    )
-
-
 @pytest.mark.parametrize(
     "kwargs", [{}, {"patch_size": (4, 8), "image_size": (16, 24)}]
 )
@@ -124,7 +87,7 @@ def test_timm_gives_the_same_features(kwargs, tmp_path):
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed (pip install timm)")
     encoder = make_encoder(**kwargs)
-    torch_vit.save_timm(encoder, tmp_path)
+    timm.save_timm(encoder, tmp_path)
     batch = images(*encoder.image_size)
     np.save(tmp_path / "images.npy", channels_first(batch))
     result = subprocess.run(
@@ -148,7 +111,7 @@ def test_timm_gives_the_same_features(kwargs, tmp_path):
 @pytest.mark.parametrize("size", ["Ti", "S", "M", "B", "L", "So400m"])
 def test_timm_finds_the_width_of_the_mlp(size):
     sizes = variant(f"{size}/14")
-    config = torch_vit.timm_config(VisionEncoder(**sizes))
+    config = timm.timm_config(VisionEncoder(**sizes))
     ratio = config["model_args"]["mlp_ratio"]
     assert int(sizes["hidden_dim"] * ratio) == sizes["mlp_dim"]
 
@@ -160,16 +123,8 @@ def test_timm_finds_the_width_of_the_mlp(size):
         ({"num_classes": 5}, "EncoderWithHead"),
     ],
 )
-@pytest.mark.parametrize("save", [torch_vit.save_siglip, torch_vit.save_timm])
-def test_what_they_cannot_hold_is_named(save, kwargs, received, tmp_path):
+def test_what_it_cannot_hold_is_named(kwargs, received, tmp_path):
     encoder = VisionEncoder.from_config({**SIZES, **kwargs})
     with pytest.raises(ValueError, match=received):
-        save(encoder, tmp_path / "out")
+        timm.save_timm(encoder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_siglip_is_square(tmp_path):
-    with pytest.raises(ValueError, match=r"image_size=\(16, 24\)"):
-        torch_vit.save_siglip(make_encoder(image_size=(16, 24)), tmp_path)
-    with pytest.raises(ValueError, match=r"patch_size=\(4, 2\)"):
-        torch_vit.save_siglip(make_encoder(patch_size=(4, 2)), tmp_path)
