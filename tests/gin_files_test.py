@@ -29,6 +29,7 @@ GIVEN_FOR = {
     "gin/data/mixture.gin": ("WEB_DATA='{split}-*.tar'",),
     "gin/data/tfds.gin": ("TOKENIZER='here'",),
     "gin/data/webdataset.gin": ("TOKENIZER='here'",),
+    "gin/lit_b16.gin": ("ENCODER='there'",),
 }
 
 # Objectives of each kind of model other than a captioner.
@@ -56,7 +57,9 @@ VARIANTS = {
 }
 
 
-def parse(*files, params=GIVEN, workdir="runs/test"):
+def parse(*files, params=None, workdir="runs/test"):
+    if params is None:
+        params = (*GIVEN, *GIVEN_FOR.get(files[0], ()))
     config.parse(files, params, workdir=workdir)
     return config.arguments()
 
@@ -115,6 +118,21 @@ def test_a_size_file_gives_the_size_of_its_name(path):
         assert model.count_params() < 30_000_000, "large: add it to VARIANTS"
 
 
+# Two towers, gap and last, as table 1 of the CapPa paper counts CLIP*: 197M and
+# 640M parameters.
+@pytest.mark.parametrize(
+    ("path", "patch", "count"),
+    [
+        ("gin/clip_s16.gin", 16, 55_567_489),
+        ("gin/clip_b16.gin", 16, 196_659_457),
+        ("gin/clip_l16.gin", 14, 640_420_865),
+    ],
+)
+def test_clip_has_the_papers_number_of_parameters(path, patch, count):
+    found = parse(path, params=(*GIVEN, f"PATCH_SIZE={patch}"))
+    assert build(found["model"]).count_params() == count
+
+
 @pytest.mark.parametrize("path", PARTS)
 def test_a_part_may_be_laid_over_a_runnable_file(path):
     given = (*GIVEN, *GIVEN_FOR.get(path, ()))
@@ -126,6 +144,21 @@ def test_a_part_may_be_laid_over_a_runnable_file(path):
     found = parse("gin/cappa_b16.gin", *files, params=given)
     # What a part names is built, and opens nothing.
     assert found["train_data"].tokenizer.max_length == 64
+
+
+def test_lit_trains_a_text_tower_against_a_frozen_encoder():
+    found = parse("gin/lit_b16.gin")
+    weights = found["weights"]
+    assert weights.initialize_from == "there"
+    assert weights.initialize_parts == weights.frozen_parts
+    model = build(found["model"])
+    model.freeze(weights.frozen_parts)
+    assert found["features"].features is None
+    # The text tower, its projection and the temperature.
+    trained = sum(v.shape.num_elements() for v in model.trainable_variables)
+    text = model.text_encoder.count_params()
+    assert trained == text + 768 * 768 + 768 + 1
+    assert model.embedding_width == 768
 
 
 @pytest.mark.parametrize("path", PAPER)

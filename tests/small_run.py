@@ -172,6 +172,30 @@ def worker(index, folder, workdir, blow=None, sample_images=0):
     print("figures", figures, flush=True)
 
 
+def contrastive_run(folder, workdir, strategy="one"):
+    """Trains two towers, without saving before the end."""
+    run(
+        folder,
+        workdir,
+        # Not before the hosts have met: a tokenizer runs an operation.
+        model=lambda: tiny.make_contrastive(
+            Tokenizer(folder, LENGTH).vocabulary_size, dropout=0.1
+        ),
+        checkpoint_steps=STEPS,
+        eval_steps=STEPS,
+        eval_data=None,
+        final_evaluation=False,
+        deterministic=False,
+        strategy=strategy,
+    )
+
+
+def contrastive_worker(index, folder, workdir):
+    """A host of a contrastive run on several."""
+    del index
+    contrastive_run(folder, workdir, strategy="auto")
+
+
 def signal_after(step, number):
     """Makes this process send itself a signal after `step` steps."""
     real = run_module.Trainer._between_loops

@@ -58,7 +58,7 @@ def make_contrastive(size, **kwargs):
     """
     small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
     small["dropout"] = kwargs.pop("dropout", 0.0)
-    names = ("pooling", "patch_dropout", "image_size", "patch_size")
+    names = "pooling patch_dropout image_size patch_size num_heads".split()
     image = {name: kwargs.pop(name) for name in names if name in kwargs}
     return Contrastive(
         VisionEncoder(**{"patch_size": 8, "image_size": 16, **small, **image}),
@@ -175,6 +175,7 @@ def with_settings(**flat):
         "evaluation": settings.EvaluationSettings,
         "compute": settings.ComputeSettings,
         "weights": settings.WeightSettings,
+        "features": settings.FeatureSettings,
     }
     found = {}
     for argument, cls in objects.items():

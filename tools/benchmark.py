@@ -18,6 +18,7 @@ from tools import benchmarks
 
 BENCHMARKS = {
     "data": "images per second and memory from shards to batches",
+    "features": "images per second of LiT, with and without cached features",
     "generate": "time of different ways to caption",
     "memory": "peak memory and time of the loss, and of a training step",
     "score": "time of the likelihoods of many labels",

@@ -182,10 +182,18 @@ def _refuse(options, names, owners):
 def _write_big_vision(model, options):
     from cappa_tf.saving import big_vision
 
+    captions = hasattr(model, "text_decoder")
     save = big_vision.save_vision_encoder
     if hasattr(model, "text_encoder"):
+        if captions:
+            raise ValueError(
+                "A file of big_vision holds a captioner or two towers. Use "
+                "--encoder_only, or save_captioner and save_two_towers of "
+                "cappa_tf.export.big_vision. "
+                f"Received: --input={options.input}, which holds both"
+            )
         save = big_vision.save_two_towers
-    elif hasattr(model, "text_decoder"):
+    elif captions:
         save = big_vision.save_captioner
     save(model, options.output, scan=options.scan)
 

@@ -72,7 +72,7 @@ def _define_serving_flags(where):
         "version": "number of the version; one more than the highest",
         "max_length": "maximum tokens of a caption; the decoder's",
         "max_batch_size": "maximum images per request; 32",
-        "max_texts": "maximum texts to score per image; 1,000",
+        "max_texts": "maximum texts or labels per image; 1,000",
         "max_pixels": "maximum pixels of an image; the limit of the run",
     }
     for name, meaning in numbers.items():
@@ -155,7 +155,7 @@ def _timm(options):
 def _saved_model(options):
     _refuse(options, ["image_size"])
     from cappa_tf.export import saved_model, serving_files
-    from cappa_tf.inference.predictor import GENERATE
+    from cappa_tf.inference.predictor import SCORE
 
     serving_files.check_protos()
     files.check_output("output", options.output, is_folder=True)
@@ -164,8 +164,15 @@ def _saved_model(options):
         values = {name: options[name].value for name in names}
         return {k: v for k, v in values.items() if v is not None}
 
-    predictor = _opened(options, GENERATE)
-    service = saved_model.CaptionService(
+    predictor = _opened(options, SCORE)
+    make = saved_model.service_class(predictor.model)
+    is_captioner = make is not saved_model.ContrastiveService
+    if options.max_length is not None and not is_captioner:
+        raise ValueError(
+            "--max_length is for captioners. "
+            f"Received: --max_length={options.max_length}"
+        )
+    service = make(
         predictor.model,
         predictor.tokenizer,
         predictor.preprocessing,
@@ -176,7 +183,7 @@ def _saved_model(options):
     )
     height, width = service.image_size
     return (
-        f"{path}: captioner for TensorFlow Serving, "
+        f"{path}: {service.kind} for TensorFlow Serving, "
         f"{service.num_bytes / 2**20:.0f} MiB of weights, images of "
         f"{height} x {width} pixels"
     )

@@ -1,19 +1,24 @@
-"""Requests captions, scores or features of images from a server.
+"""Requests captions, scores, labels or embeddings from a server.
 
     python tools/serving_client.py photo.jpg folder/
     python tools/serving_client.py --signature=score \
         --text="a dog" --text="a cat" photo.jpg
     python tools/serving_client.py --protocol=rest --address=localhost:8501 \
         --signature=embed --format=jsonl photo.jpg
+    python tools/serving_client.py --signature=zero_shot \
+        --text="a photo of a dog" --text="a photo of a cat" photo.jpg
+    python tools/serving_client.py --signature=embed_text --format=jsonl \
+        --texts_file=captions.txt
     python tools/serving_client.py --concurrency=8 --batch_size=4 --repeat=10 \
         folder/
 
-The server must run a model that `tools/export.py --what=saved_model` wrote.
-Prints one line per image to stdout; errors, and finally images per second and
-the percentiles of a request's latency, go to stderr. gRPC needs the extra
-`serving` (`pip install 'cappa-tf[serving]'`); REST needs no extra. The exit
-code is 0 if all images were answered, 1 if some were not, 2 if there was
-nothing to send.
+The server must run a model that `tools/export.py --what=saved_model` wrote:
+caption, score and embed are signatures of a captioner, embed_image, embed_text
+and zero_shot of a contrastive model. Prints one line per image (per text for
+embed_text) to stdout; errors, and finally images per second and the percentiles
+of a request's latency, go to stderr. gRPC needs the extra `serving` (`pip
+install 'cappa-tf[serving]'`); REST needs no extra. The exit code is 0 if all
+images were answered, 1 if some were not, 2 if there was nothing to send.
 """
 
 import concurrent.futures
@@ -29,6 +34,16 @@ from cappa_tf.export import serving_clients
 from cappa_tf.utils import console
 
 PORTS = {"grpc": 8500, "rest": 8501}
+# Signatures, and what the server calls their model by default.
+SIGNATURES = {
+    "caption": "captioner",
+    "score": "captioner",
+    "embed": "captioner",
+    "embed_image": "contrastive",
+    "embed_text": "contrastive",
+    "zero_shot": "contrastive",
+}
+TEXT_SIGNATURES = ("score", "zero_shot", "embed_text")
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -43,26 +58,38 @@ def define_flags(flag_values=flags.FLAGS):
     )
     flags.DEFINE_enum("protocol", "grpc", [*PORTS], "Protocol.", **where)
     flags.DEFINE_string(
-        "model", "captioner", "Name of the model on the server.", **where
+        "model",
+        None,
+        "Name of the model on the server; by default captioner or contrastive, "
+        "depending on the signature.",
+        **where,
     )
     flags.DEFINE_enum(
         "signature",
         "caption",
-        ["caption", "score", "embed"],
+        [*SIGNATURES],
         "Signature of the model to call.",
         **where,
     )
     flags.DEFINE_multi_string(
-        "text", [], "Text to score; repeatable. Only for score.", **where
+        "text",
+        [],
+        "Text to score or embed, or a label; repeatable. Only for score, "
+        "zero_shot and embed_text.",
+        **where,
     )
     flags.DEFINE_string(
         "texts_file",
         None,
-        "File of texts to score, one per line. Only for score.",
+        "File of such texts, one per line.",
         **where,
     )
     flags.DEFINE_integer(
-        "batch_size", 1, "Images per request.", lower_bound=1, **where
+        "batch_size",
+        1,
+        "Images (for embed_text: texts) per request.",
+        lower_bound=1,
+        **where,
     )
     flags.DEFINE_integer(
         "concurrency", 1, "Parallel requests.", lower_bound=1, **where
@@ -87,46 +114,56 @@ def define_flags(flag_values=flags.FLAGS):
     )
 
 
-def ask(client, signature, paths, texts):
-    """Reads files and sends them in one request.
+def ask(client, signature, items, texts):
+    """Sends images, after reading them, or texts in one request.
 
     Args:
         client: `RestClient` or `GrpcClient`.
         signature: Name of the signature.
-        paths: Image files.
-        texts: List of strings, for score.
+        items: Image files; for embed_text, texts.
+        texts: List of strings, for score and zero_shot.
 
     Returns:
-        rows: A dict for each file: `image` (the path) and either `error` or
-            the answer (`caption` and `log_likelihood`; `scores`, a dict from
-            text to log-likelihood; or `embedding`).
+        rows: A dict for each item: `image` (the path) or `text`, and either
+            `error` or the answer (`caption` and `log_likelihood`; `scores`, a
+            dict from text to log-likelihood or score; or `embedding`).
         seconds: Duration of the request; None if no file could be read.
     """
+    rows, contents = {}, {}  # by position in `items`
+    name = "image"
+    if signature == "embed_text":
+        name, contents = "text", dict(enumerate(items))
+    else:
+        _read(items, contents, rows)
+    seconds = None
+    if contents:
+        key = "texts" if name == "text" else "image_bytes"
+        inputs = {key: [*contents.values()]}
+        if signature in ("score", "zero_shot"):
+            inputs["texts"] = [texts] * len(contents)
+        start = time.perf_counter()
+        answers = _answers(client, signature, inputs, texts)
+        seconds = time.perf_counter() - start
+        rows |= dict(zip(contents, answers))
+    return [{name: item, **rows[i]} for i, item in enumerate(items)], seconds
+
+
+def _read(paths, contents, rows):
+    """Reads files into `contents`; what cannot be read gets a row."""
     # TensorFlow takes seconds to load, and is needed only with valid flags.
     from cappa_tf.data.images import image_files
 
-    rows, contents = {}, {}  # by position in `paths`
     for i, path in enumerate(paths):
         try:
             # Rotated and converted as in tools/caption.py.
             contents[i] = image_files.read(path)
         except image_files.UnusableError as error:
             rows[i] = {"error": error.reason}
-    seconds = None
-    if contents:
-        inputs = {"image_bytes": [*contents.values()]}
-        if signature == "score":
-            inputs["texts"] = [texts] * len(contents)
-        start = time.perf_counter()
-        answers = _answers(client, signature, inputs, texts)
-        seconds = time.perf_counter() - start
-        rows |= dict(zip(contents, answers))
-    return [{"image": path, **rows[i]} for i, path in enumerate(paths)], seconds
 
 
 def _answers(client, signature, inputs, texts):
-    """A dict for each image of a request."""
-    count = len(inputs["image_bytes"])
+    """A dict for each image or text of a request."""
+    count = len(next(iter(inputs.values())))
     try:
         outputs = client.predict(signature, inputs)
         return [_row(signature, outputs, i, texts) for i in range(count)]
@@ -140,37 +177,37 @@ def _answers(client, signature, inputs, texts):
 def _row(signature, outputs, i, texts):
     if not outputs["ok"][i]:
         return {"error": _text(outputs["error"][i])}
-    if signature == "embed":
+    if signature.startswith("embed"):
         return {"embedding": [float(x) for x in outputs["embedding"][i]]}
-    likelihood = outputs["log_likelihood"][i]
-    if signature == "score":
-        # A server that batches may have padded columns on the right.
-        numbers = [float(likelihood[j]) for j in range(len(texts))]
-        return {"scores": dict(zip(texts, numbers))}
-    return {
-        "caption": _text(outputs["caption"][i]),
-        "log_likelihood": float(likelihood),
-    }
+    if signature == "caption":
+        return {
+            "caption": _text(outputs["caption"][i]),
+            "log_likelihood": float(outputs["log_likelihood"][i]),
+        }
+    scores = outputs["score" if signature == "zero_shot" else "log_likelihood"]
+    # A server that batches may have padded columns on the right.
+    numbers = [float(scores[i][j]) for j in range(len(texts))]
+    return {"scores": dict(zip(texts, numbers))}
 
 
 def _text(value):
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def send_all(client, options, paths, texts):
-    """Sends all files, with several requests in parallel.
+def send_all(client, options, items, texts):
+    """Sends all files or texts, with several requests in parallel.
 
     Args:
         client: `RestClient` or `GrpcClient`.
         options: The parsed flags.
-        paths: Image files.
-        texts: List of strings, for score.
+        items: As of `ask`.
+        texts: As of `ask`.
 
     Yields:
         (rows, seconds) of each request, as `ask` returns them, in order.
     """
     size = options.batch_size
-    batches = [paths[i : i + size] for i in range(0, len(paths), size)]
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
     pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
     try:
         yield from pool.map(
@@ -182,8 +219,8 @@ def send_all(client, options, paths, texts):
         pool.shutdown(cancel_futures=True)
 
 
-def summary(latencies, images, failed, seconds):
-    """The last line: throughput and latency."""
+def summary(latencies, count, kind, failed, seconds):
+    """The last line: throughput and latency, of images or texts."""
     import numpy as np
 
     milliseconds = 1e3 * np.percentile(latencies, [50, 90, 99, 100])
@@ -192,8 +229,8 @@ def summary(latencies, images, failed, seconds):
         f"{name} {value:.0f}" for name, value in zip(names, milliseconds)
     )
     return (
-        f"{images} images in {len(latencies)} requests, {failed} failed; "
-        f"{images / seconds:.1f} images/s; latency in ms: {percentiles}"
+        f"{count} {kind} in {len(latencies)} requests, {failed} failed; "
+        f"{count / seconds:.1f} {kind}/s; latency in ms: {percentiles}"
     )
 
 
@@ -207,18 +244,19 @@ def _texts(options):
                 f"--texts_file={options.texts_file}: {error}"
             ) from None
         texts += [line for line in lines.splitlines() if line.strip()]
-    if (options.signature == "score") != bool(texts):
+    if (options.signature in TEXT_SIGNATURES) != bool(texts):
         raise SystemExit(
-            "--text and --texts_file are for --signature=score, which needs "
-            f"at least one. Received: --signature={options.signature}, "
-            f"{len(texts)} texts"
+            "--text and --texts_file are for --signature="
+            f"{', '.join(TEXT_SIGNATURES)}, which needs at least one. "
+            f"Received: --signature={options.signature}, {len(texts)} texts"
         )
     return list(dict.fromkeys(texts))  # The answer has each text once.
 
 
 def _print(row, table):
     if "error" in row:
-        print(f"{row['image']}: {row['error']}", file=sys.stderr)
+        item = row.get("image", row.get("text"))
+        print(f"{item}: {row['error']}", file=sys.stderr)
     if not table:
         print(console.json_line(row))
     elif "caption" in row:
@@ -236,37 +274,49 @@ def main(argv):
 
 
 def _send_and_print(options, arguments):
-    """Sends the images in the arguments; returns the exit code."""
+    """Sends the images in the arguments, or texts; returns the exit code."""
     texts = _texts(options)
     table = options.format == "table"
-    if table and options.signature == "embed":
-        raise SystemExit("--signature=embed needs --format=jsonl")
-    from cappa_tf.data.images import image_files
+    if table and options.signature.startswith("embed"):
+        raise SystemExit(
+            f"--signature={options.signature} needs --format=jsonl"
+        )
+    if options.signature == "embed_text":
+        items, kind = texts, "texts"
+        if arguments:
+            raise SystemExit(
+                "--signature=embed_text takes no images. "
+                f"Received: {' '.join(arguments)}"
+            )
+    else:
+        from cappa_tf.data.images import image_files
 
-    paths = image_files.find_pictures(arguments)
-    if not paths:
+        items, kind = image_files.find_pictures(arguments), "images"
+    if not items:
         print("Nothing to send: give images or folders.", file=sys.stderr)
         return 2
     address = options.address or f"localhost:{PORTS[options.protocol]}"
     try:
         client = serving_clients.CLIENTS[options.protocol](
-            address, options.model, options.timeout
+            address,
+            options.model or SIGNATURES[options.signature],
+            options.timeout,
         )
         client.connect()
     except serving_clients.NoServerError as error:
         raise SystemExit(f"--address={address}: {error}") from None
     latencies, wrong, seen, start = [], 0, 0, time.perf_counter()
-    for rows, seconds in send_all(client, options, paths, texts):
+    for rows, seconds in send_all(client, options, items, texts):
         if seconds is not None:
             latencies.append(seconds)
         wrong += sum("error" in row for row in rows)
-        if seen < len(paths):
+        if seen < len(items):
             for row in rows:
                 _print(row, table)
         seen += len(rows)
     if latencies:
         passed = time.perf_counter() - start
-        print(summary(latencies, seen, wrong, passed), file=sys.stderr)
+        print(summary(latencies, seen, kind, wrong, passed), file=sys.stderr)
     return 1 if wrong else 0
 
 

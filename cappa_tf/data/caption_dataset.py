@@ -8,6 +8,7 @@ Dimensions:
     N: examples of the split.
 """
 
+import copy
 import math
 import os
 
@@ -17,7 +18,13 @@ from cappa_tf.data import dataset_arguments
 from cappa_tf.data.images import augmentation, decode_resize
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.sources import base, prepared
-from cappa_tf.data.stream import bad_records, caching, decoding, shuffling
+from cappa_tf.data.stream import (
+    bad_records,
+    caching,
+    decoding,
+    features,
+    shuffling,
+)
 from cappa_tf.utils import arguments
 
 
@@ -163,6 +170,51 @@ class CaptionDataset:
         )
         self._records = self._skips = self._pixels = None
         self._evaluations = {}
+        self._table = None
+
+    def with_features(self, table):
+        """The same data set with features in place of images.
+
+        Its batches have "image_features" float32 [B, ...] instead of "image";
+        all else is the same, including the order. No record is read.
+
+        Args:
+            table: `inference.feature_cache.FeatureCache` of this data set.
+
+        Returns:
+            A `CaptionDataset` that shares the counts of bad records.
+
+        Raises:
+            ValueError: If images are augmented.
+        """
+        self.check_unaugmented()
+        self._open()
+        other = copy.copy(self)
+        other._table, other._evaluations = table, {}
+        return other
+
+    def check_unaugmented(self):
+        """Refuses augmentation, for which one feature an image is not enough.
+
+        Raises:
+            ValueError: Images are augmented; it names the argument.
+        """
+        for name, value in (
+            ("flip", self.flip),
+            ("crop_scale", self.crop_scale),
+            ("shift", self.shift),
+            (
+                "decode_size",
+                self.decode_size != self.image_size and self.decode_size,
+            ),
+        ):
+            if value:
+                macro = "FLIP, " if name == "flip" else ""
+                raise ValueError(
+                    "Cached features (FEATURES='cached') are those of images "
+                    f"that are not augmented: unset {macro}"
+                    f"train/CaptionDataset.{name}. Received: {name}={value!r}"
+                )
 
     @property
     def records(self):
@@ -242,10 +294,14 @@ class CaptionDataset:
         )
         batches = self._train_batches(batch_size, start_index, reading)
         diagnose = self._decoder(self.image_size, None).diagnose
+        if self._table is not None:
+            diagnose = features.diagnose
 
         def finish(batch):
             self._skips.report(batch, diagnose, "train", start_index, num_hosts)
             batch = decoding.replace_bad(batch)
+            if self._table is not None:
+                return self._finish(batch)
             image = augmentation.augment(
                 batch["image"],
                 self.image_size,
@@ -256,7 +312,7 @@ class CaptionDataset:
                 crop_aspect=self.crop_aspect,
                 shift=self.shift,
             )
-            return self._finish(batch, image)
+            return self._finish({**batch, "image": image})
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
@@ -285,24 +341,83 @@ class CaptionDataset:
         """Builds `evaluate`, which repeated evaluations share."""
         most = math.ceil(self.num_examples / num_hosts)  # of one host
         count = math.ceil(most / batch_size) * batch_size
-        padding = tf.data.Dataset.from_tensors("").repeat()
-        stream = (
-            shuffling.in_sequence(self.records)
-            .map(lambda index, serialized: serialized)
-            .concatenate(padding)
-            .enumerate()
-            .shard(num_hosts, host)
-            .take(count)
-        )
+
+        def of_host(stream, padding):
+            """(position, record) of this host, as many as of the others."""
+            padding = tf.data.Dataset.from_tensors(padding).repeat()
+            stream = stream.concatenate(padding).enumerate()
+            return stream.shard(num_hosts, host).take(count)
+
         decoder = self._decoder(self.image_size, None)
-        batches = decoder.batches(stream, batch_size, self.num_parallel_calls)
+        diagnose = decoder.diagnose
+        if self._table is not None:
+            numbers = tf.data.Dataset.range(self.num_examples)
+            numbers = of_host(numbers, tf.constant(-1, tf.int64))
+            batches = features.batches(
+                self._table, decoder, numbers, batch_size
+            )
+            diagnose = features.diagnose
+        else:
+            records = shuffling.in_sequence(self.records)
+            stream = of_host(records.map(lambda index, record: record), "")
+            batches = decoder.batches(
+                stream, batch_size, self.num_parallel_calls
+            )
 
         def finish(batch):
-            self._skips.report(batch, decoder.diagnose, "evaluate")
-            result = self._finish(batch, batch["image"])
-            return {**result, "_mask": tf.cast(batch["ok"], tf.float32)}
+            self._skips.report(batch, diagnose, "evaluate")
+            mask = tf.cast(batch["ok"], tf.float32)
+            return {**self._finish(batch), "_mask": mask}
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
+
+    @tf.autograph.experimental.do_not_convert
+    def records_with_images(self, first, count, batch_size):
+        """Decoded records in the order of the files, for `FeatureCache`.
+
+        Args:
+            first: Number of the first record.
+            count: How many.
+            batch_size: B.
+
+        Returns:
+            A tf.data.Dataset of what `RecordDecoder.decode_records` gives for
+            B records, with "image" float32 [B, H, W, 3] in [-1, 1] and
+            "captions" as they are stored. The last batch is filled up.
+        """
+        decoder = self._decoder(self.image_size, None)
+        records = shuffling.in_sequence(self.records, first, count)
+        # A batch of another size would be a second graph.
+        padding = tf.data.Dataset.from_tensors("").repeat(-count % batch_size)
+
+        def decode(serialized):
+            batch = decoder.decode_records(serialized)
+            image = decode_resize.to_model_range(batch["image"])
+            return {**batch, "image": image}
+
+        return (
+            records.map(lambda _, serialized: serialized)
+            .concatenate(padding)
+            .batch(batch_size, drop_remainder=True)
+            .map(
+                decode,
+                num_parallel_calls=self.num_parallel_calls or tf.data.AUTOTUNE,
+            )
+            .prefetch(2)
+        )
+
+    def diagnose(self, raw):
+        """Says what is wrong with a record's image: (reason, name)."""
+        return self._decoder(self.image_size, None, 0).diagnose(raw)
+
+    @property
+    def identity(self):
+        """What tells the images of this split from all others: JSON."""
+        return {
+            "data": self.records.identity,
+            "split": self.split,
+            "preprocessing": self.preprocessing.to_json(),
+        }
 
     def read_examples(self, limit=None):
         """The split as Python objects, in the order of `evaluate`.
@@ -346,6 +461,16 @@ class CaptionDataset:
 
     def _train_batches(self, batch_size, start_index, reading):
         """Decoded batches in training order, from the cache if there is one."""
+        if self._table is not None:
+            # Pixels in memory are in the order of numbers, see below.
+            images = self.cache == "images"
+            order = self.records.numbers if images else self.records.order
+            decoder = self._decoder(
+                self.image_size, reading.seed, max_words=self.max_words
+            )
+            return features.batches(
+                self._table, decoder, order(reading, start_index), batch_size
+            )
         if self.cache == "images":
             numbers = self.records.numbers(reading, start_index)
             pixels = self._pixels_in_memory()
@@ -372,12 +497,13 @@ class CaptionDataset:
             records=self.records,
         )
 
-    def _finish(self, batch, image):
+    def _finish(self, batch):
         """Converts a decoded batch to the model's value range and labels."""
-        result = {
-            "image": decode_resize.to_model_range(image),
-            "index": batch["index"],
-        }
+        result = {"index": batch["index"]}
+        if self._table is not None:
+            result["image_features"] = batch["image_features"]
+        else:
+            result["image"] = decode_resize.to_model_range(batch["image"])
         if self.tokenizer is None:
             return {**result, "label": batch["label"]}
         labels = batch.get("tokens")

@@ -1,6 +1,6 @@
-"""Captioner as a SavedModel for TensorFlow Serving.
+"""Captioners and contrastive models as a SavedModel for TensorFlow Serving.
 
-Everything is in the graph: decoding of image files, tokenizer, generation. A
+Everything is in the graph: decoding of image files, tokenizer, the model. A
 server that loads it needs TensorFlow and TensorFlow Text's ops, which
 `tensorflow_model_server` includes, and nothing of this project.
 
@@ -9,6 +9,7 @@ Abbreviations for dimensions:
     T: texts to score for each image.
     H, W: height and width the model takes.
     L: length of a text in tokens.  P: patches.  D: width.
+    C: width of the embeddings.  U: different texts of a request.
 """
 
 import dataclasses
@@ -24,28 +25,27 @@ from cappa_tf.models.losses import cross_entropy
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_integer
 
-# Texts of each image in one decoder pass of `score`.
+# Texts in one pass: of each image in `score`, of all images in `zero_shot`.
 TEXTS_PER_PASS = 64
 # Maximum size of an image, if the run has no limit of its own.
 MAX_PIXELS = 64_000_000
 _GRAPH = "saved_model.pb"
 
+IMAGE_BYTES = tf.TensorSpec([None], tf.string, "image_bytes")
+TEXTS = tf.TensorSpec([None, None], tf.string, "texts")
+NOT_UTF8 = "texts: a text is not UTF-8"
 
-class CaptionService:
-    """The signatures `caption`, `score` and `embed`.
 
-    All take `image_bytes` string [B] and return `ok` bool [B] and `error`
-    string [B]. For an image that cannot be used, `ok` is false, `error` holds
-    the reason, the caption is empty and all numbers are zero (NaN is not valid
-    JSON); the other images of the request are answered. A request that is
-    malformed as a whole fails with the name of the input.
+class Service:
+    """What the services of all models share.
+
+    Attributes:
+        kind: What the model is, and its name on a server by default.
 
     Args:
-        captioner: A built `Captioner`.
+        model: A built `Task` with a vision encoder.
         tokenizer: The `Tokenizer` it was trained with.
         preprocessing: Its `ImagePreprocessing`.
-        max_length: Maximum length of a caption in tokens; the decoder's by
-            default.
         max_batch_size: Maximum number of images in a request.
         max_texts: Maximum number of texts per image.
         max_pixels: Images with more pixels are refused by their header; by
@@ -54,32 +54,22 @@ class CaptionService:
 
     def __init__(
         self,
-        captioner,
+        model,
         tokenizer,
         preprocessing,
         *,
-        max_length=None,
         max_batch_size=32,
         max_texts=1_000,
         max_pixels=None,
     ):
-        limit = captioner.text_decoder.max_length
-        max_length = limit if max_length is None else max_length
-        check_integer("max_length", max_length, 1)
-        if max_length > limit:
-            raise ValueError(
-                f"`max_length` must be at most the decoder's {limit}. "
-                f"Received: max_length={max_length}"
-            )
         if max_pixels is None:
             max_pixels = preprocessing.max_pixels or MAX_PIXELS
-        self._max_length = max_length
         self.max_batch_size = check_integer("max_batch_size", max_batch_size, 1)
         self.max_texts = check_integer("max_texts", max_texts, 1)
         self._preprocessing = dataclasses.replace(
             preprocessing, max_pixels=check_integer("max_pixels", max_pixels, 1)
         )
-        self._captioner = captioner
+        self._model = model
         self._tokenizer = tokenizer
 
     @property
@@ -94,11 +84,10 @@ class CaptionService:
 
     @property
     def weights(self):
-        """The TensorFlow variables of encoder and decoder."""
-        captioner = self._captioner
+        """The TensorFlow variables of the parts of the model."""
         return [
             variable.value
-            for part in (captioner.vision_encoder, captioner.text_decoder)
+            for part in self._model.parts.values()
             for variable in part.variables
         ]
 
@@ -108,86 +97,23 @@ class CaptionService:
         These are the variables without the Keras objects around them, and the
         vocabulary, which is tracked only if it is an attribute.
         """
-        module = tf.Module(name="captioner")
+        module = tf.Module(name="model")
         module.vocabulary = self._tokenizer.load()
         module.weights = self.weights
         return module
 
     def signatures(self):
-        """Dict of the functions to export, by the name of the signature."""
-        image_bytes = tf.TensorSpec([None], tf.string, "image_bytes")
-        texts = tf.TensorSpec([None, None], tf.string, "texts")
+        """Dict of the functions to export, by the name of the signature.
+
+        A subclass defines `functions`, a dict from name to (method, inputs),
+        of which the first is the default.
+        """
         functions = {
-            "caption": tf.function(
-                self.caption, input_signature=[image_bytes], autograph=False
-            ),
-            "score": tf.function(
-                self.score,
-                input_signature=[image_bytes, texts],
-                autograph=False,
-            ),
-            "embed": tf.function(
-                self.embed, input_signature=[image_bytes], autograph=False
-            ),
+            name: tf.function(method, input_signature=inputs, autograph=False)
+            for name, (method, inputs) in self.functions().items()
         }
         default = tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
-        return {default: functions["caption"], **functions}
-
-    def caption(self, image_bytes):
-        """Captions images.
-
-        Args:
-            image_bytes: string [B].
-
-        Returns:
-            Dict of `caption` string [B]; `log_likelihood` float32 [B] of the
-            caption including eos; `ok` and `error`.
-        """
-        images, error = self._decode(image_bytes)
-        output = self._captioner.generate(images, max_length=self._max_length)
-        captions = tf.strings.unicode_transcode(
-            self._tokenizer.detokenize_bytes(output["tokens"]), "UTF-8", "UTF-8"
-        )
-        likelihood = tf.reduce_sum(output["log_probs"], axis=-1)
-        return _answer(error, caption=captions, log_likelihood=likelihood)
-
-    def score(self, image_bytes, texts):
-        """Log-likelihood of texts for images.
-
-        Args:
-            image_bytes: string [B].
-            texts: string [B, T], each image's own texts, or [1, T], the same
-                texts for all. (With [T] a server that batches requests could
-                not tell to which request they belong.)
-
-        Returns:
-            Dict of `log_likelihood` float32 [B, T], summed over the tokens of
-            a text including eos, all predicted at once if the captioner is not
-            trained left to right; `ok` and `error`, of the image and its texts.
-        """
-        images, error = self._decode(image_bytes)
-        texts = self._spread(texts, tf.shape(images)[0])
-        utf8 = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8") == texts
-        error = tf.where(
-            (error == "") & ~tf.reduce_all(utf8, axis=1),
-            "texts: a text is not UTF-8",
-            error,
-        )
-        scores = self._score(images, self._tokenizer(texts))
-        return _answer(error, log_likelihood=scores)
-
-    def embed(self, image_bytes):
-        """Features of images, the encoder's `pre_logits`.
-
-        Args:
-            image_bytes: string [B].
-
-        Returns:
-            Dict of `embedding` float32 [B, D]; `ok` and `error`.
-        """
-        images, error = self._decode(image_bytes)
-        features = self._captioner.vision_encoder(images)["pre_logits"]
-        return _answer(error, embedding=tf.cast(features, tf.float32))
+        return {default: next(iter(functions.values())), **functions}
 
     def _decode(self, image_bytes):
         """Images float32 [B, H, W, 3] in [-1, 1], and errors [B]."""
@@ -218,9 +144,109 @@ class CaptionService:
         )
         return tf.broadcast_to(texts, [count, tf.shape(texts)[1]])
 
+    @staticmethod
+    def _flag_texts(texts, error):
+        """Errors [B] with those of texts [B, T] that are not UTF-8."""
+        fine = tf.reduce_all(_is_utf8(texts), axis=1)
+        return tf.where((error == "") & ~fine, NOT_UTF8, error)
+
+
+class CaptionService(Service):
+    """The signatures `caption`, `score` and `embed` of a captioner.
+
+    All take `image_bytes` string [B] and return `ok` bool [B] and `error`
+    string [B]. For an image that cannot be used, `ok` is false, `error` holds
+    the reason, the caption is empty and all numbers are zero (NaN is not valid
+    JSON); the other images of the request are answered. A request that is
+    malformed as a whole fails with the name of the input.
+
+    Args:
+        captioner: A built `Captioner`.
+        tokenizer: As of `Service`.
+        preprocessing: As of `Service`.
+        max_length: Maximum length of a caption in tokens; the decoder's by
+            default.
+        **limits: `max_batch_size`, `max_texts` and `max_pixels` of `Service`.
+    """
+
+    kind = "captioner"
+
+    def __init__(
+        self, captioner, tokenizer, preprocessing, *, max_length=None, **limits
+    ):
+        limit = captioner.text_decoder.max_length
+        max_length = limit if max_length is None else max_length
+        check_integer("max_length", max_length, 1)
+        if max_length > limit:
+            raise ValueError(
+                f"`max_length` must be at most the decoder's {limit}. "
+                f"Received: max_length={max_length}"
+            )
+        super().__init__(captioner, tokenizer, preprocessing, **limits)
+        self._max_length = max_length
+
+    def functions(self):
+        """The methods and their inputs, see `Service.signatures`."""
+        return {
+            "caption": (self.caption, [IMAGE_BYTES]),
+            "score": (self.score, [IMAGE_BYTES, TEXTS]),
+            "embed": (self.embed, [IMAGE_BYTES]),
+        }
+
+    def caption(self, image_bytes):
+        """Captions images.
+
+        Args:
+            image_bytes: string [B].
+
+        Returns:
+            Dict of `caption` string [B]; `log_likelihood` float32 [B] of the
+            caption including eos; `ok` and `error`.
+        """
+        images, error = self._decode(image_bytes)
+        output = self._model.generate(images, max_length=self._max_length)
+        captions = tf.strings.unicode_transcode(
+            self._tokenizer.detokenize_bytes(output["tokens"]), "UTF-8", "UTF-8"
+        )
+        likelihood = tf.reduce_sum(output["log_probs"], axis=-1)
+        return _answer(error, caption=captions, log_likelihood=likelihood)
+
+    def score(self, image_bytes, texts):
+        """Log-likelihood of texts for images.
+
+        Args:
+            image_bytes: string [B].
+            texts: string [B, T], each image's own texts, or [1, T], the same
+                texts for all. (With [T] a server that batches requests could
+                not tell to which request they belong.)
+
+        Returns:
+            Dict of `log_likelihood` float32 [B, T], summed over the tokens of
+            a text including eos, all predicted at once if the captioner is not
+            trained left to right; `ok` and `error`, of the image and its texts.
+        """
+        images, error = self._decode(image_bytes)
+        texts = self._spread(texts, tf.shape(images)[0])
+        error = self._flag_texts(texts, error)
+        scores = self._score(images, self._tokenizer(texts))
+        return _answer(error, log_likelihood=scores)
+
+    def embed(self, image_bytes):
+        """Features of images, the encoder's `pre_logits`.
+
+        Args:
+            image_bytes: string [B].
+
+        Returns:
+            Dict of `embedding` float32 [B, D]; `ok` and `error`.
+        """
+        images, error = self._decode(image_bytes)
+        features = self._model.vision_encoder(images)["pre_logits"]
+        return _answer(error, embedding=tf.cast(features, tf.float32))
+
     def _score(self, images, labels):
         """Log-likelihood [B, T] of labels [B, T, L], in several passes."""
-        captioner = self._captioner
+        captioner = self._model
         memory = captioner.text_decoder.project_memory(captioner.encode(images))
         longest = tf.reduce_max(tf.math.count_nonzero(labels, axis=-1))
         labels = labels[:, :, :longest]
@@ -244,7 +270,157 @@ class CaptionService:
         return scores
 
 
-def export_saved_model(output, service, *, name="captioner", version=None):
+class ContrastiveService(Service):
+    """The signatures `embed_image`, `embed_text` and `zero_shot`.
+
+    They take `image_bytes` string [B], `texts` string, or both, and return `ok`
+    and `error` of each image (of each text for `embed_text`) as the signatures
+    of `CaptionService` do.
+
+    Args:
+        model: A built `Contrastive`.
+        tokenizer: As of `Service`; its texts have at most the length that the
+            text encoder reads.
+        preprocessing: As of `Service`.
+        **limits: `max_batch_size` (of texts, too, in `embed_text`),
+            `max_texts` (labels of `zero_shot`) and `max_pixels` of `Service`.
+    """
+
+    kind = "contrastive"
+
+    def __init__(self, model, tokenizer, preprocessing, **limits):
+        super().__init__(model, tokenizer, preprocessing, **limits)
+        limit = model.text_encoder.max_length
+        if tokenizer.max_length > limit:
+            raise ValueError(
+                f"A text must have at most the text encoder's {limit} tokens. "
+                f"Received: a tokenizer of max_length={tokenizer.max_length}"
+            )
+
+    def functions(self):
+        """The methods and their inputs, see `Service.signatures`."""
+        return {
+            "embed_image": (self.embed_image, [IMAGE_BYTES]),
+            "embed_text": (
+                self.embed_text,
+                [tf.TensorSpec([None], tf.string, "texts")],
+            ),
+            "zero_shot": (self.zero_shot, [IMAGE_BYTES, TEXTS]),
+        }
+
+    def embed_image(self, image_bytes):
+        """Normalised embeddings of images.
+
+        Args:
+            image_bytes: string [B].
+
+        Returns:
+            Dict of `embedding` float32 [B, C]; `ok` and `error`.
+        """
+        images, error = self._decode(image_bytes)
+        return _answer(error, embedding=self._model.embed_images(images))
+
+    def embed_text(self, texts):
+        """Normalised embeddings of texts.
+
+        Args:
+            texts: string [T], at most `max_batch_size`.
+
+        Returns:
+            Dict of `embedding` float32 [T, C]; `ok` and `error`, of each text.
+        """
+        most = self.max_batch_size
+        texts = _checked(
+            texts,
+            1,
+            lambda shape: (shape[0] >= 1) & (shape[0] <= most),
+            f"texts must be a list of 1 to {most} texts.",
+        )
+        error = tf.where(_is_utf8(texts), "", NOT_UTF8)
+        embeddings = self._model.embed_texts(self._tokenizer(texts))
+        return _answer(error, embedding=embeddings)
+
+    def zero_shot(self, image_bytes, texts):
+        """How well labels fit images.
+
+        Args:
+            image_bytes: string [B].
+            texts: string [B, T], each image's own labels, or [1, T], the same
+                labels for all, as of `CaptionService.score`. A label is read
+                as it is: send "a photo of a dog" if that is what is meant.
+
+        Returns:
+            Dict of `score` float32 [B, T]; `similarity` float32 [B, T], the
+            cosines; `ok` and `error`, of the image and its labels. The score
+            of a model with the softmax loss is the probability of a label
+            among those of the image, the softmax of the scaled similarities
+            (a label that is repeated counts once, so that columns which a
+            server adds when it batches requests change nothing). That of a
+            model with the sigmoid loss is the probability that the label fits,
+            whatever the other labels are.
+        """
+        images, error = self._decode(image_bytes)
+        texts = self._spread(texts, tf.shape(images)[0])
+        error = self._flag_texts(texts, error)
+        unique, label = tf.unique(tf.reshape(texts, [-1]))
+        label = tf.reshape(label, tf.shape(texts))  # -> [B, T], below U
+        similarity = tf.matmul(
+            self._model.embed_images(images),
+            self._embed_many(unique),
+            transpose_b=True,
+        )  # -> [B, U]
+        similarity = tf.gather(similarity, label, batch_dims=1)
+        head = self._model.contrastive_head
+        scale, bias = head.scale_and_bias
+        logits = scale * similarity + bias
+        if head.loss == "sigmoid":
+            score = tf.sigmoid(logits)
+        else:
+            score = _softmax_once(logits, label)
+        return _answer(error, score=score, similarity=similarity)
+
+    def _embed_many(self, texts):
+        """Embeddings [U, C] of texts [U], in several passes."""
+        labels = self._tokenizer(texts)
+        model, count = self._model, tf.shape(texts)[0]
+
+        def one_pass(start, embeddings):
+            some = model.embed_texts(labels[start : start + TEXTS_PER_PASS])
+            return start + TEXTS_PER_PASS, tf.concat([embeddings, some], 0)
+
+        width = model.embedding_width
+        _, embeddings = tf.while_loop(
+            lambda start, embeddings: start < count,
+            one_pass,
+            (tf.constant(0), tf.zeros([0, width])),
+            shape_invariants=(
+                tf.TensorShape([]),
+                tf.TensorShape([None, width]),
+            ),
+        )
+        return embeddings
+
+
+class ContrastiveCaptionService(CaptionService, ContrastiveService):
+    """The signatures of both, of a `ContrastiveCaptioner`."""
+
+    def functions(self):
+        """The methods and their inputs, see `Service.signatures`."""
+        return {
+            **CaptionService.functions(self),
+            **ContrastiveService.functions(self),
+        }
+
+
+def service_class(model):
+    """The class of the service of a model that scores texts."""
+    captions = hasattr(model, "text_decoder")
+    if hasattr(model, "text_encoder"):
+        return ContrastiveCaptionService if captions else ContrastiveService
+    return CaptionService
+
+
+def export_saved_model(output, service, *, name=None, version=None):
     """Writes a model to `output`/VERSION, and configuration for servers.
 
     The folder of the version appears in one step, so that a server that
@@ -254,8 +430,8 @@ def export_saved_model(output, service, *, name="captioner", version=None):
 
     Args:
         output: The model's folder, which holds its versions.
-        service: `CaptionService`.
-        name: Name of the model on the server.
+        service: `Service` of the model.
+        name: Name of the model on the server, by default its `kind`.
         version: Positive integer; by default one more than the highest
             existing version.
 
@@ -266,6 +442,7 @@ def export_saved_model(output, service, *, name="captioner", version=None):
         ValueError: If the version exists, or the name cannot be part of a URL.
         ImportError: If tensorflow-serving-api is not installed.
     """
+    name = service.kind if name is None else name
     serving_files.check_name(name)
     serving_files.check_protos()
     output = os.fspath(output)
@@ -308,6 +485,35 @@ def _checked(value, rank, is_right, rule):
         condition = is_right(tf.identity(shape))
     with tf.control_dependencies([tf.debugging.Assert(condition, message)]):
         return tf.ensure_shape(tf.identity(unknown), [None] * rank)
+
+
+def _is_utf8(texts):
+    """Whether each text is UTF-8, bool of the same shape."""
+    return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8") == texts
+
+
+def _softmax_once(logits, label):
+    """Softmax over the labels of a row, of which a repeated one counts once.
+
+    Args:
+        logits: float32 [B, T], equal for equal labels of a row.
+        label: int32 [B, T], the number of each label.
+
+    Returns:
+        float32 [B, T].
+    """
+    shape = tf.shape(label)
+    rows = tf.range(shape[0])[:, None] * (tf.reduce_max(label) + 1)
+    # Numbers that tell the pairs of row and label apart.
+    _, pair = tf.unique(tf.reshape(rows + label, [-1]))
+    position = tf.range(tf.size(pair))
+    first = tf.math.unsorted_segment_min(
+        position, pair, tf.reduce_max(pair) + 1
+    )
+    is_first = tf.reshape(tf.gather(first, pair) == position, shape)
+    counted = tf.where(is_first, logits, -float("inf"))
+    normalizer = tf.reduce_logsumexp(counted, axis=1, keepdims=True)
+    return tf.exp(logits - normalizer)
 
 
 def _nll(captioner, memory, labels):

@@ -52,8 +52,8 @@ class RestClient:
 
         Args:
             signature: Name of the signature.
-            inputs: Dict of lists: `image_bytes` of bytes, and for score
-                `texts`, a list of strings for each image.
+            inputs: Dict of lists: `image_bytes` of bytes; `texts`, a list of
+                strings for each image, or strings for embed_text.
 
         Returns:
             Dict of lists or arrays, the outputs of the signature.
@@ -64,12 +64,11 @@ class RestClient:
         """
         encoded = [
             {"b64": base64.b64encode(content).decode()}
-            for content in inputs["image_bytes"]
+            for content in inputs.get("image_bytes", ())
         ]
-        body = {
-            "signature_name": signature,
-            "inputs": {**inputs, "image_bytes": encoded},
-        }
+        if encoded:
+            inputs = {**inputs, "image_bytes": encoded}
+        body = {"signature_name": signature, "inputs": inputs}
         answer = self._ask(f"{self._url}:predict", json.dumps(body).encode())
         if not isinstance(answer.get("outputs"), dict):
             raise RequestFailedError("the answer has no outputs")

@@ -27,7 +27,7 @@ from cappa_tf.utils.arguments import check_extra
 IMAGE = "tensorflow/serving:2.20.0"
 WARMUP = os.path.join("assets.extra", "tf_serving_warmup_requests")
 # How long a request waits for others to share its batch; short compared to the
-# generation of a caption.
+# generation of a caption, about as long as the encoding of an image.
 BATCH_TIMEOUT_MICROS = 5_000
 # Maximum number of queued batches, beyond which the server answers UNAVAILABLE.
 MAX_ENQUEUED_BATCHES = 100
@@ -175,7 +175,7 @@ def write_warmup(path, service, name):
 
     Args:
         path: Folder of the version.
-        service: The `CaptionService` in it.
+        service: The `Service` in it.
         name: Name of the model on the server.
     """
     file = os.path.join(path, WARMUP)
@@ -196,10 +196,15 @@ def warmup_records(service, name):
     records = []
     for images in ([image], [image, image, b"not an image"]):
         texts = np.array([["a photo", "a longer text"]] * len(images), object)
-        for signature in service.signatures():
-            inputs = {"image_bytes": images}
-            if signature == "score":
-                inputs["texts"] = texts
+        for signature, function in service.signatures().items():
+            inputs = {
+                spec.name: images
+                if spec.name == "image_bytes"
+                else texts[:, 0]
+                if spec.shape.rank == 1
+                else texts
+                for spec in function.input_signature
+            }
             record = prediction_log_pb2.PredictionLog()
             request = record.predict_log.request
             request.model_spec.name = name
@@ -221,7 +226,7 @@ def write_configuration(output, service, name):
 
     Args:
         output: The model's folder.
-        service: `CaptionService`.
+        service: The model's `Service`.
         name: Name of the model on the server.
     """
     values = {

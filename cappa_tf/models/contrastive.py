@@ -55,6 +55,7 @@ class Contrastive(WholeBatchTask):
     models/proj/image_text/two_towers.py.
     """
 
+    takes_features = True
     short_names = SHORT_NAMES
 
     def __init__(
@@ -116,6 +117,20 @@ class Contrastive(WholeBatchTask):
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return self.contrastive_head.embed_images(outputs["pre_logits"])
 
+    def embed_features(self, features):
+        """Normalised embeddings of images by their features.
+
+        Args:
+            features: float [B, D], `pre_logits` of the vision encoder, or
+                [B, P, D], its `encoded`.
+
+        Returns:
+            float32 [B, C].
+        """
+        if features.shape.rank == 3:
+            features = self.vision_encoder.pool(features)
+        return self.contrastive_head.embed_images(features)
+
     def embed_texts(self, labels, seeds=None, training=False):
         """Normalized embeddings of texts.
 
@@ -155,9 +170,10 @@ class Contrastive(WholeBatchTask):
         """Embeddings of the pairs of a batch, one caption per image.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
-                padded, of which the first caption is used; in training
-                `index` int64 [B].
+            batch: Dict with `image` [B, H, W, 3], or in its place
+                `image_features` as `embed_features` takes them; `labels` int32
+                [B, K, L], padded, of which the first caption is used; in
+                training `index` int64 [B].
             training: Whether to apply dropout.
 
         Returns:
@@ -167,7 +183,10 @@ class Contrastive(WholeBatchTask):
         seeds = None
         if training:
             seeds = stateless_random.example_seeds(self.seed, batch["index"])
-        images = self.embed_images(batch["image"], seeds, training)
+        if "image_features" in batch:
+            images = self.embed_features(batch["image_features"])
+        else:
+            images = self.embed_images(batch["image"], seeds, training)
         texts = self.embed_texts(labels, seeds, training)
         return images, texts, ExampleLosses(tf.zeros_like(images[:, 0]), {}, {})
 
@@ -177,10 +196,9 @@ class Contrastive(WholeBatchTask):
 
     def batch_spec(self, size, captions=1):
         """Images, labels [size, captions, L] and indices."""
-        height, width = self.vision_encoder.image_size
         labels = [size, captions, self.text_encoder.max_length]
         return {
-            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            **self.image_spec(size),
             "labels": tf.TensorSpec(labels, tf.int32),
             "index": tf.TensorSpec([size], tf.int64),
         }
@@ -190,8 +208,9 @@ class Contrastive(WholeBatchTask):
         del captions
         image, text = self.vision_encoder, self.text_encoder
         patches = image.grid[0] * image.grid[1]
+        encoded = {"encoded": (size, patches, image.hidden_dim)}
         return {
-            "encoded": (size, patches, image.hidden_dim),
+            **(encoded if self.feature_kind is None else {}),
             "encoded_text": (size, text.max_length, text.hidden_dim),
             "embeddings": (size, self.contrastive_head.width),
         }

@@ -14,6 +14,9 @@ import tensorflow as tf
 
 from cappa_tf.models import stateless_random
 
+# The pooling head, the one layer that reads nothing but `encoded`.
+_POOL = "vision_encoder/pool"
+
 
 class ExampleLosses(NamedTuple):
     """The loss of each example, and its contributions to the metrics.
@@ -62,7 +65,11 @@ class Task(keras.Model):
         needs_whole_batch: Whether the loss of an example depends on the others
             of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
-        trained_parts: Names of layers inside frozen parts that are trained.
+        trained_parts: Names of what is trained inside frozen parts.
+        takes_features: Whether a batch may have features of a frozen vision
+            encoder in place of images, see `use_features`.
+        feature_kind: The output of `VisionEncoder` that batches have in place
+            of images, or None.
     """
 
     selection_metric = "loss"
@@ -72,6 +79,8 @@ class Task(keras.Model):
     needs_whole_batch = False
     frozen_parts = ()
     trained_parts = ()
+    takes_features = False
+    feature_kind = None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -104,38 +113,42 @@ class Task(keras.Model):
         model or part loaded from a file can be trained as a whole.
 
         Args:
-            names: Names of `parts`; those of an earlier call are trained again.
+            names: Names of `parts`, or of layers of them that have no dropout,
+                such as "contrastive_head/image"; those of an earlier call are
+                trained again.
             trained: Names of layers inside them that are trained all the same,
                 such as "vision_encoder/pool". They run without dropout, too.
 
         Raises:
             ValueError: If a name is unknown, or nothing is left to train.
         """
-        parts = self.parts
-        unknown = [name for name in names if name not in parts]
+        inside = {
+            f"{part}/{layer.name}": layer
+            for part, whole in self.parts.items()
+            for layer in _layers_inside(whole)
+        }
+        known = {**self.parts, **inside}
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
-                f"`frozen_parts` must be among the parts of the model, "
-                f"{list(parts)}. Received: {unknown}"
+                "`frozen_parts` must be among the parts of the model, "
+                f"{list(self.parts)}, or layers of them such as "
+                f"{next(iter(inside), None)!r}. Received: {unknown}"
             )
-        inside = {
-            f"{part}/{name}": layer
-            for part in names
-            for name, layer in _layers_inside(parts[part]).items()
-        }
+        inside = [name for name in inside if name.partition("/")[0] in names]
         unknown = [name for name in trained if name not in inside]
         if unknown:
             raise ValueError(
                 "`trained_parts` (TRAINED_PARTS) must be among the layers of "
-                f"the frozen parts, {list(inside)}. Received: {unknown}, with "
+                f"the frozen parts, {inside}. Received: {unknown}, with "
                 f"frozen_parts={list(names)}"
             )
         self.frozen_parts, self.trained_parts = tuple(names), tuple(trained)
-        kept = {id(v) for name in trained for v in inside[name].variables}
+        kept = {id(v) for name in trained for v in known[name].variables}
         self._frozen_variables = frozenset(
             id(variable)
             for name in names
-            for variable in parts[name].variables
+            for variable in known[name].variables
             if id(variable) not in kept
         )
         if not self.trainable_variables:
@@ -157,17 +170,18 @@ class Task(keras.Model):
             part: Name of the part.
 
         Returns:
-            "" if all are trained, "frozen", or "frozen except pool".
+            "" if all are trained, "frozen", "frozen except pool" or "image
+            frozen".
         """
-        if part not in self.frozen_parts:
-            return ""
         prefix = f"{part}/"
-        trained = [
-            name.removeprefix(prefix)
-            for name in self.trained_parts
-            if name.startswith(prefix)
-        ]
-        return "frozen" + (f" except {', '.join(trained)}" if trained else "")
+        frozen, trained = (
+            [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            for names in (self.frozen_parts, self.trained_parts)
+        )
+        if part in self.frozen_parts:
+            except_for = f" except {', '.join(trained)}" if trained else ""
+            return f"frozen{except_for}"
+        return f"{', '.join(frozen)} frozen" if frozen else ""
 
     def trains(self, part, training):
         """Returns whether the layers of a part run as in training.
@@ -177,6 +191,43 @@ class Task(keras.Model):
             training: Whether the model as a whole is being trained.
         """
         return training and part not in self.frozen_parts
+
+    def use_features(self):
+        """From now on batches have `image_features` in place of `image`.
+
+        These are what the frozen vision encoder gives for the images:
+        `pre_logits`, or `encoded` where the pooling on top is trained.
+
+        Raises:
+            ValueError: If the method needs images, or more of the encoder is
+                trained.
+        """
+        if not self.takes_features:
+            raise ValueError(
+                "FEATURES='cached' is for methods that need images for nothing "
+                "but their features, such as Contrastive. Received: "
+                f"{type(self).__name__}"
+            )
+        name = "vision_encoder"
+        trained = self.trained_parts
+        trained = [part for part in trained if part.startswith(f"{name}/")]
+        if name not in self.frozen_parts or trained not in ([], [_POOL]):
+            raise ValueError(
+                "FEATURES='cached' needs a frozen vision encoder: "
+                f"FROZEN_PARTS=['{name}'], and TRAINED_PARTS=['{_POOL}'] or "
+                f"none of it. Received: frozen_parts={list(self.frozen_parts)}"
+                f", trained_parts={list(self.trained_parts)}"
+            )
+        self.feature_kind = "encoded" if trained else "pre_logits"
+
+    def image_spec(self, size):
+        """The part of `batch_spec` that is images, or features of images."""
+        encoder = self.parts["vision_encoder"]
+        if self.feature_kind is None:
+            shape = (size, *encoder.image_size, 3)
+            return {"image": tf.TensorSpec(shape, tf.float32)}
+        shape = (size, *encoder.output_shapes()[self.feature_kind])
+        return {"image_features": tf.TensorSpec(shape, tf.float32)}
 
     def example_losses(self, batch, training):
         """Loss and metrics of each example in a batch.
@@ -416,6 +467,6 @@ class WholeBatchTask(Task):
 
 
 def _layers_inside(part):
-    """Dict name -> layer of a part's own layers that have weights."""
-    layers = getattr(part, "layers", ())
-    return {layer.name: layer for layer in layers if layer.variables}
+    """A part's own layers that have weights."""
+    layers = part._flatten_layers(include_self=False, recursive=False)
+    return [layer for layer in layers if layer.variables]

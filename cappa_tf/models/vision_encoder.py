@@ -217,17 +217,25 @@ class VisionEncoder(keras.Model):
         return ops.take_along_axis(x, ops.expand_dims(kept, -1), axis=1)
 
     def _outputs(self, encoded):
-        outputs = {"encoded": encoded}
         if self.pooling == "none":
-            return outputs
+            return {"encoded": encoded}
+        return {"encoded": encoded, "pre_logits": self.pool(encoded)}
+
+    def pool(self, encoded):
+        """Pools `encoded` [B, P, D] to `pre_logits` [B, D]."""
         if self.pooling == "gap":
-            pooled = ops.mean(encoded, axis=1)
-        elif self.pooling == "tok":
-            pooled = encoded[:, 0]
-        else:
-            pooled = self._pool(encoded)
-        outputs["pre_logits"] = pooled
-        return outputs
+            return ops.mean(encoded, axis=1)
+        if self.pooling == "tok":
+            return encoded[:, 0]
+        return self._pool(encoded)
+
+    def output_shapes(self):
+        """Dict name -> shape of an image's output in inference."""
+        tokens = self.grid[0] * self.grid[1] + (self.pooling == "tok")
+        shapes = {"encoded": (tokens, self.hidden_dim)}
+        if self.pooling != "none":
+            shapes["pre_logits"] = (self.hidden_dim,)
+        return shapes
 
     def export(self, filepath, *args, **kwargs):
         """Exports the encoder with `keras.Model.export`, for any batch size.

@@ -5,14 +5,19 @@ positions are resampled if the resolution differs. Any other difference is an
 error that lists both sides.
 """
 
+import os
+
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
 from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import to_numpy, variables_by_path
+from cappa_tf.utils import files
 
 _POSITIONS = "positions/position_embedding"
+# Arguments of towers that must be those of the source.
+_SIZES = "hidden_dim num_layers num_heads mlp_dim patch_size pooling".split()
 # Maximum number of differences that an error message lists.
 _MOST_LINES = 12
 
@@ -35,6 +40,44 @@ def first_weights(model, weights, workdir):
     if weights.initialize_from is None or latest_checkpoint(workdir):
         return None
     return initialize(model, weights.initialize_from, weights.initialize_parts)
+
+
+def check_vocabulary(model, weights, data):
+    """Refuses texts tokenized otherwise than those the weights were trained on.
+
+    Vocabularies of one size have the same shapes but give the ids to other
+    pieces, so that nothing else would notice.
+
+    Args:
+        model: Built `Task`.
+        weights: The run's `WeightSettings`.
+        data: The training data set.
+
+    Raises:
+        ValueError: If parts that read texts come from a run with another
+            vocabulary.
+    """
+    path = weights.initialize_from
+    if path is None or data.tokenizer is None:
+        return
+    read = weights.initialize_parts
+    texts = [
+        name
+        for name, part in model.parts.items()
+        if hasattr(part, "vocabulary_size") and (read is None or name in read)
+    ]
+    folder = path if files.isdir(path) else os.path.dirname(path)
+    kept = os.path.join(folder, "tokenizer.model")
+    if not texts or not files.exists(kept):
+        return
+    if files.read_bytes(kept) != files.read_bytes(data.tokenizer.path):
+        raise ValueError(
+            f"`initialize_from` gives {', '.join(texts)}, so the vocabulary "
+            "must be the one it was trained with: set TOKENIZER "
+            "(Tokenizer.path) to that file, or leave those parts out of "
+            f"INITIALIZE_PARTS. Received: {data.tokenizer.path}, which differs "
+            f"from {kept}"
+        )
 
 
 def initialize(model, path, parts=None):
@@ -70,6 +113,18 @@ def initialize(model, path, parts=None):
     for name in wanted:
         found = _arrays(source[name], model.parts[name], notes)
         variables = variables_by_path(model.parts[name])
+        new = _without_source(model, name, found, variables)
+        if new:
+            notes.append(f"{', '.join(new)} not in it, so from scratch")
+            variables = {
+                path: variable
+                for path, variable in variables.items()
+                if path.split("/")[0] not in new
+            }
+        problems += [
+            f"  {name}.{line}"
+            for line in _other_sizes(source[name], model.parts[name], new)
+        ]
         problems += [
             f"  {name}/{line}" for line in _differences(found, variables)
         ]
@@ -152,6 +207,41 @@ def _arrays(source, part, notes):
             )
         )
     return arrays
+
+
+def _without_source(model, name, found, variables):
+    """Layers of a frozen part that are trained and not in the source.
+
+    Such as the pooling head that is to be trained on frozen patches.
+
+    Args:
+        model: The `Task`.
+        name: Name of the part.
+        found: Arrays of the source by path.
+        variables: Variables of the part by path.
+
+    Returns:
+        List of the layers' names.
+    """
+    layers = {path.split("/")[0] for path in variables}
+    layers -= {path.split("/")[0] for path in found}
+    return sorted(x for x in layers if f"{name}/{x}" in model.trained_parts)
+
+
+def _other_sizes(source, part, new):
+    """Yields a line for each argument that two towers do not share.
+
+    Some of them no array tells: patches of 14 x 16 and 16 x 14 pixels, the
+    number of heads.
+    """
+    for name in _SIZES:
+        values = [getattr(layer, name, None) for layer in (source, part)]
+        if None in values or values[0] == values[1]:
+            continue
+        # A head that is new pools what was pooled in another way.
+        if name == "pooling" and ("none" in values or "pool" in new):
+            continue
+        yield f"{name}: {values[0]!r} in the file, {values[1]!r} in the model"
 
 
 def _differences(found, variables):

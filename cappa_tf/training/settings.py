@@ -1,4 +1,4 @@
-"""Settings of a run: the four objects that `train.train` takes.
+"""Settings of a run: the five objects that `train.train` takes.
 
 Each is frozen and validated on construction. A gin file binds the fields by
 name (`settings.RunSettings.total_steps = 1000`), as gin/runs/pretrain.gin does.
@@ -8,6 +8,7 @@ import dataclasses
 
 from cappa_tf.utils import arguments
 
+FEATURE_TYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16")
 
 
@@ -198,3 +199,37 @@ class WeightSettings:
         arguments.check_names(
             frozen_parts=self.frozen_parts, trained_parts=self.trained_parts
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Whether a frozen vision encoder's features replace images in training.
+
+    Raises:
+        ValueError: If a field is of the wrong type or unknown; names it.
+    """
+
+    features: str | None = None
+    """"cached" computes the features of all images once, keeps them on disk
+    and trains on them; None encodes the images of each batch."""
+
+    cache_folder: str | None = None
+    """Folder of the caches, which runs may share; by default `features` below
+    the run's. All hosts must see it, as one that is not in a bucket."""
+
+    dtype: str = "float32"
+    """Type they are kept in: "float32", "float16" or "bfloat16"."""
+
+    batch_size: int = 64
+    """Images encoded at a time, by each host on one device."""
+
+    def __post_init__(self):
+        arguments.check_choice((None, "cached"), features=self.features)
+        arguments.check_choice(FEATURE_TYPES, dtype=self.dtype)
+        arguments.check_counts(batch_size=self.batch_size)
+        folder = self.cache_folder
+        if folder is not None and not (isinstance(folder, str) and folder):
+            raise ValueError(
+                "`cache_folder` (FEATURE_CACHE) must be a path or None. "
+                f"Received: cache_folder={folder!r}"
+            )

@@ -10,6 +10,7 @@
     data prepared               the function `prepare`, if given
     data checked against model  `Task.check_data`
     run resumed                 trainer.py, checkpoints.py
+    features of images cached   cached_features.py, if wanted
     steps, metrics, evaluation  trainer.py, step.py, metrics.py, validation.py
     results, sheet, model file  results.py
 
@@ -23,7 +24,7 @@ import tensorflow as tf
 from cappa_tf.evaluation.caption_metrics import check_installed
 from cappa_tf.evaluation.evaluator import check_evaluators
 from cappa_tf.saving.run_lock import RunLock, WorkdirInUseError
-from cappa_tf.training import memory_estimate
+from cappa_tf.training import cached_features, memory_estimate
 from cappa_tf.training.construct import (
     build_model,
     constructed,
@@ -34,10 +35,11 @@ from cappa_tf.training.distribution.strategies import (
     check_batch_size,
     make_strategy,
 )
-from cappa_tf.training.initialize import first_weights
+from cappa_tf.training.initialize import check_vocabulary, first_weights
 from cappa_tf.training.settings import (
     ComputeSettings,
     EvaluationSettings,
+    FeatureSettings,
     RunSettings,
     WeightSettings,
 )
@@ -46,7 +48,7 @@ from cappa_tf.utils import arguments
 
 # The defaults; frozen, so that runs may share them.
 _EVALUATION, _COMPUTE = EvaluationSettings(), ComputeSettings()
-_WEIGHT = WeightSettings()
+_WEIGHT, _FEATURES = WeightSettings(), FeatureSettings()
 
 
 def train(
@@ -59,6 +61,7 @@ def train(
     evaluation: EvaluationSettings = _EVALUATION,
     compute: ComputeSettings = _COMPUTE,
     weights: WeightSettings = _WEIGHT,
+    features: FeatureSettings = _FEATURES,
     eval_data=None,
     test_data=None,
     evaluators: list | tuple = (),
@@ -82,6 +85,7 @@ def train(
         evaluation: Which evaluations to run, and how often.
         compute: Devices, precision, compilation and determinism.
         weights: Where the initial weights come from, and which are frozen.
+        features: Whether the features of a frozen vision encoder are cached.
         eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation; `eval_data` by default.
         evaluators: `Evaluator`s to run between steps and at the end; their
@@ -124,6 +128,7 @@ def train(
         )
         _check_captions(model, evaluation)
         _check_pairs(model, settings, evaluation, hosts)
+        cached_features.check(features, model, train_data)
         origin = first_weights(model, weights, workdir)
         if dry_run:
             return _report(
@@ -134,6 +139,8 @@ def train(
                 prepare()
             hosts.wait()
             data = _open_data(model, train_data, eval_data, test_data)
+            if origin:
+                check_vocabulary(model, weights, data.train)
             trainer = Trainer(
                 model=model,
                 optimizer=optimizer,
@@ -142,6 +149,7 @@ def train(
                 settings=settings,
                 evaluation=evaluation,
                 compute=compute,
+                features=features,
                 evaluators=evaluators,
                 strategy=strategy,
                 hosts=hosts,

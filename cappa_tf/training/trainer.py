@@ -15,6 +15,7 @@ from cappa_tf.models.task import Task
 from cappa_tf.saving.checkpoints import Checkpoints
 from cappa_tf.saving.run_folder import describe_run
 from cappa_tf.training import results
+from cappa_tf.training.cached_features import replace_images
 from cappa_tf.training.construct import parameter_counts
 from cappa_tf.training.distribution.hosts import Hosts
 from cappa_tf.training.distribution.interruption import Interruption
@@ -28,6 +29,7 @@ from cappa_tf.training.reporting.summaries import Summaries
 from cappa_tf.training.settings import (
     ComputeSettings,
     EvaluationSettings,
+    FeatureSettings,
     RunSettings,
 )
 from cappa_tf.training.step import TrainLoop
@@ -74,6 +76,7 @@ class Trainer:
         settings: `RunSettings`.
         evaluation: `EvaluationSettings`.
         compute: `ComputeSettings`.
+        features: `FeatureSettings`.
         strategy: The strategy the model was built under.
         hosts: The `Hosts` of that strategy. Only the chief writes.
         evaluators: List of evaluators, as passed to `train.train`.
@@ -91,6 +94,7 @@ class Trainer:
     compute: ComputeSettings
     strategy: tf.distribute.Strategy
     hosts: Hosts
+    features: FeatureSettings = FeatureSettings()
     evaluators: list | tuple = ()
     check_claim: Callable = lambda: None
     origin: str | None = None
@@ -103,6 +107,15 @@ class Trainer:
     def __enter__(self):
         """Resumes if there is a checkpoint; opens what the loop needs."""
         self._resume()
+        # Only now does a frozen encoder have its weights.
+        data, self._cache_lines = replace_images(
+            self.features,
+            self.data._asdict(),
+            self.model,
+            self.workdir,
+            self.hosts,
+        )
+        self.data = Data(**data)
         self._prepared = None
         if not self._resumed:
             self._prepared = self.model.prepare(self.data.train)
@@ -210,6 +223,8 @@ class Trainer:
         else:
             for line in filter(None, (self.origin, self._prepared)):
                 self._progress.line(line)
+        for line in self._cache_lines:
+            self._progress.line(line)
 
     # The loop.
 

@@ -1,11 +1,14 @@
 """The benchmarks compare equivalent computations."""
 
+import keras
 import pytest
+import small_run
 import tensorflow as tf
+import tiny
 from random_captioner import make_captioner
 
 from tools import benchmark
-from tools.benchmarks import generate, memory, score
+from tools.benchmarks import features, generate, memory, score
 
 
 def test_every_benchmark_can_be_loaded():
@@ -51,3 +54,22 @@ def test_ways_to_caption_give_the_greedy_caption():
     found = generate.measure(ways, images, rounds=1)
     assert found["greedy, uncached"]["equal"] == 1.0
     assert found["parallel draft"]["passes"] == 1
+
+
+def test_ways_of_lit_train_on_the_same_examples(tmp_path):
+    small_run.write_data(str(tmp_path))
+    data = small_run.data(str(tmp_path))
+    size = data.tokenizer.vocabulary_size
+    losses = []
+    for way in features.WAYS:
+        keras.utils.set_random_seed(0)
+        model = tiny.make_contrastive(size, embedding_dim=(None, 16))
+        model.build()
+        model.freeze(["vision_encoder"])
+        streams, _ = features.make_streams(
+            data, model.vision_encoder, str(tmp_path / "cache")
+        )
+        sums = features.make_steps(model, streams[way], 8)(2)[0]
+        total, weight = sums.figures["loss"]
+        losses.append(total / weight)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

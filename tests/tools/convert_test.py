@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import numpy_reference as reference
 import pytest
+import tiny
 from absl import flags
 from random_contrastive import make_contrastive
 
@@ -96,6 +97,22 @@ def test_two_towers_there_and_back(tmp_path):
         run(**given, max_length=8)
     with pytest.raises(ValueError, match="--text_pooling is for contrastive"):
         run(**given, encoder_only=True, text_pooling="gap")
+
+
+def test_a_model_that_is_both_is_in_neither_layout(tmp_path):
+    model = tiny.make_contrastive_captioner(20)
+    model.build()
+    model.save(tmp_path / "both.keras")
+    given = {"to": "big_vision", "input": tmp_path / "both.keras"}
+    with pytest.raises(ValueError, match="captioner or two towers.*both"):
+        run(**given, output=tmp_path / "both.npz")
+    run(**given, output=tmp_path / "encoder.npz", encoder_only=True)
+    big_vision.save_two_towers(model, tmp_path / "towers.npz")
+    towers = big_vision.load_two_towers(tmp_path / "towers.npz")
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    np.testing.assert_allclose(
+        towers.embed_images(images), model.embed_images(images), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_fewshot_on_a_folder(folder, capsys):
     assert report["results"][3]["mean"] == 1.0  # The colors are far apart.
     assert len(report["results"][3]["accuracies"]) == 2
     printed = capsys.readouterr().out
-    assert "100.00%" in printed and "skipped of train: 1 x no label" in printed
+    assert "100.00%" in printed and "skipped in train: 1 x no label" in printed
 
 
 def test_records_give_the_same_pictures(folder, tmp_path):

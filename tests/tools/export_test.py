@@ -9,9 +9,11 @@ import pytest
 import tiny
 from absl import flags
 from harness import randomize
+from random_contrastive import make_contrastive
 
 import cappa_tf
 from cappa_tf.saving import run_folder as saving
+from cappa_tf.saving import siglip
 from cappa_tf.utils import files
 from tools import export
 
@@ -143,6 +145,29 @@ def test_folders_for_pytorch(what, run_folder, tmp_path):
     size = keras.saving.load_model(encoder).count_params()
     # 9 patches in place of 4, of width 16.
     assert sum(t.size for t in tensors.values()) == size + 5 * 16
+
+
+def test_a_contrastive_model_for_transformers(tmp_path):
+    needs_safetensors()
+    model = make_contrastive()
+    model.save(tmp_path / "towers.keras")
+    given = {"what": "siglip", "checkpoint": tmp_path / "towers.keras"}
+    said = run(output=tmp_path / "hf", **given)
+    assert "SiglipModel" in said and "without vocabulary" in said
+    found = siglip.load_siglip(str(tmp_path / "hf"))
+    for one, other in zip(found.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match="--image_size=24"):
+        run(output=tmp_path / "hf", image_size=24, **given)
+    # Back from transformers, and on to what a folder of a run can become.
+    run(
+        what="backbone",
+        checkpoint=tmp_path / "hf",
+        output=tmp_path / "encoder.keras",
+        image_size=24,
+    )
+    encoder = keras.saving.load_model(tmp_path / "encoder.keras")
+    assert encoder.pooling == "map" and encoder.grid == (3, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from cappa_tf.models.positions import resample_positions
 from cappa_tf.saving import big_vision, siglip
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import variables_by_path
-from cappa_tf.training.initialize import initialize
+from cappa_tf.training.initialize import check_vocabulary, initialize
+from cappa_tf.training.settings import WeightSettings
 
 SIZE = 20
 POSITIONS = "positions/position_embedding"
@@ -175,3 +176,20 @@ def test_a_run_starts_from_another_and_resumes_from_itself(tmp_path):
     log = (tmp_path / "second" / "train.log").read_text()
     assert log.count("initialized from") == 1 and "resuming from" in log
     assert_same(load_model(second).vision_encoder, encoder)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path, source):
+    data = tiny.Data(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(b"other pieces")
+    all_parts = WeightSettings(initialize_from=str(folder))
+    with pytest.raises(ValueError, match="text_decoder.*differs from.*run"):
+        check_vocabulary(source, all_parts, data)
+    encoder = WeightSettings(
+        initialize_from=str(folder), initialize_parts=["vision_encoder"]
+    )
+    check_vocabulary(source, encoder, data)
+    with open(data.tokenizer.path, "rb") as file:
+        (folder / "tokenizer.model").write_bytes(file.read())
+    check_vocabulary(source, all_parts, data)

@@ -54,7 +54,7 @@ def test_a_folder_has_one_run_at_a_time(rivals):
     for process in others:
         assert process.wait() == 1
         last = process.output.splitlines()[-1]
-        assert "WorkdirInUseError: `workdir` must be of one run" in last
+        assert "WorkdirInUseError: `workdir` must be used by one run" in last
         assert f"process {first.pid} on host {os.uname().nodename}" in last
         # No data was opened.
         assert "decoding" not in process.output

@@ -18,6 +18,7 @@ Dimensions:
 """
 
 import dataclasses
+import os
 
 import tensorflow as tf
 
@@ -101,6 +102,18 @@ class Records:
                 default=0,
             )
         return self._max_captions
+
+    @property
+    def identity(self):
+        """What tells these records from all others: a JSON value.
+
+        The same where the same data lie elsewhere, as far as their files have
+        a checksum or the time at which they were last changed.
+        """
+        return [
+            type(self).__name__,
+            [_file_identity(shard) for shard in self.shards],
+        ]
 
     def read(self, shard, skip, count):
         """Records of a shard in a tf.data graph.
@@ -207,18 +220,40 @@ class Records:
         Returns:
             A `tf.data.Dataset` of (position, serialized record).
         """
-        cache = reading.cache
-        if cache is None:
-            num_bytes = sum(shard.num_bytes for shard in self.shards)
-            small = num_bytes <= RECORDS_IN_MEMORY_BYTES
-            cache = "records" if small else "stream"
-        if cache == "records":
+        if self._are_in_memory(reading):
             stored = self.in_memory()
             return self.numbers(reading, start_index).map(
                 lambda index, number: (index, tf.gather(stored, number))
             )
+        return self._from_readers(self, reading, start_index)
+
+    def order(self, reading, start_index):
+        """The order of `stream` without reading any record.
+
+        For what is kept of records elsewhere, such as their features.
+
+        Args:
+            reading: `Reading`.
+            start_index: Position to start at.
+
+        Returns:
+            A tf.data.Dataset of (position, record number): that of the record
+            in `shuffling.in_sequence`.
+        """
+        if self._are_in_memory(reading):
+            return self.numbers(reading, start_index)
+        return self._from_readers(_Numbers(self), reading, start_index)
+
+    def _are_in_memory(self, reading):
+        """Whether `stream` reads all records into memory."""
+        if reading.cache is not None:
+            return reading.cache == "records"
+        num_bytes = sum(shard.num_bytes for shard in self.shards)
+        return num_bytes <= RECORDS_IN_MEMORY_BYTES
+
+    def _from_readers(self, records, reading, start_index):
         return shuffling.from_readers(
-            self,
+            records,
             reading.seed,
             start_index,
             reading.num_readers,
@@ -226,6 +261,35 @@ class Records:
             reading.host,
             reading.num_hosts,
         )
+
+
+class _Numbers(Records):
+    """In place of each record its number."""
+
+    def __init__(self, records):
+        super().__init__(records.name, records.shards)
+        counts = [shard.num_examples for shard in records.shards]
+        with tf.device("CPU:0"):
+            self._begins = tf.cumsum(
+                tf.constant(counts, tf.int64), exclusive=True
+            )
+
+    def read(self, shard, skip, count):
+        """As `Records.read`, of numbers."""
+        first = self._begins[shard] + skip
+        return tf.data.Dataset.range(first, first + count)
+
+
+def _file_identity(shard):
+    """Name, size, and checksum (or else time of the last change) of a file."""
+    version = getattr(shard, "sha256", "")
+    if not version:
+        try:
+            version = tf.io.gfile.stat(shard.path).mtime_nsec
+        except tf.errors.OpError:
+            version = None  # It is missing.
+    name = os.path.basename(shard.path)
+    return [name, shard.num_examples, shard.num_bytes, version]
 
 
 class TFRecordFiles(Records):

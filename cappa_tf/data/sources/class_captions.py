@@ -53,6 +53,11 @@ class _Captioned(Records):
         with tf.device("CPU:0"):
             self._table = tf.constant(captions)  # [classes, templates]
 
+    @property
+    def identity(self):
+        """As `Records.identity`, with the captions."""
+        return [type(self).__name__, self._records.identity, self._captions]
+
     def read(self, shard, skip, count):
         """Reads records of a shard, as in `Records`."""
         return self._records.read(shard, skip, count)

@@ -7,6 +7,7 @@ the same folders to shards.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 
@@ -127,6 +128,7 @@ class _FolderRecords(Records):
     def __init__(self, name, rows, classes, left_out, min_side, max_characters):
         super().__init__(name, [_Files(rows)])
         self.min_side = min_side
+        self._rows = rows
         self._left_out = list(left_out)
         self._has_cells = any(row.cell is not None for row in rows)
         self._max_captions = 0
@@ -139,6 +141,18 @@ class _FolderRecords(Records):
             listed.append(_reference(row, captions, classes))
         with tf.device("CPU:0"):
             self._references = tf.constant(listed)
+
+    @property
+    def identity(self):
+        """As `Records.identity`: of each image file, and of all captions."""
+        digest = hashlib.sha256()
+        for reference in self._references.numpy():
+            digest.update(len(reference).to_bytes(8, "little") + reference)
+        for path in sorted({row.path for row in self._rows}):
+            with contextlib.suppress(tf.errors.OpError):
+                found = tf.io.gfile.stat(path)
+                digest.update(f"{found.length} {found.mtime_nsec}\n".encode())
+        return [type(self).__name__, self.min_side, digest.hexdigest()]
 
     def check(self, counter):
         """Checks the files, as in `Records`."""
@@ -200,6 +214,10 @@ class _FolderRecords(Records):
         if self._in_memory is None:
             self._in_memory = caching.load_records(_Loaded(self), self.name)
         return self._in_memory
+
+    def order(self, reading, start_index):
+        """As `Records.order`."""
+        return self.numbers(reading, start_index)
 
     def stream(self, reading, start_index):
         """Returns the training stream, as in `Records`."""

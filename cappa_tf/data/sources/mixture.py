@@ -186,6 +186,12 @@ class MixedRecords(Records):
         ]
 
     @property
+    def identity(self):
+        """As `Records.identity`, of all members."""
+        members = [records.identity for records in self._members]
+        return [type(self).__name__, members]
+
+    @property
     def max_captions(self):
         """Maximum number of captions of a record."""
         return max(records.max_captions for records in self._members)
@@ -224,14 +230,22 @@ class MixedRecords(Records):
 
         The numbers of a source follow those of the previous one.
         """
+        return self._numbers("numbers", reading, start_index, own=True)
+
+    def order(self, reading, start_index):
+        """As `Records.order`."""
+        readers = reading.num_readers % reading.num_hosts == 0
+        return self._numbers("order", reading, start_index, own=readers)
+
+    def _numbers(self, kind, reading, start_index, own):
         begins = np.cumsum([0] + [r.num_examples for r in self._members])
 
         def numbers(member, records, *arguments):
-            return records.numbers(*arguments).map(
+            return getattr(records, kind)(*arguments).map(
                 lambda _, number: number + begins[member]
             )
 
-        return self._choose(numbers, reading, start_index, own=True)
+        return self._choose(numbers, reading, start_index, own)
 
     def stream(self, reading, start_index):
         """Returns the training stream, as in `Records`."""

@@ -88,13 +88,14 @@ class Index:
 
     Attributes:
         shards: List of `IndexedShard`.
+        digest: Hexadecimal digest of pattern and settings.
     """
 
     def __init__(self, shard_files, settings, scan):
         self._files = shard_files.paths
         self._root = shard_files.root
         text = json.dumps([_VERSION, shard_files.pattern, settings])
-        self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._folder = self._find_folder()
         entries = self._load()
         if entries is None:
@@ -190,11 +191,11 @@ class Index:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         root = hashlib.sha256(os.path.abspath(self._root).encode()).hexdigest()
         folders = [
-            os.path.join(self._root, _FOLDER, self._digest),
+            os.path.join(self._root, _FOLDER, self.digest),
             os.path.join(
                 os.path.expanduser(cache),
                 "cappa_tf",
-                f"index-{root[:12]}-{self._digest}",
+                f"index-{root[:12]}-{self.digest}",
             ),
         ]
         for folder in folders:

@@ -114,6 +114,12 @@ class _TFDSRecords(TFRecordFiles):
         }
         self._features, self._decoders = _partial(features, self._keys)
 
+    @property
+    def identity(self):
+        """As `Records.identity`, with the part of each file and its keys."""
+        keys = {what: list(path) for what, path in self._keys.items()}
+        return [*super().identity, self._first.numpy().tolist(), keys]
+
     def check(self, counter):
         """Checks that all shards exist; TFDS does not record their sizes."""
         missing = [

@@ -72,6 +72,11 @@ class _NamedRecords(TFRecordFiles):
         self._index = shards
         self._features = features
 
+    @property
+    def identity(self):
+        """As `Records.identity`, with the names of the features."""
+        return [*super().identity, self._features]
+
     def check(self, counter):
         """Checks the files, as in `Records`."""
         self._index.check(counter)

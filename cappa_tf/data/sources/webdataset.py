@@ -329,6 +329,11 @@ class _TarRecords(Records):
                 [shards.companion(s.path) for s in self.shards]
             )
 
+    @property
+    def identity(self):
+        """As `Records.identity`, with what is read of a sample."""
+        return [*super().identity, self._index.digest]
+
     def check(self, counter):
         """Checks the files, as in `Records`."""
         self._index.check(counter)

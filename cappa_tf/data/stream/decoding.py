@@ -75,7 +75,7 @@ class RecordDecoder:
         }
 
     def decode_chunk(self, serialized, index):
-        """Decodes C records.
+        """Decodes C records and chooses their captions.
 
         Args:
             serialized: string [C], with a static C.
@@ -87,6 +87,19 @@ class RecordDecoder:
             and "index" int64 [C]; "ok" bool [C]; and "raw" string [C], the
             record if it is bad (its other entries are then meaningless), else
             "".
+        """
+        return self.choose(self.decode_records(serialized), index)
+
+    def decode_records(self, serialized):
+        """Decodes C records with all of their captions.
+
+        Args:
+            serialized: string [C], with a static C.
+
+        Returns:
+            A dict: "image" uint8 [C, H, W, 3], "captions" string [C, M],
+            filled up with "", "label" int64 [C], "ok" bool [C], whether the
+            image is a good one, and "raw" string [C], the records.
         """
         count = serialized.shape[0]
         good = tf.data.Dataset.from_tensor_slices(
@@ -106,16 +119,30 @@ class RecordDecoder:
             tf.range(tf.shape(decoded["label"])[0]),
         )[:count]
         chunk = {k: tf.gather(v, row) for k, v in decoded.items()}
-        ok = row > 0
-        captions, chunk["count"] = self._choose(chunk["captions"], index)
+        return {**chunk, "ok": row > 0, "raw": serialized}
+
+    def choose(self, chunk, index):
+        """Chooses K captions of each record, and says which ones are bad.
+
+        Args:
+            chunk: What `decode_records` gives; also without "image", or with
+                anything in its place.
+            index: int64 [C].
+
+        Returns:
+            The dict that `decode_chunk` describes.
+        """
+        ok = chunk["ok"]
+        captions, count = self._choose(chunk["captions"], index)
         if self.num_captions:
-            ok &= chunk["count"] > 0
+            ok &= count > 0
         return {
             **chunk,
             "captions": captions,
+            "count": count,
             "index": index,
             "ok": ok,
-            "raw": tf.where(ok, "", serialized),
+            "raw": tf.where(ok, "", chunk["raw"]),
         }
 
     def _choose(self, captions, index):

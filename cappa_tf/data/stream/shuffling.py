@@ -76,26 +76,35 @@ def in_memory(
 
 
 @tf.autograph.experimental.do_not_convert
-def in_sequence(records):
-    """One pass over all records in the order of the files.
+def in_sequence(records, first=0, count=None):
+    """Records in the order of the files, one pass.
 
     Args:
         records: A `base.Records`.
+        first: Number of the first record; what lies before it is not read.
+        count: How many; None for all that follow.
 
     Returns:
         A `tf.data.Dataset` of (position, serialized record).
     """
+    last = records.num_examples if count is None else first + count
+    begin, parts = 0, []
+    for part in records.parts:
+        parts.append(_part_in_sequence(part, first - begin, last - begin))
+        begin += part.num_examples
+    stream = functools.reduce(lambda a, b: a.concatenate(b), parts)
+    return stream.enumerate(start=first)
 
-    def part_records(part):
-        counts = _counts(part)
-        numbers = tf.range(tf.size(counts, tf.int64), dtype=tf.int64)
-        shards = tf.data.Dataset.from_tensor_slices((numbers, counts))
-        return shards.flat_map(
-            lambda shard, count: part.read(shard, tf.zeros_like(count), count)
-        )
 
-    parts = [part_records(part) for part in records.parts]
-    return functools.reduce(lambda a, b: a.concatenate(b), parts).enumerate()
+def _part_in_sequence(part, first, last):
+    """Records `first` up to `last` of those of one part, in order."""
+    counts = _counts(part)
+    begins = tf.cumsum(counts, exclusive=True)
+    skips = tf.clip_by_value(first - begins, 0, counts)
+    takes = tf.clip_by_value(last - begins, 0, counts) - skips
+    numbers = tf.range(tf.size(counts, tf.int64), dtype=tf.int64)
+    wanted = [tf.boolean_mask(x, takes > 0) for x in (numbers, skips, takes)]
+    return tf.data.Dataset.from_tensor_slices(tuple(wanted)).flat_map(part.read)
 
 
 @tf.autograph.experimental.do_not_convert

@@ -79,7 +79,7 @@ def test_labels_are_those_of_all_splits(folder):
     assert source.class_names == ["a", "b"]
     batch = next(make(source, None).evaluate().as_numpy_iterator())
     assert batch["label"][[0, 1, 2]].tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match="splits .'train'.*Received: .*'test'"):
+    with pytest.raises(ValueError, match="one of .'train'.*Received: .*'test'"):
         source.split("test")
 
 

@@ -10,7 +10,6 @@ import pytest
 import small_run
 from conftest import two_devices
 
-from cappa_tf.data.caption_dataset import CaptionDataset
 from cappa_tf.models import stateless_random
 from cappa_tf.saving.checkpoints import saved_state
 from cappa_tf.training import train
@@ -24,13 +23,6 @@ FIGURES = (
     "train/gradient_norm",
     "validation/nll_per_token",
 )
-
-# Without what needs the captions' loop traced.
-LEAN = {
-    "deterministic": False,
-    "sample_images": 0,
-    "final_evaluation": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +76,18 @@ def _assert_same_figures(one, other, tag):
         assert found[step] == pytest.approx(value, rel=1e-5), (tag, step)
 
 
-def test_accumulated_microbatches_are_the_same_run(data, one_device, tmp_path):
-    small_run.run(data, tmp_path, accumulation_steps=2, **LEAN)
-    _assert_same_run(one_device, str(tmp_path))
-
-
 def test_two_devices_are_the_same_run(data, one_device, tmp_path, monkeypatch):
+    """With microbatches, too; each of the two alone is in step_test.py."""
     monkeypatch.setattr(
         train, "make_strategy", lambda name, devices: two_devices()
     )
     small_run.run(
-        data, tmp_path, deterministic=False, sample_images=0, evaluate=True
+        data,
+        tmp_path,
+        deterministic=False,
+        sample_images=0,
+        evaluate=True,
+        accumulation_steps=2,
     )
     _assert_same_run(one_device, str(tmp_path))
 
@@ -128,6 +121,25 @@ def test_two_hosts_are_the_same_run(data, one_device, tmp_path):
     _assert_same_run(one_device, run)
 
 
+def test_two_hosts_compare_the_whole_batch(data, tmp_path):
+    """A contrastive run on one device, and one whose hosts see half of it."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    workers = processes.start_workers(
+        2, small_run.contrastive_worker, data, two, folder=tmp_path
+    )
+    small_run.contrastive_run(data, one)
+    codes = [worker.wait() for worker in workers]
+    assert codes == [0, 0], [worker.output for worker in workers]
+    for tag in ("train/loss", "train/gradient_norm"):
+        _assert_same_figures(one, two, tag)
+    arrays = small_run.saved(one), small_run.saved(two)
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, array in arrays[0].items():
+        np.testing.assert_allclose(
+            arrays[1][name], array, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
 @pytest.mark.slow
 def test_a_host_that_is_killed_ends_the_others(data, one_device, tmp_path):
     run = str(tmp_path / "run")
@@ -140,8 +152,12 @@ def test_a_host_that_is_killed_ends_the_others(data, one_device, tmp_path):
     _assert_same_run(one_device, run)
 
 
-@pytest.mark.parametrize("cache", ["stream", "records"])
-def test_hosts_share_the_stream_with_its_captions_and_masks(data, cache):
+@pytest.mark.parametrize(
+    ("cache", "numbers"), [("stream", (2, 3)), ("records", (3,))]
+)
+def test_hosts_share_the_stream_with_its_captions_and_masks(
+    data, cache, numbers
+):
     """Host h of H has positions p % H == h; steps hold the same for all H.
 
     So their number may change between two starts, at any position.
@@ -149,11 +165,14 @@ def test_hosts_share_the_stream_with_its_captions_and_masks(data, cache):
     start = 35  # of 37 in an epoch, and no multiple of the hosts
     options = {"cache": cache, "captions_per_image": 2, "flip": True}
     dataset = small_run.data(data, **options)
-    whole = _by_position(dataset.train(6, start, seed=3), 2)
+    model = small_run.make_model(data, seed=5)
+    whole = _by_position(model, dataset.train(6, start, seed=3), 2)
     assert sorted(whole) == list(range(start, start + 12))
-    for hosts in (2, 3):
+    for hosts in numbers:
         shares = [
-            _by_position(dataset.train(6 // hosts, start, 3, h, hosts), 2)
+            _by_position(
+                model, dataset.train(6 // hosts, start, 3, h, hosts), 2
+            )
             for h in range(hosts)
         ]
         together = {p: e for share in shares for p, e in share.items()}
@@ -165,9 +184,8 @@ def test_hosts_share_the_stream_with_its_captions_and_masks(data, cache):
                 np.testing.assert_array_equal(part, other)
 
 
-def _by_position(batches, count):
+def _by_position(model, batches, count):
     """Position to (pixels, labels, objective, decoder's input)."""
-    model = small_run.make_model(_by_position.data, seed=5)
     examples = {}
     for batch in batches.take(count):
         index, labels = batch["index"], batch["labels"]
@@ -178,25 +196,6 @@ def _by_position(batches, count):
         for position, *example in rows:
             examples[int(position)] = [part.numpy() for part in example]
     return examples
-
-
-@pytest.fixture(autouse=True)
-def _known_data(data):
-    _by_position.data = data
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 3])
-def test_hosts_evaluate_each_record_once(data, hosts):
-    dataset: CaptionDataset = small_run.data(data, "val")
-    seen, lengths = [], set()
-    for host in range(hosts):
-        batches = list(dataset.evaluate(2, host, hosts))
-        lengths.add(len(batches))
-        for batch in batches:
-            real = batch["_mask"].numpy() > 0
-            seen += batch["index"].numpy()[real].tolist()
-    assert sorted(seen) == list(range(11))
-    assert len(lengths) == 1
 
 
 def test_values_of_any_length_travel_in_words():
