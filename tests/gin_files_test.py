@@ -187,8 +187,10 @@ def test_cap_and_cappa_differ_in_the_objective_only():
     assert second - first == {"MASKED_PRED_PROB = 0.75"}
 
 
+# LiT differs in more: it begins with a trained encoder.
 @pytest.mark.parametrize(
-    "path", [path for path in RUNNABLE if path.endswith("_b16.gin")]
+    "path",
+    [p for p in RUNNABLE if p.endswith("_b16.gin") and "lit" not in p],
 )
 def test_objectives_share_everything_else(path):
     """Same encoder, data, optimizer and trainer: a comparison."""

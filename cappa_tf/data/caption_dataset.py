@@ -432,14 +432,15 @@ class CaptionDataset:
         return self.records.read_examples(limit)
 
     def read_captions(self, limit):
-        """Captions of the training stream, without decoding any image.
+        """Reads all captions of a random part of the split, without images.
 
         Args:
-            limit: Most records to read; an epoch at most is read.
+            limit: Maximum number of records to read.
 
         Yields:
-            A list of all captions of a record, for each of the first records
-            of `train` with the constructor's seed. Bad records are left out.
+            A list of captions for each record of a shuffled epoch, which the
+            constructor's seed determines, up to `limit` records. Records that
+            cannot be parsed are left out.
         """
         reading = base.Reading(
             self.seed,

@@ -11,7 +11,8 @@ from absl import logging
 from PIL import Image
 
 from cappa_tf.data import caption_dataset, schema
-from cappa_tf.data.stream import bad_records
+from cappa_tf.data.sources import base
+from cappa_tf.data.stream import bad_records, shuffling
 
 COUNT = 40
 BAD = {
@@ -333,3 +334,14 @@ def test_a_shard_that_vanishes_during_the_run(data, bound):
         for _ in range(40):  # As above.
             next(stream)
     assert "'lost record': " in str(dataset.failure)
+
+
+def test_a_shard_that_vanishes_before_it_is_opened(tmp_path, monkeypatch):
+    """It was there when the reader looked; opening it fails each time."""
+    monkeypatch.setattr(base, "exists", lambda path: tf.constant(True))
+    path = str(tmp_path / "gone.tfrecord")
+    records = base.read_tfrecords(
+        tf.constant(path), tf.constant(1, tf.int64), 3
+    )
+    lost = shuffling.LOST + path.encode()
+    assert list(records.as_numpy_iterator()) == [lost] * 3

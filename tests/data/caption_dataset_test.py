@@ -98,6 +98,17 @@ def test_training_batches(data, cache):
     assert not np.array_equal(numbers(first), numbers(other[0]))
 
 
+@pytest.mark.parametrize("cache", ["stream", "images"])
+def test_captions_are_read_without_images(data, cache):
+    """Each record once, in a random order that the seed determines."""
+    dataset = make(data, cache=cache, seed=1)
+    found = list(dataset.read_captions(1000))
+    written = [_example(i).captions for i in range(COUNT)]
+    assert sorted(found) == sorted(written) and found != written
+    assert list(dataset.read_captions(5)) == found[:5]
+    assert list(make(data, cache=cache, seed=2).read_captions(5)) != found[:5]
+
+
 @pytest.mark.parametrize("cache", [None, "records"])
 def test_caches_change_nothing_but_speed(data, pixels, cache):
     """Small data sets are held in memory by default."""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
+from conftest import two_devices
 
 from cappa_tf.models.losses import bag_of_tokens
 from cappa_tf.saving.run_folder import load_model
@@ -93,6 +94,13 @@ def test_frequencies_are_counted_by_caption(tmp_path):
         expected[np.unique(row)] += 1
     np.testing.assert_array_equal(model.head.document_frequency, expected)
     np.testing.assert_array_equal(model.head.num_documents, [15.0])
+    with two_devices().scope():
+        mirrored = tiny.make_bag_of_tokens(size, counted_images=15)
+        mirrored.build()
+    mirrored.prepare(data)
+    counts = mirrored.head.document_frequency.value
+    for device in two_devices().experimental_local_results(counts):
+        np.testing.assert_array_equal(device, expected)
 
 
 def test_a_run_counts_once_and_keeps_what_it_counted(tmp_path, monkeypatch):

@@ -114,13 +114,14 @@ def test_fit_on_several_devices_is_refused(folder):
             model.train_step({"image": tf.zeros([2, 16, 16, 3])})
 
 
-def test_validation_compares_the_whole_batch_on_any_devices(folder):
+@pytest.mark.parametrize(
+    "make", [tiny.make_contrastive, tiny.make_contrastive_captioner]
+)
+def test_validation_compares_the_whole_batch_on_any_devices(folder, make):
     size = tiny.vocabulary(folder)[1]
     found = []
     for strategy in (make_strategy("one"), two_devices()):
-        model, _ = build_model(
-            lambda: tiny.make_contrastive(size), Adafactor, strategy
-        )
+        model, _ = build_model(lambda: make(size), Adafactor, strategy)
         # 30 examples in batches of 8: the last one is padded.
         data = tiny.Data(folder, examples=30)
         found.append(Validation(strategy, Hosts(strategy), model, data, 8)())

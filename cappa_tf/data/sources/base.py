@@ -318,8 +318,9 @@ def read_tfrecords(path, skip, count):
     """Reads exactly `count` records of one file, from record `skip` on.
 
     Damaged and missing records are replaced by `LOST`. A missing file is
-    replaced by an empty one, because with `ignore_errors` the reader would try
-    to open it forever.
+    replaced by an empty one. A file that vanishes before the reader opens it is
+    an error each time the reader is asked, and `ignore_errors` would ask
+    forever: the range ends that, as each question takes a number from it.
 
     Args:
         path: Scalar string.
@@ -337,8 +338,10 @@ def read_tfrecords(path, skip, count):
         readable, skip, shuffling.LOST + path
     )
     lost = tf.data.Dataset.from_tensors(shuffling.LOST + path).repeat()
+    numbered = tf.data.Dataset.zip(tf.data.Dataset.range(count), records)
+    records = numbered.ignore_errors().map(lambda _, record: record)
     # The data sets after `records` are opened only if those end too early.
-    records = records.ignore_errors().concatenate(rest).concatenate(lost)
+    records = records.concatenate(rest).concatenate(lost)
     return records.take(count)
 
 

@@ -42,10 +42,11 @@ def records_from_damage_on(path, skip, lost):
         )
         record = tf.data.experimental.from_variant(
             variant, tf.TensorSpec([], tf.string)
-        ).take(1)
-        record = record.ignore_errors().concatenate(
-            tf.data.Dataset.from_tensors(lost)
         )
+        # A file that has vanished is asked for once, see `read_tfrecords`.
+        once = tf.data.Dataset.zip(tf.data.Dataset.range(1), record)
+        record = once.ignore_errors().map(lambda _, serialized: serialized)
+        record = record.concatenate(tf.data.Dataset.from_tensors(lost))
         return record.take(1).map(lambda serialized: (number, serialized))
 
     def behind(damaged, record):
