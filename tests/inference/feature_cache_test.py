@@ -24,6 +24,7 @@ from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.utils import files
 
 BAD = 5
+ROW_TYPES = (tf.bfloat16, tf.string, tf.int64, tf.bool, tf.string)
 
 
 def make_encoder(**kwargs):
@@ -245,9 +246,17 @@ def test_other_weights_or_data_have_another_cache(encoder, tmp_path):
     paths = {count_computed(encoder, tmp_path)[1].path}
     other = make_encoder()
     paths.add(count_computed(other, tmp_path)[1].path)
-    paths.add(count_computed(other, tmp_path, dtype="bfloat16")[1].path)
+    small = count_computed(other, tmp_path, dtype="bfloat16")[1]
+    paths.add(small.path)
     paths.add(count_computed(other, tmp_path, Images(1))[1].path)
     assert len(paths) == 4 == len(os.listdir(tmp_path))
+    # Read in a graph, as `features.batches` does.
+    first = tf.numpy_function(
+        small.rows, [tf.range(2, dtype=tf.int64)], Tout=ROW_TYPES
+    )[0]
+    exact = count_computed(other, tmp_path)[1].rows(np.arange(2))[0]
+    assert first.dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.cast(first, tf.float32), exact, rtol=1e-2)
 
 
 def test_data_is_known_by_its_files_and_its_preprocessing(folder, tmp_path):

@@ -25,7 +25,8 @@ def define_flags():
         "data", None, "Prepared data set with a vocabulary.", required=True
     )
     flags.DEFINE_string("split", "train", "Its split.")
-    flags.DEFINE_string("variant", "Ti/16", "Size of both towers.")
+    flags.DEFINE_string("variant", "Ti/16", "Width of both towers.")
+    flags.DEFINE_integer("layers", 4, "Blocks of both towers.", **count)
     flags.DEFINE_integer("image_size", 112, "Side of the images.", **count)
     flags.DEFINE_integer("length", 24, "Tokens of a caption.", **count)
     flags.DEFINE_integer("batch_size", 32, "Pairs of a batch.", **count)
@@ -95,7 +96,7 @@ def run():
     given = flags.FLAGS
     tokenizer = Tokenizer(given.data, given.length)
     data = CaptionDataset(given.data, given.split, tokenizer, given.image_size)
-    sizes = variant(given.variant)
+    sizes = {**variant(given.variant), "num_layers": given.layers}
     patch_size = sizes.pop("patch_size")
     model = Contrastive(
         VisionEncoder(
