@@ -38,11 +38,12 @@ labels.jsonl with lines such as
 A captioner scores by likelihood, a contrastive model by the cosine of its
 embeddings; the latter has no captions and no perplexity.
 
---checkpoint is the folder of a run or its .keras file; fewshot takes any
-.keras file (captioner or vision encoder) and an npz of big_vision, too. A
-model that cannot perform the task is refused before any data is read. A table
-is printed; the metrics are written as JSON to --output, by default beside the
-checkpoint (with several evaluators, --output is a folder), the results of
+--checkpoint is the folder of a run or its .keras file, a SigLIP folder of
+transformers or an npz of big_vision; --tokenizer is the vocabulary of one that
+has none beside it. fewshot takes any .keras file (captioner or vision encoder),
+too. A model that cannot perform the task is refused before any data is read. A
+table is printed; the metrics are written as JSON to --output, by default beside
+the checkpoint (with several evaluators, --output is a folder), the results of
 single images or choices to .jsonl files and sheets to .png files of the same
 name. A metric that is not defined is null.
 """
@@ -68,8 +69,15 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Folder of a run, .keras file or npz file of big_vision.",
+        "Folder of a run, .keras file, npz file of big_vision or SigLIP folder "
+        "of transformers.",
         required=True,
+        **where,
+    )
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "SentencePiece vocabulary of a checkpoint that has none beside it.",
         **where,
     )
     flags.DEFINE_enum(
@@ -389,7 +397,10 @@ def evaluate(options):
 
     with console.naming("checkpoint", options.checkpoint):
         predictor = Predictor.open(
-            options.checkpoint, options.weights, batch_size=options.batch_size
+            options.checkpoint,
+            options.weights,
+            tokenizer=options.tokenizer,
+            batch_size=options.batch_size,
         )
     reports = evaluation.evaluate(predictor, evaluators)
     for output, (one, report) in zip(outputs, reports):

@@ -264,7 +264,9 @@ def _print(row, table):
     elif "scores" in row:
         best_first = sorted(row["scores"].items(), key=lambda x: -x[1])
         for text, score in best_first:
-            print(f"{score:9.3f}  {row['image']}  {text}")
+            # Probabilities may be small, log-likelihoods are below zero.
+            number = f"{score:9.3g}" if score >= 0 else f"{score:9.3f}"
+            print(f"{number}  {row['image']}  {text}")
 
 
 def main(argv):

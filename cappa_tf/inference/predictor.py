@@ -95,30 +95,42 @@ class Predictor:
                 big_vision; or a folder of transformers' SigLIP.
             weights: Weights of a run to load: "final", "best", "latest" or
                 "auto", as in `run_folder.load_model`.
-            tokenizer: `Tokenizer` of a model without a vocabulary beside it. A
-                run has its own, and so has a folder with spiece.model.
+            tokenizer: `Tokenizer` of a model without a vocabulary beside it,
+                or the path of its vocabulary, for texts as long as the model
+                reads. A run has its own, and so has a folder with
+                spiece.model.
             batch_size: B.
 
         Returns:
             A `Predictor`.
 
         Raises:
-            ValueError: If there is no model, it is damaged, or a file of the
-                run is missing.
+            ValueError: If there is no model, it is damaged, a file of the run
+                is missing, or the tokenizer does not fit it.
         """
         path = os.fspath(path)
         preprocessing = None
         if path.endswith(".npz"):
             model = _open_npz(path, tokenizer)
         elif siglip.is_siglip(path):
-            model, tokenizer = _open_siglip(path, tokenizer)
+            model = _open_siglip(path)
+            vocabulary = os.path.join(path, huggingface_tokenizer.VOCABULARY)
+            if tokenizer is None and files.exists(vocabulary):
+                tokenizer = vocabulary
         else:
             model = run_folder.load_model(path, weights)
             folder = path if files.isdir(path) else os.path.dirname(path)
             described = os.path.join(folder, "preprocessing.json")
             # An encoder's file may be in any folder, and it reads no texts.
             if hasattr(model, "parts") and files.exists(described):
-                tokenizer, preprocessing = run_folder.load_preprocessing(folder)
+                own, preprocessing = run_folder.load_preprocessing(folder)
+                if tokenizer is not None and own is not None:
+                    raise ValueError(
+                        "`tokenizer` is for a model without a vocabulary "
+                        f"beside it. Received: {path}, which has its own"
+                    )
+                tokenizer = own
+        tokenizer = _fitting(tokenizer, model, path)
         if tokenizer is not None and hasattr(model, "score_kinds"):
             model.tokenizer = tokenizer
         if preprocessing is None:
@@ -420,35 +432,36 @@ def _open_npz(path, tokenizer):
     if tokenizer is None:
         return big_vision.load_vision_encoder(path)
     arrays = big_vision.read_arrays(path)
-    if not big_vision.is_two_towers(arrays):
-        return big_vision.load_captioner(
-            arrays, max_length=tokenizer.max_length
-        )
-    model = big_vision.load_two_towers(arrays)
-    _check_length(path, model, tokenizer)
-    return model
+    if big_vision.is_two_towers(arrays):
+        return big_vision.load_two_towers(arrays)
+    length = getattr(tokenizer, "max_length", None)
+    return big_vision.load_captioner(arrays, max_length=length)
 
 
-def _open_siglip(path, tokenizer):
-    """The model of a folder of transformers, and its tokenizer if any."""
-    if not siglip.has_text(path):
-        return siglip.load_siglip_vision(path), None
-    model = siglip.load_siglip(path)
-    vocabulary = os.path.join(path, huggingface_tokenizer.VOCABULARY)
-    if tokenizer is None and files.exists(vocabulary):
-        tokenizer = Tokenizer(vocabulary, model.text_encoder.max_length)
-    if tokenizer is not None:
-        _check_length(path, model, tokenizer)
-    return model, tokenizer
+def _open_siglip(path):
+    """A model of transformers, with its text tower if it has one."""
+    if siglip.has_text(path):
+        return siglip.load_siglip(path)
+    return siglip.load_siglip_vision(path)
 
 
-def _check_length(path, model, tokenizer):
-    limit = model.text_encoder.max_length
-    if tokenizer.max_length > limit:
+def _fitting(tokenizer, model, path):
+    """The tokenizer of a model, made if it is the path of a vocabulary."""
+    texts = getattr(model, "text_encoder", getattr(model, "text_decoder", None))
+    limit = getattr(texts, "max_length", None)
+    if isinstance(tokenizer, str | os.PathLike):
+        if limit is None:
+            raise ValueError(
+                "`tokenizer` is for a model that reads texts. Received: "
+                f"{path}, a {type(model).__name__}"
+            )
+        return Tokenizer(tokenizer, limit)
+    if tokenizer is not None and limit and tokenizer.max_length > limit:
         raise ValueError(
             f"Texts of {path} have at most {limit} tokens. Received: a "
             f"tokenizer with max_length={tokenizer.max_length}"
         )
+    return tokenizer
 
 
 def _encoder(model):

@@ -94,6 +94,30 @@ def test_zero_shot_by_cosine_takes_the_middle_of_canonical_prompts(folder):
     assert model.texts == 12
 
 
+class Both(scoring.Knowing, scoring.KnowingEmbeddings):
+    """In place of a captioner trained with a contrastive loss, too."""
+
+    score_kinds = (*scoring.Knowing.score_kinds, "cosine")
+
+    def __init__(self, tokenizer):
+        scoring.KnowingEmbeddings.__init__(self, tokenizer)
+        scoring.Knowing.__init__(self, tokenizer)
+
+
+def test_a_model_of_both_kinds_has_both_figures(folder):
+    """Likelihoods come first and are compared with the blind decoder."""
+    tokenizer = tiny.Data(folder).tokenizer
+    predictor = Predictor(Both(tokenizer), tokenizer, scoring.PREPROCESSING, 4)
+    templates = ["{} square"]
+    found = ZeroShot(folder / "labels", templates=templates).evaluate(predictor)
+    names = ("top_1", "minus_blind/top_1", "cosine/top_1")
+    assert [found.metrics[name] for name in names] == [1.0, 1.0, 1.0]
+    found = Retrieval(folder / "captions", limit=3).evaluate(predictor).metrics
+    for kind in ("", "minus_blind/", "cosine/"):
+        assert found[f"{kind}image_to_text/recall@1"] == 1.0
+    assert found["cosine/text_to_image/recall@1"] == 1.0
+
+
 def test_judgments_by_cosine(predictor, tmp_path):
     pytest.importorskip("scipy", reason="pip install '.[test]'")
     scoring.write_judgments(tmp_path)

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 import pytest
+import random_captioner
+import tensorflow as tf
 from conftest import shared_data
 from PIL import Image
 
@@ -15,6 +17,8 @@ import grpc
 import serving
 
 from cappa_tf.data.images import image_files
+from cappa_tf.data.preprocessing import ImagePreprocessing
+from cappa_tf.export.saved_model import CaptionService
 from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.saving import run_folder
 
@@ -168,6 +172,21 @@ def test_scores_do_not_depend_on_the_passes(served, captioner, contents):
     few = served.predict("score", image_bytes=contents[:1], texts=[texts[:4]])
     expected = np.tile(few["log_likelihood"], 18)[:, :70]
     np.testing.assert_allclose(answer["log_likelihood"], expected, atol=1e-3)
+
+
+def test_a_captioner_that_fills_masks_scores_in_parallel():
+    captioner = random_captioner.make_captioner(
+        masked_pred_prob=1.0, masking_ratio=(0.0, 1.0)
+    )
+    size = captioner.vision_encoder.image_size
+    service = CaptionService(captioner, None, ImagePreprocessing(size))
+    images = random_captioner.make_images()
+    labels = np.array([[[5, 7, 1, 0], [9, 1, 0, 0]]] * len(images), np.int32)
+    np.testing.assert_allclose(
+        service._score(tf.constant(images), tf.constant(labels)),
+        captioner.score_own_texts(images, labels, "parallel"),
+        rtol=1e-5,
+    )
 
 
 def test_embeddings_are_the_encoders(served, captioner, pictures, contents):

@@ -205,6 +205,7 @@ def test_a_vocabulary_makes_two_towers_read(run, tmp_path, images):
         vocabulary=tokenizer.vocabulary_size, length=tokenizer.max_length
     )
     model.save(tmp_path / "towers.keras")
+    model.vision_encoder.save(run / "encoder.keras")
     big_vision.save_two_towers(model, tmp_path / "towers.npz")
     texts = ["red circle", "blue"]
     wanted = model.score_texts(images, tokenizer(texts))
@@ -214,6 +215,12 @@ def test_a_vocabulary_makes_two_towers_read(run, tmp_path, images):
         assert found.capabilities == ("features", "cosine")
         scores = found.score(images, texts)
         np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    found = Predictor.open(tmp_path / "towers.npz", tokenizer=tokenizer.path)
+    assert found.tokenizer.max_length == tokenizer.max_length
+    with pytest.raises(ValueError, match="for a model without a vocabulary"):
+        Predictor.open(run, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="for a model that reads texts"):
+        Predictor.open(run / "encoder.keras", tokenizer=tokenizer.path)
     longer = Tokenizer(tokenizer.path, tokenizer.max_length + 1)
     with pytest.raises(ValueError, match="towers.npz have at most 8 tokens"):
         Predictor.open(tmp_path / "towers.npz", tokenizer=longer)

@@ -143,6 +143,11 @@ def test_it_reports_what_it_is_trained_for(captioner, batch):
     for training in (True, False):
         losses = captioner.example_losses(batch, training)
         assert losses.metrics.keys() == {"masked/nll_per_token"}
+    # Not the shared one: compiled, it would have an optimizer to save.
+    weights = captioner.get_weights()
+    captioner = type(captioner).from_config(captioner.get_config())
+    captioner.build()
+    captioner.set_weights(weights)
     captioner.compile()
     figures = captioner.evaluate(
         tf.data.Dataset.from_tensors(batch), verbose=0, return_dict=True

@@ -166,7 +166,7 @@ def test_another_pooling_and_padding():
 def test_text_positions_that_were_added_twice():
     new = random_arrays("clip")
     old = dict(new)
-    first = np.float32(0.25) * np.ones_like(new["txt/pos_embedding"])
+    first = new["txt/pos_embedding"][:, ::-1] ** 2
     old["txt/Encoder_0/pos_embedding"] = first
     old["txt/pos_embedding"] = new["txt/pos_embedding"] - first
     check_logits(big_vision.load_two_towers(old), new)

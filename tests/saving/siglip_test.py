@@ -56,19 +56,21 @@ def folder(model, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch", reason="pip install '.[interop]'")
+def torch():
+    return pytest.importorskip("torch", reason="pip install '.[interop]'")
+
+
+@pytest.fixture(scope="module")
+def transformers(torch):
     return pytest.importorskip(
         "transformers", reason="pip install '.[interop]'"
     )
 
 
 def test_transformers_gives_the_same_embeddings(
-    transformers, folder, model, tokenizer
+    transformers, torch, folder, model, tokenizer
 ):
     """From the text itself: their vocabulary gives our token ids."""
-    import torch
-
     theirs, loading = transformers.SiglipModel.from_pretrained(
         folder, output_loading_info=True
     )
@@ -120,10 +122,8 @@ def test_there_and_back_is_bitwise_the_same(folder, model):
     assert not siglip.is_siglip(str(folder.parent))
 
 
-def test_what_transformers_writes_is_read(transformers, tmp_path):
+def test_what_transformers_writes_is_read(transformers, torch, tmp_path):
     """In bfloat16 and in several files, with what differs from defaults."""
-    import torch
-
     text = {"vocab_size": 30, "max_position_embeddings": 5}
     vision = {"image_size": 8, "patch_size": 4}
     for sizes in (text, vision):
@@ -165,10 +165,8 @@ def test_the_image_tower_alone_at_another_size(folder, model):
 
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
 def test_an_encoder_without_attention_pooling(
-    transformers, positions, tmp_path
+    transformers, torch, positions, tmp_path
 ):
-    import torch
-
     encoder = VisionEncoder(
         hidden_dim=16,
         num_layers=2,
