@@ -47,7 +47,7 @@ class Process:
     def running(self):
         return self._process.is_alive()
 
-    def wait(self, timeout=300):
+    def wait(self, timeout=600):
         """Its exit code; fails the test if it takes longer than `timeout`."""
         self._process.join(timeout)
         if self.running:
