@@ -30,6 +30,8 @@ REFERENCES = [
 class FakeCaptioner:
     """Captions each image according to its first pixel."""
 
+    left_to_right = True
+
     def __init__(self, tokens, log_probs):
         self.tokens = tf.constant(tokens)
         self.log_probs = tf.constant(log_probs)
