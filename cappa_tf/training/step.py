@@ -58,9 +58,8 @@ class TrainLoop:
         self._gradients = TaskGradients(
             model, batch_size, accumulation_steps, jit_compile and not alone
         )
-        self._step_fn = self._replica_step
         if jit_compile and alone:
-            self._step_fn = function(self._step_fn, jit_compile=True)
+            self._update = function(self._update, jit_compile=True)
         self._loop = function(self._run_steps)
         self._layout = SumsLayout()
 
@@ -90,11 +89,12 @@ class TrainLoop:
 
         def step(done, stopping, totals, waited):
             batch, seconds = self._timed_next(iterator, after=totals)
-            sums, stopping = self._global_step(batch)
+            sums = self._strategy.run(self._replica_step, args=(batch,))
+            sums = self._strategy.reduce("SUM", sums, axis=None)
             return (
                 done + 1,
-                stopping,
-                totals + tf.cast(sums, tf.float64),
+                sums[-1] > 0.0,
+                totals + tf.cast(sums[:-1], tf.float64),
                 waited + seconds,
             )
 
@@ -120,27 +120,6 @@ class TrainLoop:
         norm = tf.linalg.global_norm(weights)
         return totals, done, waited, norm, stopping
 
-    def _global_step(self, batch):
-        """Metric sums [M] of all replicas, and whether a host asked to stop."""
-        if self._num_hosts > 1:
-            # The request to stop is reduced together with the metric sums.
-            sums = self._strategy.run(self._step_and_stop, args=(batch,))
-            sums = self._strategy.reduce("SUM", sums, axis=None)
-            return sums[:-1], sums[-1] > 0.0
-        sums = self._strategy.run(self._step_fn, args=(batch,))
-        sums = self._strategy.reduce("SUM", sums, axis=None)
-        return sums, self._stop_after(sums)
-
-    def _step_and_stop(self, batch):
-        sums = self._step_fn(batch)
-        stop = tf.cast(self._stop_after(sums), tf.float32)
-        return tf.concat([sums, [stop]], axis=0)
-
-    def _stop_after(self, sums):
-        """Whether this host asks to stop, read after `sums` are computed."""
-        with tf.control_dependencies([sums]):
-            return tf.identity(self._stop)
-
     def _timed_next(self, iterator, after):
         """The next batch and the time the step waited for it, in seconds.
 
@@ -164,7 +143,19 @@ class TrainLoop:
         return batch, got - asked
 
     def _replica_step(self, batch):
-        """One replica's part of a step; returns its packed sums [M]."""
+        """One replica's part of a step.
+
+        Returns:
+            float32 [M + 1]: its packed sums, and 1 if this host asks to stop.
+            They are reduced together, so that all hosts agree.
+        """
+        sums = self._update(batch)
+        with tf.control_dependencies([sums]):  # As late as possible.
+            stop = tf.cast(self._stop, tf.float32)
+        return tf.concat([sums, [stop]], axis=0)
+
+    def _update(self, batch):
+        """Applies the gradients of a batch; returns its packed sums [M]."""
         gradients, sums = self._gradients(batch)
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
