@@ -320,7 +320,7 @@ def own_cosines(task, images, labels):
     """Cosines [B, K] of images [B, ...] and labels [B, K, L]."""
     labels = tf.convert_to_tensor(labels, tf.int32)
     shape = tf.shape(labels)
-    texts = task.embed_texts(tf.reshape(labels, [-1, labels.shape[2]]))
+    texts = task.embed_texts(tf.reshape(labels, [-1, shape[2]]))
     texts = tf.reshape(texts, [shape[0], shape[1], texts.shape[1]])
     return tf.einsum("bc,bkc->bk", task.embed_images(images), texts)
 

@@ -175,14 +175,20 @@ class TextEncoder(keras.Model):
             ValueError: If the labels are longer than `max_length`.
         """
         special = self.special_tokens
-        missing = self.max_length - labels.shape[1]
-        if missing < 0:
+        labels = ops.convert_to_tensor(labels)
+        length = labels.shape[1]
+        if length is not None and length > self.max_length:
             raise ValueError(
                 "Texts must have at most `max_length` tokens. Received: "
                 f"labels of shape {labels.shape}, max_length={self.max_length}"
             )
-        labels = ops.pad(
-            labels, [[0, 0], [0, missing]], constant_values=special.pad
+        # The length may be open (`length_buckets`), so more padding than is
+        # needed is added and cut.
+        shape = (ops.shape(labels)[0], self.max_length)
+        padding = ops.full(shape, special.pad, dtype=labels.dtype)
+        labels = ops.concatenate([labels, padding], axis=1)
+        labels = ops.reshape(
+            labels[:, : self.max_length], (-1, self.max_length)
         )
         if not self.pad_with_eos:
             return labels

@@ -166,3 +166,17 @@ def test_a_batch_without_negatives_is_refused(folder, tmp_path):
             workdir=str(tmp_path),
             batch_size=1,
         )
+
+
+def test_an_embedding_does_not_depend_on_the_padding_of_its_batch(folder):
+    """Also where the length of the texts is open, as with `length_buckets`."""
+    model = tiny.make_contrastive(tiny.vocabulary(folder)[1])
+    model.build()
+    labels = tf.constant([[5, 6, 1, 0, 0], [7, 1, 0, 0, 0]])
+    spec = tf.TensorSpec([None, None], tf.int32)
+    embed = tf.function(model.embed_texts, [spec], autograph=False)
+    expected = model.embed_texts(tf.pad(labels, [[0, 0], [0, 3]]))
+    np.testing.assert_allclose(embed(labels), expected, atol=1e-6)
+    np.testing.assert_allclose(model.embed_texts(labels), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="at most `max_length` tokens"):
+        model.embed_texts(tf.zeros([1, 9], tf.int32))
