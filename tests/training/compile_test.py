@@ -31,7 +31,9 @@ def compiled(tmp_path_factory):
     assert process.wait() == 0, process.output
     names = [n for n in os.listdir(dump) if n.endswith(_DUMPED)]
     texts = [(dump / name).read_text() for name in sorted(names)]
-    return [text for text in texts if "_replica_step" in text.split("\n")[0]]
+    steps = [text for text in texts if "__update_" in text.split("\n")[0]]
+    assert steps, [text.split("\n")[0] for text in texts]
+    return steps
 
 
 def _text_lengths(program):
