@@ -29,6 +29,7 @@ from cappa_tf.utils import files
 
 ROOT = "cappa_tf.training.train.train"
 EVALUATION_ROOT = "cappa_tf.evaluation.evaluate.evaluate"
+STUDY_ROOT = "cappa_tf.studies.comparison.compare"
 # A file may serve several roots, so a binding for another root is not an error.
 _ROOTS = (ROOT, EVALUATION_ROOT)
 

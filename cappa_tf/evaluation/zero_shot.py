@@ -334,10 +334,12 @@ class ZeroShot(Evaluator):
         return self._report(scores, labels, names, data.skipped)
 
     def _report(self, scores, labels, names, skipped):
-        metrics, rows, confusions = {}, [], {}
+        metrics, rows, confusions, items = {}, [], {}, {}
         plain = next(iter(scores))
         for kind, values in scores.items():
             found, confusion = figures(values, labels)
+            right = ranks(values, labels) == 0
+            items |= named(kind, {"top_1": right.astype(float).tolist()}, plain)
             confusions[kind] = confusion.tolist()
             metrics |= named(kind, found, plain)
             rows.append((kind, *found.values()))
@@ -354,7 +356,7 @@ class ZeroShot(Evaluator):
             "confusion": confusions[plain],
             "skipped": dict(skipped),
         }
-        return Report(metrics, lines, details)
+        return Report(metrics, lines, details, items=items)
 
 
 def _confusion_lines(names, confusion):
