@@ -46,6 +46,7 @@ def with_commands(text):
 
 
 caption = functools.partial(run, "caption")
+compare = functools.partial(run, "compare")
 convert = functools.partial(run, "convert")
 evaluate = functools.partial(run, "evaluate")
 export = functools.partial(run, "export")

@@ -109,7 +109,9 @@ def run(folder):
             files.write_text(result, "")
         if code or not files.exists(result):
             state = FAILED if code else INTERRUPTED
-            message = f"{stage}: {_last_line(os.path.join(folder, 'log.txt'))}"
+            line = _last_line(os.path.join(folder, "log.txt"))
+            # The program's own name is at the beginning of its message.
+            message = f"{stage}: {line.removeprefix(f'{tool}: ')}"
             break
     found = {"state": state, "message": message, "seconds": seconds}
     files.write_json(os.path.join(folder, "status.json"), found)

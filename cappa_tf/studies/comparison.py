@@ -74,12 +74,12 @@ def compare(
         if cell.name in again and files.exists(folder):
             files.rmtree(folder)
         cells.write(folder, cell.description())
-    waiting = [
-        folder
-        for folder, cell in folders.items()
-        if (not only or cell.name in only) and not _is_done(folder)
-    ]
-    log(f"{len(folders)} cells, {len(folders) - len(waiting)} of them done")
+    missing = [folder for folder in folders if not _is_done(folder)]
+    waiting = [f for f in missing if not only or folders[f].name in only]
+    log(
+        f"{len(folders)} cells: {len(folders) - len(missing)} done, "
+        f"{len(waiting)} to run"
+    )
 
     def report(folder, status):
         message = status["message"] or ""

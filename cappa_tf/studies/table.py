@@ -106,7 +106,7 @@ def _compare(reference, found):
 
 
 def _items(group, metric):
-    """Scores float [seeds, items], or None if an evaluator does not keep them."""
+    """Scores [seeds, items], or None if an evaluator does not keep them."""
     found = [row.items.get(metric) for row in group.done]
     found = [scores for scores in found if scores]
     if not found or len(set(map(len, found))) > 1:
