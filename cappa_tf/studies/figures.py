@@ -53,6 +53,7 @@ class Figures:
             figure.savefig(text, format="svg", metadata={"Date": None})
             figure.savefig(image, format="png", dpi=150)
         svg = text.getvalue()
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         self.svg[name] = svg[svg.index("<svg") :]
         self.png[name], self.titles[name] = image.getvalue(), title
 

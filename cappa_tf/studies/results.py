@@ -59,7 +59,8 @@ def read_row(cell, folder, reached=None):
     if files.exists(path):
         row.metrics |= _numbers(_read(path))
     evaluation = os.path.join(folder, "evaluation")
-    for name in sorted(files.listdir(evaluation)):
+    there = files.listdir(evaluation) if files.exists(evaluation) else []
+    for name in sorted(there):
         stem, extension = os.path.splitext(name)
         if extension != ".json":
             continue

@@ -30,14 +30,19 @@ def training_flops(model, captions=1):
         name: tf.zeros(spec.shape, spec.dtype)
         for name, spec in model.batch_spec(1, captions).items()
     }
+    if "labels" in batch:
+        # Full length: padding costs nothing in the loss.
+        batch["labels"] += 1
     values = [v.value for v in model.trainable_variables]
     counted = []
 
     def count(op_type, inputs, attrs, outputs, op_name=None, graph=None):
         del op_name, graph
+        # Bytes if TensorFlow ran the operation by its fast path.
+        op_type = tf.compat.as_str(op_type)
         if op_type in _COUNTS:
-            names, given = attrs[::2], attrs[1::2]
-            options = dict(zip(names, given, strict=True))
+            names = [tf.compat.as_str(name) for name in attrs[::2]]
+            options = dict(zip(names, attrs[1::2], strict=True))
             shapes = [tuple(x.shape) for x in (*inputs, *outputs)]
             counted.append(_COUNTS[op_type](shapes, options))
 
@@ -61,9 +66,7 @@ def _product(shapes, options):
 
 def _einsum(shapes, options):
     """Einsum of two tensors: the product of all axes that it names."""
-    equation = options["equation"]
-    if isinstance(equation, bytes):
-        equation = equation.decode()
+    equation = tf.compat.as_str(options["equation"])
     operands = equation.partition("->")[0].split(",")
     if len(operands) == 1:
         return 0  # A sum or a transposition.
