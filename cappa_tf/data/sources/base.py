@@ -67,9 +67,11 @@ class Records:
     Attributes:
         min_side: Minimum length of an image's shorter side; an image below it
             is a bad record.
+        has_prompts: Whether captions answer prompts, such as questions.
     """
 
     min_side = 1
+    has_prompts = False
 
     def __init__(self, name, shards):
         self.name = name

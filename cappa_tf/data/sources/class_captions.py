@@ -75,7 +75,9 @@ class _Captioned(Records):
             tf.gather(self._table, tf.where(known, label, 0)),
             tf.repeat(known, self._max_captions),
         )
-        return {**record, "captions": captions}
+        # These captions do not answer the record's own prompts.
+        prompts = tf.zeros([0], tf.string)
+        return {**record, "captions": captions, "prompts": prompts}
 
     def deserialize(self, serialized):
         """Parses a record in Python, as in `Records`."""
@@ -83,4 +85,5 @@ class _Captioned(Records):
         label = example.label
         known = label is not None and 0 <= label < len(self._captions)
         example.captions = list(self._captions[label]) if known else []
+        example.prompts = example.question_types = None
         return example

@@ -33,8 +33,8 @@ class ImageFolder:
         captions: Path of the table, if it should not be guessed.
         min_side: Minimum length of an image's shorter side; an image below it
             is a bad record.
-        max_caption_characters: Maximum length of a caption; longer ones are
-            left out.
+        max_caption_characters: Maximum length of a caption, question or
+            answer; longer ones are left out.
     """
 
     def __init__(
@@ -135,10 +135,13 @@ class _FolderRecords(Records):
         listed = []
         for row in rows:
             reasons = [tuple(refused) for refused in row.refused]
-            captions = image_rows.clean_captions(row, max_characters, reasons)
+            captions, *prompts = image_rows.clean_texts(
+                row, max_characters, reasons
+            )
             self._left_out += reasons
             self._max_captions = max(self._max_captions, len(captions))
-            listed.append(_reference(row, captions, classes))
+            self.has_prompts |= prompts[0] is not None
+            listed.append(_reference(row, captions, prompts, classes))
         with tf.device("CPU:0"):
             self._references = tf.constant(listed)
 
@@ -253,7 +256,7 @@ class _Loaded(Records):
         )
 
 
-def _reference(row, captions, classes):
+def _reference(row, captions, prompts, classes):
     """Serializes the record of a row."""
     label = classes[row.label] if isinstance(row.label, str) else row.label
     place = {"image/path": row.path.encode()}
@@ -266,7 +269,7 @@ def _reference(row, captions, classes):
     features = tf.train.Features(feature=feature)
     # Concatenated protocol buffers are merged into one.
     return (
-        schema.serialize(Example(row.key, b"", captions, label))
+        schema.serialize(Example(row.key, b"", captions, label, *prompts))
         + tf.train.Example(features=features).SerializeToString()
     )
 

@@ -175,6 +175,7 @@ class MixedRecords(Records):
         )
         self._members, self._shares = members, shares
         self._run_length = run_length
+        self.has_prompts = any(records.has_prompts for records in members)
 
     @property
     def parts(self):

@@ -58,11 +58,7 @@ def records(path, name, root):
 
 
 def _rows(table, path, name, root, columns, image, content):
-    wanted = {
-        *table_rows.IMAGE_COLUMNS,
-        *table_rows.CAPTION_COLUMNS,
-        *("key", "split", "label", "class_name", "status"),
-    } - {content}
+    wanted = (table_rows.COLUMNS | {"status"}) - {content}
     read = [real for c, real in columns.items() if c in wanted]
     number = 0
     for group in range(table.num_row_groups):

@@ -74,6 +74,7 @@ class _PreparedRecords(TFRecordFiles):
         )
         self._description, self._split = description, split
         self._max_captions = description.max_captions(split)
+        self.has_prompts = description.num_prompts(split) > 0
 
     def check(self, counter):
         """Checks the files, as in `Records`."""
