@@ -28,7 +28,7 @@ from cappa_tf.utils.arguments import (
 )
 
 # "none" is left out: features of any model can be pooled.
-POOLINGS = ("gap", "map", "tok")
+POOLINGS = ("gap", "map", "tok", "own")
 # Packages whose classes Keras opens once they are imported.
 _PACKAGES = ("keras_hub", "keras_cv")
 _HEAD_WIDTH = 64
@@ -50,8 +50,9 @@ class EncoderAdapter(keras.Model):
         output: Name of an output of the model, if there are several, or of
             one of its layers; None for its only output.
         pooling: Kind of `pre_logits`: "gap" (mean of the patches), "map"
-            (attention pooling, whose weights are new) or "tok" (the first
-            token).
+            (attention pooling, whose weights are new), "tok" (the first
+            token) or "own" (the vector that is the model's only output, while
+            `output` names the layer of the patches).
         prefix_tokens: Tokens of the output before the patches, such as class
             token and registers: `encoded` has them, "gap" leaves them out.
         value_range: (low, high), the model's values for black and white.
@@ -90,7 +91,9 @@ class EncoderAdapter(keras.Model):
         check_integer("prefix_tokens", prefix_tokens)
         check_counts(optional=True, num_heads=num_heads)
         self.image_size = _image_size(model, image_size)
-        self.model, self.output_name = _at_output(model, output)
+        self.model, self.output_name = _at_output(
+            model, output, pooling == "own"
+        )
         self.pooling = pooling
         self.prefix_tokens = prefix_tokens
         self.value_range = _numbers("value_range", value_range, 2)
@@ -110,9 +113,16 @@ class EncoderAdapter(keras.Model):
             )
 
     def _set_sizes(self, pooling, prefix_tokens):
-        image = keras.KerasTensor((1, *self.image_size, 3), "float32")
-        found = self.model.compute_output_spec(self._inputs(image))
+        # The shapes that layers promise need not be those they give
+        # (KerasHub's SigLIPVisionEmbedding counts a token too many).
+        found = self._run(ops.zeros((1, *self.image_size, 3)))
         shape = tuple(_chosen(found, self.output_name).shape)
+        if pooling == "own" and found["pre_logits"].shape[1:] != shape[-1:]:
+            raise ValueError(
+                "pooling='own' needs a model whose output is a vector of the "
+                "width of its patches. Received: outputs of shape "
+                f"{tuple(found['pre_logits'].shape)} and {shape}"
+            )
         if len(shape) not in (2, 3, 4) or None in shape[1:]:
             raise ValueError(
                 "The model of an encoder must give patches [B, N, D], a map "
@@ -164,21 +174,25 @@ class EncoderAdapter(keras.Model):
                 f"Images must be [B, {self.image_size[0]}, "
                 f"{self.image_size[1]}, 3]. Received: shape={images.shape}"
             )
-        encoded = self._run(images, training)
+        outputs = self._run(images, training)
         shape = (-1, self._tokens, self.hidden_dim)
+        encoded = _chosen(outputs, self.output_name)
         encoded = ops.cast(ops.reshape(encoded, shape), self.compute_dtype)
-        return {"encoded": encoded, "pre_logits": self.pool(encoded)}
+        if self.pooling == "own":
+            pooled = ops.cast(outputs["pre_logits"], self.compute_dtype)
+        else:
+            pooled = self.pool(encoded)
+        return {"encoded": encoded, "pre_logits": pooled}
 
     def _run(self, images, training=False):
-        """The model's output for images in [-1, 1]."""
+        """The model's outputs for images in [-1, 1]."""
         low, high = self.value_range
         scale = (high - low) / 2.0 / np.array(self.std)
         offset = ((high + low) / 2.0 - np.array(self.mean)) / self.std
         x = ops.cast(images, "float32")
         if not (np.all(scale == 1.0) and np.all(offset == 0.0)):
             x = x * scale.astype("float32") + offset.astype("float32")
-        outputs = self.model(self._inputs(x), training=training)
-        return _chosen(outputs, self.output_name)
+        return self.model(self._inputs(x), training=training)
 
     def _inputs(self, images):
         """Images in the structure of the model's input."""
@@ -188,7 +202,12 @@ class EncoderAdapter(keras.Model):
         )
 
     def pool(self, encoded):
-        """Pools `encoded` [B, N, D] to `pre_logits` [B, D]."""
+        """Pools `encoded` [B, N, D] to `pre_logits` [B, D], if not "own"."""
+        if self.pooling == "own":
+            raise ValueError(
+                "The model pools by itself. Received: pooling='own'; set "
+                "`pooling` to 'gap' or 'map'"
+            )
         if self.pooling == "map":
             return self._pool(encoded)
         if self.pooling == "tok":
@@ -287,15 +306,36 @@ def _image_size(model, image_size):
     return size
 
 
-def _at_output(model, output):
-    """(model that ends at an output, the name of it if it still has more)."""
-    layers = getattr(model, "layers", ()) if hasattr(model, "inputs") else ()
+def _at_output(model, output, keep=False):
+    """Cuts a model off at a layer.
+
+    Args:
+        model: Keras model.
+        output: Name of a layer or of an output, or None.
+        keep: Whether to keep the model's own output as well.
+
+    Returns:
+        (the model, the name of the wanted output if it has several).
+    """
+    own = getattr(model, "output", None)
+    if keep and isinstance(own, dict) and set(own) == {"encoded", "pre_logits"}:
+        return model, "encoded"
+    layers = getattr(model, "layers", ()) if own is not None else ()
     for layer in layers:
         if layer.name != output:
             continue
-        if layer.output is not model.output:
-            model = keras.Model(model.input, layer.output, name=model.name)
-        return model, None
+        outputs = layer.output
+        if keep:
+            outputs = {"encoded": layer.output, "pre_logits": own}
+        elif outputs is own:
+            return model, None
+        model = keras.Model(model.input, outputs, name=model.name)
+        return model, "encoded" if keep else None
+    if keep:
+        raise ValueError(
+            "pooling='own' needs a functional model, and `output` to be its "
+            f"layer of patches. Received: output={output!r}"
+        )
     return model, output
 
 

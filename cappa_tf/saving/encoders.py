@@ -184,16 +184,27 @@ def _image_tower(model):
         if isinstance(tower := getattr(model, name, None), keras.Model):
             model = tower
             break
-    # Tokens that are not patches are before those, in all of KerasHub.
     patch, inputs = getattr(model, "patch_size", None), model.inputs
-    shape = getattr(model, "output_shape", None)
-    if not isinstance(patch, int) or not isinstance(shape, tuple):
+    if not isinstance(patch, int) or None in inputs[0].shape[1:3]:
         return model, {}
     height, width = inputs[0].shape[1:3]
-    if len(shape) != 3 or None in (height, width, shape[1]):
+    patches = (height // patch) * (width // patch)
+    # The last layer of patches, if the model itself gives one vector.
+    for layer in reversed(model.layers):
+        shape = getattr(layer.output, "shape", ())
+        if len(shape) == 3 and (shape[1] or 0) >= patches:
+            break
+    else:
         return model, {}
-    prefix = shape[1] - (height // patch) * (width // patch)
-    if prefix <= 0:
+    if layer.output is not model.output:
+        own = tuple(model.output_shape) == (None, shape[2])
+        return model, {
+            "output": layer.name,
+            "pooling": "own" if own else "gap",
+        }
+    # Tokens that are not patches precede them.
+    prefix = EncoderAdapter(model).output_shapes()["encoded"][0] - patches
+    if prefix == 0:
         return model, {}
     return model, {"prefix_tokens": prefix, "pooling": "tok"}
 
