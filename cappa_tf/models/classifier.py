@@ -97,6 +97,10 @@ class Classifier(Task):
         """Outputs in inference; `pre_logits` are the inputs of the head."""
         return self(images, training=False)
 
+    def probabilities(self, logits):
+        """Probabilities float32 [B, C] of logits [B, C]."""
+        return tf.nn.softmax(tf.cast(logits, tf.float32))
+
     def example_losses(self, batch, training):
         """Cross-entropy and accuracy of each example.
 
