@@ -43,6 +43,7 @@ class Classifier(Task):
     """
 
     short_names = {"accuracy": "acc"}
+    takes_features = True
 
     def __init__(
         self,
@@ -93,6 +94,26 @@ class Classifier(Task):
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return apply_head(self.representation, self.head, outputs)
 
+    def logits_of_features(self, features):
+        """Classifies images by their features.
+
+        Args:
+            features: float [B, D], `pre_logits` of the vision encoder, or
+                [B, P, D], its `encoded`.
+
+        Returns:
+            float32 [B, C].
+        """
+        if features.shape.rank == 3:
+            features = self.vision_encoder.pool(features)
+        outputs = {"pre_logits": features}
+        return apply_head(self.representation, self.head, outputs)["logits"]
+
+    def _logits(self, batch, seeds, training):
+        if "image_features" in batch:
+            return self.logits_of_features(batch["image_features"])
+        return self(batch["image"], seeds, training=training)["logits"]
+
     def encode_images(self, images):
         """Outputs in inference; `pre_logits` are the inputs of the head."""
         return self(images, training=False)
@@ -105,7 +126,8 @@ class Classifier(Task):
         """Cross-entropy and accuracy of each example.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `label` int64 [B], -1 for
+            batch: Dict with `image` [B, H, W, 3], or `image_features` as in
+                `logits_of_features`; `label` int64 [B], -1 for
                 examples without a label, which are ignored; in training
                 `index` int64 [B].
             training: Whether to apply dropout.
@@ -116,7 +138,7 @@ class Classifier(Task):
         seeds = None
         if training:
             seeds = stateless_random.example_seeds(self.seed, batch["index"])
-        logits = self(batch["image"], seeds, training=training)["logits"]
+        logits = self._logits(batch, seeds, training)
         labels = batch["label"]
         known = tf.cast(labels >= 0, tf.float32)
         loss = softmax_cross_entropy(logits, labels, self.label_smoothing)
@@ -128,9 +150,8 @@ class Classifier(Task):
     def batch_spec(self, size, captions=1):
         """Specs of `image`, `label` and `index`, as `Task` defines them."""
         del captions
-        height, width = self.vision_encoder.image_size
         return {
-            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            **self.image_spec(size),
             "label": tf.TensorSpec([size], tf.int64),
             "index": tf.TensorSpec([size], tf.int64),
         }
