@@ -76,7 +76,7 @@ def _check_built(model, strategy, precision):
 
 @contextlib.contextmanager
 def seeded(seed):
-    """Seeds Keras' initializers for a while, which use Python's random generator.
+    """Seeds Keras' initializers, which use Python's generator, for a while.
 
     `keras.utils.set_random_seed` would also clear TensorFlow's kernel cache,
     and with it every vocabulary that a tokenizer has opened.

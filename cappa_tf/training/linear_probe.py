@@ -35,11 +35,11 @@ from cappa_tf.training.softmax_regression import SoftmaxRegression
 from cappa_tf.utils import arguments, files
 
 SOLVERS = ("lbfgs", "sgd")
-# Powers of ten, and their halves on the logarithmic scale.
-DEFAULT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5)
+DEFAULT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 DEFAULT_RATES = (0.3, 0.1, 0.03, 0.01)
-# Features are kept for other runs, too.
 _FEATURES = FeatureSettings(features="cached")
+# Classes that a message names.
+_MOST_NAMES = 20
 
 
 class Labelled(NamedTuple):
@@ -321,12 +321,10 @@ def _report_classes(train, classes, names, log):
     absent = np.flatnonzero(counts == 0)
     if len(absent):
         named = [
-            f"{number} ({names[number]})"
-            if len(names) > number
-            else f"{number}"
-            for number in absent[:20].tolist()
+            " ".join([str(number), *names[number : number + 1]])
+            for number in absent[:_MOST_NAMES].tolist()
         ]
-        more = " ..." if len(absent) > 20 else ""
+        more = " ..." if len(absent) > _MOST_NAMES else ""
         log(
             f"no training image of {len(absent)} of {classes} classes, which "
             f"are never predicted: {', '.join(named)}{more}"
