@@ -26,7 +26,12 @@ def save_backbone(encoder, path):
         path: Path of the file to write; must end in `.keras`.
     """
     plain = rebuilt(
-        encoder, dtype="float32", dropout=0.0, patch_dropout=0.0, remat=False
+        encoder,
+        dtype="float32",
+        dropout=0.0,
+        patch_dropout=0.0,
+        stochastic_depth=0.0,
+        remat=False,
     )
     with replacing(path) as unfinished:
         plain.save(unfinished)

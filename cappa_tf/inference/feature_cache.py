@@ -57,7 +57,14 @@ _CHECKED_BYTES = 8 << 30
 _THREADS = 4
 _SECONDS_BETWEEN_TRIES = 2.0
 # Arguments of an encoder that do not change its features.
-_WITHOUT_EFFECT = ("name", "trainable", "dropout", "patch_dropout", "remat")
+_WITHOUT_EFFECT = (
+    "name",
+    "trainable",
+    "dropout",
+    "patch_dropout",
+    "stochastic_depth",
+    "remat",
+)
 
 
 class FeatureCache:
