@@ -241,7 +241,8 @@ def _write(cache, entry, index):
     `ops.slice_update` would be an XLA-only op, which a server without XLA (the
     default of TensorFlow Serving) refuses to run.
     """
-    _, heads, positions, width = cache.shape
+    _, heads, _, width = cache.shape
+    positions = ops.shape(cache)[2]
     rows = ops.reshape(cache, (-1, width))  # -> [N * H * M, C]
     entry = ops.reshape(entry, (-1, width))  # -> [N * H, C]
     places = ops.arange(ops.shape(entry)[0]) * positions + index

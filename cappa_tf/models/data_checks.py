@@ -46,6 +46,26 @@ def check_texts(data, tower, binding):
         )
 
 
+def check_without_prompts(data, name, method):
+    """Checks that the captions of a data set answer no prompts.
+
+    Args:
+        data: A data set.
+        name: Name of the argument that holds it, for the message.
+        method: Name of the class that reads texts as they are.
+
+    Raises:
+        ValueError: If they do.
+    """
+    prompts = getattr(data, "prompts", ())
+    if prompts:
+        raise ValueError(
+            f"A {method} reads captions without prompts, which only a "
+            f"Captioner is trained with. Received: `{name}` with "
+            f"prompts={list(prompts)}"
+        )
+
+
 def check_image_size(data, name, vision_encoder):
     """Checks that the images of a data set have the encoder's size.
 
