@@ -9,7 +9,6 @@ Abbreviations for dimensions:
     N: questions, at most B.   C: answers to choose from.
 """
 
-import collections
 import dataclasses
 import os
 

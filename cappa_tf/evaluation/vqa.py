@@ -30,8 +30,8 @@ class VQA(Evaluator):
     `exact_match` is the fraction of answers equal to one of people's, up to
     case and spaces; `vqa_accuracy` is that of VQAv2 (`vqa_accuracy.py`), over
     the questions that at least four people answered. Both are also given by
-    type of question: that of the data, or else by people's answers, as "yes/no",
-    "number" and "other". Metrics of a baseline begin with its name:
+    type of question: that of the data, or else that of people's answers,
+    "yes/no", "number" or "other". Metrics of a baseline begin with its name:
     "blind/exact_match".
 
     Args:

@@ -293,3 +293,27 @@ def test_a_folder_of_questions_is_a_source(folder):
     assert example.prompts == ["q", "r"] and example.captions == ["a", "b"]
     (serialized,) = records.read(0, 0, 1)
     assert records.parse(serialized)["prompts"].numpy().tolist() == [b"q", b"r"]
+
+
+def test_parquet_stores_the_image_of_several_questions_once(folder):
+    pa = pytest.importorskip("pyarrow", reason="pip install '.[parquet]'")
+    from pyarrow import parquet
+
+    images = [{"bytes": (folder / "0.jpg").read_bytes(), "path": None}] * 3
+    answers = [[{"answer": a, "answer_id": 1}] for a in "abc"]
+    columns = {
+        "image_id": [7, 7, 8],
+        "image": images,
+        "question": ["q", "r", "q"],
+        "answers": answers,
+        "answer_type": ["other", "yes/no", "other"],
+    }
+    path = folder / "train.parquet"
+    parquet.write_table(pa.table(columns), path, row_group_size=2)
+    found, reasons = read(path)
+    question = schema.Question
+    assert [questions for questions, _ in found.values()] == [
+        [question("q", ["a"], "other"), question("r", ["b"], "yes/no")],
+        [question("q", ["c"], "other")],
+    ]
+    assert reasons == []
