@@ -15,6 +15,7 @@ import os
 import tensorflow as tf
 
 from cappa_tf.data import dataset_arguments
+from cappa_tf.data import prompts as prompts_lib
 from cappa_tf.data.images import augmentation, decode_resize
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.sources import base, prepared
@@ -40,6 +41,10 @@ class CaptionDataset:
         evaluate  the same, with the index counting the split's records in
                   order, and "_mask" float32 [B]: 0 for padding (and for bad
                   records), 1 for examples.
+
+    If captions answer prompts, there is also "prompt_lengths" int32 [B, K]:
+    "labels" begin with the tokens of the prompt, and this is their number. A
+    caption whose prompt leaves no room for it is left out and counted.
 
     Without a tokenizer there is "label" int64 [B] (-1 for none) in place of
     "labels", and records need no caption.
@@ -102,6 +107,11 @@ class CaptionDataset:
         preprocessing: The `ImagePreprocessing` of a model, in place of
             image_size, resize, resize_small, antialias, reduced_decode and
             max_pixels, which describe one.
+        prompt: What the captions answer: text such as "caption:", or a
+            template such as "answer: {question}" with a place for the question
+            of the record (`data/prompts.py`). By default the question itself,
+            if the records have questions. A `Mixture` has one for each of its
+            sources, which here are its records' questions.
     """
 
     def __init__(
@@ -133,6 +143,7 @@ class CaptionDataset:
         max_skipped_fraction=0.001,
         num_parallel_calls=None,
         preprocessing=None,
+        prompt: str | None = None,
     ):
         self.source = prepared.as_source(path)
         self.path = self.source.name
@@ -162,6 +173,7 @@ class CaptionDataset:
             length_buckets, tokenizer
         )
         self.cache = cache
+        self.prompt = prompt
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
         dataset_arguments.caption_dataset(self)
@@ -243,6 +255,21 @@ class CaptionDataset:
         return self.captions_per_image
 
     @property
+    def prompts(self):
+        """Templates of the prompts that captions answer; none without any."""
+        if self.tokenizer is None:
+            return ()
+        prompts_lib.check_questions(self.prompt, self.records)
+        return prompts_lib.composed(self.prompt, self.records.prompts)
+
+    @property
+    def _prompts(self):
+        """The `Prompts` of the captions, or None."""
+        if not self.prompts:
+            return None
+        return prompts_lib.Prompts(self.prompt, self.tokenizer)
+
+    @property
     def skipped(self):
         """Dict reason -> number of bad records found so far."""
         return {} if self._skips is None else self._skips.counts
@@ -293,12 +320,15 @@ class CaptionDataset:
             num_hosts,
         )
         batches = self._train_batches(batch_size, start_index, reading)
+        left_out = getattr(self._prompts, "too_long", None)
         diagnose = self._decoder(self.image_size, None).diagnose
         if self._table is not None:
             diagnose = features.diagnose
 
         def finish(batch):
-            self._skips.report(batch, diagnose, "train", start_index, num_hosts)
+            self._skips.report(
+                batch, diagnose, "train", start_index, num_hosts, left_out
+            )
             batch = decoding.replace_bad(batch)
             if self._table is not None:
                 return self._finish(batch)
@@ -349,6 +379,7 @@ class CaptionDataset:
             return stream.shard(num_hosts, host).take(count)
 
         decoder = self._decoder(self.image_size, None)
+        left_out = getattr(decoder.prompts, "too_long", None)
         diagnose = decoder.diagnose
         if self._table is not None:
             numbers = tf.data.Dataset.range(self.num_examples)
@@ -365,7 +396,7 @@ class CaptionDataset:
             )
 
         def finish(batch):
-            self._skips.report(batch, diagnose, "evaluate")
+            self._skips.report(batch, diagnose, "evaluate", left_out=left_out)
             mask = tf.cast(batch["ok"], tf.float32)
             return {**self._finish(batch), "_mask": mask}
 
@@ -383,7 +414,8 @@ class CaptionDataset:
         Returns:
             A tf.data.Dataset of what `RecordDecoder.decode_records` gives for
             B records, with "image" float32 [B, H, W, 3] in [-1, 1] and
-            "captions" as they are stored. The last batch is filled up.
+            "captions" and "prompts" as they are stored. The last batch is
+            filled up.
         """
         decoder = self._decoder(self.image_size, None)
         records = shuffling.in_sequence(self.records, first, count)
@@ -427,9 +459,13 @@ class CaptionDataset:
 
         Returns:
             An iterator of `schema.Example`s; example i has the index i in
-            `evaluate`. A bad record has neither image nor captions.
+            `evaluate`. A bad record has neither image nor captions. If
+            captions answer prompts, `prompts` are those, with the template
+            filled in, and captions that are left out are not there.
         """
-        return self.records.read_examples(limit)
+        examples = self.records.read_examples(limit)
+        prompts = self._prompts
+        return examples if prompts is None else map(prompts.usable, examples)
 
     def read_captions(self, limit):
         """Reads all captions of a random part of the split, without images.
@@ -495,6 +531,7 @@ class CaptionDataset:
             seed=seed,
             max_words=max_words,
             records=self.records,
+            prompts=self._prompts,
         )
 
     def _finish(self, batch):
@@ -506,9 +543,15 @@ class CaptionDataset:
             result["image"] = decode_resize.to_model_range(batch["image"])
         if self.tokenizer is None:
             return {**result, "label": batch["label"]}
-        labels = batch.get("tokens")
-        if labels is None:
+        labels, lengths = batch.get("tokens"), batch.get("prompt_lengths")
+        if labels is None and "prompts" in batch:
+            labels, lengths = self.tokenizer.with_prompts(
+                batch["prompts"], batch["captions"]
+            )
+        elif labels is None:
             labels = self.tokenizer(batch["captions"])  # [B, K, L]
+        if lengths is not None:
+            result["prompt_lengths"] = lengths
         if self.length_buckets is not None:
             labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
         return {**result, "labels": labels}

@@ -2,6 +2,7 @@
 
 import math
 
+from cappa_tf.data import prompts
 from cappa_tf.utils import arguments
 
 CACHES = (None, "stream", "records", "images")
@@ -54,6 +55,12 @@ def caption_dataset(data):
             "captions_per_image", data.captions_per_image, 1
         )
     arguments.check_choice(CACHES, cache=data.cache)
+    prompts.check_template(data.prompt)
+    if data.prompt is not None and data.tokenizer is None:
+        raise ValueError(
+            "`prompt` needs a tokenizer, as without one there are no captions. "
+            f"Received: prompt={data.prompt!r}"
+        )
     interval("crop_scale", data.crop_scale, 1.0)
     interval("crop_aspect", data.crop_aspect, math.inf)
     arguments.check_fraction(max_skipped_fraction=data.max_skipped_fraction)

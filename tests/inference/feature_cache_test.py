@@ -24,7 +24,10 @@ from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.utils import files
 
 BAD = 5
-ROW_TYPES = (tf.bfloat16, tf.string, tf.int64, tf.bool, tf.string)
+ROW_TYPES = (
+    *(tf.bfloat16, tf.string, tf.string),
+    *(tf.int64, tf.bool, tf.string),
+)
 
 
 def make_encoder(**kwargs):

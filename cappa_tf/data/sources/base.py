@@ -22,6 +22,7 @@ import os
 
 import tensorflow as tf
 
+from cappa_tf.data import prompts as prompts_lib
 from cappa_tf.data import schema
 from cappa_tf.data.stream import caching, corrupt_shards, shuffling
 
@@ -104,6 +105,11 @@ class Records:
                 default=0,
             )
         return self._max_captions
+
+    @property
+    def prompts(self):
+        """Templates of the prompts that captions answer; none without any."""
+        return (prompts_lib.QUESTION,) if self.has_prompts else ()
 
     @property
     def identity(self):
