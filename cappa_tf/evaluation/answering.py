@@ -121,7 +121,7 @@ class Answering:
             return self._prompt
         own = [
             template
-            for template in getattr(predictor.model, "prompts", ())
+            for template in predictor.prompts
             if template and (QUESTION in template) == self._asks
         ]
         if len(own) > 1:
@@ -195,6 +195,28 @@ class Answering:
                 f"{self._split!r} of {data.path}, skipped={data.skipped}"
             )
         return found
+
+
+def respond(predictor, images, prompts, choices=None):
+    """Answers questions.
+
+    Args:
+        predictor: `Predictor` of the model.
+        images: float [N, H, W, 3] in [-1, 1], or None for none.
+        prompts: N strings, "" for nothing.
+        choices: C answers to choose from, or None to generate one.
+
+    Returns:
+        A list of N strings.
+    """
+    if choices is None:
+        return predictor.captions(images, prompts)
+    texts = [choices] * len(prompts)
+    kind = AUTOREGRESSIVE
+    if images is None:
+        images, kind = [None] * len(prompts), BLIND
+    scores = predictor.score_captions(images, texts, kind, prompts)
+    return [choices[int(row.argmax())] for row in scores]
 
 
 def _questions(example):

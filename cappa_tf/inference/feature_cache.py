@@ -21,6 +21,7 @@ Dimensions:
     P: patches.    D: width.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -56,7 +57,14 @@ _CHECKED_BYTES = 8 << 30
 _THREADS = 4
 _SECONDS_BETWEEN_TRIES = 2.0
 # Arguments of an encoder that do not change its features.
-_WITHOUT_EFFECT = ("name", "trainable", "dropout", "patch_dropout", "remat")
+_WITHOUT_EFFECT = (
+    "name",
+    "trainable",
+    "dropout",
+    "patch_dropout",
+    "stochastic_depth",
+    "remat",
+)
 
 
 class FeatureCache:
@@ -223,6 +231,23 @@ class FeatureCache:
             self._ok[numbers] & is_real,
             notes,
         )
+
+    def labelled(self):
+        """All examples with a label, in the order of the files.
+
+        Returns:
+            (features [examples, ...] in the cache's type; labels int64; Counter
+            of the records left out, by reason).
+        """
+        without = self._ok & (self._labels < 0)
+        skipped = collections.Counter({"no label": int(without.sum())})
+        for number in np.flatnonzero(~self._ok):
+            note = self._notes.get(number)
+            skipped[
+                stream_features.diagnose(note)[0] if note else "unreadable"
+            ] += 1
+        chosen = np.flatnonzero(self._ok & ~without)
+        return self._rows[chosen], self._labels[chosen], +skipped
 
     def _captions(self, number):
         return self._texts(number, self._ends, self._text)

@@ -268,7 +268,8 @@ class Inference:
         count = 1 if images is None else tf.shape(images)[0]
         labels = tf.repeat(labels[None], count, axis=0)  # -> [B, T, L]
         if prompt_lengths is not None:
-            prompt_lengths = tf.repeat([prompt_lengths], count, axis=0)
+            prompt_lengths = tf.convert_to_tensor(prompt_lengths, tf.int32)
+            prompt_lengths = tf.repeat(prompt_lengths[None], count, axis=0)
         return self._score_each(memory, labels, parallel, prompt_lengths)
 
     def score_captions(

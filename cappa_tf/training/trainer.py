@@ -107,6 +107,7 @@ class Trainer:
     def __enter__(self):
         """Resumes if there is a checkpoint; opens what the loop needs."""
         self._resume()
+        self._with_images = self.data
         # Only now does a frozen encoder have its weights.
         data, self._cache_lines = replace_images(
             self.features,
@@ -139,7 +140,7 @@ class Trainer:
                 self._samples = Samples(
                     self.workdir,
                     self.model,
-                    self.data.eval,
+                    self._with_images.eval,
                     self.evaluation.sample_images,
                     self.hosts,
                 )
@@ -383,6 +384,7 @@ class Trainer:
                 self.strategy,
                 self.hosts,
                 self._evaluate,
+                self._with_images.test,
             )
         for name, value in figures.items():
             self._progress.line(f"{name} {value}")

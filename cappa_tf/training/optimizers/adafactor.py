@@ -15,6 +15,7 @@ from cappa_tf.training.optimizers.base import (
     check_momentum_dtype,
     moving_average,
 )
+from cappa_tf.training.optimizers.multipliers import Multipliers
 from cappa_tf.training.optimizers.schedules import Schedule
 from cappa_tf.utils.arguments import check_integer, check_number
 
@@ -70,6 +71,7 @@ class Adafactor(ScheduledOptimizer):
         use_ema: If `True`, keeps a moving average of the weights.
         ema_momentum: Weight of the past in that average.
         name: Name of the optimizer.
+        multipliers: `multipliers.Multipliers`, or `None`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Adafactor(ScheduledOptimizer):
         use_ema=False,
         ema_momentum=0.999,
         name="adafactor",
+        multipliers: Multipliers | None = None,
     ):
         super().__init__(
             learning_rate=learning_rate,
@@ -96,6 +99,7 @@ class Adafactor(ScheduledOptimizer):
             use_ema=use_ema,
             ema_momentum=ema_momentum,
             name=name,
+            multipliers=multipliers,
         )
         self.beta2_cap = check_number("beta2_cap", beta2_cap, 0.0, 1.0)
         self.decay_exponent = check_number(

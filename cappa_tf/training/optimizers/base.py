@@ -8,7 +8,8 @@ A step computes, in the order of the reference (big_vision/optax.py `make`):
     w          w - schedule(step) * update
 
 So the decay does not depend on the base learning rate, unlike that of Keras'
-`AdamW`, and one schedule scales both.
+`AdamW`, and one schedule scales both. Learning rate and decay may differ by
+variable (`multipliers.py`).
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from cappa_tf.training.optimizers.multipliers import Multipliers
 from cappa_tf.training.optimizers.schedules import Schedule
 from cappa_tf.utils.arguments import check_number
 
@@ -73,12 +75,23 @@ def moving_average(average, value, decay):
     Returns:
         The new average as float32; the caller stores it.
     """
-    stored = tf.as_dtype(average.dtype)
-    past = tf.cast(tf.convert_to_tensor(average), tf.float32)
-    past *= float(stored.as_numpy_dtype(decay))
-    if stored == tf.bfloat16:
-        past = _round_to_bfloat16(past)
-    return (1.0 - decay) * value + past
+    return (1.0 - decay) * value + decayed(average, decay)
+
+
+def decayed(stored, decay):
+    """A stored average or trace, scaled in its own type.
+
+    Args:
+        stored: float32 or bfloat16 variable.
+        decay: Number in [0, 1); in bfloat16, 0.9 becomes 0.8984375.
+
+    Returns:
+        The product, rounded to that type, as float32.
+    """
+    dtype = tf.as_dtype(stored.dtype)
+    past = tf.cast(tf.convert_to_tensor(stored), tf.float32)
+    past *= float(dtype.as_numpy_dtype(decay))
+    return _round_to_bfloat16(past) if dtype == tf.bfloat16 else past
 
 
 def _round_to_bfloat16(x):
@@ -143,6 +156,8 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             `finalize_variable_values` writes it into the model.
         ema_momentum: Weight of the past in that average.
         name: Name of the optimizer.
+        multipliers: A `multipliers.Multipliers`, such as layer-wise decay;
+            `None` for one learning rate for all variables.
 
     Raises:
         ValueError: If an argument is not a number or is out of range.
@@ -157,12 +172,19 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         use_ema,
         ema_momentum,
         name,
+        multipliers=None,
     ):
         rate = check_number("learning_rate", learning_rate)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(
                 "`schedule` must be None or a schedule such as "
                 f"schedules.Cosine(...). Received: schedule={schedule!r}"
+            )
+        if multipliers is not None and not isinstance(multipliers, Multipliers):
+            raise ValueError(
+                "`multipliers` must be None or multipliers such as "
+                "multipliers.ByDepth(...). Received: "
+                f"multipliers={multipliers!r}"
             )
         if not isinstance(use_ema, bool):
             raise ValueError(
@@ -182,6 +204,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             )
         self.base_learning_rate = rate
         self.schedule = schedule
+        self.multipliers = multipliers
         self.global_clip_norm = global_clip_norm
 
     def multiplier_at(self, step):
@@ -199,8 +222,13 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        self._is_decayed = [
-            variable.name.split(":")[0] == "kernel" for variable in variables
+        of_rate = of_decay = [1.0] * len(variables)
+        if self.multipliers is not None:
+            of_rate, of_decay = self.multipliers.factors(variables)
+        self._rates = [self.base_learning_rate * factor for factor in of_rate]
+        self._decays = [
+            self.weight_decay * factor * (v.name.split(":")[0] == "kernel")
+            for v, factor in zip(variables, of_decay)
         ]
 
     def direction(self, gradient, index):
@@ -223,11 +251,11 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         """Updates one variable; called by Keras on each replica."""
         index = self._get_variable_index(variable)
         value = ops.cast(tf.convert_to_tensor(variable), "float32")
-        update = self.base_learning_rate * self.direction(
+        update = self._rates[index] * self.direction(
             ops.cast(gradient, "float32"), index
         )
-        if self.weight_decay and self._is_decayed[index]:
-            update += self.weight_decay * value
+        if self._decays[index]:
+            update += self._decays[index] * value
         value -= self.multiplier_at(self.iterations) * update
         self.assign(variable, value)
         if self.use_ema:
@@ -254,9 +282,10 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""
-        schedule = self.schedule
-        if schedule is not None:
-            schedule = keras.saving.serialize_keras_object(schedule)
+        schedule, multipliers = (
+            x and keras.saving.serialize_keras_object(x)
+            for x in (self.schedule, self.multipliers)
+        )
         return {
             "learning_rate": self.base_learning_rate,
             "schedule": schedule,
@@ -265,16 +294,18 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             "use_ema": self.use_ema,
             "ema_momentum": self.ema_momentum,
             "name": self.name,
+            "multipliers": multipliers,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Rebuilds an optimizer, and its schedule, from `get_config()`."""
+        """Rebuilds an optimizer with its parts from `get_config()`."""
         config = dict(config)
-        if isinstance(config.get("schedule"), dict):
-            config["schedule"] = keras.saving.deserialize_keras_object(
-                config["schedule"], custom_objects=custom_objects
-            )
+        for name in ("schedule", "multipliers"):
+            if isinstance(config.get(name), dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name], custom_objects=custom_objects
+                )
         return cls(**config)
 
 
