@@ -6,6 +6,10 @@
         --data=pets --templates="a photo of a {}" --parallel
     python tools/evaluate.py --task=zero_shot --checkpoint=runs/clip_s16 \
         --data=pets --templates=clip_paper
+    python tools/evaluate.py --task=vqa --checkpoint=runs/decoder \
+        --data=data/vqa --prompt="answer: {question}" --answers=answers.txt
+    python tools/evaluate.py --task=ocr --checkpoint=runs/decoder \
+        --data=data/receipts --prompt="read:"
     python tools/evaluate.py --task=sugar_crepe --checkpoint=runs/mine \
         --data=sugar_crepe --pictures=coco/val2017
     python tools/evaluate.py --gin_file=gin/evaluation/zero_shot.gin \
@@ -21,6 +25,11 @@ Tasks:
     perplexity   likelihood of people's captions, with and without the image
     retrieval    captions of an image and images of a caption: Recall@1, 5, 10
     zero_shot    classification by the class name that fits an image best
+    vqa          answers to questions: exact match and VQA accuracy, by type of
+                 question; beside them those without the image, and with
+                 another one
+    ocr          text read from images: word accuracy, character error rate,
+                 normalized edit distance, with the same two baselines
     geometry     embeddings of a contrastive model: modality gap, alignment,
                  uniformity
     classification  a classifier's top-1, top-5, confusion, calibration
@@ -31,9 +40,10 @@ Tasks:
     judgments    Kendall's tau with human judgments; --data is Flickr8k
 
 --data may be anything that training reads: a folder of TFRecords
-(tools/prepare_data.py), or one of images. caption, perplexity and retrieval
-need captions.jsonl or another table of captions, zero_shot, fewshot and
-classification need labels.jsonl with lines such as
+(tools/prepare_data.py), or one of images. caption, perplexity, retrieval and
+ocr need captions.jsonl or another table of captions, vqa one of questions and
+answers; zero_shot, fewshot and classification need labels.jsonl with lines
+such as
 {"image": "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
 
 A captioner scores by likelihood, a contrastive model by the cosine of its
@@ -117,6 +127,7 @@ def define_flags(flag_values=flags.FLAGS):
         **where,
     )
     _define_label_flags(where)
+    _define_question_flags(where)
     _define_fewshot_flags(where)
     _define_benchmark_flags(where)
 
@@ -133,6 +144,23 @@ def _define_benchmark_flags(where):
         "expert",
         ["expert", "crowdflower"],
         "judgments: source of the judgments.",
+        **where,
+    )
+
+
+def _define_question_flags(where):
+    flags.DEFINE_string(
+        "prompt",
+        None,
+        "vqa, ocr: prompt, with {question} in place of the question; by "
+        "default the one with which the model was trained.",
+        **where,
+    )
+    flags.DEFINE_string(
+        "answers",
+        None,
+        "vqa: text file with an answer on each line, of which the likeliest is "
+        "given; by default answers are generated.",
         **where,
     )
 
@@ -236,6 +264,29 @@ def _retrieval(options):
     )
 
 
+def _vqa(options):
+    from cappa_tf.evaluation.vqa import VQA
+
+    return VQA(
+        options.data,
+        _split(options),
+        prompt=options.prompt,
+        answers=options.answers,
+        limit=options.limit,
+    )
+
+
+def _ocr(options):
+    from cappa_tf.evaluation.ocr import OCR
+
+    return OCR(
+        options.data,
+        _split(options),
+        prompt=options.prompt,
+        limit=options.limit,
+    )
+
+
 def _zero_shot(options):
     from cappa_tf.evaluation.zero_shot import ZeroShot
 
@@ -320,6 +371,8 @@ TASKS = {
     "perplexity": _perplexity,
     "retrieval": _retrieval,
     "zero_shot": _zero_shot,
+    "vqa": _vqa,
+    "ocr": _ocr,
     "classification": _classification,
     "fewshot": _fewshot,
     "sugar_crepe": _sugar_crepe,
@@ -359,7 +412,8 @@ def _numbers(name, values, kind):
 
 # Flags that only --task reads.
 _OF_TASKS = (
-    "test_split limit parallel templates labels aliases class_names "
+    "test_split limit parallel templates labels aliases class_names prompt "
+    "answers "
     "train_split shots l2 num_seeds resize pictures judgments"
 ).split()
 

@@ -217,20 +217,18 @@ def parse_fractions(items):
 
 def print_table(description, skipped):
     """Prints the splits written, and the skipped items by reason."""
-    head = ["images", "captions", "shards"]
-    if any(map(description.num_prompts, description.splits)):
-        head.append("answers")
-    print(f"{'split':<24}" + "".join(f"{name:>10}" for name in head))
+    asked = any(map(description.num_prompts, description.splits))
+    answers = f"{'answers':>10}" if asked else ""
+    print(f"{'split':<24}{'images':>10}{'captions':>10}{answers}{'shards':>8}")
     for split in description.splits:
         content = description.split(split)
-        numbers = (
-            content["num_examples"],
-            content["num_captions"],
-            len(content["shards"]),
-            description.num_prompts(split),
+        if asked:
+            answers = f"{description.num_prompts(split):>10}"
+        print(
+            f"{split:<24}{content['num_examples']:>10}"
+            f"{content['num_captions']:>10}{answers}"
+            f"{len(content['shards']):>8}"
         )
-        row = "".join(f"{number:>10}" for number, _ in zip(numbers, head))
-        print(f"{split:<24}{row}")
     if not skipped.counts:
         print("nothing skipped")
     names = skipped.names(MOST_NAMES)

@@ -119,7 +119,8 @@ class CaptionDecoder:
         """Captions up to B images.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1], or fewer.
+            images: float [B, H, W, 3] in [-1, 1], or fewer; None for none (the
+                blind decoder).
             keys: The names of the images. Any images beyond them are padding.
             references: Optional list of lists of captions.
             prompts: Optional list of strings, what each caption answers.
@@ -137,9 +138,15 @@ class CaptionDecoder:
         ids = prompting.encode(
             self._captioner, self.tokenizer, prompts, self.batch_size
         )
+        if images is None:
+            if ids is None:
+                # Empty prompts say how many captions there are.
+                ids = np.full((self.batch_size, 1), self.tokenizer.pad_id)
+        else:
+            images = self._fill(images)
         if ids is not None:
-            options["prompts"] = tf.constant(ids)
-        output = self._generate(self._fill(images), options)
+            options["prompts"] = tf.constant(ids, tf.int32)
+        output = self._generate(images, options)
         tokens, log_probs = (
             self._by_image(output[name])[: len(keys)]
             for name in ("tokens", "log_probs")

@@ -235,7 +235,8 @@ class Predictor:
         `decoder.decode` gives more: likelihoods, several captions of an image.
 
         Args:
-            images: float [at most B, H, W, 3] in [-1, 1].
+            images: float [at most B, H, W, 3] in [-1, 1]; None for none (the
+                blind decoder), with at most B prompts.
             prompts: A string for each image, such as "caption:"; None for a
                 model that was trained without prompts.
 
@@ -246,7 +247,8 @@ class Predictor:
             ValueError: The model was trained with other prompts, or needs
                 some; see `prompting.check`.
         """
-        keys = [str(i) for i in range(len(images))]
+        count = len(prompts if images is None else images)
+        keys = [str(i) for i in range(count)]
         rows = self.decoder.decode(images, keys, prompts=prompts)
         return [row.caption for row in rows]
 

@@ -57,7 +57,7 @@ def decode(
 
     Args:
         decoder: `TextDecoder`.
-        memory: From `decoder.project_memory`.
+        memory: From `decoder.project_memory`; None omits the image.
         search: A search of `sampling`, which chooses the next token.
         rules: `sampling.Rules`.
         size: (B, S, L); B may be a tensor.
@@ -164,7 +164,7 @@ class _Reader:
 
     Args:
         decoder: As of `decode`, like all other arguments.
-        memory: Keys and values of the images.
+        memory: Keys and values of the images, or None.
         prompts: int32 [B, M] or None.
         size: (B, S, L).
 
@@ -196,7 +196,8 @@ class _CachedReader(_Reader):
     def __init__(self, decoder, memory, prompts, size):
         super().__init__(decoder, memory, prompts, size)
         batch, sequences, length = size
-        self._memory = tf.nest.map_structure(by_head, memory)
+        if memory is not None:
+            self._memory = tf.nest.map_structure(by_head, memory)
         if prompts is None:
             self.cache = decoder.empty_cache(batch * sequences, length)
             return

@@ -70,7 +70,8 @@ class Inference:
         one position after the other, with a pass over all positions for each.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1].
+            images: float [B, H, W, 3] in [-1, 1]; None omits the image (the
+                blind decoder), with B of `prompts`, or 1.
             max_length: Maximum length L of a caption, including prefix and
                 eos; the decoder's by default.
             sampler: None (greedy), `sampling.BeamSearch`, or a sampler of
@@ -107,8 +108,13 @@ class Inference:
             num_captions=num_captions,
         )
         prompts = self._checked_prompts(prompts)
-        encoded = self.encode(images)
-        batch = encoded.shape[0] or tf.shape(encoded)[0]
+        if images is None:
+            rows = tf.zeros([1]) if prompts is None else prompts
+            memory = None
+        else:
+            rows = self.encode(images)
+            memory = self.text_decoder.project_memory(rows)
+        batch = rows.shape[0] or tf.shape(rows)[0]
         uniform = None
         if isinstance(plan.search, sampling.RandomSearch):
             index = tf.range(batch) if index is None else index
@@ -117,7 +123,7 @@ class Inference:
             uniform = stateless_random.uniform(seeds, shape, _SAMPLING_SALT)
         tokens, log_probs = generation.decode(
             self.text_decoder,
-            self.text_decoder.project_memory(encoded),
+            memory,
             plan.search,
             plan.rules,
             size=(batch, plan.sequences, plan.length),

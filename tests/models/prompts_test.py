@@ -284,3 +284,23 @@ def test_a_captioner_knows_its_prompts(captioner):
     with pytest.raises(ValueError, match="at most.*9"):
         taught.generate(make_images(), prompts=np.ones((4, 10), np.int32))
     captioner.generate(make_images())
+
+
+def test_generation_without_an_image_is_that_of_the_blind_decoder(captioner):
+    found = captioner.generate(None, prompts=PROMPTS)
+    tokens, log_probs = (found[n].numpy() for n in ("tokens", "log_probs"))
+    for row, length in enumerate(LENGTHS):
+        text = np.zeros((1, L), np.int32)
+        text[0, :length] = PROMPTS[row, :length]
+        said = tokens[row, : L - length]
+        text[0, length:] = said
+        score = captioner.score_captions(
+            None, text[None], prompt_lengths=tf.constant([[length]])
+        )
+        np.testing.assert_allclose(score, [[log_probs[row].sum()]], rtol=1e-4)
+        # The likeliest first token is no longer that of the image.
+        hidden = captioner.text_decoder(
+            captioner.text_decoder.shift_right(tf.constant(text))
+        )
+        logits = captioner.text_decoder.logits(hidden)[0, length]
+        assert said[0] == 1 + np.argmax(logits[1:])
