@@ -85,6 +85,19 @@ class Answering:
         EvaluationImages(self._source, self._split).open()
         self.choices()
 
+    def check(self, predictor):
+        """Checks that the model was trained with a prompt that fits.
+
+        Raises:
+            ValueError: If it was not, or with several that do.
+        """
+        if self._asks and not predictor.prompts:
+            raise ValueError(
+                "Questions are for a model that was trained with prompts. "
+                f"Received: {predictor.name}, which was not"
+            )
+        self.template(predictor)
+
     def choices(self):
         """The answers to choose from, or None.
 

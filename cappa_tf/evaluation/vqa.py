@@ -71,6 +71,11 @@ class VQA(Evaluator):
         )
         self.needs = self._answering.needs
 
+    def check(self, predictor):
+        """Checks that a model can answer, and was trained with a prompt."""
+        super().check(predictor)
+        self._answering.check(predictor)
+
     def open(self):
         """Checks that the data can be found."""
         self._answering.open()
