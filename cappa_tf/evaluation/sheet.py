@@ -2,8 +2,8 @@
 
 Every tile has the image; the prompt, if any, in gray; the caption, marked by a
 green bar if it is one of the references and by a red one if not; the first
-reference in gray; and the caption's tokens, each on a color from red (improbable) to green with its
-probability in percent below.
+reference in gray; and the caption's tokens, each on a color from red
+(improbable) to green with its probability in percent below.
 
 All lengths are in pixels.
 """
