@@ -216,6 +216,36 @@ def test_a_probe_saves_what_parses_again(path, probed, tmp_path):
     assert gin.config_str() == first
 
 
+def test_the_decoder_of_several_tasks_reads_any_encoder(probed, tmp_path):
+    params = (
+        probed[0],
+        "DATA=['here', 'there']",
+        "PROMPTS=['caption:', 'answer: {question}']",
+        "WEIGHTS=[3, 1]",
+        "TOKENIZER='here'",
+        "IMAGE_SIZE=16",
+    )
+    path = "gin/transfer/decoder.gin"
+    found = parse(path, params=params, workdir=str(tmp_path))
+    model = found["model"]()
+    sizes = model.text_decoder.get_config()
+    # The size B, as in the protocol.
+    for name, size in variant("B/16").items():
+        assert name == "patch_size" or sizes[name] == size
+    assert sizes["encoder_dim"] == model.vision_encoder.hidden_dim == 8
+    assert model.score_kinds == ("autoregressive", "blind")
+    assert found["weights"].frozen_parts == ["vision_encoder"]
+    assert found["features"].features == "cached"
+    for split in ("train", "eval"):
+        data = found[f"{split}_data"]
+        assert data.path == "here + there"
+        assert data.tokenizer.max_length == model.text_decoder.max_length
+    config.save_config(tmp_path)
+    first = gin.config_str()
+    config.load_run(tmp_path)
+    assert gin.config_str() == first
+
+
 @pytest.mark.parametrize("path", PAPER)
 def test_the_papers_recipe(path):
     found = parse(path)
