@@ -152,8 +152,9 @@ def _define_question_flags(where):
     flags.DEFINE_string(
         "prompt",
         None,
-        "vqa, ocr: prompt, with {question} in place of the question; by "
-        "default the one with which the model was trained.",
+        "vqa, ocr, caption, perplexity, zero_shot: what a model that was "
+        "trained with prompts answers, such as 'caption:', with {question} in "
+        "place of the question. vqa and ocr know it if there is only one.",
         **where,
     )
     flags.DEFINE_string(
@@ -242,14 +243,23 @@ def _define_fewshot_flags(where):
 def _caption(options):
     from cappa_tf.evaluation.caption_report import Captions
 
-    return Captions(options.data, _split(options), limit=options.limit)
+    return Captions(
+        options.data,
+        _split(options),
+        limit=options.limit,
+        prompt=options.prompt,
+    )
 
 
 def _perplexity(options):
     from cappa_tf.evaluation.perplexity import Perplexity
 
     return Perplexity(
-        options.data, _split(options), limit=options.limit, blind=True
+        options.data,
+        _split(options),
+        limit=options.limit,
+        blind=True,
+        prompt=options.prompt,
     )
 
 
@@ -300,6 +310,7 @@ def _zero_shot(options):
         resize=options.resize,
         parallel=options.parallel,
         limit=options.limit,
+        prompt=options.prompt,
     )
 
 

@@ -1,9 +1,9 @@
 """Image sheet: a grid of images with their captions and probabilities.
 
-Every tile has the image; the caption, marked by a green bar if it is one of
-the references and by a red one if not; the first reference in gray; and the
-caption's tokens, each on a color from red (improbable) to green with its
-probability in percent below.
+Every tile has the image; the prompt, if any, in gray; the caption, marked by a
+green bar if it is one of the references and by a red one if not; the first
+reference in gray; and the caption's tokens, each on a color from red
+(improbable) to green with its probability in percent below.
 
 All lengths are in pixels.
 """
@@ -91,6 +91,8 @@ def _tile(row, marks):
             f"key={row.key!r}"
         )
     parts = [_image(row.image), _caption(row, marks)]
+    if row.prompt:
+        parts.insert(1, _paragraph(row.prompt, _font(13), _TILE, _GREY))
     if row.references:
         parts.append(_paragraph(row.references[0], _font(13), _TILE, _GREY))
     if row.pieces:

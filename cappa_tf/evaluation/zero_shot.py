@@ -82,10 +82,13 @@ class _Likelihoods:
         texts: C lists of texts, with the M texts of an alias together.
         num_templates: M.
         kind: Kind of the score.
+        question: What the texts answer, for a captioner that was trained with
+            prompts, or None.
     """
 
-    def __init__(self, predictor, texts, num_templates, kind):
+    def __init__(self, predictor, texts, num_templates, kind, question):
         self._predictor, self._kind = predictor, kind
+        self._question = question
         self._flat = [text for some in texts for text in some]
         # Where the aliases of each class begin.
         aliases = np.array([len(some) // num_templates for some in texts])
@@ -95,12 +98,15 @@ class _Likelihoods:
     def __call__(self, images):
         """Scores float64 [B, C] of images."""
         return self._by_class(
-            self._predictor.score(images, self._flat, self._kind)
+            self._predictor.score(
+                images, self._flat, self._kind, self._question
+            )
         )
 
     def blind(self):
         """Scores float64 [C] without any image."""
-        return self._by_class(self._predictor.blind(self._flat)[None])[0]
+        asked = self._question and [self._question] * len(self._flat)
+        return self._by_class(self._predictor.blind(self._flat, asked)[None])[0]
 
     def _by_class(self, scores):  # [B, P] -> [B, C]
         aliases = scores.reshape(len(scores), -1, self._num_templates).mean(2)
@@ -153,6 +159,8 @@ class ZeroShot(Evaluator):
             1.14 (1 / 0.875) for contrastive models, others 1.0.
         parallel: Whether to score in parallel mode, too.
         limit: Maximum number of images to use, or None for all.
+        prompt: What the names answer, such as "classify:" with the template
+            "{}", for a captioner that was trained with prompts.
         name: Name of the evaluator in the results.
     """
 
@@ -170,6 +178,7 @@ class ZeroShot(Evaluator):
         margin=1.0,
         parallel=False,
         limit: int | None = None,
+        prompt: str | None = None,
         name="zero_shot",
     ):
         super().__init__(name)
@@ -187,7 +196,7 @@ class ZeroShot(Evaluator):
         self._canonical, self._aliases = canonical, aliases
         self._resize, self._margin = resize, margin
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
-        self._limit = limit
+        self._limit, self._question = limit, prompt
 
     def open(self):
         """Checks that the data can be found."""
@@ -221,7 +230,9 @@ class ZeroShot(Evaluator):
         texts = self._texts(names, kind)
         if kind == COSINE:
             return _Cosines(predictor, texts)
-        return _Likelihoods(predictor, texts, len(self._templates), kind)
+        return _Likelihoods(
+            predictor, texts, len(self._templates), kind, self._question
+        )
 
     def evaluate(self, predictor):
         """Classifies every image.

@@ -265,13 +265,12 @@ def _write(cache, entry, index):
     `ops.slice_update` would be an XLA-only op, which a server without XLA (the
     default of TensorFlow Serving) refuses to run.
     """
-    _, heads, _, width = cache.shape
-    positions = ops.shape(cache)[2]
+    count, heads, positions, width = ops.shape(cache)
     rows = ops.reshape(cache, (-1, width))  # -> [N * H * M, C]
     entry = ops.reshape(entry, (-1, width))  # -> [N * H, C]
     places = ops.arange(ops.shape(entry)[0]) * positions + index
     rows = ops.scatter_update(rows, places[:, None], entry)
-    return ops.reshape(rows, (-1, heads, positions, width))
+    return ops.reshape(rows, (count, heads, positions, width))
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
