@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import keras
 import numpy as np
@@ -19,8 +20,8 @@ from cappa_tf.data.tokenizer import train_tokenizer
 from cappa_tf.inference.predictor import Predictor
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving import siglip
-from cappa_tf.saving.weights import to_numpy
 from tools import caption
+from tools.benchmarks import features
 
 LENGTH = 24
 STEPS = 20
@@ -93,17 +94,7 @@ def folder(tmp_path_factory):
     return path, size
 
 
-def _encoder(path):
-    """A Keras model of another library's kind: a map of features."""
-    keras.utils.set_random_seed(0)
-    images = keras.Input((SIDE, SIDE, 3))
-    x = keras.layers.Conv2D(12, 4, 4, activation="gelu")(images)
-    x = keras.layers.BatchNormalization()(x)
-    keras.Model(images, x).save(path)
-    return str(path)
-
-
-def _run(folder, workdir, encoder, **params):
+def _parse(folder, workdir, encoder):
     path, size = folder
     params = {
         **PARAMS,
@@ -111,51 +102,58 @@ def _run(folder, workdir, encoder, **params):
         "TOKENIZER": str(path / "tokenizer.model"),
         "VOCABULARY_SIZE": size,
         "PROMPTS": PROMPTS,
-        **params,
     }
     given = [f"{name}={value!r}" for name, value in params.items()]
     files = ["gin/transfer/decoder.gin", str(path / "labels.gin")]
     config.parse(files, given, workdir=str(workdir))
-    return config.run(on_start=config.save_config)
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory):
-    """The same run on images and on cached features."""
-    where = tmp_path_factory.mktemp("decoder_runs")
-    encoder = _encoder(where / "encoder.keras")
-    found = {}
-    for features in ("cached", None):
-        workdir = where / f"{features}"
-        figures = _run(folder, workdir, encoder, FEATURES=features)
-        found[features] = (workdir, figures)
-    return encoder, found
+def encoder(tmp_path_factory):
+    """A Keras model of another library's kind: a map of features."""
+    path = str(tmp_path_factory.mktemp("encoder") / "encoder.keras")
+    keras.utils.set_random_seed(0)
+    images = keras.Input((SIDE, SIDE, 3))
+    x = keras.layers.Conv2D(12, 4, 4, activation="gelu")(images)
+    x = keras.layers.BatchNormalization()(x)
+    keras.Model(images, x).save(path)
+    return path
 
 
-def test_cached_features_give_the_losses_of_images(runs):
-    _, found = runs
-    (_, cached), (_, images) = found["cached"], found[None]
-    assert cached["step"] == STEPS
-    for name in ("nll_per_token", "exact_match"):
-        assert cached[name] == pytest.approx(images[name], rel=1e-4)
+@pytest.fixture(scope="module")
+def trained(folder, encoder, tmp_path_factory):
+    """The folder of a run, and its figures."""
+    workdir = tmp_path_factory.mktemp("decoder_run")
+    _parse(folder, workdir, encoder)
+    return workdir, config.run(on_start=config.save_config)
 
 
-def test_the_encoder_is_bitwise_as_it_was(runs):
-    encoder, found = runs
-    before = keras.saving.load_model(encoder)
-    for workdir, _ in found.values():
-        model = Predictor.open(workdir).model
-        own = model.vision_encoder.variables
-        assert len(own) > 4
-        for variable, old in zip(own, before.variables, strict=True):
-            np.testing.assert_array_equal(
-                to_numpy(variable), to_numpy(old), old.path
-            )
+def test_it_trains_on_images_as_on_features_beside_a_frozen_encoder(
+    folder, encoder, tmp_path
+):
+    _parse(folder, tmp_path, encoder)
+    found = config.arguments()
+    losses, before = [], keras.saving.load_model(encoder).get_weights()
+    for way in features.WAYS:
+        random.seed(0)  # What Keras' initializers sample from.
+        model = found["model"]()
+        model.build()
+        model.freeze(found["weights"].frozen_parts)
+        streams, _ = features.make_streams(
+            found["train_data"], model.vision_encoder, tmp_path, "encoded"
+        )
+        sums = features.make_steps(model, streams[way], 8)(STEPS)[0]
+        total, weight = sums.figures["loss"]
+        losses.append(total / weight)
+        after = model.vision_encoder.get_weights()
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_it_captions_answers_and_classifies(runs):
-    _, found = runs
-    workdir, figures = found["cached"]
+def test_it_captions_answers_and_classifies(trained):
+    workdir, figures = trained
+    assert figures["step"] == STEPS
     predictor = Predictor.open(workdir)
     assert predictor.prompts == PROMPTS
     image = np.zeros((1, SIDE, SIDE, 3), "float32")
@@ -172,8 +170,8 @@ def test_it_captions_answers_and_classifies(runs):
 
 
 @pytest.mark.parametrize("asked", ["answer: what is it", "what is it"])
-def test_the_tool_asks_the_prompt(runs, tmp_path, capsys, asked):
-    workdir, _ = runs[1]["cached"]
+def test_the_tool_asks_the_prompt(trained, tmp_path, capsys, asked):
+    workdir, _ = trained
     (tmp_path / "a.png").write_bytes(_example(20).image)
     with defined(caption):
         flags.FLAGS(

@@ -2,11 +2,11 @@
 
     python tools/benchmark.py features --data=data/flickr8k
     python tools/benchmark.py features --data=data/flickr8k --model=decoder \
-        --variant=B/16 --layers=12 --image_size=224 --decoder_layers=1
+        --variant=B/16 --layers=12 --image_size=224 --decoder_width=192
 
 A text tower against a frozen image tower (LiT, the default), or a decoder on
-frozen patches (gin/transfer/decoder.gin), as wide as the encoder. Steps of the
-same model on the same captions, in turns:
+frozen patches (gin/transfer/decoder.gin). Steps of the same model on the same
+captions, in turns:
 
     images    each batch is decoded and encoded by the frozen tower
     cached    features are read from a `FeatureCache`, which is computed first
@@ -37,6 +37,9 @@ def define_flags():
         "layers", 4, "Blocks of the encoder, and of the text tower.", **count
     )
     flags.DEFINE_integer("decoder_layers", 2, "Blocks of the decoder.", **count)
+    flags.DEFINE_integer(
+        "decoder_width", None, "Its width; by default the encoder's.", **count
+    )
     flags.DEFINE_integer("image_size", 112, "Side of the images.", **count)
     flags.DEFINE_integer("length", 24, "Tokens of a caption.", **count)
     flags.DEFINE_integer("batch_size", 32, "Pairs of a batch.", **count)
@@ -119,8 +122,14 @@ def make_model(given, tokenizer):
     )
     words = (tokenizer.vocabulary_size, given.length)
     if given.model == "decoder":
-        sizes["num_layers"] = given.decoder_layers
-        decoder = TextDecoder(*words, **sizes)
+        width = given.decoder_width or sizes["hidden_dim"]
+        decoder = TextDecoder(
+            *words,
+            hidden_dim=width,
+            num_layers=given.decoder_layers,
+            num_heads=max(1, width // 64),
+            mlp_dim=4 * width,
+        )
         model = Captioner(encoder, decoder, masked_pred_prob=0.0)
     else:
         model = Contrastive(
