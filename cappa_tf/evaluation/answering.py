@@ -10,6 +10,7 @@ Abbreviations for dimensions:
 """
 
 import dataclasses
+import math
 import os
 
 import numpy as np
@@ -18,6 +19,7 @@ from cappa_tf.data import schema
 from cappa_tf.data.prompts import QUESTION, check_template
 from cappa_tf.data.sources import prepared
 from cappa_tf.evaluation.images import EvaluationImages
+from cappa_tf.inference.captions import CaptionRow
 from cappa_tf.inference.predictor import AUTOREGRESSIVE, BLIND, GENERATE
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice
@@ -47,6 +49,19 @@ class Answered:
     type: str
     said: dict
     image: bytes | None = dataclasses.field(default=None, repr=False)
+
+    def sheet_row(self):
+        """The `CaptionRow` of an image sheet."""
+        return CaptionRow(
+            key=self.key,
+            caption=self.said[OWN],
+            log_likelihood=math.nan,
+            pieces=[],
+            probabilities=[],
+            references=self.answers,
+            image=self.image,
+            prompt=self.prompt,
+        )
 
 
 class Answering:

@@ -15,6 +15,7 @@ from cappa_tf.evaluation.text_distance import (
     edit_distance,
     recognition_scores,
 )
+from cappa_tf.utils.arguments import check_integer
 
 # Texts to print.
 _MOST_LINES = 10
@@ -38,6 +39,7 @@ class OCR(Evaluator):
         limit: Maximum number of images to use, or None for all.
         baselines: "blind", texts without any image, and "other_image", texts
             of the image of the record before; both, one or neither.
+        sheet_images: Number of images on the sheet of the worst.
         name: Name of the evaluator in the results.
     """
 
@@ -49,9 +51,12 @@ class OCR(Evaluator):
         prompt: str | None = None,
         limit: int | None = None,
         baselines: list | tuple = BASELINES,
+        sheet_images=12,
         name="ocr",
     ):
         super().__init__(name)
+        check_integer("sheet_images", sheet_images, 0)
+        self._sheet_images = sheet_images
         self._answering = Answering(
             path,
             split,
@@ -77,10 +82,12 @@ class OCR(Evaluator):
 
         Returns:
             A `Report` with the metrics above and `num_texts`; a row for each
-            text.
+            text, and the sheet "worst".
         """
         self.check(predictor)
-        answered = self._answering.answer(predictor)
+        answered = self._answering.answer(
+            predictor, keep_images=self._sheet_images > 0
+        )
         is_lower = predictor.tokenizer.lowercase
         pairs = {
             kind: [_pair(one, kind, is_lower) for one in answered]
@@ -124,7 +131,10 @@ class OCR(Evaluator):
             *table(("text", *pairs), shown),
             *skipped_lines(skipped),
         ]
-        return Report(metrics, lines, details, rows)
+        order = sorted(range(len(rows)), key=lambda i: -rows[i]["edits"])
+        worst = [answered[i].sheet_row() for i in order[: self._sheet_images]]
+        sheets = {"worst": ("Texts with most errors", worst)} if worst else {}
+        return Report(metrics, lines, details, rows, sheets)
 
 
 def _pair(one, kind, is_lower):

@@ -54,15 +54,18 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
     columns = min(columns, len(rows))
     tiles = [_tile(row, marks) for row in rows]
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    sheet = _assemble(lines, columns, title)
+    legend = "Under each caption: a reference"
+    if any(row.pieces for row in rows):
+        legend += "; its tokens' probabilities in %"
+    sheet = _assemble(lines, columns, title, f"{legend}.")
     with files.replacing(path) as unfinished:
         sheet.save(unfinished, "PNG", optimize=True)
 
 
-def _assemble(lines, columns, title):
+def _assemble(lines, columns, title, legend):
     """Arranges tiles in a grid, each line as high as its highest tile."""
     width = columns * (_TILE + _MARGIN) + _MARGIN
-    header = _header(title, width - 2 * _MARGIN)
+    header = _header(title, legend, width - 2 * _MARGIN)
     heights = [max(tile.height for tile in line) + _MARGIN for line in lines]
     top = _MARGIN + header.height + _GAP
     sheet = Image.new("RGB", (width, top + sum(heights)), _PAPER)
@@ -74,9 +77,8 @@ def _assemble(lines, columns, title):
     return sheet
 
 
-def _header(title, width):
+def _header(title, legend, width):
     """The title and the legend."""
-    legend = "Under each caption: a reference; its tokens' probabilities in %."
     texts = [_paragraph(legend, _font(13), width, _GREY)]
     if title:
         texts.insert(0, _paragraph(title, _font(20), width))

@@ -18,6 +18,7 @@ from cappa_tf.evaluation.vqa_accuracy import (
     vqa_accuracy,
 )
 from cappa_tf.inference.captions import normalize
+from cappa_tf.utils.arguments import check_integer
 
 # Questions to print, and types to report as metrics of their own.
 _MOST_LINES = 10
@@ -45,6 +46,7 @@ class VQA(Evaluator):
         limit: Maximum number of images to use, or None for all.
         baselines: "blind", answers without any image, and "other_image",
             answers with the image of the record before; both, one or neither.
+        sheet_images: Number of images on the sheet of wrong answers.
         name: Name of the evaluator in the results.
     """
 
@@ -57,9 +59,12 @@ class VQA(Evaluator):
         answers: list | tuple | str | os.PathLike | None = None,
         limit: int | None = None,
         baselines: list | tuple = BASELINES,
+        sheet_images=12,
         name="vqa",
     ):
         super().__init__(name)
+        check_integer("sheet_images", sheet_images, 0)
+        self._sheet_images = sheet_images
         self._answering = Answering(
             path,
             split,
@@ -85,10 +90,12 @@ class VQA(Evaluator):
 
         Returns:
             A `Report` with the metrics above and `num_questions`; a row for
-            each question.
+            each question, and the sheet "wrong".
         """
         self.check(predictor)
-        answered = self._answering.answer(predictor)
+        answered = self._answering.answer(
+            predictor, keep_images=self._sheet_images > 0
+        )
         scored = [_Scored(one) for one in answered]
         by_type = {}
         for one in scored:
@@ -122,7 +129,14 @@ class VQA(Evaluator):
             *_examples(answered),
             *skipped_lines(skipped),
         ]
-        return Report(metrics, lines, details, [one.row() for one in scored])
+        wrong = [
+            one.sheet_row()
+            for one, score in zip(answered, scored)
+            if not score.exact_match[OWN]
+        ][: self._sheet_images]
+        sheets = {"wrong": ("Wrong answers", wrong)} if wrong else {}
+        rows = [one.row() for one in scored]
+        return Report(metrics, lines, details, rows, sheets)
 
 
 class _Scored:

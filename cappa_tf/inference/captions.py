@@ -140,8 +140,9 @@ class CaptionDecoder:
         )
         if images is None:
             if ids is None:
-                # Empty prompts say how many captions there are.
-                ids = np.full((self.batch_size, 1), self.tokenizer.pad_id)
+                # Empty prompts say how many captions there are. Keras warns
+                # of an attention to a single place.
+                ids = np.full((self.batch_size, 2), self.tokenizer.pad_id)
         else:
             images = self._fill(images)
         if ids is not None:

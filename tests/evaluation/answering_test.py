@@ -119,6 +119,7 @@ def test_questions_are_answered_with_each_kind_of_image(folder, knowing):
         "answer: what colour?",
     ]
     assert "exact_match by type" in report.lines[0]
+    assert report.sheets == {}  # No answer is wrong.
 
 
 def test_types_of_the_data_and_what_is_left_out(folder, knowing):
@@ -200,6 +201,8 @@ def test_text_is_read(folder, predictor, monkeypatch):
         "other_image": "total 10",
     }
     assert report.details["lower_case"]
+    worst = report.sheets["worst"][1][0]
+    assert worst.caption == "25" and worst.image and worst.prompt == "read:"
 
 
 def test_a_model_reads_without_prompts(folder, tmp_path):

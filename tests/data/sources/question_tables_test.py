@@ -7,6 +7,7 @@ from PIL import Image
 
 from cappa_tf.data import schema
 from cappa_tf.data.sources import image_folder, image_rows
+from cappa_tf.data.stream import bad_records
 
 
 @pytest.fixture
@@ -263,7 +264,7 @@ def test_ocr_vqa(folder):
         "answers": ["A. Person", "No"],
         "split": 2,
     }
-    # A folder is read as a table even if its name is that of our description.
+    # It has the name of our own descriptions.
     (folder / "dataset.json").write_text(
         json.dumps({"158": book, "159": {**book, "answers": ["one"]}})
     )
@@ -284,6 +285,7 @@ def test_a_folder_of_questions_is_a_source(folder):
     write_jsonl(
         folder / "vqa.jsonl",
         {"image": "0.jpg", "qa": [["q", "a"], ["r", "b"]], "split": "train"},
+        {"image": "0.jpg", "question": "s", "split": "train"},
         {"image": "1.jpg", "caption": "c", "split": "test"},
     )
     source = image_folder.ImageFolder(folder)
@@ -291,6 +293,9 @@ def test_a_folder_of_questions_is_a_source(folder):
     assert records.has_prompts and not source.split("test").has_prompts
     (example,) = records.read_examples()
     assert example.prompts == ["q", "r"] and example.captions == ["a", "b"]
+    counter = bad_records.SkipCounter(1.0, 1, "train")
+    records.check(counter)
+    assert counter.counts == {"no answer": 1}
     (serialized,) = records.read(0, 0, 1)
     assert records.parse(serialized)["prompts"].numpy().tolist() == [b"q", b"r"]
 
