@@ -264,6 +264,9 @@ class Trainer:
 
     def _open_iterator(self):
         seed, start = self.settings.seed, self._examples
+        mixing = {}
+        if getattr(self.data.train, "mixes", False):
+            mixing["step_size"] = self.settings.batch_size
         return training_iterator(
             self.strategy,
             lambda size, host, num_hosts: self.data.train.train(
@@ -272,6 +275,7 @@ class Trainer:
                 seed=seed,
                 host=host,
                 num_hosts=num_hosts,
+                **mixing,
             ),
             self.settings.batch_size,
         )

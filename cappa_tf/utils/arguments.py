@@ -6,6 +6,7 @@ at all, so it checks them here first.
 """
 
 import importlib.util
+import math
 import numbers
 
 
@@ -72,6 +73,28 @@ def check_fraction(**values):
     """Checks for numbers from 0 to 1."""
     for name, value in values.items():
         check_number(name, value, 0.0, 1.0)
+
+
+def check_interval(name, value, most=math.inf, zero=False):
+    """Checks that a value is (min, max) with 0 < min <= max <= most.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value of the argument.
+        most: Largest allowed maximum.
+        zero: Whether the minimum may be 0.
+    """
+    numbers = isinstance(value, tuple | list) and all(
+        isinstance(x, int | float) for x in value
+    )
+    least = 0 if zero else math.ulp(0.0)
+    if not (
+        numbers and len(value) == 2 and least <= value[0] <= value[1] <= most
+    ):
+        raise ValueError(
+            f"`{name}` must be two numbers, 0 {'<=' if zero else '<'} min <= "
+            f"max <= {most}. Received: {name}={value!r}"
+        )
 
 
 def check_bool(**values):
