@@ -23,6 +23,7 @@ Tasks:
     zero_shot    classification by the class name that fits an image best
     geometry     embeddings of a contrastive model: modality gap, alignment,
                  uniformity
+    classification  a classifier's top-1, top-5, confusion, calibration
     fewshot      ridge regression on frozen features of few examples a class
     sugar_crepe  right caption against hard negatives; --data has its 7 files
     aro          the same in ARO's format; --data is one of its files
@@ -31,8 +32,8 @@ Tasks:
 
 --data may be anything that training reads: a folder of TFRecords
 (tools/prepare_data.py), or one of images. caption, perplexity and retrieval
-need captions.jsonl or another table of captions, zero_shot and fewshot need
-labels.jsonl with lines such as
+need captions.jsonl or another table of captions, zero_shot, fewshot and
+classification need labels.jsonl with lines such as
 {"image": "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
 
 A captioner scores by likelihood, a contrastive model by the cosine of its
@@ -271,6 +272,17 @@ def _fewshot(options):
     )
 
 
+def _classification(options):
+    from cappa_tf.evaluation.classification import Classification
+
+    return Classification(
+        options.data,
+        _split(options),
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+
+
 def _sugar_crepe(options):
     from cappa_tf.evaluation.compositional.benchmarks import SugarCrepe
 
@@ -308,6 +320,7 @@ TASKS = {
     "perplexity": _perplexity,
     "retrieval": _retrieval,
     "zero_shot": _zero_shot,
+    "classification": _classification,
     "fewshot": _fewshot,
     "sugar_crepe": _sugar_crepe,
     "aro": _aro,

@@ -153,7 +153,7 @@ def prepare(beam_arguments):
     rows = image_rows.read_rows(
         files.absolute(FLAGS.input), FLAGS.captions, skipped
     )
-    classes = image_rows.class_names(rows)
+    classes = image_rows.class_names(rows) or image_rows.named_classes(rows)
     if classes:
         metadata["classes"] = classes
     plans = conversion.plan(rows, output, FLAGS.num_shards, options, skipped)

@@ -24,6 +24,7 @@ import os
 import numpy as np
 
 from cappa_tf.evaluation import prompts
+from cappa_tf.evaluation.class_figures import confusion_lines, figures, first
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -47,7 +48,6 @@ from cappa_tf.utils.arguments import (
     check_number,
 )
 
-_MOST_COLUMNS = 20
 # Added to the norm of a class embedding, as in the reference.
 _EPSILON = 1e-8
 
@@ -72,68 +72,6 @@ def class_embeddings(embeddings, classes):
     )
     norms = np.linalg.norm(means, axis=1, keepdims=True)
     return means / (norms + _EPSILON)
-
-
-def ranks(scores, labels):
-    """Counts the wrong classes that score as high as the right one or higher.
-
-    Args:
-        scores: float [N, C].
-        labels: int [N], or [N, K] padded with -1; of several labels the one
-            with the highest score counts.
-
-    Returns:
-        int [N], 0 where a right class wins alone: a tie counts as lost.
-    """
-    right = _is_right(labels, scores.shape[1])
-    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-    return (~right & (scores >= best)).sum(1)
-
-
-def _is_right(labels, num_classes):
-    """Bool [N, C], True where a class is a label of an image."""
-    labels = np.asarray(labels)
-    labels = labels.reshape(len(labels), -1)
-    right = np.zeros((len(labels), num_classes), bool)
-    rows, columns = np.nonzero(labels >= 0)
-    right[rows, labels[rows, columns]] = True
-    return right
-
-
-def figures(scores, labels):
-    """Accuracies and the confusion matrix.
-
-    Args:
-        scores: float [N, C].
-        labels: int [N], or [N, K] padded with -1: any of them is right. Each
-            image has at least one.
-
-    Returns:
-        (dict of `top_1`, with more than five classes `top_5`, and
-        `mean_per_class`, the mean of the top-1 of each class; int [C, C], true
-        class by predicted class). An image with several labels belongs to each
-        of these classes; in the matrix its true class is the predicted one if
-        that is right, and the first label otherwise.
-    """
-    classes = scores.shape[1]
-    position = ranks(scores, labels)
-    right = _is_right(labels, classes)
-    predicted = scores.argmax(1)
-    each = np.arange(len(scores))
-    first = np.asarray(labels).reshape(len(scores), -1)[:, 0]
-    true = np.where(right[each, predicted], predicted, first)
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (true, predicted), 1)
-    per_class = [
-        np.mean(position[right[:, c]] == 0)
-        for c in range(classes)
-        if right[:, c].any()
-    ]
-    found = {"top_1": float(np.mean(position == 0))}
-    if classes > 5:
-        found["top_5"] = float(np.mean(position < 5))
-    found["mean_per_class"] = float(np.mean(per_class))
-    return found, confusion
 
 
 class _Likelihoods:
@@ -312,7 +250,7 @@ class ZeroShot(Evaluator):
                 predictor.batch_size,
                 read_labels(self._labels, len(names)),
             )
-        for images, numbers, _ in _first(batches, self._limit):
+        for images, numbers, _ in first(batches, self._limit):
             if numbers.max() >= len(names):
                 raise ValueError(
                     "Every label must have a class name. Received: label "
@@ -344,7 +282,7 @@ class ZeroShot(Evaluator):
         lines = [
             f"{len(labels)} images, {len(names)} classes",
             *table(("score", *found), rows),
-            *_confusion_lines(names, confusions[plain]),
+            *confusion_lines(names, confusions[plain]),
             *skipped_lines(skipped),
         ]
         details = {
@@ -355,26 +293,3 @@ class ZeroShot(Evaluator):
             "skipped": dict(skipped),
         }
         return Report(metrics, lines, details)
-
-
-def _confusion_lines(names, confusion):
-    """The matrix as a table, if it fits the terminal."""
-    if len(names) > _MOST_COLUMNS:
-        return []
-    rows = [
-        (f"{number} {name}", *row)
-        for number, (name, row) in enumerate(zip(names, confusion))
-    ]
-    head = ("true class, by predicted one", *range(len(names)))
-    return ["", *table(head, rows)]
-
-
-def _first(batches, limit):
-    """The first `limit` images of batches; all if it is None."""
-    left = float("inf") if limit is None else limit
-    for batch in batches:
-        count = int(min(left, len(batch[0])))
-        yield tuple(values[:count] for values in batch)
-        left -= count
-        if not left:
-            return

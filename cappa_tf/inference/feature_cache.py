@@ -21,6 +21,7 @@ Dimensions:
     P: patches.    D: width.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -226,6 +227,23 @@ class FeatureCache:
             self._ok[numbers] & is_real,
             notes,
         )
+
+    def labelled(self):
+        """All examples with a label, in the order of the files.
+
+        Returns:
+            (features [examples, ...] in the cache's type; labels int64; Counter
+            of the records left out, by reason).
+        """
+        without = self._ok & (self._labels < 0)
+        skipped = collections.Counter({"no label": int(without.sum())})
+        for number in np.flatnonzero(~self._ok):
+            note = self._notes.get(number)
+            skipped[
+                stream_features.diagnose(note)[0] if note else "unreadable"
+            ] += 1
+        chosen = np.flatnonzero(self._ok & ~without)
+        return self._rows[chosen], self._labels[chosen], +skipped
 
     def _captions(self, number):
         first, last = self._first[number : number + 2].tolist()

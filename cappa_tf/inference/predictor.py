@@ -33,6 +33,7 @@ from cappa_tf.utils.arguments import check_choice, check_counts
 # Capabilities of a predictor, besides the kinds of scores of its model.
 FEATURES = "features"
 GENERATE = "generate"
+CLASSIFY = "classify"
 SCORE = "score"  # of any kind
 
 # Kinds of scores of captioners: left to right, as captions are generated; all
@@ -157,6 +158,9 @@ class Predictor:
             self.model, "can_generate", False
         ):
             found.append(GENERATE)
+        has_head = getattr(self.model, "num_classes", None) is not None
+        if has_head and hasattr(self.model, "probabilities"):
+            found.append(CLASSIFY)
         return (*found, *self.score_kinds)
 
     def can(self, capability):
@@ -237,6 +241,31 @@ class Predictor:
         # AutoGraph has nothing to convert here, but would take long.
         return tf.function(
             lambda images: _pooled(encode(images)),
+            reduce_retracing=True,
+            autograph=False,
+        )
+
+    def class_probabilities(self, images):
+        """Probabilities of the classes of a classifier.
+
+        Args:
+            images: float [any number, H, W, 3] in [-1, 1].
+
+        Returns:
+            float32 [images, C], with C the number of its classes.
+
+        Raises:
+            ValueError: The model has no classes.
+        """
+        self.require("Classifying images", CLASSIFY)
+        return self._class_probabilities(tf.convert_to_tensor(images)).numpy()
+
+    @functools.cached_property
+    def _class_probabilities(self):
+        return tf.function(
+            lambda images: self.model.probabilities(
+                self.model(images, training=False)["logits"]
+            ),
             reduce_retracing=True,
             autograph=False,
         )

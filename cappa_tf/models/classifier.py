@@ -49,7 +49,8 @@ class Classifier(Task):
         `logits` float32 [B, C].
     """
 
-    short_names = {"accuracy": "acc"}
+    short_names = {"top_1": "acc", "top_5": None}
+    takes_features = True
 
     def __init__(
         self,
@@ -103,30 +104,60 @@ class Classifier(Task):
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return apply_head(self.representation, self.head, outputs)
 
+    def logits_of_features(self, features):
+        """Classifies images by their features.
+
+        Args:
+            features: float [B, D], `pre_logits` of the vision encoder, or
+                [B, P, D], its `encoded`.
+
+        Returns:
+            float32 [B, C].
+        """
+        if features.shape.rank == 3:
+            features = self.vision_encoder.pool(features)
+        outputs = {"pre_logits": features}
+        return apply_head(self.representation, self.head, outputs)["logits"]
+
+    def _logits(self, batch, seeds, training):
+        if "image_features" in batch:
+            return self.logits_of_features(batch["image_features"])
+        return self(batch["image"], seeds, training=training)["logits"]
+
     def encode_images(self, images):
         """Outputs in inference; `pre_logits` are the inputs of the head."""
         return self(images, training=False)
+
+    def probabilities(self, logits):
+        """Probabilities float32 [B, C] of logits [B, C]."""
+        logits = tf.cast(logits, tf.float32)
+        if self.loss_kind == "sigmoid":
+            # Each class by itself: they do not sum to 1.
+            return tf.sigmoid(logits)
+        return tf.nn.softmax(logits)
 
     def example_losses(self, batch, training):
         """Cross-entropy and accuracy of each example.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `label` int64 [B], -1 for
-                examples without a label, which are ignored, or [B, C] with 1
-                for each class of an example; in training `index` int64 [B],
-                and for mixed images `mix_label`, that of the other image, and
+            batch: Dict with `image` [B, H, W, 3], or `image_features` as in
+                `logits_of_features`; `label` int64 [B], -1 for examples
+                without a label, which are ignored, or [B, C] with 1 for each
+                class of an example; in training `index` int64 [B], and for
+                mixed images `mix_label`, that of the other image, and
                 `mix_weight` float32 [B], the weight of the first.
             training: Whether to apply dropout.
 
         Returns:
-            `ExampleLosses`. A prediction is right if it is a class of the
-            example (of a mixture, of its first image); an example without any
-            class does not count.
+            `ExampleLosses`, with `top_1` and, for more than five classes,
+            `top_5`. A prediction is right if it is a class of the example (of
+            a mixture, of its first image); an example without any class does
+            not count.
         """
         seeds = None
         if training:
             seeds = stateless_random.example_seeds(self.seed, batch["index"])
-        logits = self(batch["image"], seeds, training=training)["logits"]
+        logits = self._logits(batch, seeds, training)
         labels = batch["label"]
         targets = class_targets(
             labels,
@@ -139,22 +170,22 @@ class Classifier(Task):
             loss = sigmoid_cross_entropy(logits, targets)
         else:
             loss = softmax_cross_entropy(logits, targets)
-        best = tf.argmax(logits, axis=-1)
         if labels.shape.rank == 2:
-            right = tf.gather(labels, best, axis=1, batch_dims=1) > 0
             known = tf.reduce_any(labels > 0, axis=1)
         else:
-            right, known = best == tf.cast(labels, best.dtype), labels >= 0
+            known = labels >= 0
             loss = tf.where(known, loss, 0.0)
-        accuracy = (tf.cast(right, tf.float32), tf.cast(known, tf.float32))
-        return ExampleLosses(loss, {"accuracy": accuracy}, {})
+        weight = tf.cast(known, tf.float32)
+        metrics = {"top_1": (_has_class(logits, labels, 1), weight)}
+        if self.num_classes > 5:
+            metrics["top_5"] = (_has_class(logits, labels, 5), weight)
+        return ExampleLosses(loss, metrics, {})
 
     def batch_spec(self, size, captions=1):
         """Specs of `image`, `label` and `index`, as `Task` defines them."""
         del captions
-        height, width = self.vision_encoder.image_size
         return {
-            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            **self.image_spec(size),
             "label": tf.TensorSpec([size], tf.int64),
             "index": tf.TensorSpec([size], tf.int64),
         }
@@ -201,3 +232,13 @@ class Classifier(Task):
             config["vision_encoder"]
         )
         return cls(**{**config, "vision_encoder": encoder})
+
+
+def _has_class(logits, labels, k):
+    """Whether a class of an example is among the k likeliest, float32 [B]."""
+    best = tf.math.top_k(logits, k).indices  # [B, k]
+    if labels.shape.rank == 2:
+        right = tf.gather(labels, best, axis=1, batch_dims=1) > 0
+    else:
+        right = tf.cast(best, labels.dtype) == labels[:, None]
+    return tf.cast(tf.reduce_any(right, axis=1), tf.float32)

@@ -91,7 +91,7 @@ def test_outputs_losses_and_top_1(arrays):
     np.testing.assert_allclose(
         found.loss, arrays["sigmoid/multi_label_losses"], rtol=1e-5
     )
-    correct, counted = found.metrics["accuracy"]
+    correct, counted = found.metrics["top_1"]
     np.testing.assert_array_equal(counted, arrays["top1/counted"])
     np.testing.assert_array_equal(
         correct * counted, arrays["top1/correct"] * arrays["top1/counted"]
