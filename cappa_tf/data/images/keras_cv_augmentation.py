@@ -12,6 +12,7 @@ Dimensions:
 """
 
 import contextlib
+import functools
 
 import keras
 import tensorflow as tf
@@ -90,9 +91,9 @@ class RandAugment:
     def __call__(self, batch, draws):
         """Augments each image; `mixing.py` describes the batch."""
         numbers = draws.examples(self.count * _NUMBERS)
-        image = batch["image"]
-        for own in tf.split(numbers, self.count, axis=1):  # [B, 6]
-            image = self._one(image, own)
+        numbers = tf.stack(tf.split(numbers, self.count, axis=1))
+        # A loop, as the graph of all operations is large.
+        image = tf.foldl(self._one, numbers, batch["image"])
         return {**batch, "image": image}
 
     def _one(self, images, numbers):
@@ -115,12 +116,18 @@ class RandAugment:
 def _on_rows(layer, images, rows, numbers):
     """Applies a layer to some images [N, H, W, 3] of a batch [B, H, W, 3]."""
     some, numbers = (tf.gather_nd(x, rows) for x in (images, numbers))
-    # `Equalization` has an `if` on a tensor, which only AutoGraph understands.
-    augment = tf.autograph.to_graph(layer.augment_images)
-    changed = augment(
-        layer, some, transformations=_transformations(layer, numbers)
+    changed = _augment_images(layer)(
+        some, transformations=_transformations(layer, numbers)
     )
     return tf.tensor_scatter_nd_update(images, rows, changed)
+
+
+def _augment_images(layer):
+    if isinstance(layer, _layers().Equalization):
+        # It has an `if` on a tensor, which only AutoGraph understands.
+        augment = tf.autograph.to_graph(layer.augment_images)
+        return functools.partial(augment, layer)
+    return layer.augment_images
 
 
 def _transformations(layer, numbers):
