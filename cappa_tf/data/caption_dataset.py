@@ -311,7 +311,7 @@ class CaptionDataset:
             "Labels must be below NUM_CLASSES (Classifier.num_classes), as "
             f"classes are numbered from 0. Received: num_classes="
             f"{self._num_classes}, and in {self.records.name} {records} "
-            f"record(s) with label {dataset_arguments.ranges(labels)}"
+            f"record(s) with label {arguments.ranges(labels)}"
         )
 
     @tf.autograph.experimental.do_not_convert

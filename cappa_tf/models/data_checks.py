@@ -2,8 +2,7 @@
 
 from absl import logging
 
-from cappa_tf.data import dataset_arguments
-from cappa_tf.utils.arguments import height_width
+from cappa_tf.utils.arguments import height_width, ranges
 
 
 def check_texts(data, tower, binding):
@@ -89,6 +88,6 @@ def check_labels(data, num_classes):
         logging.warning(
             "%s: no image of class %s (of %d)",
             f"{data.path} {data.split}",
-            dataset_arguments.ranges(absent),
+            ranges(absent),
             num_classes,
         )

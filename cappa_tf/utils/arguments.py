@@ -197,3 +197,16 @@ def parse_height_width(flag, values):
             f"Received: --{flag}={','.join(values)}"
         )
     return numbers[0], numbers[-1]
+
+
+def ranges(numbers):
+    """Names sorted integers briefly: [3, 4, 5, 9] -> "3-5, 9"."""
+    runs = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    named = [f"{a}-{b}" if b > a else f"{a}" for a, b in runs]
+    more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+    return ", ".join(named[:10]) + more

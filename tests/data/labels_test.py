@@ -8,9 +8,9 @@ import small_run
 import tensorflow as tf
 
 from cappa_tf.data import schema
-from cappa_tf.data.dataset_arguments import ranges
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.models.data_checks import check_labels
+from cappa_tf.utils.arguments import ranges
 
 
 @pytest.fixture(scope="module")
