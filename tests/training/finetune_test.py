@@ -23,19 +23,19 @@ def data(tmp_path_factory):
 
 def run(data, workdir, **overrides):
     """Four steps, with what needs no KerasCV."""
-    return small_run.finetuning_run(
-        data,
-        workdir,
-        augmentations=[mixing.Mixup(0.8)],
-        total_steps=4,
-        checkpoint_steps=4,
-        eval_steps=4,
-        deterministic=False,
-        eval_data=small_run.labelled(
-            data, "val", resize="resize_small_central_crop"
-        ),
-        **overrides,
+    eval_data = small_run.labelled(
+        data, "val", resize="resize_small_central_crop"
     )
+    arguments = {
+        "augmentations": [mixing.Mixup(0.8)],
+        "total_steps": 4,
+        "checkpoint_steps": 4,
+        "eval_steps": 4,
+        "deterministic": False,
+        "eval_data": eval_data,
+        **overrides,
+    }
+    return small_run.finetuning_run(data, workdir, **arguments)
 
 
 def test_two_devices_mix_and_train_as_one(data, tmp_path):
