@@ -8,11 +8,13 @@ import pathlib
 
 import gin
 import keras
+import labelled
 import pytest
 
 from cappa_tf import config
 from cappa_tf.models.sizes import variant
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.training.linear_probe import SweepSettings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNNABLE = sorted(f"gin/{path.name}" for path in ROOT.glob("gin/*.gin"))
@@ -21,10 +23,11 @@ TRANSFER = sorted(
     path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/transfer/*")
 )
 PARTS = sorted(
-    name
+    path.relative_to(ROOT).as_posix()
     for path in ROOT.glob("gin/*/*.gin")
-    if (name := path.relative_to(ROOT).as_posix()) not in TRANSFER
+    if path.parent.name != "transfer"
 )
+PROBES = ["gin/transfer/linear_probe.gin", "gin/transfer/map_probe.gin"]
 PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
 
 # Parameters that a file requires.
@@ -165,6 +168,56 @@ def test_lit_trains_a_text_tower_against_a_frozen_encoder():
     text = model.text_encoder.count_params()
     assert trained == text + 768 * 768 + 768 + 1
     assert model.embedding_width == 768
+
+
+@pytest.fixture(name="probed", scope="module")
+def _probed(tmp_path_factory):
+    """Bindings of a small encoder, and of data that names three classes."""
+    folder = tmp_path_factory.mktemp("probed")
+    labelled.keras_model(pool=False).save(folder / "encoder.keras")
+    names = {"classes": ["a", "b", "c"]}
+    data = labelled.write(folder / "data", {"train": [0, 1, 2]}, **names)
+    return (f"ENCODER={str(folder / 'encoder.keras')!r}", f"DATA={data!r}")
+
+
+def test_the_map_probe_fits_encoder_and_data(probed):
+    found = parse("gin/transfer/map_probe.gin", params=probed)
+    model = found["model"]()
+    model.build()
+    weights = found["weights"]
+    model.freeze(weights.frozen_parts, weights.trained_parts)
+    assert found["features"].features == "cached"
+    model.use_features()
+    assert model.feature_kind == "encoded"
+    assert model.num_classes == 3
+    pool = model.vision_encoder.pooling_weights()
+    trained = sum(v.shape.num_elements() for v in model.trainable_variables)
+    assert trained == sum(v.size for v in pool) + 8 * 3 + 3
+    for split in ("train", "eval", "test"):
+        data = found[f"{split}_data"]
+        assert tuple(data.image_size) == model.vision_encoder.image_size
+        assert data.tokenizer is None
+
+
+def test_the_linear_probe_is_a_root_of_its_own(probed):
+    found = parse("gin/transfer/linear_probe.gin", params=probed)
+    assert tuple(found["vision_encoder"]().image_size) == (16, 16)
+    assert found["sweep"].settings() == SweepSettings().settings()
+    assert found["eval_split"] is None
+    # What is for the other root is not read.
+    with pytest.raises(config.ConfigError, match="TOTAL_STEPS is set, but"):
+        parse(
+            "gin/transfer/linear_probe.gin", params=(*probed, "TOTAL_STEPS=9")
+        )
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_a_probe_saves_what_parses_again(path, probed, tmp_path):
+    parse(path, params=probed, workdir=str(tmp_path))
+    config.save_config(tmp_path)
+    first = gin.config_str()
+    config.load_run(tmp_path)
+    assert gin.config_str() == first
 
 
 @pytest.mark.parametrize("path", PAPER)

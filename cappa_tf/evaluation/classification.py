@@ -145,7 +145,7 @@ def report(
     if absent:
         some = ", ".join(absent[:_MOST_ROWS])
         more = " ..." if len(absent) > _MOST_ROWS else ""
-        lines.append(f"no image of {len(absent)} classes: {some}{more}")
+        lines.append(f"classes without an image: {some}{more}")
     details = {
         "num_images": len(labels),
         "class_names": list(names),

@@ -7,6 +7,7 @@
 In a gin file it is a model's `vision_encoder`, see gin/transfer/.
 """
 
+import functools
 import json
 import os
 
@@ -108,6 +109,21 @@ def open_encoder(
     own = {name: x for name, x in own.items() if x}
     _refuse(own, path, "a model of another library")
     return _foreign(found, {**described, **foreign, **changes}, random)
+
+
+@functools.cache
+def image_size(path: str | os.PathLike):
+    """(height, width) of the images of the encoder at `path`.
+
+    For gin files, where the data has the size of an encoder that is given.
+
+    Args:
+        path: As of `open_encoder`.
+
+    Raises:
+        ValueError: As `open_encoder`, or the encoder takes any size.
+    """
+    return tuple(open_encoder(path).image_size)
 
 
 def _refuse(arguments, path, what):

@@ -218,11 +218,11 @@ def linear_probe(
         results = {
             **result.metrics,
             **choice,
+            **result.details,
             "width": width,
             "examples": counts,
             "splits": splits,
             "skipped": {name: dict(n) for name, n in skipped.items()},
-            **result.details,
         }
         path = os.path.join(workdir, "results.json")
         files.write_json(path, json_value(results), indent=1)

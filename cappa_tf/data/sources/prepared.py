@@ -93,6 +93,24 @@ class _PreparedRecords(TFRecordFiles):
         )
 
 
+def num_classes(path: str | os.PathLike):
+    """Number of classes that labeled data names, for gin files.
+
+    Args:
+        path: Folder of the data, or a source.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    names = getattr(as_source(path), "class_names", [])
+    if not names:
+        raise ValueError(
+            f"{path} does not name its classes: set NUM_CLASSES. Received: "
+            "data without class names"
+        )
+    return len(names)
+
+
 def as_source(value):
     """Returns a source: the given one, or that of a folder.
 
