@@ -59,7 +59,7 @@ class DatasetDescription:
         directory: The folder that holds dataset.json and the shards.
         content: The JSON object: "name", "schema_version", "features",
             "splits" (split -> "num_examples", "num_captions",
-            "max_captions", "shards") and "metadata" (free).
+            "max_captions", "labels", "shards") and "metadata" (free).
     """
 
     def __init__(self, directory, content):
@@ -136,6 +136,15 @@ class DatasetDescription:
     def max_captions(self, split):
         """Maximum number of captions of a record of a split."""
         return self.split(split)["max_captions"]
+
+    def label_counts(self, split):
+        """Dict label -> number of records; None if an old writer left it out.
+
+        Args:
+            split: Name of the split.
+        """
+        counts = self.split(split).get("labels")
+        return counts and {int(k): count for k, count in counts.items()}
 
     def disagreements(self, split, checksums=False):
         """Lists how the shards on disk differ from the description.

@@ -11,6 +11,7 @@ Files are `<name>-<split>.tfrecord-00000-of-00008`; `dataset.json` beside them
 lists them (`description.DatasetDescription`), and so do the files TFDS needs.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -184,7 +185,7 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_examples = 0
         self._num_captions = 0
         self._max_captions = 0
-        self._num_labels = 0
+        self._labels = collections.Counter()
 
     def write(self, example):
         """Appends an `Example`."""
@@ -192,7 +193,9 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_examples += 1
         self._num_captions += len(example.captions)
         self._max_captions = max(self._max_captions, len(example.captions))
-        self._num_labels += example.label is not None
+        if example.label is not None:
+            # As JSON has it.
+            self._labels[str(example.label)] += 1
 
     def __exit__(self, *error):
         self._writer.close()
@@ -205,7 +208,7 @@ class ShardWriter(contextlib.AbstractContextManager):
             num_examples=self._num_examples,
             num_captions=self._num_captions,
             max_captions=self._max_captions,
-            num_labels=self._num_labels,
+            labels=dict(self._labels),
             num_bytes=tf.io.gfile.stat(self._path).length,
             sha256=description_lib.file_sha256(self._path),
         )

@@ -35,6 +35,7 @@ def open_encoder(
     weights="auto",
     dropout=0.0,
     patch_dropout=0.0,
+    stochastic_depth=0.0,
     remat=False,
     output: str | None = None,
     prefix_tokens: int | None = None,
@@ -61,8 +62,9 @@ def open_encoder(
         weights: Weights of a run, as in `run_folder.load_model`; or "random"
             for new weights in an encoder of the same architecture, which is
             the baseline of a study.
-        dropout: As of `VisionEncoder`, as are the next two.
+        dropout: As of `VisionEncoder`, as are the next three.
         patch_dropout: Fraction of the patches left out in training.
+        stochastic_depth: Fraction of the examples that skip the last block.
         remat: Whether to recompute activations.
         output: As of `EncoderAdapter`, as are the next ones: for a model of
             another library only. None for what its files say, or for the
@@ -92,7 +94,12 @@ def open_encoder(
         "std": std,
         "num_heads": num_heads,
     }
-    own = {"dropout": dropout, "patch_dropout": patch_dropout, "remat": remat}
+    own = {
+        "dropout": dropout,
+        "patch_dropout": patch_dropout,
+        "stochastic_depth": stochastic_depth,
+        "remat": remat,
+    }
     foreign = {name: x for name, x in foreign.items() if x is not None}
     changes = {"image_size": image_size, "pooling": pooling}
     changes = {name: x for name, x in changes.items() if x is not None}

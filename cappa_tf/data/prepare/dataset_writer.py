@@ -4,6 +4,7 @@ A folder with a dataset.json holds a complete data set: that file is written
 last, and deleted before anything else is replaced.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -35,7 +36,7 @@ class WrittenShard:
         num_examples: Number of records.
         num_captions: Number of captions of all records.
         max_captions: Maximum number of captions of a record.
-        num_labels: Number of records with a label.
+        labels: Number of records with each label, a dict of strings.
         num_bytes: Size of the file.
         sha256: Hexadecimal digest of the file.
     """
@@ -44,7 +45,7 @@ class WrittenShard:
     num_examples: int
     num_captions: int
     max_captions: int
-    num_labels: int
+    labels: dict
     num_bytes: int
     sha256: str
 
@@ -93,7 +94,9 @@ def publish(output_dir, name, metadata, splits):
             },
         },
     )
-    num_labels = sum(s.num_labels for found in shards.values() for s in found)
+    num_labels = sum(
+        sum(s.labels.values()) for found in shards.values() for s in found
+    )
     _write_tfds_metadata(description, num_labels)
     description.save()
     return description
@@ -188,10 +191,14 @@ def _publish_split(output_dir, name, split, shards):
                 "sha256": shard.sha256,
             }
         )
+    labels = collections.Counter()
+    for shard in shards:
+        labels.update(shard.labels)
     return {
         "num_examples": sum(shard.num_examples for shard in shards),
         "num_captions": sum(shard.num_captions for shard in shards),
         "max_captions": max(shard.max_captions for shard in shards),
+        "labels": {k: labels[k] for k in sorted(labels, key=int)},
         "shards": entries,
     }
 
