@@ -246,10 +246,10 @@ def _is_hub(path):
 
 def _open_hub(path):
     """The backbone of a preset, and what its preprocessing says."""
-    import keras_hub  # Takes seconds.
+    from keras_nlp import models  # KerasHub; takes seconds.
 
     try:
-        backbone = keras_hub.models.Backbone.from_preset(
+        backbone = models.Backbone.from_preset(
             path, dtype=keras.config.dtype_policy().name
         )
     # KerasHub passes on any error of h5py, json and constructors.
