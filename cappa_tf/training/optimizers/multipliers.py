@@ -93,8 +93,8 @@ class ByDepth(Multipliers):
 
     A tower of n blocks has n + 2 levels: everything before the blocks (level
     0), each block, and everything after them, heads included (level n + 1).
-    The factor of level k is `decay ** (n + 1 - k)`. A variable outside of blocks
-    belongs to the tower whose path has most in common with its own.
+    The factor of level k is `decay ** (n + 1 - k)`. A variable that is in no
+    block belongs to the tower whose path has most in common with its own.
 
     Weight decay is multiplied, too: unlike in the reference, the layers that
     hardly move would otherwise shrink to zero.
