@@ -31,13 +31,9 @@ _UNUSED_SEED = 1
 
 def _layers():
     """The module keras_cv.layers, which takes seconds to import."""
-    try:
-        from keras_cv import layers
-    except ImportError as error:
-        raise ValueError(
-            "Augmentation with KerasCV needs the extra 'transfer' "
-            f"(pip install 'cappa-tf[transfer]'): {error}"
-        ) from error
+    arguments.check_extra("Augmentation with KerasCV", "transfer", "keras_cv")
+    from keras_cv import layers
+
     return layers
 
 
