@@ -369,7 +369,7 @@ def test_fine_tuning_starts_from_an_encoder_and_a_new_head(usual, encoder):
 
 
 def test_augmentation_may_be_laid_over_fine_tuning(encoder):
-    pytest.importorskip("keras_cv", reason="needs the extra 'transfer'")
+    pytest.importorskip("keras_cv", reason="pip install '.[transfer]'")
     files = ("gin/transfer/finetune.gin", "gin/transfer/augmentation.gin")
     data = parse_transfer(*files, encoder=encoder)["train_data"]
     kinds = [type(one).__name__ for one in data.augmentations]

@@ -74,7 +74,7 @@ def _steps(folder):
 
 @pytest.mark.slow
 def test_killed_with_all_augmentations_is_never_interrupted(data, tmp_path):
-    pytest.importorskip("keras_cv", reason="needs the extra 'transfer'")
+    pytest.importorskip("keras_cv", reason="pip install '.[transfer]'")
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     for folder in (whole, killed):
         process = processes.Process(

@@ -24,17 +24,16 @@ from cappa_tf.utils import arguments
 _RANGE = (0.0, 255.0)
 # Random numbers of an operation of RandAugment: whether, which, and how.
 _NUMBERS = 2 + 4
+# Nothing is drawn from the layers' generators. Without a seed they would have
+# one that TensorFlow's deterministic mode forbids.
+_UNUSED_SEED = 1
 
 
 def _layers():
     """The module keras_cv.layers, which takes seconds to import."""
-    try:
-        from keras_cv import layers
-    except ImportError as error:
-        raise ValueError(
-            "Augmentation with KerasCV needs the extra 'transfer' "
-            f"(pip install 'cappa-tf[transfer]'): {error}"
-        ) from error
+    arguments.check_extra("Augmentation with KerasCV", "transfer", "keras_cv")
+    from keras_cv import layers
+
     return layers
 
 
@@ -85,7 +84,11 @@ class RandAugment:
         layers = _layers()
         with _float32():
             self._operations = layers.RandAugment.get_standard_policy(
-                _RANGE, magnitude, magnitude_stddev, geometric=geometric
+                _RANGE,
+                magnitude,
+                magnitude_stddev,
+                geometric=geometric,
+                seed=_UNUSED_SEED,
             )
 
     def __call__(self, batch, draws):
@@ -217,7 +220,10 @@ class RandomCropAndResize:
         self.scale, self.aspect = scale, aspect
         with _float32():
             self._layer = _layers().RandomCropAndResize(
-                size, crop_area_factor=scale, aspect_ratio_factor=aspect
+                size,
+                crop_area_factor=scale,
+                aspect_ratio_factor=aspect,
+                seed=_UNUSED_SEED,
             )
 
     def __call__(self, batch, draws):
@@ -253,7 +259,7 @@ class RandomCutout:
         self.height, self.width = height, width
         with _float32():
             self._layer = _layers().RandomCutout(
-                height, width, fill_value=sum(_RANGE) / 2
+                height, width, fill_value=sum(_RANGE) / 2, seed=_UNUSED_SEED
             )
 
     def __call__(self, batch, draws):
@@ -295,7 +301,7 @@ class MixUp:
         arguments.check_number("alpha", alpha, exclusive=True)
         self.alpha = alpha
         with _float32():
-            self._layer = _layers().MixUp(alpha)
+            self._layer = _layers().MixUp(alpha, seed=_UNUSED_SEED)
 
     def __call__(self, batch, draws):
         """Mixes a batch; `mixing.py` describes it."""
@@ -325,7 +331,7 @@ class CutMix:
         arguments.check_number("alpha", alpha, exclusive=True)
         self.alpha = alpha
         with _float32():
-            self._layer = _layers().CutMix(alpha)
+            self._layer = _layers().CutMix(alpha, seed=_UNUSED_SEED)
 
     def __call__(self, batch, draws):
         """Mixes a batch; `mixing.py` describes it."""

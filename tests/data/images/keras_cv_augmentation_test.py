@@ -5,7 +5,7 @@ import pytest
 import small_run
 import tensorflow as tf
 
-pytest.importorskip("keras_cv", reason="needs the extra 'transfer'")
+pytest.importorskip("keras_cv", reason="pip install '.[transfer]'")
 
 from cappa_tf.data.images import augmentation, mixing
 from cappa_tf.data.images import keras_cv_augmentation as kcv

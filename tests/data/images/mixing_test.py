@@ -5,7 +5,7 @@ import pytest
 import small_run
 import tensorflow as tf
 
-from cappa_tf.data.images import mixing
+from cappa_tf.data.images import keras_cv_augmentation, mixing
 from cappa_tf.data.stream.stateless_random import Draws
 
 
@@ -136,3 +136,9 @@ def test_features_are_not_those_of_augmented_images():
     data = small_run.labelled("nowhere", augmentations=[mixing.Mixup()])
     with pytest.raises(ValueError, match="CaptionDataset.augmentations"):
         data.check_unaugmented()
+
+
+def test_without_keras_cv_an_augmentation_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"keras_cv: pip install.*transfer"):
+        keras_cv_augmentation.RandAugment()
