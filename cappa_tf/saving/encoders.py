@@ -85,7 +85,14 @@ def open_encoder(
     path = os.fspath(path)
     check_choice(("auto", "final", "best", "latest", "random"), weights=weights)
     random = weights == "random"
-    found, described = _open(path, "auto" if random else weights, image_size)
+    try:
+        found, described = _open(
+            path, "auto" if random else weights, image_size
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"ENCODER (`path` of open_encoder) cannot be opened: {error}"
+        ) from error
     foreign = {
         "output": output,
         "prefix_tokens": prefix_tokens,

@@ -195,7 +195,7 @@ def test_what_is_no_encoder_is_refused(ours, tmp_path):
     _, path = ours
     with pytest.raises(ValueError, match="value_range cannot be set"):
         open_encoder(path, value_range=(0, 1))
-    with pytest.raises(ValueError, match="folder of a run"):
+    with pytest.raises(ValueError, match="ENCODER.*folder of a run"):
         open_encoder(tmp_path / "nothing")
     two = [keras.Input((SIDE, SIDE, 3)) for _ in "12"]
     with pytest.raises(ValueError, match="only input"):
