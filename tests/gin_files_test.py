@@ -13,11 +13,15 @@ import pytest
 
 from cappa_tf import config
 from cappa_tf.models.sizes import variant
+from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.training.linear_probe import SweepSettings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNNABLE = sorted(f"gin/{path.name}" for path in ROOT.glob("gin/*.gin"))
 SIZES = sorted(f"gin/sizes/{path.name}" for path in ROOT.glob("gin/sizes/*"))
+TRANSFER = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/transfer/*")
+)
 PARTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in ROOT.glob("gin/*/*.gin")
@@ -339,7 +343,70 @@ def test_the_saved_configuration_parses_again(path, tmp_path):
     assert gin.config_str() == first
 
 
-@pytest.mark.parametrize("path", RUNNABLE + PARTS)
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A file of a tiny vision encoder, for transfer."""
+    path = str(tmp_path_factory.mktemp("encoder") / "encoder.keras")
+    model = VisionEncoder(
+        8, 2, num_heads=2, mlp_dim=8, patch_size=16, image_size=32
+    )
+    model.build()
+    model.save(path)
+    return path
+
+
+def parse_transfer(*files, encoder, params=()):
+    given = (f"ENCODER={encoder!r}", "DATA='here'", "NUM_CLASSES=7")
+    return parse(*files, params=(*given, *params))
+
+
+@pytest.mark.parametrize("usual", [False, True])
+def test_fine_tuning_starts_from_an_encoder_and_a_new_head(usual, encoder):
+    found = parse_transfer(
+        "gin/transfer/finetune.gin",
+        *(["gin/transfer/adamw.gin"] if usual else []),
+        encoder=encoder,
+        params=("IMAGE_SIZE=64", "STOCHASTIC_DEPTH=0.2"),
+    )
+    model = found["model"]()
+    model.build()
+    assert model.vision_encoder.image_size == (64, 64)
+    assert model.vision_encoder.stochastic_depth == 0.2
+    assert not model.head.kernel.numpy().any()
+    optimizer = found["optimizer"]()
+    optimizer.build(model.trainable_variables)
+    settings = found["settings"]
+    assert optimizer.schedule.total_steps == settings.total_steps == 20_000
+    if not usual:
+        # big_vision configs/transfer.py, for ImageNet.
+        assert settings.batch_size == 512
+        config = optimizer.get_config()
+        assert config["momentum"] == 0.9
+        assert config["momentum_dtype"] == "bfloat16"
+        assert config["weight_decay"] == 0.0
+        assert not config["use_ema"]
+        assert len(set(optimizer._rates)) == 1
+    else:
+        # Before the two blocks, in each, and after them.
+        assert sorted({rate / 5e-4 for rate in optimizer._rates}) == (
+            pytest.approx([0.75**3, 0.75**2, 0.75, 1.0])
+        )
+        assert model.label_smoothing == 0.1
+        assert optimizer.use_ema
+    for data in ("train_data", "eval_data", "test_data"):
+        assert found[data].tokenizer is None
+        assert found[data].image_size == (64, 64)
+
+
+def test_augmentation_may_be_laid_over_fine_tuning(encoder):
+    pytest.importorskip("keras_cv", reason="pip install '.[transfer]'")
+    files = ("gin/transfer/finetune.gin", "gin/transfer/augmentation.gin")
+    data = parse_transfer(*files, encoder=encoder)["train_data"]
+    kinds = [type(one).__name__ for one in data.augmentations]
+    assert kinds == ["RandAugment", "RandomCutout", "OneOf"]
+
+
+@pytest.mark.parametrize("path", RUNNABLE + PARTS + TRANSFER)
 def test_no_file_binds_a_name_twice(path):
     """The last binding would win silently."""
     lines = (ROOT / path).read_text().splitlines()

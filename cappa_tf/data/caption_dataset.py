@@ -25,6 +25,7 @@ from cappa_tf.data.stream import (
     decoding,
     features,
     shuffling,
+    stateless_random,
 )
 from cappa_tf.utils import arguments
 
@@ -84,8 +85,12 @@ class CaptionDataset:
             image's.
         shift: Maximum number of pixels by which `train` shifts the image; not
             with crop_scale.
+        augmentations: List of further augmentations of `train`, in order, such
+            as those of `images.keras_cv_augmentation` and `images.mixing`.
+            One that mixes images is the last; batches then also have
+            "mix_label" int64 [B] and "mix_weight" float32 [B].
         decode_size: Size (H, W) to which images are resized before cropping;
-            by default image_size, or 1.15 times that with crop_scale.
+            by default image_size, or 1.15 times that if they are cropped.
         resize: "squash" (aspect ratio is lost, as in the recipe) or
             "resize_small_central_crop".
         resize_small: Length of the shorter side for the latter, by default
@@ -132,6 +137,7 @@ class CaptionDataset:
         crop_scale=None,
         crop_aspect=(0.75, 4 / 3),
         shift=0,
+        augmentations: tuple | list = (),
         decode_size=None,
         resize="squash",
         resize_small=None,
@@ -169,6 +175,7 @@ class CaptionDataset:
         self.crop_scale = crop_scale
         self.crop_aspect = crop_aspect
         self.shift = shift
+        self.augmentations = list(augmentations)
         self.length_buckets = dataset_arguments.buckets(
             length_buckets, tokenizer
         )
@@ -177,9 +184,13 @@ class CaptionDataset:
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
         dataset_arguments.caption_dataset(self)
+        crops = any(a.crops for a in self.augmentations)
         self.decode_size = dataset_arguments.decode_size(
-            decode_size, self.image_size, crop_scale
+            decode_size, self.image_size, crop_scale is not None or crops
         )
+        # What comes before an augmentation that crops leaves the size as it is.
+        self._augmented_size = self.decode_size if crops else self.image_size
+        self._num_classes = None
         self._records = self._skips = self._pixels = None
         self._evaluations = {}
         self._table = None
@@ -215,6 +226,7 @@ class CaptionDataset:
             ("flip", self.flip),
             ("crop_scale", self.crop_scale),
             ("shift", self.shift),
+            ("augmentations", self.augmentations),
             (
                 "decode_size",
                 self.decode_size != self.image_size and self.decode_size,
@@ -284,9 +296,60 @@ class CaptionDataset:
         """The ValueError with which bad records stopped reading, or None."""
         return None if self._skips is None else self._skips.failure
 
+    @property
+    def mixes(self):
+        """Whether `train` mixes the images of a step."""
+        return any(a.mixes for a in self.augmentations)
+
+    def check_labels(self, num_classes):
+        """Refuses labels that a model does not have; names absent classes.
+
+        Labels are counted before anything is read where the source knows their
+        number or is small; otherwise `train` and `evaluate` stop at the first
+        label that the model does not have.
+
+        Args:
+            num_classes: Number of the model's classes, from 0.
+
+        Returns:
+            List of the classes of which the split has no image; [] if that is
+            not known.
+
+        Raises:
+            ValueError: No record has a label, or one has a label that the
+                model does not have.
+        """
+        self._num_classes = num_classes
+        counts = self.records.label_counts()
+        if counts is None:
+            return []
+        if not counts:
+            raise ValueError(
+                "A classifier needs images with labels. Received: "
+                f"{self.records.name}, where no record has one"
+            )
+        beyond = {k: n for k, n in counts.items() if k >= num_classes}
+        if beyond:
+            raise self._beyond(sorted(beyond), sum(beyond.values()))
+        return sorted(set(range(num_classes)) - counts.keys())
+
+    def _beyond(self, labels, records):
+        return ValueError(
+            "Labels must be below NUM_CLASSES (Classifier.num_classes), as "
+            f"classes are numbered from 0. Received: num_classes="
+            f"{self._num_classes}, and in {self.records.name} {records} "
+            f"record(s) with label {arguments.ranges(labels)}"
+        )
+
     @tf.autograph.experimental.do_not_convert
     def train(
-        self, batch_size=None, start_index=0, seed=None, host=0, num_hosts=1
+        self,
+        batch_size=None,
+        start_index=0,
+        seed=None,
+        host=0,
+        num_hosts=1,
+        step_size=None,
     ):
         """The endless training stream.
 
@@ -301,11 +364,17 @@ class CaptionDataset:
             seed: Seed of the stream; by default the constructor's.
             host: Index of this host.
             num_hosts: Number of hosts that share the stream.
+            step_size: Examples of a training step, over all hosts and devices,
+                a multiple of their batches; each host mixes its own part. By
+                default one batch of each host.
 
         Returns:
             A `tf.data.Dataset` of the batches described in the class.
         """
         batch_size = self._batch_size(batch_size)
+        step_size = step_size or batch_size * num_hosts
+        # Examples that are augmented together: those of a step, if mixed.
+        together = step_size // num_hosts if self.mixes else batch_size
         seed = self.seed if seed is None else seed
         arguments.check_integer("start_index", start_index, 0)
         dataset_arguments.hosts(host, num_hosts)
@@ -319,7 +388,7 @@ class CaptionDataset:
             host,
             num_hosts,
         )
-        batches = self._train_batches(batch_size, start_index, reading)
+        batches = self._train_batches(together, start_index, reading)
         left_out = getattr(self._prompts, "too_long", None)
         diagnose = self._decoder(self.image_size, None).diagnose
         if self._table is not None:
@@ -334,7 +403,7 @@ class CaptionDataset:
                 return self._finish(batch)
             image = augmentation.augment(
                 batch["image"],
-                self.image_size,
+                self._augmented_size,
                 seed,
                 batch["index"],
                 flip=self.flip,
@@ -342,9 +411,30 @@ class CaptionDataset:
                 crop_aspect=self.crop_aspect,
                 shift=self.shift,
             )
-            return self._finish({**batch, "image": image})
+            batch = {**batch, "image": image}
+            if self.augmentations:
+                batch = self._augment(batch, seed, start_index, step_size)
+            return self._finish(batch)
 
-        return batches.map(finish, num_parallel_calls=2).prefetch(2)
+        batches = batches.map(finish, num_parallel_calls=2)
+        if together != batch_size:
+            batches = batches.flat_map(
+                lambda batch: _split(batch, together // batch_size)
+            )
+        return batches.prefetch(2)
+
+    def _augment(self, batch, seed, start_index, step_size):
+        """Applies the `augmentations` to a batch of one step."""
+        first = batch["index"][0] - start_index
+        step = start_index + first // step_size * step_size
+        image = tf.cast(batch["image"], tf.float32)
+        batch = {**batch, "image": image}
+        for place, augment in enumerate(self.augmentations):
+            batch = augment(
+                batch, stateless_random.Draws(seed, batch["index"], step, place)
+            )
+        shape = (None, *self.image_size, 3)
+        return {**batch, "image": tf.ensure_shape(batch["image"], shape)}
 
     @tf.autograph.experimental.do_not_convert
     def evaluate(self, batch_size=None, host=0, num_hosts=1):
@@ -542,7 +632,10 @@ class CaptionDataset:
         else:
             result["image"] = decode_resize.to_model_range(batch["image"])
         if self.tokenizer is None:
-            return {**result, "label": batch["label"]}
+            for name in ("label", "mix_label", "mix_weight"):
+                if name in batch:
+                    result[name] = batch[name]
+            return self._with_known_labels(result)
         labels, lengths = batch.get("tokens"), batch.get("prompt_lengths")
         if labels is None and "prompts" in batch:
             labels, lengths = self.tokenizer.with_prompts(
@@ -555,6 +648,27 @@ class CaptionDataset:
         if self.length_buckets is not None:
             labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
         return {**result, "labels": labels}
+
+    def _with_known_labels(self, batch):
+        """Stops at a label that the model of `check_labels` does not have."""
+        if self._num_classes is None:
+            return batch
+        label = batch["label"]
+        beyond = label >= self._num_classes
+
+        @tf.autograph.experimental.do_not_convert
+        def stop(labels):
+            found = sorted({int(label) for label in labels.numpy()})
+            self._skips.failure = self._beyond(found, len(labels))
+            raise self._skips.failure
+
+        known = tf.cond(
+            tf.reduce_any(beyond),
+            lambda: tf.py_function(stop, [label[beyond]], tf.int64),
+            lambda: tf.constant(0, tf.int64),
+        )
+        with tf.control_dependencies([known]):
+            return {**batch, "label": tf.identity(label)}
 
     def _pixels_in_memory(self):
         """The decoded split, created at first use."""
@@ -586,6 +700,16 @@ class CaptionDataset:
     def _batch_size(self, batch_size):
         arguments.check_integer("batch_size", batch_size or self.batch_size, 1)
         return batch_size or self.batch_size
+
+
+def _split(batch, parts):
+    """The batches [B / parts, ...] of a batch [B, ...], in order."""
+    return tf.data.Dataset.from_tensor_slices(
+        {
+            key: tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]])
+            for key, x in batch.items()
+        }
+    )
 
 
 def _cut(labels, buckets, pad_id):

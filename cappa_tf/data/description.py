@@ -61,8 +61,8 @@ class DatasetDescription:
         directory: The folder that holds dataset.json and the shards.
         content: The JSON object: "name", "schema_version", "features",
             "splits" (split -> "num_examples", "num_captions",
-            "max_captions", "shards", and "num_prompts" if any caption answers
-            a prompt) and "metadata" (free).
+            "max_captions", "labels", "shards", and "num_prompts" if any caption
+            answers a prompt) and "metadata" (free).
     """
 
     def __init__(self, directory, content):
@@ -143,6 +143,15 @@ class DatasetDescription:
     def num_prompts(self, split):
         """Number of captions of a split that answer a prompt."""
         return self.split(split).get("num_prompts", 0)
+
+    def label_counts(self, split):
+        """Dict label -> number of records; None if an old writer left it out.
+
+        Args:
+            split: Name of the split.
+        """
+        counts = self.split(split).get("labels")
+        return counts and {int(k): count for k, count in counts.items()}
 
     def disagreements(self, split, checksums=False):
         """Lists how the shards on disk differ from the description.

@@ -16,6 +16,7 @@ Files are `<name>-<split>.tfrecord-00000-of-00008`; `dataset.json` beside them
 lists them (`description.DatasetDescription`), and so do the files TFDS needs.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -253,7 +254,7 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_examples = 0
         self._num_captions = 0
         self._max_captions = 0
-        self._num_labels = 0
+        self._labels = collections.Counter()
         self._num_prompts = 0
         self._num_types = 0
 
@@ -263,7 +264,9 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_examples += 1
         self._num_captions += len(example.captions)
         self._max_captions = max(self._max_captions, len(example.captions))
-        self._num_labels += example.label is not None
+        if example.label is not None:
+            # As JSON has it.
+            self._labels[str(example.label)] += 1
         self._num_prompts += sum(map(bool, example.prompts or []))
         self._num_types += sum(map(bool, example.question_types or []))
 
@@ -278,7 +281,7 @@ class ShardWriter(contextlib.AbstractContextManager):
             num_examples=self._num_examples,
             num_captions=self._num_captions,
             max_captions=self._max_captions,
-            num_labels=self._num_labels,
+            labels=dict(self._labels),
             num_prompts=self._num_prompts,
             num_question_types=self._num_types,
             num_bytes=tf.io.gfile.stat(self._path).length,

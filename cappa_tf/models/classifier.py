@@ -14,7 +14,7 @@ from cappa_tf.models.classification_head import (
     build_head,
     head_layers,
 )
-from cappa_tf.models.data_checks import check_image_size
+from cappa_tf.models.data_checks import check_image_size, check_labels
 from cappa_tf.models.losses.classification import (
     LOSSES,
     class_targets,
@@ -201,13 +201,14 @@ class Classifier(Task):
         }
 
     def check_data(self, data, name):
-        """Checks that data has labels, not captions, and the model's size."""
+        """Checks that data has the model's labels and size, not captions."""
         if data.tokenizer is not None:
             raise ValueError(
                 "A classifier needs labels, which a data set yields without a "
                 f"tokenizer. Received: {name} of {data.path} with a tokenizer"
             )
         check_image_size(data, name, self.vision_encoder)
+        check_labels(data, self.num_classes)
 
     def get_config(self):
         """Returns the constructor's arguments."""

@@ -35,6 +35,7 @@ def open_encoder(
     weights="auto",
     dropout=0.0,
     patch_dropout=0.0,
+    stochastic_depth=0.0,
     remat=False,
     output: str | None = None,
     prefix_tokens: int | None = None,
@@ -61,8 +62,9 @@ def open_encoder(
         weights: Weights of a run, as in `run_folder.load_model`; or "random"
             for new weights in an encoder of the same architecture, which is
             the baseline of a study.
-        dropout: As of `VisionEncoder`, as are the next two.
+        dropout: As of `VisionEncoder`, as are the next three.
         patch_dropout: Fraction of the patches left out in training.
+        stochastic_depth: Fraction of the examples that skip the last block.
         remat: Whether to recompute activations.
         output: As of `EncoderAdapter`, as are the next ones: for a model of
             another library only. None for what its files say, or for the
@@ -83,7 +85,14 @@ def open_encoder(
     path = os.fspath(path)
     check_choice(("auto", "final", "best", "latest", "random"), weights=weights)
     random = weights == "random"
-    found, described = _open(path, "auto" if random else weights, image_size)
+    try:
+        found, described = _open(
+            path, "auto" if random else weights, image_size
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"ENCODER (`path` of open_encoder) cannot be opened: {error}"
+        ) from error
     foreign = {
         "output": output,
         "prefix_tokens": prefix_tokens,
@@ -92,7 +101,12 @@ def open_encoder(
         "std": std,
         "num_heads": num_heads,
     }
-    own = {"dropout": dropout, "patch_dropout": patch_dropout, "remat": remat}
+    own = {
+        "dropout": dropout,
+        "patch_dropout": patch_dropout,
+        "stochastic_depth": stochastic_depth,
+        "remat": remat,
+    }
     foreign = {name: x for name, x in foreign.items() if x is not None}
     changes = {"image_size": image_size, "pooling": pooling}
     changes = {name: x for name, x in changes.items() if x is not None}
@@ -239,10 +253,10 @@ def _is_hub(path):
 
 def _open_hub(path):
     """The backbone of a preset, and what its preprocessing says."""
-    import keras_hub  # Takes seconds.
+    from keras_nlp import models  # KerasHub; takes seconds.
 
     try:
-        backbone = keras_hub.models.Backbone.from_preset(
+        backbone = models.Backbone.from_preset(
             path, dtype=keras.config.dtype_policy().name
         )
     # KerasHub passes on any error of h5py, json and constructors.

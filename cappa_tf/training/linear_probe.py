@@ -377,7 +377,17 @@ def _choose_and_fit(found, classes, sweep, log):
             "give one setting only. Received: "
             f"held_out={sweep.held_out} of {len(train.labels)} images"
         )
+    start = time.monotonic()
     rows, heads = _sweep(fitted, compared, classes, sweep, settings)
+    seconds = time.monotonic() - start
+    passes = sum(row["steps"] for row in rows)
+    if sweep.solver == "sgd":
+        passes = sweep.epochs * len(rows)
+    rate = passes * len(fitted.labels) / seconds
+    log(
+        f"{len(settings)} settings in {seconds:.1f} s: {passes:,} passes over "
+        f"{len(fitted.labels):,} images, {rate:,.0f} images/s"
+    )
     # The first of equals has the strongest decay.
     best = max(range(len(rows)), key=lambda i: rows[i]["top_1"] or 0.0)
     chosen = settings[best]
@@ -406,8 +416,8 @@ def _choose_and_fit(found, classes, sweep, log):
                 f"the best {name}, {chosen[name]:g}, is at the end of its "
                 "range: others beyond it may be better"
             )
-    if not all(row["converged"] for row in rows):
-        log("some settings took all steps: raise MAX_STEPS")
+    if not rows[best]["converged"]:
+        log("the best setting took all steps: raise MAX_STEPS")
     head = heads[best]
     if "eval" not in found:
         head = _fit(
@@ -421,6 +431,7 @@ def _choose_and_fit(found, classes, sweep, log):
         "chosen_top_1": rows[best]["top_1"],
         "compared_on": len(compared.labels),
         "held_out": None if "eval" in found else sweep.held_out,
+        "images_per_second": rate,
         "sweep": rows,
     }
 

@@ -109,6 +109,15 @@ def test_the_head_is_fitted_to_all_of_train(probed, encoder, data, tmp_path):
     assert alone["top_1"] == found["top_1"]
 
 
+def test_a_dry_run_reads_and_writes_nothing(encoder, tmp_path, capsys):
+    found = linear_probe.linear_probe(
+        encoder, "nowhere", str(tmp_path / "run"), sweep=FEW, dry_run=True
+    )
+    assert found["width"] == 8 and len(found["settings"]) == 2
+    assert "features of 8, 2 settings" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_each_class_is_held_out_alike():
     labels = np.repeat([0, 1, 7, 9], [10, 5, 1, 2])
     kept, held_out = hold_out(labels, 0.5, seed=1)

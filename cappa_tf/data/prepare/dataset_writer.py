@@ -4,6 +4,7 @@ A folder with a dataset.json holds a complete data set: that file is written
 last, and deleted before anything else is replaced.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -35,7 +36,7 @@ class WrittenShard:
         num_examples: Number of records.
         num_captions: Number of captions of all records.
         max_captions: Maximum number of captions of a record.
-        num_labels: Number of records with a label.
+        labels: Number of records with each label, a dict of strings.
         num_prompts: Number of captions that answer a prompt.
         num_question_types: Number of captions whose question has a type.
         num_bytes: Size of the file.
@@ -46,7 +47,7 @@ class WrittenShard:
     num_examples: int
     num_captions: int
     max_captions: int
-    num_labels: int
+    labels: dict
     num_prompts: int
     num_question_types: int
     num_bytes: int
@@ -193,11 +194,15 @@ def _publish_split(output_dir, name, split, shards):
             }
         )
     num_prompts = sum(shard.num_prompts for shard in shards)
+    labels = collections.Counter()
+    for shard in shards:
+        labels.update(shard.labels)
     return {
         "num_examples": sum(shard.num_examples for shard in shards),
         "num_captions": sum(shard.num_captions for shard in shards),
         "max_captions": max(shard.max_captions for shard in shards),
         **({"num_prompts": num_prompts} if num_prompts else {}),
+        "labels": {k: labels[k] for k in sorted(labels, key=int)},
         "shards": entries,
     }
 
@@ -239,7 +244,7 @@ def _tfds_info(description, shards, directory):
         features["prompts"] = texts
     if any(shard.num_question_types for shard in shards):
         features["question_types"] = texts
-    num_labels = sum(shard.num_labels for shard in shards)
+    num_labels = sum(sum(shard.labels.values()) for shard in shards)
     if num_labels:
         classes = description.metadata.get("classes")
         label = tfds.features.Scalar(tf.int64)

@@ -17,6 +17,7 @@ Dimensions:
     S: shards.
 """
 
+import collections
 import dataclasses
 import os
 
@@ -167,6 +168,19 @@ class Records:
             raise ValueError(
                 f"{self.name}: no record has a caption. {self._where_to_look()}"
             )
+
+    def label_counts(self):
+        """Number of records with each label.
+
+        Returns:
+            A dict label -> number, without the records that have none; None if
+            all of a large split would have to be read.
+        """
+        num_bytes = sum(shard.num_bytes for shard in self.shards)
+        if num_bytes > RECORDS_IN_MEMORY_BYTES:
+            return None
+        labels = (example.label for example in self.read_examples())
+        return dict(collections.Counter(x for x in labels if x is not None))
 
     def _where_to_look(self):
         """Hint for the message that there are no captions."""

@@ -87,6 +87,10 @@ class _Captioned(Records):
         """Checks the files, as in `Records`."""
         self._records.check(counter)
 
+    def label_counts(self):
+        """Counts the labels, as `Records` does."""
+        return self._records.label_counts()
+
     def parse(self, serialized):
         """Parses a record; one without a known label has no caption."""
         record = self._records.parse(serialized)

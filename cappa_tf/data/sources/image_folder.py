@@ -4,6 +4,7 @@
 the same folders to shards.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -133,7 +134,10 @@ class _FolderRecords(Records):
         self._has_cells = any(row.cell is not None for row in rows)
         self._max_captions = 0
         listed = []
+        self._labels = collections.Counter()
         for row in rows:
+            if row.label is not None:
+                self._labels[classes.get(row.label, row.label)] += 1
             reasons = [tuple(refused) for refused in row.refused]
             captions, *prompts = image_rows.clean_texts(
                 row, max_characters, reasons
@@ -156,6 +160,10 @@ class _FolderRecords(Records):
                 found = tf.io.gfile.stat(path)
                 digest.update(f"{found.length} {found.mtime_nsec}\n".encode())
         return [type(self).__name__, self.min_side, digest.hexdigest()]
+
+    def label_counts(self):
+        """Counts the labels, as `Records` does; no image is read."""
+        return dict(self._labels)
 
     def check(self, counter):
         """Checks the files, as in `Records`."""

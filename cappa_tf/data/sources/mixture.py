@@ -12,6 +12,7 @@ Dimensions:
     L: positions a turn lasts.
 """
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -226,6 +227,13 @@ class MixedRecords(Records):
     def max_captions(self):
         """Maximum number of captions of a record."""
         return max(records.max_captions for records in self._members)
+
+    def label_counts(self):
+        """Counts the labels of all sources, as `Records` does."""
+        found = [records.label_counts() for records in self._members]
+        if None in found:
+            return None
+        return dict(sum(map(collections.Counter, found), collections.Counter()))
 
     def parse(self, serialized):
         """Parses a record in a graph, as in `Records`."""

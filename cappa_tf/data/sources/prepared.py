@@ -76,6 +76,11 @@ class _PreparedRecords(TFRecordFiles):
         self._max_captions = description.max_captions(split)
         self.has_prompts = description.num_prompts(split) > 0
 
+    def label_counts(self):
+        """Counts the labels, as `Records` does; without reading if possible."""
+        counts = self._description.label_counts(self._split)
+        return super().label_counts() if counts is None else counts
+
     def check(self, counter):
         """Checks the files, as in `Records`."""
         wrong = self._description.disagreements(self._split)

@@ -4,6 +4,7 @@
 the learning rate that is common in fine-tuning.
 """
 
+import os
 import re
 
 import keras
@@ -92,8 +93,8 @@ class ByDepth(Multipliers):
 
     A tower of n blocks has n + 2 levels: everything before the blocks (level
     0), each block, and everything after them, heads included (level n + 1).
-    The factor of level k is `decay ** (n + 1 - k)`. A part of the model without
-    blocks has the factor 1.
+    The factor of level k is `decay ** (n + 1 - k)`. A variable that is in no
+    block belongs to the tower whose path has most in common with its own.
 
     Weight decay is multiplied, too: unlike in the reference, the layers that
     hardly move would otherwise shrink to zero.
@@ -143,11 +144,10 @@ class ByDepth(Multipliers):
         """Number of levels between a variable and the output of its tower."""
         if match:
             return depths[_tower(match)] - int(match[1])
-        for tower, depth in depths.items():
-            inside = path.removeprefix(tower)
-            if path.startswith(tower) and re.search(self.before, inside):
-                return depth + 1
-        return 0
+        # Of the tower whose path has most in common with the variable's.
+        tower = max(depths, key=lambda other: len(_common([path, other])))
+        inside = path.removeprefix(_common([path, tower]))
+        return depths[tower] + 1 if re.search(self.before, inside) else 0
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""
@@ -161,6 +161,12 @@ class ByDepth(Multipliers):
     def from_config(cls, config):
         """Rebuilds the object from `get_config()`."""
         return cls(**config)
+
+
+def _common(paths):
+    """The first layers that paths share, ending with "/"."""
+    shared = os.path.commonprefix(paths)
+    return shared[: shared.rfind("/") + 1]
 
 
 def _tower(match):

@@ -137,6 +137,10 @@ def test_each_tower_has_depths_of_its_own():
         "model/text/layer_0/kernel": 0.5,
         "model/text/token_embedding/embeddings": 0.25,
         "model/scale": 1.0,
+        # Of another library, whose blocks are one layer deeper.
+        "hub/encoder/block_1/kernel": 0.5,
+        "hub/patch_embedding/kernel": 0.125,
+        "hub/pooler/kernel": 1.0,
     }
     variables = [make_variable(np.zeros(1), path) for path in paths]
     assert ByDepth(0.5).factors(variables)[0] == list(paths.values())
