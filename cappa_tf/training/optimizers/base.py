@@ -12,6 +12,7 @@ So the decay does not depend on the base learning rate, unlike that of Keras'
 """
 
 import contextlib
+import functools
 
 import keras
 import tensorflow as tf
@@ -66,15 +67,15 @@ def moving_average(average, value, decay):
     product is rounded); the sum is float32, and rounded when it is stored.
 
     Args:
-        average: float32 or bfloat16 variable with the average so far.
+        average: float32 or bfloat16 tensor, the average so far.
         value: float32 tensor of the same shape.
         decay: Weight of the past, in [0, 1).
 
     Returns:
         The new average as float32; the caller stores it.
     """
-    stored = tf.as_dtype(average.dtype)
-    past = tf.cast(tf.convert_to_tensor(average), tf.float32)
+    stored = average.dtype
+    past = tf.cast(average, tf.float32)
     past *= float(stored.as_numpy_dtype(decay))
     if stored == tf.bfloat16:
         past = _round_to_bfloat16(past)
@@ -125,8 +126,10 @@ def _summed(optimizer):
 class ScheduledOptimizer(keras.optimizers.Optimizer):
     """Optimizer with clipping, decoupled decay and a schedule.
 
-    A subclass creates its state in `build` and implements `direction`. State
-    is kept in lists in the order of the variables passed to `build`.
+    A subclass creates its state in `build` and implements `state_of` and
+    `direction`. An update is a function of tensors, which is traced once for
+    all variables of one shape: a model of equal layers would otherwise spend
+    most of its start on it.
 
     `apply` and `apply_gradients` sum the gradients over the replicas as in
     Keras, but before clipping. Code that has already summed them calls
@@ -202,16 +205,37 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         self._is_decayed = [
             variable.name.split(":")[0] == "kernel" for variable in variables
         ]
+        # Not inlined: optimizing a copy for each variable would cost as much as
+        # tracing it did. Wrapped, as Keras would track and save a function.
+        self._traced = functools.partial(
+            tf.function(
+                self._new_values,
+                autograph=False,
+                experimental_attributes={"_noinline": True},
+            )
+        )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The state of a variable.
+
+        Args:
+            index: Position of the variable in the list given to `build`.
+
+        Returns:
+            Tuple of variables.
+        """
+        raise NotImplementedError
+
+    def direction(self, gradient, state, step):
         """Turns a gradient into the update at a learning rate of 1.
 
         Args:
             gradient: float32 tensor of the variable's shape.
-            index: Position of the variable in the list given to `build`.
+            state: Tuple of tensors, the values of `state_of`.
+            step: float32 scalar, number of this step from 1.
 
         Returns:
-            float32 tensor of the same shape; the state is updated.
+            (float32 tensor of the gradient's shape, tuple of the new state).
         """
         raise NotImplementedError
 
@@ -220,25 +244,47 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         super().apply(dense_gradients(grads), trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
-        """Updates one variable; called by Keras on each replica."""
-        index = self._get_variable_index(variable)
-        value = ops.cast(tf.convert_to_tensor(variable), "float32")
-        update = self.base_learning_rate * self.direction(
-            ops.cast(gradient, "float32"), index
-        )
-        if self.weight_decay and self._is_decayed[index]:
-            update += self.weight_decay * value
-        value -= self.multiplier_at(self.iterations) * update
-        self.assign(variable, value)
-        if self.use_ema:
-            self._update_average(value, index)
+        """Updates one variable; called by Keras on each replica.
 
-    def _update_average(self, value, index):
-        """Updates the average of a variable; the first step initializes it."""
-        average = self._model_variables_moving_average[index]
-        momentum = self.ema_momentum * ops.cast(self.iterations > 0, "float32")
-        past = ops.cast(tf.convert_to_tensor(average), "float32")
-        self.assign(average, momentum * past + (1.0 - momentum) * value)
+        Args:
+            gradient: Dense tensor.
+            variable: The variable.
+            learning_rate: (multiplier of the schedule, number of this step
+                from 1), which every replica has computed once for all
+                variables; with them the rate is more than one number.
+        """
+        index = self._get_variable_index(variable)
+        variables = [variable, *self.state_of(index)]
+        if self.use_ema:
+            variables.append(self._model_variables_moving_average[index])
+        values = self._traced(
+            gradient,
+            [tf.convert_to_tensor(v) for v in variables],
+            *learning_rate,
+            self._is_decayed[index],
+        )
+        for one, value in zip(variables, values, strict=True):
+            self.assign(one, value)
+
+    def _new_values(self, gradient, values, multiplier, step, is_decayed):
+        """New values of a variable, of its state and of its average."""
+        value, *state = values
+        average = state.pop() if self.use_ema else None
+        weight = tf.cast(value, tf.float32)
+        direction, new_state = self.direction(
+            tf.cast(gradient, tf.float32), tuple(state), step
+        )
+        update = self.base_learning_rate * direction
+        if self.weight_decay and is_decayed:
+            update += self.weight_decay * weight
+        weight -= multiplier * update
+        new_values = [weight, *new_state]
+        if self.use_ema:
+            # The first step initializes the average.
+            momentum = self.ema_momentum * tf.cast(step > 1.0, tf.float32)
+            past = momentum * tf.cast(average, tf.float32)
+            new_values.append(past + (1.0 - momentum) * weight)
+        return [tf.cast(new, old.dtype) for new, old in zip(new_values, values)]
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         # Replaces Keras' clipping, coupled decay, accumulation and averages,
@@ -247,10 +293,12 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         grads, trainable_variables = zip(*pairs)
         if self.global_clip_norm is not None:
             grads = clip_by_global_norm(grads, self.global_clip_norm)
+        rate = (
+            tf.cast(self.multiplier_at(self.iterations), tf.float32),
+            tf.cast(self.iterations + 1, tf.float32),
+        )
         with _summed(self):
-            self._backend_update_step(
-                grads, trainable_variables, self.learning_rate
-            )
+            self._backend_update_step(grads, trainable_variables, rate)
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""
