@@ -90,17 +90,20 @@ class AdamW(ScheduledOptimizer):
                 )
             )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The first and the second moment of a variable."""
+        return self._first_moments[index], self._second_moments[index]
+
+    def direction(self, gradient, state, step):
         """Average gradient divided by the root of the average square."""
-        first, second = self._first_moments[index], self._second_moments[index]
-        mean = moving_average(first, gradient, self.beta_1)
-        square = moving_average(second, ops.square(gradient), self.beta_2)
-        self.assign(first, mean)
-        self.assign(second, square)
-        step = ops.cast(self.iterations + 1, "float32")
+        first, second = state
+        mean = first = moving_average(first, gradient, self.beta_1)
+        square = second = moving_average(
+            second, ops.square(gradient), self.beta_2
+        )
         mean /= 1.0 - ops.power(self.beta_1, step)
         square /= 1.0 - ops.power(self.beta_2, step)
-        return mean / (ops.sqrt(square) + self.epsilon)
+        return mean / (ops.sqrt(square) + self.epsilon), (first, second)
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""

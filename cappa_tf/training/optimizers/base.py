@@ -13,6 +13,7 @@ variable (`multipliers.py`).
 """
 
 import contextlib
+import functools
 
 import keras
 import tensorflow as tf
@@ -68,7 +69,7 @@ def moving_average(average, value, decay):
     product is rounded); the sum is float32, and rounded when it is stored.
 
     Args:
-        average: float32 or bfloat16 variable with the average so far.
+        average: float32 or bfloat16 tensor, the average so far.
         value: float32 tensor of the same shape.
         decay: Weight of the past, in [0, 1).
 
@@ -82,16 +83,15 @@ def decayed(stored, decay):
     """A stored average or trace, scaled in its own type.
 
     Args:
-        stored: float32 or bfloat16 variable.
+        stored: float32 or bfloat16 tensor.
         decay: Number in [0, 1); in bfloat16, 0.9 becomes 0.8984375.
 
     Returns:
         The product, rounded to that type, as float32.
     """
-    dtype = tf.as_dtype(stored.dtype)
-    past = tf.cast(tf.convert_to_tensor(stored), tf.float32)
-    past *= float(dtype.as_numpy_dtype(decay))
-    return _round_to_bfloat16(past) if dtype == tf.bfloat16 else past
+    past = tf.cast(stored, tf.float32)
+    past *= float(stored.dtype.as_numpy_dtype(decay))
+    return _round_to_bfloat16(past) if stored.dtype == tf.bfloat16 else past
 
 
 def _round_to_bfloat16(x):
@@ -138,8 +138,10 @@ def _summed(optimizer):
 class ScheduledOptimizer(keras.optimizers.Optimizer):
     """Optimizer with clipping, decoupled decay and a schedule.
 
-    A subclass creates its state in `build` and implements `direction`. State
-    is kept in lists in the order of the variables passed to `build`.
+    A subclass creates its state in `build` and implements `state_of` and
+    `direction`. An update is a function of tensors, which is traced once for
+    all variables of one shape: a model of equal layers would otherwise spend
+    most of its start on it.
 
     `apply` and `apply_gradients` sum the gradients over the replicas as in
     Keras, but before clipping. Code that has already summed them calls
@@ -230,16 +232,37 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             self.weight_decay * factor * (v.name.split(":")[0] == "kernel")
             for v, factor in zip(variables, of_decay)
         ]
+        # Not inlined: optimizing a copy for each variable would cost as much as
+        # tracing it did. Wrapped, as Keras would track and save a function.
+        self._traced = functools.partial(
+            tf.function(
+                self._new_values,
+                autograph=False,
+                experimental_attributes={"_noinline": True},
+            )
+        )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The state of a variable.
+
+        Args:
+            index: Position of the variable in the list given to `build`.
+
+        Returns:
+            Tuple of variables.
+        """
+        raise NotImplementedError
+
+    def direction(self, gradient, state, step):
         """Turns a gradient into the update at a learning rate of 1.
 
         Args:
             gradient: float32 tensor of the variable's shape.
-            index: Position of the variable in the list given to `build`.
+            state: Tuple of tensors, the values of `state_of`.
+            step: float32 scalar, number of this step from 1.
 
         Returns:
-            float32 tensor of the same shape; the state is updated.
+            (float32 tensor of the gradient's shape, tuple of the new state).
         """
         raise NotImplementedError
 
@@ -248,25 +271,50 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         super().apply(dense_gradients(grads), trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
-        """Updates one variable; called by Keras on each replica."""
-        index = self._get_variable_index(variable)
-        value = ops.cast(tf.convert_to_tensor(variable), "float32")
-        update = self._rates[index] * self.direction(
-            ops.cast(gradient, "float32"), index
-        )
-        if self._decays[index]:
-            update += self._decays[index] * value
-        value -= self.multiplier_at(self.iterations) * update
-        self.assign(variable, value)
-        if self.use_ema:
-            self._update_average(value, index)
+        """Updates one variable; called by Keras on each replica.
 
-    def _update_average(self, value, index):
-        """Updates the average of a variable; the first step initializes it."""
-        average = self._model_variables_moving_average[index]
-        momentum = self.ema_momentum * ops.cast(self.iterations > 0, "float32")
-        past = ops.cast(tf.convert_to_tensor(average), "float32")
-        self.assign(average, momentum * past + (1.0 - momentum) * value)
+        Args:
+            gradient: Dense tensor.
+            variable: The variable.
+            learning_rate: (multiplier of the schedule, number of this step
+                from 1), which every replica has computed once for all
+                variables; with them the rate is more than one number.
+        """
+        index = self._get_variable_index(variable)
+        variables = [variable, *self.state_of(index)]
+        if self.use_ema:
+            variables.append(self._model_variables_moving_average[index])
+        decay = self._decays[index]
+        values = self._traced(
+            gradient,
+            [tf.convert_to_tensor(v) for v in variables],
+            *learning_rate,
+            # Tensors, as numbers would be traced one by one.
+            tf.constant(self._rates[index]),
+            tf.constant(decay) if decay else None,
+        )
+        for one, value in zip(variables, values, strict=True):
+            self.assign(one, value)
+
+    def _new_values(self, gradient, values, multiplier, step, rate, decay):
+        """New values of a variable, of its state and of its average."""
+        value, *state = values
+        average = state.pop() if self.use_ema else None
+        weight = tf.cast(value, tf.float32)
+        direction, new_state = self.direction(
+            tf.cast(gradient, tf.float32), tuple(state), step
+        )
+        update = rate * direction
+        if decay is not None:
+            update += decay * weight
+        weight -= multiplier * update
+        new_values = [weight, *new_state]
+        if self.use_ema:
+            # The first step initializes the average.
+            momentum = self.ema_momentum * tf.cast(step > 1.0, tf.float32)
+            past = momentum * tf.cast(average, tf.float32)
+            new_values.append(past + (1.0 - momentum) * weight)
+        return [tf.cast(new, old.dtype) for new, old in zip(new_values, values)]
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         # Replaces Keras' clipping, coupled decay, accumulation and averages,
@@ -275,10 +323,12 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         grads, trainable_variables = zip(*pairs)
         if self.global_clip_norm is not None:
             grads = clip_by_global_norm(grads, self.global_clip_norm)
+        rate = (
+            tf.cast(self.multiplier_at(self.iterations), tf.float32),
+            tf.cast(self.iterations + 1, tf.float32),
+        )
         with _summed(self):
-            self._backend_update_step(
-                grads, trainable_variables, self.learning_rate
-            )
+            self._backend_update_step(grads, trainable_variables, rate)
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""

@@ -78,14 +78,17 @@ class SGD(ScheduledOptimizer):
                 )
             )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The trace of a variable, if there is momentum."""
+        return (self._traces[index],) if self.momentum else ()
+
+    def direction(self, gradient, state, step):
         """The gradient plus the decayed trace, which becomes the new trace."""
+        del step
         if not self.momentum:
-            return gradient
-        trace = self._traces[index]
-        update = gradient + decayed(trace, self.momentum)
-        self.assign(trace, update)
-        return update
+            return gradient, ()
+        update = gradient + decayed(state[0], self.momentum)
+        return update, (update,)
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""
