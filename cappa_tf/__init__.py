@@ -33,6 +33,7 @@ _PUBLIC = {
     "VisionEncoder": "cappa_tf.models.vision_encoder",
     "WeightSettings": "cappa_tf.training.settings",
     "load_backbone": "cappa_tf.export.keras_backbone",
+    "open_encoder": "cappa_tf.saving.encoders",
     "train": "cappa_tf.training.train",
     "variant": "cappa_tf.models.sizes",
     "write_dataset": "cappa_tf.data.schema",

@@ -28,10 +28,11 @@ from cappa_tf import config_checks
 from cappa_tf.utils import files
 
 ROOT = "cappa_tf.training.train.train"
+PROBE_ROOT = "cappa_tf.training.linear_probe.linear_probe"
 EVALUATION_ROOT = "cappa_tf.evaluation.evaluate.evaluate"
 STUDY_ROOT = "cappa_tf.studies.comparison.compare"
 # A file may serve several roots, so a binding for another root is not an error.
-_ROOTS = (ROOT, EVALUATION_ROOT)
+_ROOTS = (ROOT, PROBE_ROOT, EVALUATION_ROOT)
 
 # gin has no public API to list bindings, so pyproject.toml bounds its version.
 _BINDINGS = gin.config._CONFIG
@@ -139,7 +140,7 @@ def parse_flags(**macros):
 # -- Parsing and running -------------------------------------------------------
 
 
-def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
+def parse(gin_files, gin_params=(), workdir=None, root=None):
     """Parses and checks a configuration, and locks it.
 
     Args:
@@ -147,7 +148,8 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
             gin/ (the repository or the installed package); later files win.
         gin_params: Strings "NAME = VALUE", which win over files.
         workdir: Value of the macro WORKDIR, or None.
-        root: Full name of the root function.
+        root: Full name of the root function; None for the one of training
+            that the files bind.
 
     Raises:
         ConfigError: If nothing binds the root, a file cannot be found or
@@ -164,6 +166,7 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
     gin.clear_config()
     gin_root()
     used = set()
+    wanted = () if root is None else (root,)
     for path in gin_files:
         sized = _SIZED.fullmatch(str(path))
         if sized:
@@ -171,17 +174,23 @@ def parse(gin_files, gin_params=(), workdir=None, root=ROOT):
             path = f"gin/sizes/{sized[1]}.gin"
         _parse_file(path)
         # Bindings that a later file replaces (another optimizer) count as used.
-        for one in {root, *_ROOTS}:
+        for one in {*wanted, *_ROOTS}:
             used |= _Walk(one).used
     params = list(gin_params)
     if workdir is not None:
         params.append(f"WORKDIR = {str(workdir)!r}")
     given = [_parse_param(param) for param in params]
-    _check(root, used, given)
+    _check(root or _bound_root(), used, given)
     gin.finalize()
 
 
-def run(root=ROOT, **kwargs):
+def _bound_root():
+    """The root function of training that is bound."""
+    # An evaluation's file binds arguments of `train.train` in any case.
+    return PROBE_ROOT if ("", PROBE_ROOT) in _BINDINGS else ROOT
+
+
+def run(root=None, **kwargs):
     """Calls the root function with the parsed configuration.
 
     Args:
@@ -191,16 +200,17 @@ def run(root=ROOT, **kwargs):
     Returns:
         The result of the root function.
     """
-    return gin.get_configurable(root)(**kwargs)
+    return gin.get_configurable(root or _bound_root())(**kwargs)
 
 
-def arguments(root=ROOT):
+def arguments(root=None):
     """Builds the arguments that `run` would pass to the root function.
 
     Returns:
         A dict including defaults. Arguments that the files reference without
         "()" (`model`, `optimizer`) are constructors that must still be called.
     """
+    root = root or _bound_root()
     function = gin.config._REGISTRY[root].wrapped
     named, _ = config_checks.parameters(function)
     defaults = {
@@ -211,7 +221,7 @@ def arguments(root=ROOT):
     return {**defaults, **gin.get_bindings(root)}
 
 
-def load_run(workdir, gin_params=(), root=ROOT):
+def load_run(workdir, gin_params=(), root=None):
     """Parses the configuration that a run saved in its workdir.
 
     Args:

@@ -8,17 +8,26 @@ import pathlib
 
 import gin
 import keras
+import labelled
 import pytest
 
 from cappa_tf import config
 from cappa_tf.models.sizes import variant
+from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.training.linear_probe import SweepSettings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNNABLE = sorted(f"gin/{path.name}" for path in ROOT.glob("gin/*.gin"))
 SIZES = sorted(f"gin/sizes/{path.name}" for path in ROOT.glob("gin/sizes/*"))
-PARTS = sorted(
-    path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/*/*.gin")
+TRANSFER = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/transfer/*")
 )
+PARTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.glob("gin/*/*.gin")
+    if path.parent.name != "transfer"
+)
+PROBES = ["gin/transfer/linear_probe.gin", "gin/transfer/map_probe.gin"]
 PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]
 
 # Parameters that a file requires.
@@ -161,6 +170,86 @@ def test_lit_trains_a_text_tower_against_a_frozen_encoder():
     assert model.embedding_width == 768
 
 
+@pytest.fixture(name="probed", scope="module")
+def _probed(tmp_path_factory):
+    """Bindings of a small encoder, and of data that names three classes."""
+    folder = tmp_path_factory.mktemp("probed")
+    labelled.keras_model(pool=False).save(folder / "encoder.keras")
+    names = {"classes": ["a", "b", "c"]}
+    data = labelled.write(folder / "data", {"train": [0, 1, 2]}, **names)
+    return (f"ENCODER={str(folder / 'encoder.keras')!r}", f"DATA={data!r}")
+
+
+def test_the_map_probe_fits_encoder_and_data(probed):
+    found = parse("gin/transfer/map_probe.gin", params=probed)
+    model = found["model"]()
+    model.build()
+    weights = found["weights"]
+    model.freeze(weights.frozen_parts, weights.trained_parts)
+    assert found["features"].features == "cached"
+    model.use_features()
+    assert model.feature_kind == "encoded"
+    assert model.num_classes == 3
+    pool = model.vision_encoder.pooling_weights()
+    trained = sum(v.shape.num_elements() for v in model.trainable_variables)
+    assert trained == sum(v.size for v in pool) + 8 * 3 + 3
+    for split in ("train", "eval", "test"):
+        data = found[f"{split}_data"]
+        assert tuple(data.image_size) == model.vision_encoder.image_size
+        assert data.tokenizer is None
+
+
+def test_the_linear_probe_is_a_root_of_its_own(probed):
+    found = parse("gin/transfer/linear_probe.gin", params=probed)
+    assert tuple(found["vision_encoder"]().image_size) == (16, 16)
+    assert found["sweep"].settings() == SweepSettings().settings()
+    assert found["eval_split"] is None
+    # What is for the other root is not read.
+    with pytest.raises(config.ConfigError, match="TOTAL_STEPS is set, but"):
+        parse(
+            "gin/transfer/linear_probe.gin", params=(*probed, "TOTAL_STEPS=9")
+        )
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_a_probe_saves_what_parses_again(path, probed, tmp_path):
+    parse(path, params=probed, workdir=str(tmp_path))
+    config.save_config(tmp_path)
+    first = gin.config_str()
+    config.load_run(tmp_path)
+    assert gin.config_str() == first
+
+
+def test_the_decoder_of_several_tasks_reads_any_encoder(probed, tmp_path):
+    params = (
+        probed[0],
+        "DATA=['here', 'there']",
+        "PROMPTS=['caption:', 'answer: {question}']",
+        "WEIGHTS=[3, 1]",
+        "TOKENIZER='here'",
+        "IMAGE_SIZE=16",
+    )
+    path = "gin/transfer/decoder.gin"
+    found = parse(path, params=params, workdir=str(tmp_path))
+    model = found["model"]()
+    sizes = model.text_decoder.get_config()
+    # The size B, as in the protocol.
+    for name, size in variant("B/16").items():
+        assert name == "patch_size" or sizes[name] == size
+    assert sizes["encoder_dim"] == model.vision_encoder.hidden_dim == 8
+    assert model.score_kinds == ("autoregressive", "blind")
+    assert found["weights"].frozen_parts == ["vision_encoder"]
+    assert found["features"].features == "cached"
+    for split in ("train", "eval"):
+        data = found[f"{split}_data"]
+        assert data.path == "here + there"
+        assert data.tokenizer.max_length == model.text_decoder.max_length
+    config.save_config(tmp_path)
+    first = gin.config_str()
+    config.load_run(tmp_path)
+    assert gin.config_str() == first
+
+
 @pytest.mark.parametrize("path", PAPER)
 def test_the_papers_recipe(path):
     found = parse(path)
@@ -254,7 +343,70 @@ def test_the_saved_configuration_parses_again(path, tmp_path):
     assert gin.config_str() == first
 
 
-@pytest.mark.parametrize("path", RUNNABLE + PARTS)
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A file of a tiny vision encoder, for transfer."""
+    path = str(tmp_path_factory.mktemp("encoder") / "encoder.keras")
+    model = VisionEncoder(
+        8, 2, num_heads=2, mlp_dim=8, patch_size=16, image_size=32
+    )
+    model.build()
+    model.save(path)
+    return path
+
+
+def parse_transfer(*files, encoder, params=()):
+    given = (f"ENCODER={encoder!r}", "DATA='here'", "NUM_CLASSES=7")
+    return parse(*files, params=(*given, *params))
+
+
+@pytest.mark.parametrize("usual", [False, True])
+def test_fine_tuning_starts_from_an_encoder_and_a_new_head(usual, encoder):
+    found = parse_transfer(
+        "gin/transfer/finetune.gin",
+        *(["gin/transfer/adamw.gin"] if usual else []),
+        encoder=encoder,
+        params=("IMAGE_SIZE=64", "STOCHASTIC_DEPTH=0.2"),
+    )
+    model = found["model"]()
+    model.build()
+    assert model.vision_encoder.image_size == (64, 64)
+    assert model.vision_encoder.stochastic_depth == 0.2
+    assert not model.head.kernel.numpy().any()
+    optimizer = found["optimizer"]()
+    optimizer.build(model.trainable_variables)
+    settings = found["settings"]
+    assert optimizer.schedule.total_steps == settings.total_steps == 20_000
+    if not usual:
+        # big_vision configs/transfer.py, for ImageNet.
+        assert settings.batch_size == 512
+        config = optimizer.get_config()
+        assert config["momentum"] == 0.9
+        assert config["momentum_dtype"] == "bfloat16"
+        assert config["weight_decay"] == 0.0
+        assert not config["use_ema"]
+        assert len(set(optimizer._rates)) == 1
+    else:
+        # Before the two blocks, in each, and after them.
+        assert sorted({rate / 5e-4 for rate in optimizer._rates}) == (
+            pytest.approx([0.75**3, 0.75**2, 0.75, 1.0])
+        )
+        assert model.label_smoothing == 0.1
+        assert optimizer.use_ema
+    for data in ("train_data", "eval_data", "test_data"):
+        assert found[data].tokenizer is None
+        assert found[data].image_size == (64, 64)
+
+
+def test_augmentation_may_be_laid_over_fine_tuning(encoder):
+    pytest.importorskip("keras_cv", reason="pip install '.[transfer]'")
+    files = ("gin/transfer/finetune.gin", "gin/transfer/augmentation.gin")
+    data = parse_transfer(*files, encoder=encoder)["train_data"]
+    kinds = [type(one).__name__ for one in data.augmentations]
+    assert kinds == ["RandAugment", "RandomCutout", "OneOf"]
+
+
+@pytest.mark.parametrize("path", RUNNABLE + PARTS + TRANSFER)
 def test_no_file_binds_a_name_twice(path):
     """The last binding would win silently."""
     lines = (ROOT / path).read_text().splitlines()

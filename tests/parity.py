@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from cappa_tf.saving import big_vision
 from cappa_tf.saving import big_vision_names as names
+from cappa_tf.training.gradients import TaskGradients
 
 MODES = ("autoregressive", "parallel")
 KEY_BIAS = "/key/bias"
@@ -55,6 +56,20 @@ def loss_and_gradients(captioner, batch):
         loss = tf.reduce_mean(parts["loss"])
     found = tape.gradient(loss, captioner.trainable_variables)
     return loss, [tf.convert_to_tensor(g) for g in found]
+
+
+def task_gradients(model, batch, accumulation_steps=1, jit_compile=False):
+    """(loss, gradients) of a task as the trainer computes them."""
+    size = batch["image"].shape[0]
+    step = TaskGradients(model, size, accumulation_steps)
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def run():
+        gradients, sums = step(batch)
+        total, weight = sums.figures["loss"]
+        return total / weight, gradients
+
+    return run()
 
 
 def by_name(captioner, values):

@@ -1,5 +1,6 @@
 """A small run of the real captioner on real shards."""
 
+import dataclasses
 import io
 import os
 
@@ -10,13 +11,17 @@ from PIL import Image
 
 from cappa_tf.data import schema
 from cappa_tf.data.caption_dataset import CaptionDataset
+from cappa_tf.data.images import mixing
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation.perplexity import Perplexity
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.classifier import Classifier
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.training import trainer as run_module
 from cappa_tf.training.optimizers.adafactor import Adafactor
+from cappa_tf.training.optimizers.multipliers import ByDepth
+from cappa_tf.training.optimizers.sgd import SGD
 from cappa_tf.training.train import train
 
 SIDE = 16
@@ -46,6 +51,74 @@ def write_data(folder):
     schema.write_dataset(examples, folder, "small", 3)
     captions = [f"{a} {b}" for a in COLOURS for b in THINGS] * 2
     train_tokenizer(captions, os.path.join(folder, "tokenizer.model"), 40)
+
+
+def write_labelled(folder, labels=range(5)):
+    """Writes 37 training and 11 evaluation examples with labels in turn."""
+    labels = list(labels)
+    examples = {
+        split: [
+            dataclasses.replace(_example(i), label=labels[i % len(labels)])
+            for i in numbers
+        ]
+        for split, numbers in {
+            "train": range(37),
+            "val": range(100, 111),
+        }.items()
+    }
+    schema.write_dataset(examples, folder, "small", 3)
+
+
+def labelled(folder, split="train", tokenizer=None, **options):
+    """A `CaptionDataset` of what `write_labelled` wrote."""
+    return CaptionDataset(folder, split, tokenizer, SIDE, **options)
+
+
+def all_augmentations():
+    """All kinds of augmentation with KerasCV."""
+    from cappa_tf.data.images import keras_cv_augmentation as kcv
+
+    return [
+        kcv.RandomCropAndResize(SIDE, scale=(0.3, 1.0)),
+        kcv.RandAugment(),
+        kcv.RandomCutout(),
+        mixing.OneOf([mixing.Mixup(0.8), kcv.MixUp(0.8), kcv.CutMix()]),
+    ]
+
+
+def make_classifier(num_classes=5):
+    """A classifier with all that fine-tuning has of random choices."""
+    return Classifier(
+        VisionEncoder(
+            hidden_dim=16,
+            num_layers=2,
+            num_heads=2,
+            mlp_dim=32,
+            patch_size=8,
+            image_size=SIDE,
+            dropout=0.1,
+            stochastic_depth=0.3,
+        ),
+        num_classes,
+        label_smoothing=0.1,
+    )
+
+
+def finetuning_run(folder, workdir, augmentations=None, **overrides):
+    """Fine-tunes with layer-wise decay, averaged weights and augmentation."""
+    if augmentations is None:
+        augmentations = all_augmentations()
+    arguments = {
+        "model": make_classifier,
+        "optimizer": lambda: SGD(
+            0.1, multipliers=ByDepth(0.5), use_ema=True, ema_momentum=0.9
+        ),
+        "train_data": labelled(folder, augmentations=augmentations, flip=True),
+        "eval_data": labelled(folder, "val"),
+        "final_evaluation": True,
+        **overrides,
+    }
+    return run(folder, workdir, **arguments)
 
 
 def data(folder, split="train", **options):

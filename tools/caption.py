@@ -6,6 +6,8 @@
         --num_captions=3 --prefix="a dog" --no_repeat_ngram=2 photo.jpg
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=top_p \
         --top_p=0.9 --temperature=0.8 --num_captions=5 --seed=1 photo.jpg
+    python tools/caption.py --checkpoint=runs/decoder \
+        --prompt="answer: what colour is the car" photo.jpg
 
 Prints one line per caption, the best of an image first: its log-likelihood (the
 sum over its tokens, in nats), the number of tokens including the end of the
@@ -87,6 +89,13 @@ def _define_generation_flags():
         "length_penalty", None, "Length penalty of beams; 0.6 by default."
     )
     flags.DEFINE_string("prefix", None, "Beginning of every caption.")
+    flags.DEFINE_string(
+        "prompt",
+        None,
+        "What every caption answers, for a model that was trained with "
+        "prompts (gin/transfer/decoder.gin): 'caption:', or 'answer: ' and a "
+        "question.",
+    )
     flags.DEFINE_integer(
         "min_length", 0, "Minimum number of tokens of a caption."
     )
@@ -168,6 +177,7 @@ def _caption_all(arguments):
     """Captions the images in the arguments; returns the exit code."""
     # TensorFlow takes seconds to load, and --help does not need it.
     from cappa_tf.data.images import image_files
+    from cappa_tf.inference import prompting
     from cappa_tf.inference.predictor import GENERATE, Predictor
 
     paths = image_files.find_pictures(arguments)
@@ -178,17 +188,12 @@ def _caption_all(arguments):
         predictor = Predictor.open(FLAGS.checkpoint, FLAGS.weights)
         predictor.require("Captioning", GENERATE)
     generation = _generation(predictor.model)
-    if FLAGS.prefix is not None:
-        _, unknown = predictor.tokenizer.encode(FLAGS.prefix)
-        if unknown:
-            words = ", ".join(map(repr, dict.fromkeys(unknown)))
-            print(
-                f"--prefix={FLAGS.prefix}: the vocabulary of the model has no "
-                f"piece for {words}, which becomes the unknown token",
-                file=sys.stderr,
-            )
+    for name in ("prefix", "prompt"):
+        _warn_of_unknown(name, FLAGS[name].value, predictor.tokenizer)
+    with console.naming("prompt", FLAGS.prompt or ""):
+        prompting.check(predictor.model, predictor.tokenizer, FLAGS.prompt)
     decoder = predictor.make_decoder(
-        batch_size=_batch_size(len(paths)), **generation
+        batch_size=_batch_size(len(paths)), prompt=FLAGS.prompt, **generation
     )
     rows = decoder.caption_files(paths, predictor.preprocessing)
     if FLAGS.format == "table":
@@ -203,6 +208,18 @@ def _caption_all(arguments):
     if unreadable:
         print(f"{unreadable} of {len(paths)} unreadable", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _warn_of_unknown(name, text, tokenizer):
+    """Says which parts of a flag's text the vocabulary lacks."""
+    unknown = [] if text is None else tokenizer.encode(text)[1]
+    if unknown:
+        words = ", ".join(map(repr, dict.fromkeys(unknown)))
+        print(
+            f"--{name}={text}: the vocabulary of the model has no piece for "
+            f"{words}, which becomes the unknown token",
+            file=sys.stderr,
+        )
 
 
 def _batch_size(images):
@@ -237,6 +254,7 @@ def _json(path, rank, row):
         "image": path,
         "error": None,
         "rank": rank,
+        **({"prompt": row.prompt} if row.prompt else {}),
         "caption": row.caption,
         "log_likelihood": row.log_likelihood,
         "tokens": len(row.pieces),

@@ -6,6 +6,10 @@
         --data=pets --templates="a photo of a {}" --parallel
     python tools/evaluate.py --task=zero_shot --checkpoint=runs/clip_s16 \
         --data=pets --templates=clip_paper
+    python tools/evaluate.py --task=vqa --checkpoint=runs/decoder \
+        --data=data/vqa --prompt="answer: {question}" --answers=answers.txt
+    python tools/evaluate.py --task=ocr --checkpoint=runs/decoder \
+        --data=data/receipts --prompt="read:"
     python tools/evaluate.py --task=sugar_crepe --checkpoint=runs/mine \
         --data=sugar_crepe --pictures=coco/val2017
     python tools/evaluate.py --gin_file=gin/evaluation/zero_shot.gin \
@@ -21,8 +25,14 @@ Tasks:
     perplexity   likelihood of people's captions, with and without the image
     retrieval    captions of an image and images of a caption: Recall@1, 5, 10
     zero_shot    classification by the class name that fits an image best
+    vqa          answers to questions: exact match and VQA accuracy, by type of
+                 question; beside them those without the image, and with
+                 another one
+    ocr          text read from images: word accuracy, character error rate,
+                 normalized edit distance, with the same two baselines
     geometry     embeddings of a contrastive model: modality gap, alignment,
                  uniformity
+    classification  a classifier's top-1, top-5, confusion, calibration
     fewshot      ridge regression on frozen features of few examples a class
     sugar_crepe  right caption against hard negatives; --data has its 7 files
     aro          the same in ARO's format; --data is one of its files
@@ -32,9 +42,10 @@ Tasks:
     judgments    Kendall's tau with human judgments; --data is Flickr8k
 
 --data may be anything that training reads: a folder of TFRecords
-(tools/prepare_data.py), or one of images. caption, perplexity and retrieval
-need captions.jsonl or another table of captions, zero_shot and fewshot need
-labels.jsonl with lines such as
+(tools/prepare_data.py), or one of images. caption, perplexity, retrieval and
+ocr need captions.jsonl or another table of captions, vqa one of questions and
+answers; zero_shot, fewshot and classification need labels.jsonl with lines
+such as
 {"image": "a/1.jpg", "label": 3, "class_name": "cat", "split": "train"}.
 
 A captioner scores by likelihood, a contrastive model by the cosine of its
@@ -119,6 +130,7 @@ def define_flags(flag_values=flags.FLAGS):
         **where,
     )
     _define_label_flags(where)
+    _define_question_flags(where)
     _define_fewshot_flags(where)
     _define_benchmark_flags(where)
 
@@ -135,6 +147,24 @@ def _define_benchmark_flags(where):
         "expert",
         ["expert", "crowdflower"],
         "judgments: source of the judgments.",
+        **where,
+    )
+
+
+def _define_question_flags(where):
+    flags.DEFINE_string(
+        "prompt",
+        None,
+        "vqa, ocr, caption, perplexity, zero_shot: what a model that was "
+        "trained with prompts answers, such as 'caption:', with {question} in "
+        "place of the question. vqa and ocr know it if there is only one.",
+        **where,
+    )
+    flags.DEFINE_string(
+        "answers",
+        None,
+        "vqa: text file with an answer on each line, of which the likeliest is "
+        "given; by default answers are generated.",
         **where,
     )
 
@@ -216,14 +246,23 @@ def _define_fewshot_flags(where):
 def _caption(options):
     from cappa_tf.evaluation.caption_report import Captions
 
-    return Captions(options.data, _split(options), limit=options.limit)
+    return Captions(
+        options.data,
+        _split(options),
+        limit=options.limit,
+        prompt=options.prompt,
+    )
 
 
 def _perplexity(options):
     from cappa_tf.evaluation.perplexity import Perplexity
 
     return Perplexity(
-        options.data, _split(options), limit=options.limit, blind=True
+        options.data,
+        _split(options),
+        limit=options.limit,
+        blind=True,
+        prompt=options.prompt,
     )
 
 
@@ -235,6 +274,29 @@ def _retrieval(options):
         _split(options),
         limit=options.limit,
         parallel=options.parallel,
+    )
+
+
+def _vqa(options):
+    from cappa_tf.evaluation.vqa import VQA
+
+    return VQA(
+        options.data,
+        _split(options),
+        prompt=options.prompt,
+        answers=options.answers,
+        limit=options.limit,
+    )
+
+
+def _ocr(options):
+    from cappa_tf.evaluation.ocr import OCR
+
+    return OCR(
+        options.data,
+        _split(options),
+        prompt=options.prompt,
+        limit=options.limit,
     )
 
 
@@ -251,6 +313,7 @@ def _zero_shot(options):
         resize=options.resize,
         parallel=options.parallel,
         limit=options.limit,
+        prompt=options.prompt,
     )
 
 
@@ -270,6 +333,17 @@ def _fewshot(options):
         l2=_numbers("l2", options.l2, float),
         num_seeds=options.num_seeds,
         resize=options.resize,
+        batch_size=options.batch_size,
+    )
+
+
+def _classification(options):
+    from cappa_tf.evaluation.classification import Classification
+
+    return Classification(
+        options.data,
+        _split(options),
+        limit=options.limit,
         batch_size=options.batch_size,
     )
 
@@ -328,6 +402,9 @@ TASKS = {
     "perplexity": _perplexity,
     "retrieval": _retrieval,
     "zero_shot": _zero_shot,
+    "vqa": _vqa,
+    "ocr": _ocr,
+    "classification": _classification,
     "fewshot": _fewshot,
     "sugar_crepe": _sugar_crepe,
     "aro": _aro,
@@ -368,7 +445,8 @@ def _numbers(name, values, kind):
 
 # Flags that only --task reads.
 _OF_TASKS = (
-    "test_split limit parallel templates labels aliases class_names "
+    "test_split limit parallel templates labels aliases class_names prompt "
+    "answers "
     "train_split shots l2 num_seeds resize pictures judgments"
 ).split()
 

@@ -10,8 +10,9 @@
     .txt                  with a header, or image and caption
     metadata.jsonl .csv   Hugging Face's imagefolder (file_name, text), also
     .parquet              in train/, validation/ and test/
-    .json                 a list of such rows, COCO's captions_*.json, or
-                          Karpathy's dataset_*.json with its splits
+    .json                 a list of such rows, COCO's captions_*.json,
+                          Karpathy's dataset_*.json with its splits, or one of
+                          VQAv2, GQA and OCR-VQA
     .parquet              paths or images, Hugging Face's or img2dataset's
                           (the extra 'parquet')
     a/1.jpg a/1.txt       a text file beside each image, one caption per line
@@ -19,6 +20,14 @@
 The column of the image may be called image, file_name, filename, filepath,
 path, ...; that of the caption caption, captions, text, title, .... Rows of one
 image are merged. Text is UTF-8, or UTF-16 with a byte order mark.
+
+Questions are rows with question and answers (one or a list; also answer) in
+place of captions, and optionally question_type; or one row an image with
+"qa": [["what colour is it?", "red"], ...]. VQAv2 needs questions.json and
+annotations.json beside each other, or both under the published names:
+
+    python tools/prepare_data.py --input=coco --output=vqav2 \
+        --captions=vqa/v2_OpenEnded_mscoco_val2014_questions.json
 
 Splits have the names of the captions file ("train", "dev", "test", ...). If it
 has none, images are assigned to splits at random by --split_fractions. Images
@@ -93,7 +102,7 @@ def define_flags():
     flags.DEFINE_integer(
         "max_caption_characters",
         1000,
-        "Leave longer captions out.",
+        "Leave longer captions, questions and answers out.",
         lower_bound=1,
     )
     flags.DEFINE_bool(
@@ -153,7 +162,7 @@ def prepare(beam_arguments):
     rows = image_rows.read_rows(
         files.absolute(FLAGS.input), FLAGS.captions, skipped
     )
-    classes = image_rows.class_names(rows)
+    classes = image_rows.class_names(rows) or image_rows.named_classes(rows)
     if classes:
         metadata["classes"] = classes
     plans = conversion.plan(rows, output, FLAGS.num_shards, options, skipped)
@@ -208,12 +217,17 @@ def parse_fractions(items):
 
 def print_table(description, skipped):
     """Prints the splits written, and the skipped items by reason."""
-    print(f"{'split':<24}{'images':>10}{'captions':>10}{'shards':>8}")
+    asked = any(map(description.num_prompts, description.splits))
+    answers = f"{'answers':>10}" if asked else ""
+    print(f"{'split':<24}{'images':>10}{'captions':>10}{answers}{'shards':>8}")
     for split in description.splits:
         content = description.split(split)
+        if asked:
+            answers = f"{description.num_prompts(split):>10}"
         print(
             f"{split:<24}{content['num_examples']:>10}"
-            f"{content['num_captions']:>10}{len(content['shards']):>8}"
+            f"{content['num_captions']:>10}{answers}"
+            f"{len(content['shards']):>8}"
         )
     if not skipped.counts:
         print("nothing skipped")

@@ -9,6 +9,8 @@
         --text="a photo of a dog" --text="a photo of a cat" photo.jpg
     python tools/serving_client.py --signature=embed_text --format=jsonl \
         --texts_file=captions.txt
+    python tools/serving_client.py --prompt="answer: what colour is the car" \
+        photo.jpg
     python tools/serving_client.py --concurrency=8 --batch_size=4 --repeat=10 \
         folder/
 
@@ -44,6 +46,7 @@ SIGNATURES = {
     "zero_shot": "contrastive",
 }
 TEXT_SIGNATURES = ("score", "zero_shot", "embed_text")
+PROMPTED = ("caption", "score")
 
 
 def define_flags(flag_values=flags.FLAGS):
@@ -84,6 +87,13 @@ def define_flags(flag_values=flags.FLAGS):
         "File of such texts, one per line.",
         **where,
     )
+    flags.DEFINE_string(
+        "prompt",
+        None,
+        "What the caption of each image (the texts, for score) answers; for a "
+        "model that was trained with prompts.",
+        **where,
+    )
     flags.DEFINE_integer(
         "batch_size",
         1,
@@ -114,7 +124,7 @@ def define_flags(flag_values=flags.FLAGS):
     )
 
 
-def ask(client, signature, items, texts):
+def ask(client, signature, items, texts, prompt=None):
     """Sends images, after reading them, or texts in one request.
 
     Args:
@@ -122,6 +132,7 @@ def ask(client, signature, items, texts):
         signature: Name of the signature.
         items: Image files; for embed_text, texts.
         texts: List of strings, for score and zero_shot.
+        prompt: String, for caption and score of a model that takes one.
 
     Returns:
         rows: A dict for each item: `image` (the path) or `text`, and either
@@ -141,6 +152,8 @@ def ask(client, signature, items, texts):
         inputs = {key: [*contents.values()]}
         if signature in ("score", "zero_shot"):
             inputs["texts"] = [texts] * len(contents)
+        if prompt is not None:
+            inputs["prompt"] = [prompt] * len(contents)
         start = time.perf_counter()
         answers = _answers(client, signature, inputs, texts)
         seconds = time.perf_counter() - start
@@ -211,7 +224,9 @@ def send_all(client, options, items, texts):
     pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
     try:
         yield from pool.map(
-            lambda batch: ask(client, options.signature, batch, texts),
+            lambda batch: ask(
+                client, options.signature, batch, texts, options.prompt
+            ),
             batches * options.repeat,
         )
     finally:
@@ -278,6 +293,11 @@ def main(argv):
 def _send_and_print(options, arguments):
     """Sends the images in the arguments, or texts; returns the exit code."""
     texts = _texts(options)
+    if options.prompt is not None and options.signature not in PROMPTED:
+        raise SystemExit(
+            f"--prompt is for --signature={', '.join(PROMPTED)}. Received: "
+            f"--signature={options.signature}"
+        )
     table = options.format == "table"
     if table and options.signature.startswith("embed"):
         raise SystemExit(

@@ -143,12 +143,14 @@ def read_lines(path):
 
 
 def read_captions(records):
-    """Yields the captions of a split's `Records`."""
+    """Yields the captions of a split's `Records`, and what they answer."""
     examples = records.read_examples()
     for example in tqdm.tqdm(
         examples, total=records.num_examples, unit=" images"
     ):
         yield from example.captions
+        # A question may have several answers.
+        yield from dict.fromkeys(filter(None, example.prompts or ()))
 
 
 def print_coverage(path, texts):

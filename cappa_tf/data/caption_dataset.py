@@ -15,6 +15,7 @@ import os
 import tensorflow as tf
 
 from cappa_tf.data import dataset_arguments
+from cappa_tf.data import prompts as prompts_lib
 from cappa_tf.data.images import augmentation, decode_resize
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.sources import base, prepared
@@ -24,6 +25,7 @@ from cappa_tf.data.stream import (
     decoding,
     features,
     shuffling,
+    stateless_random,
 )
 from cappa_tf.utils import arguments
 
@@ -40,6 +42,10 @@ class CaptionDataset:
         evaluate  the same, with the index counting the split's records in
                   order, and "_mask" float32 [B]: 0 for padding (and for bad
                   records), 1 for examples.
+
+    If captions answer prompts, there is also "prompt_lengths" int32 [B, K]:
+    "labels" begin with the tokens of the prompt, and this is their number. A
+    caption whose prompt leaves no room for it is left out and counted.
 
     Without a tokenizer there is "label" int64 [B] (-1 for none) in place of
     "labels", and records need no caption.
@@ -79,8 +85,12 @@ class CaptionDataset:
             image's.
         shift: Maximum number of pixels by which `train` shifts the image; not
             with crop_scale.
+        augmentations: List of further augmentations of `train`, in order, such
+            as those of `images.keras_cv_augmentation` and `images.mixing`.
+            One that mixes images is the last; batches then also have
+            "mix_label" int64 [B] and "mix_weight" float32 [B].
         decode_size: Size (H, W) to which images are resized before cropping;
-            by default image_size, or 1.15 times that with crop_scale.
+            by default image_size, or 1.15 times that if they are cropped.
         resize: "squash" (aspect ratio is lost, as in the recipe) or
             "resize_small_central_crop".
         resize_small: Length of the shorter side for the latter, by default
@@ -102,6 +112,11 @@ class CaptionDataset:
         preprocessing: The `ImagePreprocessing` of a model, in place of
             image_size, resize, resize_small, antialias, reduced_decode and
             max_pixels, which describe one.
+        prompt: What the captions answer: text such as "caption:", or a
+            template such as "answer: {question}" with a place for the question
+            of the record (`data/prompts.py`). By default the question itself,
+            if the records have questions. A `Mixture` has one for each of its
+            sources, which here are its records' questions.
     """
 
     def __init__(
@@ -122,6 +137,7 @@ class CaptionDataset:
         crop_scale=None,
         crop_aspect=(0.75, 4 / 3),
         shift=0,
+        augmentations: tuple | list = (),
         decode_size=None,
         resize="squash",
         resize_small=None,
@@ -133,6 +149,7 @@ class CaptionDataset:
         max_skipped_fraction=0.001,
         num_parallel_calls=None,
         preprocessing=None,
+        prompt: str | None = None,
     ):
         self.source = prepared.as_source(path)
         self.path = self.source.name
@@ -158,16 +175,22 @@ class CaptionDataset:
         self.crop_scale = crop_scale
         self.crop_aspect = crop_aspect
         self.shift = shift
+        self.augmentations = list(augmentations)
         self.length_buckets = dataset_arguments.buckets(
             length_buckets, tokenizer
         )
         self.cache = cache
+        self.prompt = prompt
         self.max_skipped_fraction = max_skipped_fraction
         self.num_parallel_calls = num_parallel_calls
         dataset_arguments.caption_dataset(self)
+        crops = any(a.crops for a in self.augmentations)
         self.decode_size = dataset_arguments.decode_size(
-            decode_size, self.image_size, crop_scale
+            decode_size, self.image_size, crop_scale is not None or crops
         )
+        # What comes before an augmentation that crops leaves the size as it is.
+        self._augmented_size = self.decode_size if crops else self.image_size
+        self._num_classes = None
         self._records = self._skips = self._pixels = None
         self._evaluations = {}
         self._table = None
@@ -203,6 +226,7 @@ class CaptionDataset:
             ("flip", self.flip),
             ("crop_scale", self.crop_scale),
             ("shift", self.shift),
+            ("augmentations", self.augmentations),
             (
                 "decode_size",
                 self.decode_size != self.image_size and self.decode_size,
@@ -243,6 +267,21 @@ class CaptionDataset:
         return self.captions_per_image
 
     @property
+    def prompts(self):
+        """Templates of the prompts that captions answer; none without any."""
+        if self.tokenizer is None:
+            return ()
+        prompts_lib.check_questions(self.prompt, self.records)
+        return prompts_lib.composed(self.prompt, self.records.prompts)
+
+    @property
+    def _prompts(self):
+        """The `Prompts` of the captions, or None."""
+        if not self.prompts:
+            return None
+        return prompts_lib.Prompts(self.prompt, self.tokenizer)
+
+    @property
     def skipped(self):
         """Dict reason -> number of bad records found so far."""
         return {} if self._skips is None else self._skips.counts
@@ -257,9 +296,60 @@ class CaptionDataset:
         """The ValueError with which bad records stopped reading, or None."""
         return None if self._skips is None else self._skips.failure
 
+    @property
+    def mixes(self):
+        """Whether `train` mixes the images of a step."""
+        return any(a.mixes for a in self.augmentations)
+
+    def check_labels(self, num_classes):
+        """Refuses labels that a model does not have; names absent classes.
+
+        Labels are counted before anything is read where the source knows their
+        number or is small; otherwise `train` and `evaluate` stop at the first
+        label that the model does not have.
+
+        Args:
+            num_classes: Number of the model's classes, from 0.
+
+        Returns:
+            List of the classes of which the split has no image; [] if that is
+            not known.
+
+        Raises:
+            ValueError: No record has a label, or one has a label that the
+                model does not have.
+        """
+        self._num_classes = num_classes
+        counts = self.records.label_counts()
+        if counts is None:
+            return []
+        if not counts:
+            raise ValueError(
+                "A classifier needs images with labels. Received: "
+                f"{self.records.name}, where no record has one"
+            )
+        beyond = {k: n for k, n in counts.items() if k >= num_classes}
+        if beyond:
+            raise self._beyond(sorted(beyond), sum(beyond.values()))
+        return sorted(set(range(num_classes)) - counts.keys())
+
+    def _beyond(self, labels, records):
+        return ValueError(
+            "Labels must be below NUM_CLASSES (Classifier.num_classes), as "
+            f"classes are numbered from 0. Received: num_classes="
+            f"{self._num_classes}, and in {self.records.name} {records} "
+            f"record(s) with label {arguments.ranges(labels)}"
+        )
+
     @tf.autograph.experimental.do_not_convert
     def train(
-        self, batch_size=None, start_index=0, seed=None, host=0, num_hosts=1
+        self,
+        batch_size=None,
+        start_index=0,
+        seed=None,
+        host=0,
+        num_hosts=1,
+        step_size=None,
     ):
         """The endless training stream.
 
@@ -274,11 +364,17 @@ class CaptionDataset:
             seed: Seed of the stream; by default the constructor's.
             host: Index of this host.
             num_hosts: Number of hosts that share the stream.
+            step_size: Examples of a training step, over all hosts and devices,
+                a multiple of their batches; each host mixes its own part. By
+                default one batch of each host.
 
         Returns:
             A `tf.data.Dataset` of the batches described in the class.
         """
         batch_size = self._batch_size(batch_size)
+        step_size = step_size or batch_size * num_hosts
+        # Examples that are augmented together: those of a step, if mixed.
+        together = step_size // num_hosts if self.mixes else batch_size
         seed = self.seed if seed is None else seed
         arguments.check_integer("start_index", start_index, 0)
         dataset_arguments.hosts(host, num_hosts)
@@ -292,19 +388,22 @@ class CaptionDataset:
             host,
             num_hosts,
         )
-        batches = self._train_batches(batch_size, start_index, reading)
+        batches = self._train_batches(together, start_index, reading)
+        left_out = getattr(self._prompts, "too_long", None)
         diagnose = self._decoder(self.image_size, None).diagnose
         if self._table is not None:
             diagnose = features.diagnose
 
         def finish(batch):
-            self._skips.report(batch, diagnose, "train", start_index, num_hosts)
+            self._skips.report(
+                batch, diagnose, "train", start_index, num_hosts, left_out
+            )
             batch = decoding.replace_bad(batch)
             if self._table is not None:
                 return self._finish(batch)
             image = augmentation.augment(
                 batch["image"],
-                self.image_size,
+                self._augmented_size,
                 seed,
                 batch["index"],
                 flip=self.flip,
@@ -312,9 +411,30 @@ class CaptionDataset:
                 crop_aspect=self.crop_aspect,
                 shift=self.shift,
             )
-            return self._finish({**batch, "image": image})
+            batch = {**batch, "image": image}
+            if self.augmentations:
+                batch = self._augment(batch, seed, start_index, step_size)
+            return self._finish(batch)
 
-        return batches.map(finish, num_parallel_calls=2).prefetch(2)
+        batches = batches.map(finish, num_parallel_calls=2)
+        if together != batch_size:
+            batches = batches.flat_map(
+                lambda batch: _split(batch, together // batch_size)
+            )
+        return batches.prefetch(2)
+
+    def _augment(self, batch, seed, start_index, step_size):
+        """Applies the `augmentations` to a batch of one step."""
+        first = batch["index"][0] - start_index
+        step = start_index + first // step_size * step_size
+        image = tf.cast(batch["image"], tf.float32)
+        batch = {**batch, "image": image}
+        for place, augment in enumerate(self.augmentations):
+            batch = augment(
+                batch, stateless_random.Draws(seed, batch["index"], step, place)
+            )
+        shape = (None, *self.image_size, 3)
+        return {**batch, "image": tf.ensure_shape(batch["image"], shape)}
 
     @tf.autograph.experimental.do_not_convert
     def evaluate(self, batch_size=None, host=0, num_hosts=1):
@@ -349,6 +469,7 @@ class CaptionDataset:
             return stream.shard(num_hosts, host).take(count)
 
         decoder = self._decoder(self.image_size, None)
+        left_out = getattr(decoder.prompts, "too_long", None)
         diagnose = decoder.diagnose
         if self._table is not None:
             numbers = tf.data.Dataset.range(self.num_examples)
@@ -365,7 +486,7 @@ class CaptionDataset:
             )
 
         def finish(batch):
-            self._skips.report(batch, diagnose, "evaluate")
+            self._skips.report(batch, diagnose, "evaluate", left_out=left_out)
             mask = tf.cast(batch["ok"], tf.float32)
             return {**self._finish(batch), "_mask": mask}
 
@@ -383,7 +504,8 @@ class CaptionDataset:
         Returns:
             A tf.data.Dataset of what `RecordDecoder.decode_records` gives for
             B records, with "image" float32 [B, H, W, 3] in [-1, 1] and
-            "captions" as they are stored. The last batch is filled up.
+            "captions" and "prompts" as they are stored. The last batch is
+            filled up.
         """
         decoder = self._decoder(self.image_size, None)
         records = shuffling.in_sequence(self.records, first, count)
@@ -427,9 +549,13 @@ class CaptionDataset:
 
         Returns:
             An iterator of `schema.Example`s; example i has the index i in
-            `evaluate`. A bad record has neither image nor captions.
+            `evaluate`. A bad record has neither image nor captions. If
+            captions answer prompts, `prompts` are those, with the template
+            filled in, and captions that are left out are not there.
         """
-        return self.records.read_examples(limit)
+        examples = self.records.read_examples(limit)
+        prompts = self._prompts
+        return examples if prompts is None else map(prompts.usable, examples)
 
     def read_captions(self, limit):
         """Reads all captions of a random part of the split, without images.
@@ -495,6 +621,7 @@ class CaptionDataset:
             seed=seed,
             max_words=max_words,
             records=self.records,
+            prompts=self._prompts,
         )
 
     def _finish(self, batch):
@@ -505,13 +632,43 @@ class CaptionDataset:
         else:
             result["image"] = decode_resize.to_model_range(batch["image"])
         if self.tokenizer is None:
-            return {**result, "label": batch["label"]}
-        labels = batch.get("tokens")
-        if labels is None:
+            for name in ("label", "mix_label", "mix_weight"):
+                if name in batch:
+                    result[name] = batch[name]
+            return self._with_known_labels(result)
+        labels, lengths = batch.get("tokens"), batch.get("prompt_lengths")
+        if labels is None and "prompts" in batch:
+            labels, lengths = self.tokenizer.with_prompts(
+                batch["prompts"], batch["captions"]
+            )
+        elif labels is None:
             labels = self.tokenizer(batch["captions"])  # [B, K, L]
+        if lengths is not None:
+            result["prompt_lengths"] = lengths
         if self.length_buckets is not None:
             labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
         return {**result, "labels": labels}
+
+    def _with_known_labels(self, batch):
+        """Stops at a label that the model of `check_labels` does not have."""
+        if self._num_classes is None:
+            return batch
+        label = batch["label"]
+        beyond = label >= self._num_classes
+
+        @tf.autograph.experimental.do_not_convert
+        def stop(labels):
+            found = sorted({int(label) for label in labels.numpy()})
+            self._skips.failure = self._beyond(found, len(labels))
+            raise self._skips.failure
+
+        known = tf.cond(
+            tf.reduce_any(beyond),
+            lambda: tf.py_function(stop, [label[beyond]], tf.int64),
+            lambda: tf.constant(0, tf.int64),
+        )
+        with tf.control_dependencies([known]):
+            return {**batch, "label": tf.identity(label)}
 
     def _pixels_in_memory(self):
         """The decoded split, created at first use."""
@@ -543,6 +700,16 @@ class CaptionDataset:
     def _batch_size(self, batch_size):
         arguments.check_integer("batch_size", batch_size or self.batch_size, 1)
         return batch_size or self.batch_size
+
+
+def _split(batch, parts):
+    """The batches [B / parts, ...] of a batch [B, ...], in order."""
+    return tf.data.Dataset.from_tensor_slices(
+        {
+            key: tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]])
+            for key, x in batch.items()
+        }
+    )
 
 
 def _cut(labels, buckets, pad_id):

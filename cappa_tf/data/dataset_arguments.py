@@ -1,28 +1,9 @@
 """Validation of the arguments of a `CaptionDataset`."""
 
-import math
-
+from cappa_tf.data import prompts
 from cappa_tf.utils import arguments
 
 CACHES = (None, "stream", "records", "images")
-
-
-def interval(name, value, most):
-    """Checks that a value is (min, max) with 0 < min <= max <= most, or None.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if value is None:
-        return
-    numbers = isinstance(value, tuple | list) and all(
-        isinstance(x, int | float) for x in value
-    )
-    if not numbers or len(value) != 2 or not 0 < value[0] <= value[1] <= most:
-        raise ValueError(
-            f"`{name}` must be two numbers, 0 < min <= max <= {most}. "
-            f"Received: {name}={value!r}"
-        )
 
 
 def caption_dataset(data):
@@ -54,14 +35,22 @@ def caption_dataset(data):
             "captions_per_image", data.captions_per_image, 1
         )
     arguments.check_choice(CACHES, cache=data.cache)
-    interval("crop_scale", data.crop_scale, 1.0)
-    interval("crop_aspect", data.crop_aspect, math.inf)
+    prompts.check_template(data.prompt)
+    if data.prompt is not None and data.tokenizer is None:
+        raise ValueError(
+            "`prompt` needs a tokenizer, as without one there are no captions. "
+            f"Received: prompt={data.prompt!r}"
+        )
+    if data.crop_scale is not None:
+        arguments.check_interval("crop_scale", data.crop_scale, 1.0)
+    arguments.check_interval("crop_aspect", data.crop_aspect)
     arguments.check_fraction(max_skipped_fraction=data.max_skipped_fraction)
     if data.crop_scale is not None and data.shift:
         raise ValueError(
             "`crop_scale` and `shift` exclude each other. Received: "
             f"crop_scale={data.crop_scale}, shift={data.shift}"
         )
+    augmentations(data)
     if data.shift >= min(data.image_size):
         raise ValueError(
             "`shift` must be smaller than the image. Received: "
@@ -84,17 +73,51 @@ def buckets(length_buckets, tokenizer):
     return sorted({*length_buckets, longest})
 
 
-def decode_size(size, image_size, crop_scale):
+def augmentations(data):
+    """Checks the further augmentations of a `CaptionDataset`.
+
+    Raises:
+        ValueError: If one is none, or they do not go together.
+    """
+    found = data.augmentations
+    for one in found:
+        if not (callable(one) and hasattr(one, "mixes")):
+            raise ValueError(
+                "`augmentations` must be augmentations such as mixing.Mixup(). "
+                f"Received: {one!r}"
+            )
+    if any(one.mixes for one in found[:-1]):
+        raise ValueError(
+            "One of `augmentations` may mix images, and it must be the last "
+            "(mixing.OneOf chooses between several). Received: "
+            f"{[type(one).__name__ for one in found]}"
+        )
+    if data.mixes and data.tokenizer is not None:
+        raise ValueError(
+            "Mixed images have the labels of both, but captions cannot be "
+            "mixed: leave out augmentations that mix, or set tokenizer=None. "
+            f"Received: {type(found[-1]).__name__}"
+        )
+    crops = [one for one in found if one.crops]
+    if len(crops) > 1 or (crops and data.crop_scale is not None):
+        raise ValueError(
+            "Images can be cropped once, by `crop_scale` or by one of "
+            f"`augmentations`. Received: crop_scale={data.crop_scale}, "
+            f"augmentations={[type(one).__name__ for one in found]}"
+        )
+
+
+def decode_size(size, image_size, crops):
     """Size (H, W) of the images before cropping.
 
     Args:
         size: The user's choice; None for the default.
         image_size: (H, W) the model takes.
-        crop_scale: The argument of `CaptionDataset`.
+        crops: Whether they will be cropped.
     """
     if size is not None:
         return arguments.height_width("decode_size", size)
-    scale = 1.0 if crop_scale is None else 1.15
+    scale = 1.15 if crops else 1.0
     return tuple(round(side * scale) for side in image_size)
 
 

@@ -18,6 +18,8 @@ FEATURES = {
     "captions": {"dtype": "bytes", "shape": [None]},
     "key": {"dtype": "bytes", "shape": []},
     "label": {"dtype": "int64", "shape": [], "optional": True},
+    "prompts": {"dtype": "bytes", "shape": [None], "optional": True},
+    "question_types": {"dtype": "bytes", "shape": [None], "optional": True},
 }
 
 
@@ -59,7 +61,8 @@ class DatasetDescription:
         directory: The folder that holds dataset.json and the shards.
         content: The JSON object: "name", "schema_version", "features",
             "splits" (split -> "num_examples", "num_captions",
-            "max_captions", "shards") and "metadata" (free).
+            "max_captions", "labels", "shards", and "num_prompts" if any caption
+            answers a prompt) and "metadata" (free).
     """
 
     def __init__(self, directory, content):
@@ -136,6 +139,19 @@ class DatasetDescription:
     def max_captions(self, split):
         """Maximum number of captions of a record of a split."""
         return self.split(split)["max_captions"]
+
+    def num_prompts(self, split):
+        """Number of captions of a split that answer a prompt."""
+        return self.split(split).get("num_prompts", 0)
+
+    def label_counts(self, split):
+        """Dict label -> number of records; None if an old writer left it out.
+
+        Args:
+            split: Name of the split.
+        """
+        counts = self.split(split).get("labels")
+        return counts and {int(k): count for k, count in counts.items()}
 
     def disagreements(self, split, checksums=False):
         """Lists how the shards on disk differ from the description.

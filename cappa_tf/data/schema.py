@@ -6,11 +6,17 @@ One record is one image with all its captions:
     captions       bytes list   UTF-8, one or more
     key            bytes        unique name (usually that of the file)
     label          int64        optional class
+    prompts        bytes list   optional; captions[i] answers prompts[i]
+    question_types bytes list   optional, one for each prompt
+
+A question with several answers, such as the ten of VQAv2, is repeated: one
+prompt and one caption for each answer. `questions` groups them again.
 
 Files are `<name>-<split>.tfrecord-00000-of-00008`; `dataset.json` beside them
 lists them (`description.DatasetDescription`), and so do the files TFDS needs.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -25,12 +31,17 @@ from cappa_tf.utils import files
 __all__ = [
     "DatasetDescription",
     "Example",
+    "Question",
     "ShardWriter",
     "deserialize",
     "parse",
+    "questions",
     "serialize",
     "write_dataset",
 ]
+
+# Lists that are parallel to the captions.
+_PARALLEL = ("prompts", "question_types")
 
 
 @dataclasses.dataclass
@@ -42,16 +53,60 @@ class Example:
         image: Contents of an image file.
         captions: One or more captions.
         label: Class number, or None.
+        prompts: The question or other text that each caption answers, one for
+            each caption ("" for a caption without one); None if there are none.
+        question_types: Type of the question of each caption, such as "yes/no"
+            ("" if unknown); None if there are none.
     """
 
     key: str
     image: bytes
     captions: list[str]
     label: int | None = None
+    prompts: list[str] | None = None
+    question_types: list[str] | None = None
+
+
+@dataclasses.dataclass
+class Question:
+    """One question about an image with all of its answers.
+
+    Attributes:
+        text: The question.
+        answers: One or more answers, in the order of the record.
+        type: Type of the question, "" if unknown.
+    """
+
+    text: str
+    answers: list[str]
+    type: str = ""
+
+
+def questions(example):
+    """Groups the captions of an `Example` by their prompts.
+
+    Returns:
+        A list of `Question`s in the order in which they first occur; captions
+        without a prompt are left out.
+    """
+    found = {}
+    prompts = example.prompts or []
+    types = example.question_types or [""] * len(prompts)
+    for prompt, answer, kind in zip(prompts, example.captions, types):
+        if prompt:
+            question = found.setdefault(prompt, Question(prompt, [], kind))
+            question.answers.append(answer)
+    return list(found.values())
 
 
 def serialize(example):
-    """Turns an `Example` into the bytes of one record (tf.train.Example)."""
+    """Turns an `Example` into the bytes of one record (tf.train.Example).
+
+    Raises:
+        ValueError: If there is not one prompt, or one question type, for each
+            caption.
+    """
+    _check_parallel(example)
     feature = {
         "image/encoded": _bytes_feature([example.image]),
         "captions": _bytes_feature([c.encode() for c in example.captions]),
@@ -61,6 +116,12 @@ def serialize(example):
         feature["label"] = tf.train.Feature(
             int64_list=tf.train.Int64List(value=[example.label])
         )
+    # Absent unless needed, so that records without prompts keep their bytes.
+    for name in _PARALLEL:
+        if getattr(example, name) is not None:
+            feature[name] = _bytes_feature(
+                [value.encode() for value in getattr(example, name)]
+            )
     features = tf.train.Features(feature=feature)
     # Maps have no order in a protocol buffer: deterministic=True sorts them,
     # so that the same input gives the same shards, byte for byte.
@@ -84,15 +145,16 @@ def deserialize(serialized):
         raise ValueError("the record has no feature 'image/encoded'")
     key = feature["key"].bytes_list.value
     label = feature["label"].int64_list.value
-    return Example(
+    example = Example(
         key=key[0].decode(errors="replace") if key else "",
         image=image[0],
-        captions=[
-            caption.decode(errors="replace")
-            for caption in feature["captions"].bytes_list.value
-        ],
+        captions=_texts(feature, "captions"),
         label=label[0] if label else None,
+        # An absent list is an empty one.
+        **{name: _texts(feature, name) or None for name in _PARALLEL},
     )
+    _check_parallel(example)
+    return example
 
 
 def parse(serialized):
@@ -103,19 +165,27 @@ def parse(serialized):
 
     Returns:
         Dict of "image/encoded" and "key", scalar strings; "captions", string
-        [number of captions]; and "label", scalar int64 (-1 for none).
+        [number of captions]; "prompts", string [number of captions], or [0]
+        if the record has none; and "label", scalar int64 (-1 for none).
     """
-    return tf.io.parse_single_example(
+    texts = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
+    record = tf.io.parse_single_example(
         serialized,
         {
             "image/encoded": tf.io.FixedLenFeature([], tf.string),
-            "captions": tf.io.FixedLenSequenceFeature(
-                [], tf.string, allow_missing=True
-            ),
+            "captions": texts,
+            "prompts": texts,
             "key": tf.io.FixedLenFeature([], tf.string, default_value=""),
             "label": tf.io.FixedLenFeature([], tf.int64, default_value=-1),
         },
     )
+    # Fails if there are prompts, but not one for each caption.
+    count = tf.size(record["prompts"])
+    record["prompts"] = tf.reshape(
+        record["prompts"],
+        [tf.where(count > 0, tf.size(record["captions"]), 0)],
+    )
+    return record
 
 
 def write_dataset(
@@ -184,7 +254,9 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_examples = 0
         self._num_captions = 0
         self._max_captions = 0
-        self._num_labels = 0
+        self._labels = collections.Counter()
+        self._num_prompts = 0
+        self._num_types = 0
 
     def write(self, example):
         """Appends an `Example`."""
@@ -192,7 +264,11 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_examples += 1
         self._num_captions += len(example.captions)
         self._max_captions = max(self._max_captions, len(example.captions))
-        self._num_labels += example.label is not None
+        if example.label is not None:
+            # As JSON has it.
+            self._labels[str(example.label)] += 1
+        self._num_prompts += sum(map(bool, example.prompts or []))
+        self._num_types += sum(map(bool, example.question_types or []))
 
     def __exit__(self, *error):
         self._writer.close()
@@ -205,7 +281,9 @@ class ShardWriter(contextlib.AbstractContextManager):
             num_examples=self._num_examples,
             num_captions=self._num_captions,
             max_captions=self._max_captions,
-            num_labels=self._num_labels,
+            labels=dict(self._labels),
+            num_prompts=self._num_prompts,
+            num_question_types=self._num_types,
             num_bytes=tf.io.gfile.stat(self._path).length,
             sha256=description_lib.file_sha256(self._path),
         )
@@ -266,6 +344,25 @@ def _pairs(examples):
     for split, split_examples in examples.items():
         for example in split_examples:
             yield split, example
+
+
+def _check_parallel(example):
+    for name in _PARALLEL:
+        values = getattr(example, name)
+        if values is not None and len(values) != len(example.captions):
+            raise ValueError(
+                f"`{name}` must have one value for each caption. Received: "
+                f"{len(values)} {name}, {len(example.captions)} captions of "
+                f"{example.key!r}"
+            )
+
+
+def _texts(feature, name):
+    """The strings of a feature, none if it is absent."""
+    return [
+        value.decode(errors="replace")
+        for value in feature[name].bytes_list.value
+    ]
 
 
 def _bytes_feature(values):

@@ -121,18 +121,72 @@ class Tokenizer(tf.Module):
             int32 [..., L].
         """
         strings = tf.convert_to_tensor(strings, tf.string)
-        shape = tf.shape(strings)
-        flat = tf.reshape(strings, [-1])  # [N]
+        return self._with_eos(self._tokens(strings), strings)
+
+    def with_prompts(self, prompts, captions):
+        """Tokenizes captions after the prompts that they answer.
+
+        Both are tokenized on their own, so that the tokens of a prompt do not
+        depend on the caption. With max_length=5 and "a" 5, "b" 6:
+
+            "b", "a a" -> [6, 5, 5, 1, 0], 1    "", "a" -> [5, 1, 0, 0, 0], 0
+
+        Args:
+            prompts: String tensor (or list) of any shape [...].
+            captions: Strings of the same shape.
+
+        Returns:
+            (int32 [..., L], the tokens of the prompt, of the caption and eos,
+            cut as captions are; int32 [...], the length of the prompt).
+        """
+        prompts, captions = (
+            tf.convert_to_tensor(strings, tf.string)
+            for strings in (prompts, captions)
+        )
+        before = self._tokens(prompts)
+        lengths = tf.cast(before.row_lengths(), tf.int32)
+        lengths = tf.minimum(lengths, self.max_length)
+        tokens = tf.concat([before, self._tokens(captions)], axis=1)
+        return (
+            self._with_eos(tokens, captions),
+            tf.reshape(lengths, tf.shape(prompts)),
+        )
+
+    def encode_prompts(self, prompts):
+        """Token ids of prompts, without eos.
+
+        Args:
+            prompts: String tensor (or list) [N].
+
+        Returns:
+            int32 [N, longest], padded.
+        """
+        prompts = tf.convert_to_tensor(prompts, tf.string)
+        return self._tokens(prompts).to_tensor(PAD_ID)
+
+    def count_tokens(self, strings):
+        """Number of tokens of strings of any shape, without eos, int32."""
+        strings = tf.convert_to_tensor(strings, tf.string)
+        counts = tf.cast(self._tokens(strings).row_lengths(), tf.int32)
+        return tf.reshape(counts, tf.shape(strings))
+
+    def _tokens(self, strings):
+        """Ids of N strings of any shape, ragged [N, (tokens)]."""
+        flat = tf.reshape(strings, [-1])
         if self.lowercase:
             flat = tf.strings.lower(flat, encoding="utf-8")
-        tokens = self.load().tokenize(flat)  # ragged [N, (tokens)]
+        return self.load().tokenize(flat)
+
+    def _with_eos(self, tokens, strings):
+        """Ids [..., L] of ragged [N, (tokens)], of strings of shape [...]."""
         if self.sticky_eos:
             tokens = tokens[:, : self.max_length - 1]
-        eos = tf.fill([tf.size(flat), 1], EOS_ID)
+        eos = tf.fill([tf.size(strings), 1], EOS_ID)
         ids = tf.concat([tokens, eos], axis=1).to_tensor(
             PAD_ID, shape=[None, self.max_length]
         )  # [N, L]
-        ids = tf.reshape(ids, tf.concat([shape, [self.max_length]], 0))
+        shape = tf.concat([tf.shape(strings), [self.max_length]], 0)
+        ids = tf.reshape(ids, shape)
         return tf.ensure_shape(ids, strings.shape + [self.max_length])
 
     def encode(self, text):

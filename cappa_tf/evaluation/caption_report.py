@@ -27,6 +27,8 @@ class Captions(Evaluator):
         meteor: Whether to compute METEOR; None does so if Java is installed.
         sheet_images: Number of images on each of the two sheets, those with
             the lowest and those with the highest CIDEr.
+        prompt: Template of what the captions answer, such as "caption:", for a
+            model that was trained with prompts; as in `CaptionDataset`.
         name: Name of the evaluator in the results.
     """
 
@@ -40,12 +42,13 @@ class Captions(Evaluator):
         limit: int | None = None,
         meteor: bool | None = None,
         sheet_images=12,
+        prompt: str | None = None,
         name="caption",
     ):
         super().__init__(name)
         check_choice((None, True, False), meteor=meteor)
         check_integer("sheet_images", sheet_images, 0)
-        self._data = EvaluationImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit, prompt)
         self._meteor, self._sheet_images = meteor, sheet_images
 
     def open(self):
@@ -64,13 +67,10 @@ class Captions(Evaluator):
         self.check(predictor)
         rows = []
         for images, examples in self._data.captioned(predictor):
-            decoded = predictor.decoder.decode(
-                images,
-                [example.key for example in examples],
-                [example.captions for example in examples],
-            )
-            for row, example in zip(decoded, examples):
-                row.image = example.image if self._sheet_images else None
+            for i, row in captioning.caption_batch(
+                predictor.decoder, images, examples
+            ):
+                row.image = examples[i].image if self._sheet_images else None
                 rows.append(row)
         meteor = self._meteor
         if meteor is None:
@@ -110,6 +110,7 @@ class Captions(Evaluator):
 def _as_json(row, cider):
     return {
         "key": row.key,
+        **({"prompt": row.prompt} if row.prompt else {}),
         "caption": row.caption,
         "cider": cider,
         "log_likelihood": row.log_likelihood,

@@ -34,6 +34,7 @@ def evaluate_captions(
 ):
     """Captions every image of a split and compares it with its references.
 
+    If captions answer prompts, each image gets one for each of its prompts.
     Bad records are left out; the data set counts them.
 
     Args:
@@ -58,23 +59,25 @@ def evaluate_captions(
     Raises:
         ValueError: If there is no image to caption.
     """
-    rows, nll, tokens = [], 0.0, 0.0
+    rows, nll, tokens, done = [], 0.0, 0.0, 0
     most = dataset.max_captions
     part = (0, 1) if hosts is None else (hosts.index, hosts.count)
     for images, indices, examples in batches(
         dataset, decoder.batch_size, limit, *part
     ):
-        references = [example.captions for example in examples]
-        keys = [example.key for example in examples]
-        decoded = decoder.decode(images, keys, references)
-        for i, row, example in zip(indices, decoded, examples):
-            row.image = example.image if len(rows) < keep_images else None
-            rows.append((i, row))
+        for i, row in caption_batch(decoder, images, examples):
+            image = examples[i].image
+            row.image = image if len(rows) < keep_images else None
+            rows.append((indices[i], row))
         if decoder.left_to_right:
-            sums = decoder.reference_nll(images, references, most)
+            references = [example.captions for example in examples]
+            sums = decoder.reference_nll(
+                images, references, most, prompts_of(examples)
+            )
             nll, tokens = nll + sums[0], tokens + sums[1]
+        done += len(examples)
         if progress is not None:
-            progress(len(rows))
+            progress(done)
     parts = [(rows, nll, tokens)]
     if hosts is not None:
         parts = hosts.gather(parts[0])
@@ -92,6 +95,51 @@ def evaluate_captions(
     if corpus_scores:
         metrics |= score_rows(rows).corpus
     return CaptionResult(rows, metrics)
+
+
+def caption_batch(decoder, images, examples):
+    """Captions a batch of images, once for each of their prompts.
+
+    Args:
+        decoder: A `CaptionDecoder`.
+        images: float [at most B, H, W, 3] in [-1, 1].
+        examples: Their `Example`s.
+
+    Returns:
+        List of (index of the image, `CaptionRow` with the references that
+        answer the same prompt).
+    """
+    prompts = prompts_of(examples)
+    keys = [example.key for example in examples]
+    references = [example.captions for example in examples]
+    if prompts is None:
+        return [*enumerate(decoder.decode(images, keys, references))]
+    asked = []
+    for i, (some, captions) in enumerate(zip(prompts, references)):
+        grouped = {}
+        for prompt, caption in zip(some, captions):
+            grouped.setdefault(prompt, []).append(caption)
+        asked += [(i, *pair) for pair in grouped.items()]
+    rows = []
+    for start in range(0, len(asked), decoder.batch_size):
+        numbers, some, references = zip(
+            *asked[start : start + decoder.batch_size]
+        )
+        found = decoder.decode(
+            tf.gather(images, numbers),
+            [keys[i] for i in numbers],
+            references,
+            prompts=some,
+        )
+        rows += zip(numbers, found)
+    return rows
+
+
+def prompts_of(examples):
+    """A list of prompts for each example, or None if none has any."""
+    if not any(any(example.prompts or ()) for example in examples):
+        return None
+    return [e.prompts or [""] * len(e.captions) for e in examples]
 
 
 def batches(dataset, batch_size, limit=None, host=0, num_hosts=1):

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.data.caption_dataset import CaptionDataset
+from cappa_tf.data.prompts import check_template
 from cappa_tf.data.sources import prepared
 from cappa_tf.evaluation import captioning
 from cappa_tf.utils import files
@@ -27,18 +28,24 @@ class EvaluationImages:
         path: Path of the data or a source, as in `CaptionDataset`.
         split: Name of the split.
         limit: Maximum number of images, including bad ones; None for all.
+        prompt: Template of the prompts of captions, as in `CaptionDataset`.
 
     Attributes:
         skipped: Counter of the images left out in the last pass, by reason.
     """
 
     def __init__(
-        self, path: str | os.PathLike, split: str, limit: int | None = None
+        self,
+        path: str | os.PathLike,
+        split: str,
+        limit: int | None = None,
+        prompt: str | None = None,
     ):
+        check_template(prompt)
         check_counts(optional=True, limit=limit)
         self._source = prepared.as_source(path)
         self.path, self.split = self._source.name, split
-        self._limit = limit
+        self._limit, self._prompt = limit, prompt
         self.skipped = collections.Counter()
 
     @property
@@ -58,14 +65,18 @@ class EvaluationImages:
         self.skipped = collections.Counter()
         # An evaluation reports what it left out, so it may skip bad records.
         # Prepared data were checked when they were written: an unreadable
-        # record there means damage.
+        # record there means damage. But how long a question may be depends on
+        # the model.
         source = getattr(self._source, "source", self._source)
-        strict = isinstance(source, prepared.PreparedData)
+        strict = isinstance(source, prepared.PreparedData) and not (
+            self._prompt or source.split(self.split).has_prompts
+        )
         return CaptionDataset(
             source,
             self.split,
             tokenizer,
             preprocessing=preprocessing,
+            prompt=None if tokenizer is None else self._prompt,
             **({} if strict else {"max_skipped_fraction": 1.0}),
         )
 
@@ -78,7 +89,7 @@ class EvaluationImages:
 
         Yields:
             (images float32 [at most B, H, W, 3] in [-1, 1], their
-            `schema.Example`s).
+            `schema.Example`s, with `prompts` as text if there are any).
 
         Raises:
             ValueError: If there is no image to read.

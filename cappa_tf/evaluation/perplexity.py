@@ -7,6 +7,7 @@ its mean per token.
 import math
 import os
 
+from cappa_tf.evaluation import captioning
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -28,6 +29,8 @@ class Perplexity(Evaluator):
         blind: Whether to also score the captions without images, if the model
             supports it. This shows how much of the likelihood is due to
             language alone.
+        prompt: Template of what the captions answer, such as "caption:", for a
+            model that was trained with prompts; as in `CaptionDataset`.
         name: Name of the evaluator in the results.
     """
 
@@ -40,10 +43,11 @@ class Perplexity(Evaluator):
         *,
         limit: int | None = None,
         blind=False,
+        prompt: str | None = None,
         name="perplexity",
     ):
         super().__init__(name)
-        self._data = EvaluationImages(path, split, limit)
+        self._data = EvaluationImages(path, split, limit, prompt)
         self._blind = blind
 
     def open(self):
@@ -66,9 +70,12 @@ class Perplexity(Evaluator):
         tokens, rows = 0, []
         for images, examples in self._data.captioned(predictor):
             texts = [example.captions for example in examples]
+            prompts = captioning.prompts_of(examples)
             row_nll = {}
             for mode in modes:
-                row_nll[mode] = predictor.score_captions(images, texts, mode)
+                row_nll[mode] = predictor.score_captions(
+                    images, texts, mode, prompts
+                )
                 totals[mode] -= sum(float(s.sum()) for s in row_nll[mode])
             for i, example in enumerate(examples):
                 counts = predictor.count_tokens(example.captions)

@@ -1,9 +1,9 @@
 """Image sheet: a grid of images with their captions and probabilities.
 
-Every tile has the image; the caption, marked by a green bar if it is one of
-the references and by a red one if not; the first reference in gray; and the
-caption's tokens, each on a color from red (improbable) to green with its
-probability in percent below.
+Every tile has the image; the prompt, if any, in gray; the caption, marked by a
+green bar if it is one of the references and by a red one if not; the first
+reference in gray; and the caption's tokens, each on a color from red
+(improbable) to green with its probability in percent below.
 
 All lengths are in pixels.
 """
@@ -54,15 +54,18 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
     columns = min(columns, len(rows))
     tiles = [_tile(row, marks) for row in rows]
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    sheet = _assemble(lines, columns, title)
+    legend = "Under each caption: a reference"
+    if any(row.pieces for row in rows):
+        legend += "; its tokens' probabilities in %"
+    sheet = _assemble(lines, columns, title, f"{legend}.")
     with files.replacing(path) as unfinished:
         sheet.save(unfinished, "PNG", optimize=True)
 
 
-def _assemble(lines, columns, title):
+def _assemble(lines, columns, title, legend):
     """Arranges tiles in a grid, each line as high as its highest tile."""
     width = columns * (_TILE + _MARGIN) + _MARGIN
-    header = _header(title, width - 2 * _MARGIN)
+    header = _header(title, legend, width - 2 * _MARGIN)
     heights = [max(tile.height for tile in line) + _MARGIN for line in lines]
     top = _MARGIN + header.height + _GAP
     sheet = Image.new("RGB", (width, top + sum(heights)), _PAPER)
@@ -74,9 +77,8 @@ def _assemble(lines, columns, title):
     return sheet
 
 
-def _header(title, width):
+def _header(title, legend, width):
     """The title and the legend."""
-    legend = "Under each caption: a reference; its tokens' probabilities in %."
     texts = [_paragraph(legend, _font(13), width, _GREY)]
     if title:
         texts.insert(0, _paragraph(title, _font(20), width))
@@ -91,6 +93,8 @@ def _tile(row, marks):
             f"key={row.key!r}"
         )
     parts = [_image(row.image), _caption(row, marks)]
+    if row.prompt:
+        parts.insert(1, _paragraph(row.prompt, _font(13), _TILE, _GREY))
     if row.references:
         parts.append(_paragraph(row.references[0], _font(13), _TILE, _GREY))
     if row.pieces:

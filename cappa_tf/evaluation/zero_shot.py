@@ -24,6 +24,12 @@ import os
 import numpy as np
 
 from cappa_tf.evaluation import prompts
+from cappa_tf.evaluation.class_figures import (
+    confusion_lines,
+    figures,
+    first,
+    ranks,
+)
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -47,7 +53,6 @@ from cappa_tf.utils.arguments import (
     check_number,
 )
 
-_MOST_COLUMNS = 20
 # Added to the norm of a class embedding, as in the reference.
 _EPSILON = 1e-8
 
@@ -74,68 +79,6 @@ def class_embeddings(embeddings, classes):
     return means / (norms + _EPSILON)
 
 
-def ranks(scores, labels):
-    """Counts the wrong classes that score as high as the right one or higher.
-
-    Args:
-        scores: float [N, C].
-        labels: int [N], or [N, K] padded with -1; of several labels the one
-            with the highest score counts.
-
-    Returns:
-        int [N], 0 where a right class wins alone: a tie counts as lost.
-    """
-    right = _is_right(labels, scores.shape[1])
-    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-    return (~right & (scores >= best)).sum(1)
-
-
-def _is_right(labels, num_classes):
-    """Bool [N, C], True where a class is a label of an image."""
-    labels = np.asarray(labels)
-    labels = labels.reshape(len(labels), -1)
-    right = np.zeros((len(labels), num_classes), bool)
-    rows, columns = np.nonzero(labels >= 0)
-    right[rows, labels[rows, columns]] = True
-    return right
-
-
-def figures(scores, labels):
-    """Accuracies and the confusion matrix.
-
-    Args:
-        scores: float [N, C].
-        labels: int [N], or [N, K] padded with -1: any of them is right. Each
-            image has at least one.
-
-    Returns:
-        (dict of `top_1`, with more than five classes `top_5`, and
-        `mean_per_class`, the mean of the top-1 of each class; int [C, C], true
-        class by predicted class). An image with several labels belongs to each
-        of these classes; in the matrix its true class is the predicted one if
-        that is right, and the first label otherwise.
-    """
-    classes = scores.shape[1]
-    position = ranks(scores, labels)
-    right = _is_right(labels, classes)
-    predicted = scores.argmax(1)
-    each = np.arange(len(scores))
-    first = np.asarray(labels).reshape(len(scores), -1)[:, 0]
-    true = np.where(right[each, predicted], predicted, first)
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (true, predicted), 1)
-    per_class = [
-        np.mean(position[right[:, c]] == 0)
-        for c in range(classes)
-        if right[:, c].any()
-    ]
-    found = {"top_1": float(np.mean(position == 0))}
-    if classes > 5:
-        found["top_5"] = float(np.mean(position < 5))
-    found["mean_per_class"] = float(np.mean(per_class))
-    return found, confusion
-
-
 class _Likelihoods:
     """Scores of classes by the log-likelihood of their prompts.
 
@@ -144,10 +87,13 @@ class _Likelihoods:
         texts: C lists of texts, with the M texts of an alias together.
         num_templates: M.
         kind: Kind of the score.
+        question: What the texts answer, for a captioner that was trained with
+            prompts, or None.
     """
 
-    def __init__(self, predictor, texts, num_templates, kind):
+    def __init__(self, predictor, texts, num_templates, kind, question):
         self._predictor, self._kind = predictor, kind
+        self._question = question
         self._flat = [text for some in texts for text in some]
         # Where the aliases of each class begin.
         aliases = np.array([len(some) // num_templates for some in texts])
@@ -157,12 +103,15 @@ class _Likelihoods:
     def __call__(self, images):
         """Scores float64 [B, C] of images."""
         return self._by_class(
-            self._predictor.score(images, self._flat, self._kind)
+            self._predictor.score(
+                images, self._flat, self._kind, self._question
+            )
         )
 
     def blind(self):
         """Scores float64 [C] without any image."""
-        return self._by_class(self._predictor.blind(self._flat)[None])[0]
+        asked = self._question and [self._question] * len(self._flat)
+        return self._by_class(self._predictor.blind(self._flat, asked)[None])[0]
 
     def _by_class(self, scores):  # [B, P] -> [B, C]
         aliases = scores.reshape(len(scores), -1, self._num_templates).mean(2)
@@ -215,6 +164,8 @@ class ZeroShot(Evaluator):
             1.14 (1 / 0.875) for contrastive models, others 1.0.
         parallel: Whether to score in parallel mode, too.
         limit: Maximum number of images to use, or None for all.
+        prompt: What the names answer, such as "classify:" with the template
+            "{}", for a captioner that was trained with prompts.
         name: Name of the evaluator in the results.
     """
 
@@ -232,6 +183,7 @@ class ZeroShot(Evaluator):
         margin=1.0,
         parallel=False,
         limit: int | None = None,
+        prompt: str | None = None,
         name="zero_shot",
     ):
         super().__init__(name)
@@ -249,7 +201,7 @@ class ZeroShot(Evaluator):
         self._canonical, self._aliases = canonical, aliases
         self._resize, self._margin = resize, margin
         self.needs = (SCORE, PARALLEL)[: 1 + parallel]
-        self._limit = limit
+        self._limit, self._question = limit, prompt
 
     def open(self):
         """Checks that the data can be found."""
@@ -283,7 +235,9 @@ class ZeroShot(Evaluator):
         texts = self._texts(names, kind)
         if kind == COSINE:
             return _Cosines(predictor, texts)
-        return _Likelihoods(predictor, texts, len(self._templates), kind)
+        return _Likelihoods(
+            predictor, texts, len(self._templates), kind, self._question
+        )
 
     def evaluate(self, predictor):
         """Classifies every image.
@@ -312,7 +266,7 @@ class ZeroShot(Evaluator):
                 predictor.batch_size,
                 read_labels(self._labels, len(names)),
             )
-        for images, numbers, _ in _first(batches, self._limit):
+        for images, numbers, _ in first(batches, self._limit):
             if numbers.max() >= len(names):
                 raise ValueError(
                     "Every label must have a class name. Received: label "
@@ -346,7 +300,7 @@ class ZeroShot(Evaluator):
         lines = [
             f"{len(labels)} images, {len(names)} classes",
             *table(("score", *found), rows),
-            *_confusion_lines(names, confusions[plain]),
+            *confusion_lines(names, confusions[plain]),
             *skipped_lines(skipped),
         ]
         details = {
@@ -357,26 +311,3 @@ class ZeroShot(Evaluator):
             "skipped": dict(skipped),
         }
         return Report(metrics, lines, details, items=items)
-
-
-def _confusion_lines(names, confusion):
-    """The matrix as a table, if it fits the terminal."""
-    if len(names) > _MOST_COLUMNS:
-        return []
-    rows = [
-        (f"{number} {name}", *row)
-        for number, (name, row) in enumerate(zip(names, confusion))
-    ]
-    head = ("true class, by predicted one", *range(len(names)))
-    return ["", *table(head, rows)]
-
-
-def _first(batches, limit):
-    """The first `limit` images of batches; all if it is None."""
-    left = float("inf") if limit is None else limit
-    for batch in batches:
-        count = int(min(left, len(batch[0])))
-        yield tuple(values[:count] for values in batch)
-        left -= count
-        if not left:
-            return

@@ -9,13 +9,9 @@ even if TensorFlow is not installed.
 
 import keras
 
-from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving.weights import to_numpy, variables_by_path
-from cappa_tf.utils.arguments import height_width
+from cappa_tf.saving.weights import rebuilt
 from cappa_tf.utils.files import replacing
-
-_POSITIONS = "positions/position_embedding"
 
 
 def save_backbone(encoder, path):
@@ -30,7 +26,12 @@ def save_backbone(encoder, path):
         path: Path of the file to write; must end in `.keras`.
     """
     plain = rebuilt(
-        encoder, dtype="float32", dropout=0.0, patch_dropout=0.0, remat=False
+        encoder,
+        dtype="float32",
+        dropout=0.0,
+        patch_dropout=0.0,
+        stochastic_depth=0.0,
+        remat=False,
     )
     with replacing(path) as unfinished:
         plain.save(unfinished)
@@ -65,30 +66,3 @@ def load_backbone(path, image_size=None, dtype=None):
     changes = {"image_size": image_size, "dtype": dtype}
     changes = {k: v for k, v in changes.items() if v is not None}
     return rebuilt(encoder, **changes) if changes else encoder
-
-
-def rebuilt(encoder, **changes):
-    """Copies an encoder with some arguments changed.
-
-    Args:
-        encoder: A built `VisionEncoder`.
-        **changes: Arguments of `VisionEncoder` that do not change the shapes
-            of weights, and `image_size`, for which learned positions are
-            resampled.
-
-    Returns:
-        A new built `VisionEncoder` with the same weights.
-    """
-    if "image_size" in changes:
-        changes["image_size"] = height_width(
-            "image_size", changes["image_size"]
-        )
-    other = type(encoder).from_config({**encoder.get_config(), **changes})
-    other.build()
-    old = variables_by_path(encoder)
-    for name, variable in variables_by_path(other).items():
-        value = to_numpy(old[name])
-        if name == _POSITIONS:
-            value = resample_positions(value, other.grid, encoder.grid)
-        variable.assign(value)
-    return other

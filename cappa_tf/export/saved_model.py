@@ -18,6 +18,7 @@ import re
 
 import tensorflow as tf
 
+from cappa_tf.data import prompts
 from cappa_tf.data.images import decode_resize
 from cappa_tf.export import request_images, serving_files
 from cappa_tf.models import likelihood
@@ -33,6 +34,7 @@ _GRAPH = "saved_model.pb"
 
 IMAGE_BYTES = tf.TensorSpec([None], tf.string, "image_bytes")
 TEXTS = tf.TensorSpec([None, None], tf.string, "texts")
+PROMPT = tf.TensorSpec([None], tf.string, "prompt")
 NOT_UTF8 = "texts: a text is not UTF-8"
 
 
@@ -160,6 +162,10 @@ class CaptionService(Service):
     JSON); the other images of the request are answered. A request that is
     malformed as a whole fails with the name of the input.
 
+    `caption` and `score` of a captioner that was trained with prompts also take
+    `prompt` string [B], what the caption or the texts of an image answer. One
+    that is unlike those of its training, or too long, is an error of its image.
+
     Args:
         captioner: A built `Captioner`.
         tokenizer: As of `Service`.
@@ -187,31 +193,44 @@ class CaptionService(Service):
 
     def functions(self):
         """The methods and their inputs, see `Service.signatures`."""
+        asked = [PROMPT] if self._model.prompts else []
         return {
-            "caption": (self.caption, [IMAGE_BYTES]),
-            "score": (self.score, [IMAGE_BYTES, TEXTS]),
+            "caption": (self.caption, [IMAGE_BYTES, *asked]),
+            "score": (self.score, [IMAGE_BYTES, TEXTS, *asked]),
             "embed": (self.embed, [IMAGE_BYTES]),
         }
 
-    def caption(self, image_bytes):
+    @property
+    def example_prompt(self):
+        """A prompt that the model knows, for requests that warm a server up."""
+        return self._model.prompts[0].replace(prompts.QUESTION, "what is this")
+
+    def caption(self, image_bytes, prompt=None):
         """Captions images.
 
         Args:
             image_bytes: string [B].
+            prompt: string [B], if the captioner was trained with prompts.
 
         Returns:
             Dict of `caption` string [B]; `log_likelihood` float32 [B] of the
-            caption including eos; `ok` and `error`.
+            caption including eos, given its prompt; `ok` and `error`.
         """
         images, error = self._decode(image_bytes)
-        output = self._model.generate(images, max_length=self._max_length)
+        ids = None
+        if prompt is not None:
+            prompt, error = self._flag_prompts(prompt, error)
+            ids = self._tokenizer.encode_prompts(prompt)
+        output = self._model.generate(
+            images, max_length=self._max_length, prompts=ids
+        )
         captions = tf.strings.unicode_transcode(
             self._tokenizer.detokenize_bytes(output["tokens"]), "UTF-8", "UTF-8"
         )
         likelihood = tf.reduce_sum(output["log_probs"], axis=-1)
         return _answer(error, caption=captions, log_likelihood=likelihood)
 
-    def score(self, image_bytes, texts):
+    def score(self, image_bytes, texts, prompt=None):
         """Log-likelihood of texts for images.
 
         Args:
@@ -219,6 +238,7 @@ class CaptionService(Service):
             texts: string [B, T], each image's own texts, or [1, T], the same
                 texts for all. (With [T] a server that batches requests could
                 not tell to which request they belong.)
+            prompt: string [B], as of `caption`.
 
         Returns:
             Dict of `log_likelihood` float32 [B, T], summed over the tokens of
@@ -228,8 +248,43 @@ class CaptionService(Service):
         images, error = self._decode(image_bytes)
         texts = self._spread(texts, tf.shape(images)[0])
         error = self._flag_texts(texts, error)
-        scores = self._score(images, self._tokenizer(texts))
+        if prompt is None:
+            scores = self._score(images, self._tokenizer(texts))
+        else:
+            prompt, error = self._flag_prompts(prompt, error)
+            prompt = tf.broadcast_to(prompt[:, None], tf.shape(texts))
+            scores = self._score(
+                images, *self._tokenizer.with_prompts(prompt, texts)
+            )
         return _answer(error, log_likelihood=scores)
+
+    def _flag_prompts(self, prompt, error):
+        """Prompts [B] without those that cannot be answered, and errors."""
+        prompt = _checked(
+            prompt,
+            1,
+            lambda shape: shape[0] == tf.size(error),
+            "prompt must be a list with one prompt for each image.",
+        )
+        prompt = tf.strings.strip(prompt)
+        most = self._model.text_decoder.max_length - 2
+        known = ", ".join(map(repr, self._model.prompts))
+        pattern = prompts.pattern(self._model.prompts)
+        # What is not UTF-8 cannot be tokenized.
+        text = tf.where(_is_utf8(prompt), prompt, "")
+        for fine, message in (
+            (_is_utf8(prompt), "prompt: it is not UTF-8"),
+            (
+                tf.strings.regex_full_match(text, pattern),
+                f"prompt: the model was trained with other prompts: {known}",
+            ),
+            (
+                self._tokenizer.count_tokens(text) <= most,
+                f"prompt: more than {most} tokens",
+            ),
+        ):
+            error = tf.where((error == "") & ~fine, message, error)
+        return tf.where(error == "", text, ""), error
 
     def embed(self, image_bytes):
         """Features of images, the encoder's `pre_logits`.
@@ -244,21 +299,27 @@ class CaptionService(Service):
         features = self._model.vision_encoder(images)["pre_logits"]
         return _answer(error, embedding=tf.cast(features, tf.float32))
 
-    def _score(self, images, labels):
-        """Log-likelihood [B, T] of labels [B, T, L], in several passes."""
+    def _score(self, images, labels, prompt_lengths=None):
+        """Log-likelihood [B, T] of labels [B, T, L], in several passes.
+
+        `prompt_lengths` is int32 [B, T], or None.
+        """
         captioner = self._model
         memory = captioner.text_decoder.project_memory(captioner.encode(images))
         longest = tf.reduce_max(tf.math.count_nonzero(labels, axis=-1))
         labels = labels[:, :, :longest]
         if not captioner.left_to_right:
             return likelihood.score_parallel(
-                captioner.text_decoder, memory, labels
+                captioner.text_decoder, memory, labels, prompt_lengths
             )
         count, texts = tf.shape(labels)[0], tf.shape(labels)[1]
 
         def one_pass(start, scores):
-            some = labels[:, start : start + TEXTS_PER_PASS]
-            nll = _nll(captioner, memory, some)
+            part = slice(start, start + TEXTS_PER_PASS)
+            lengths = prompt_lengths
+            if lengths is not None:
+                lengths = lengths[:, part]
+            nll = _nll(captioner, memory, labels[:, part], lengths)
             return start + TEXTS_PER_PASS, tf.concat([scores, -nll], axis=1)
 
         _, scores = tf.while_loop(
@@ -516,16 +577,19 @@ def _softmax_once(logits, label):
     return tf.exp(logits - normalizer)
 
 
-def _nll(captioner, memory, labels):
-    """Negative log-likelihood [B, K] of labels [B, K, L]."""
+def _nll(captioner, memory, labels, prompt_lengths):
+    """Negative log-likelihood [B, K] of labels [B, K, L] after prompts."""
     decoder = captioner.text_decoder
     shape = tf.shape(labels)
     flat = tf.reshape(labels, [-1, shape[2]])  # -> [B * K, L]
     hidden = decoder(decoder.shift_right(flat), memory)
+    scored = likelihood.scored_tokens(
+        labels, prompt_lengths, decoder.special_tokens.pad
+    )
     _, nll = cross_entropy.token_cross_entropy(
         tf.reshape(hidden, [-1, decoder.hidden_dim]),
         tf.reshape(flat, [-1]),
-        tf.reshape(flat, [-1]) != decoder.special_tokens.pad,
+        tf.reshape(scored, [-1]),
         *decoder.head_weights,
         chunk_size=captioner.chunk_size,
     )

@@ -53,7 +53,8 @@ class RestClient:
         Args:
             signature: Name of the signature.
             inputs: Dict of lists: `image_bytes` of bytes; `texts`, a list of
-                strings for each image, or strings for embed_text.
+                strings for each image, or strings for embed_text; `prompt`, a
+                string for each image.
 
         Returns:
             Dict of lists or arrays, the outputs of the signature.

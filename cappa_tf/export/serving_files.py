@@ -196,14 +196,18 @@ def warmup_records(service, name):
     records = []
     for images in ([image], [image, image, b"not an image"]):
         texts = np.array([["a photo", "a longer text"]] * len(images), object)
+        values = {
+            ("image_bytes", 1): images,
+            ("texts", 1): texts[:, 0],
+            ("texts", 2): texts,
+        }
         for signature, function in service.signatures().items():
+            specs = function.input_signature
+            if any(spec.name == "prompt" for spec in specs):
+                prompt = [service.example_prompt] * len(images)
+                values["prompt", 1] = prompt
             inputs = {
-                spec.name: images
-                if spec.name == "image_bytes"
-                else texts[:, 0]
-                if spec.shape.rank == 1
-                else texts
-                for spec in function.input_signature
+                spec.name: values[spec.name, spec.shape.rank] for spec in specs
             }
             record = prediction_log_pb2.PredictionLog()
             request = record.predict_log.request

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.data.images.image_files import UnusableError
+from cappa_tf.inference import prompting
 
 
 @dataclasses.dataclass
@@ -33,6 +34,8 @@ class CaptionRow:
         image: Encoded bytes of the image, for the image sheet, or None.
         others: Further `CaptionRow`s of the image, best first, if several
             captions were requested.
+        prompt: What the caption answers, "" for nothing. It is not part of any
+            of the above.
     """
 
     key: str
@@ -43,6 +46,7 @@ class CaptionRow:
     references: list = dataclasses.field(default_factory=list)
     image: bytes | None = dataclasses.field(default=None, repr=False)
     others: list = dataclasses.field(default_factory=list)
+    prompt: str = ""
 
     @property
     def exact_match(self):
@@ -67,6 +71,8 @@ class CaptionDecoder:
         max_length: Maximum length L of a caption in tokens; the decoder's by
             default.
         compiled: Compiles a function of batches; by default for one device.
+        prompt: What the captions answer where `decode` gets no other prompts,
+            for a captioner that was trained with prompts.
         **generation: Options of `captioner.generate`. If it samples, the
             samples of an image are a function of the seed and its key.
 
@@ -82,6 +88,7 @@ class CaptionDecoder:
         batch_size=64,
         max_length=None,
         compiled=None,
+        prompt=None,
         **generation,
     ):
         if batch_size < 1:
@@ -94,9 +101,12 @@ class CaptionDecoder:
         if compiled is None:
             # AutoGraph has nothing to convert here, but would take long.
             compiled = functools.partial(tf.function, autograph=False)
+        self._captioner, self._prompt = captioner, prompt
+        if prompt is not None:
+            prompting.check(captioner, tokenizer, prompt)
         self._generate = compiled(
-            lambda images, **index: captioner.generate(
-                images, max_length=max_length, **generation, **index
+            lambda images, options: captioner.generate(
+                images, max_length=max_length, **generation, **options
             )
         )
         self._generation = generation
@@ -105,29 +115,51 @@ class CaptionDecoder:
             lambda batch: captioner.compute_losses(batch, training=False)
         )
 
-    def decode(self, images, keys, references=None):
+    def decode(self, images, keys, references=None, prompts=None):
         """Captions up to B images.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1], or fewer.
+            images: float [B, H, W, 3] in [-1, 1], or fewer; None for none (the
+                blind decoder).
             keys: The names of the images. Any images beyond them are padding.
             references: Optional list of lists of captions.
+            prompts: Optional list of strings, what each caption answers.
 
         Returns:
             A list of `CaptionRow`s, one per key.
+
+        Raises:
+            ValueError: The captioner was trained with other prompts, or needs
+                some; see `prompting.check`.
         """
-        index = {"index": self._index(keys)} if self._generation else {}
-        output = self._generate(self._fill(images), **index)
+        options = {"index": self._index(keys)} if self._generation else {}
+        if prompts is None:
+            prompts = [self._prompt or ""] * len(keys)
+        ids = prompting.encode(
+            self._captioner, self.tokenizer, prompts, self.batch_size
+        )
+        if images is None:
+            if ids is None:
+                # Empty prompts say how many captions there are. Keras warns
+                # of an attention to a single place.
+                ids = np.full((self.batch_size, 2), self.tokenizer.pad_id)
+        else:
+            images = self._fill(images)
+        if ids is not None:
+            options["prompts"] = tf.constant(ids, tf.int32)
+        output = self._generate(images, options)
         tokens, log_probs = (
             self._by_image(output[name])[: len(keys)]
             for name in ("tokens", "log_probs")
         )  # -> [images, captions, L]
         references = references or [[] for _ in keys]
         rows = []
-        for key, texts, probs, ours in zip(keys, tokens, log_probs, references):
+        for key, texts, probs, ours, prompt in zip(
+            keys, tokens, log_probs, references, prompts
+        ):
             captions = self.tokenizer.detokenize(texts)
             best, *others = (
-                self._row(key, *columns, ours)
+                self._row(key, *columns, ours, prompt)
                 for columns in zip(captions, texts, probs)
             )
             rows.append(dataclasses.replace(best, others=others))
@@ -143,7 +175,7 @@ class CaptionDecoder:
         array = values.numpy()
         return array.reshape(self.batch_size, -1, array.shape[-1])
 
-    def _row(self, key, caption, tokens, log_probs, references):
+    def _row(self, key, caption, tokens, log_probs, references, prompt):
         ended = np.flatnonzero(tokens == self.tokenizer.eos_id)
         count = ended[0] + 1 if ended.size else len(tokens)
         return CaptionRow(
@@ -153,6 +185,7 @@ class CaptionDecoder:
             pieces=self._pieces(tokens[:count]),
             probabilities=np.exp(log_probs[:count]).tolist(),
             references=list(references),
+            prompt=prompt,
         )
 
     def _pieces(self, tokens):
@@ -191,7 +224,7 @@ class CaptionDecoder:
             for path in some:
                 yield path, rows.get(path), reasons.get(path)
 
-    def reference_nll(self, images, references, most=None):
+    def reference_nll(self, images, references, most=None, prompts=None):
         """Negative log-likelihood of captions written by people, left to right.
 
         Args:
@@ -200,14 +233,16 @@ class CaptionDecoder:
             most: K, if it must be the same for all batches: each K, and each
                 length rounded up to a multiple of 8 tokens, needs its own
                 graph.
+            prompts: Lists of the prompts that they answer, or None.
 
         Returns:
             The negative log-likelihood in nats, summed over all references,
-            and their number of tokens (including eos, without padding).
+            and their number of tokens (including eos, without padding and
+            prompts).
         """
         batch = {
             "image": self._fill(images),
-            "labels": self._labels(references, most),
+            **self._labels(references, most, prompts),
         }
         losses = self._losses(batch)
         return tuple(
@@ -227,20 +262,33 @@ class CaptionDecoder:
             )
         return tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
 
-    def _labels(self, references, most):
-        """Labels int32 [B, K, L] of ragged lists, filled up with padding."""
+    def _labels(self, references, most, prompts):
+        """Labels int32 [B, K, L] of ragged lists, filled up with padding.
+
+        In a dict, beside the lengths of prompts int32 [B, K] if there are any.
+        """
         most = most or max(len(captions) for captions in references)
-        flat = [caption for captions in references for caption in captions]
-        tokens = np.asarray(self.tokenizer(tf.constant(flat)))
+        flat = tf.constant([c for captions in references for c in captions])
+        lengths = None
+        if prompts is None:
+            tokens = np.asarray(self.tokenizer(flat))
+        else:
+            asked = tf.constant([p for some in prompts for p in some])
+            tokens, lengths = self.tokenizer.with_prompts(asked, flat)
         labels = np.full(
             (self.batch_size, most, tokens.shape[-1]),
             self.tokenizer.pad_id,
-            tokens.dtype,
+            np.int32,
         )
         counts = np.array([len(captions) for captions in references])
         filled = np.arange(most) < counts[:, None]  # [images, K]
         labels[: len(references)][filled] = tokens
-        return tf.constant(_cut(labels, self.tokenizer.pad_id))
+        found = {"labels": tf.constant(_cut(labels, self.tokenizer.pad_id))}
+        if lengths is not None:
+            by_image = np.zeros((self.batch_size, most), np.int32)
+            by_image[: len(references)][filled] = lengths
+            found["prompt_lengths"] = tf.constant(by_image)
+        return found
 
 
 def _cut(labels, pad, multiple=8):

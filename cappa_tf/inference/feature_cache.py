@@ -21,6 +21,7 @@ Dimensions:
     P: patches.    D: width.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -46,7 +47,7 @@ from cappa_tf.utils import arguments, files
 KINDS = ("pre_logits", "encoded")
 TYPES = ("float32", "float16", "bfloat16")
 # Changes whenever what is computed or stored does.
-_VERSION = 1
+_VERSION = 2
 # Records of a part: what a kill loses at most. Fewer where rows are large, more
 # where there would be too many parts.
 _PART_RECORDS, _PART_BYTES, _MOST_PARTS = 1024, 64 << 20, 4096
@@ -56,7 +57,14 @@ _CHECKED_BYTES = 8 << 30
 _THREADS = 4
 _SECONDS_BETWEEN_TRIES = 2.0
 # Arguments of an encoder that do not change its features.
-_WITHOUT_EFFECT = ("name", "trainable", "dropout", "patch_dropout", "remat")
+_WITHOUT_EFFECT = (
+    "name",
+    "trainable",
+    "dropout",
+    "patch_dropout",
+    "stochastic_depth",
+    "remat",
+)
 
 
 class FeatureCache:
@@ -191,9 +199,9 @@ class FeatureCache:
 
         Returns:
             (features [B, ...]; captions, objects [B, M], bytes filled up with
-            b""; labels int64 [B]; whether the image is a good one, bool [B];
-            what is wrong with the record, objects [B], for
-            `stream.features.diagnose`, or b"").
+            b""; their prompts in the same form; labels int64 [B]; whether the
+            image is a good one, bool [B]; what is wrong with the record,
+            objects [B], for `stream.features.diagnose`, or b"").
         """
         is_real = numbers >= 0
         numbers = np.where(is_real, numbers, 0)
@@ -204,9 +212,12 @@ class FeatureCache:
         captions = np.full(
             (len(texts), max(1, *map(len, texts))), b"", np.object_
         )
+        prompts = captions.copy()
         notes = np.full(len(texts), b"", np.object_)
         for i, (number, found) in enumerate(zip(numbers.tolist(), texts)):
             captions[i, : len(found)] = found
+            if found and self._prompt_ends is not None:
+                prompts[i, : len(found)] = self._prompts(number)
             if number in self._notes:
                 notes[i] = self._notes[number]
             elif is_real[i] and not any(text.strip() for text in found):
@@ -215,15 +226,40 @@ class FeatureCache:
         return (
             self._rows[numbers],
             captions,
+            prompts,
             self._labels[numbers],
             self._ok[numbers] & is_real,
             notes,
         )
 
+    def labelled(self):
+        """All examples with a label, in the order of the files.
+
+        Returns:
+            (features [examples, ...] in the cache's type; labels int64; Counter
+            of the records left out, by reason).
+        """
+        without = self._ok & (self._labels < 0)
+        skipped = collections.Counter({"no label": int(without.sum())})
+        for number in np.flatnonzero(~self._ok):
+            note = self._notes.get(number)
+            skipped[
+                stream_features.diagnose(note)[0] if note else "unreadable"
+            ] += 1
+        chosen = np.flatnonzero(self._ok & ~without)
+        return self._rows[chosen], self._labels[chosen], +skipped
+
     def _captions(self, number):
+        return self._texts(number, self._ends, self._text)
+
+    def _prompts(self, number):
+        return self._texts(number, self._prompt_ends, self._prompt_text)
+
+    def _texts(self, number, ends, text):
+        """The texts of a record, in those of all records."""
         first, last = self._first[number : number + 2].tolist()
-        ends = self._ends[first : last + 1].tolist()  # Of the one before, too.
-        return [self._text[a:b] for a, b in zip(ends, ends[1:])]
+        ends = ends[first : last + 1].tolist()  # Of the one before, too.
+        return [text[a:b] for a, b in zip(ends, ends[1:])]
 
     def _open(self):
         """Opens the rows, and reads what else is in the records."""
@@ -241,6 +277,13 @@ class FeatureCache:
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self._ends = np.concatenate([[0], np.cumsum(lengths)])
         self._text = b"".join(part["text"].tobytes() for part in parts)
+        self._prompt_text = b"".join(
+            part["prompt_text"].tobytes() for part in parts
+        )
+        self._prompt_ends = None
+        if self._prompt_text:
+            lengths = [part["prompt_lengths"] for part in parts]
+            self._prompt_ends = np.cumsum(np.concatenate([[0], *lengths]))
         self._notes = {}
         for part, content in enumerate(parts):
             notes = json.loads(content["notes"].tobytes())
@@ -456,15 +499,18 @@ class FeatureCache:
         """
         first, last = self._bounds(part)
         path = os.path.join(self.path, "rows")
-        texts, notes = [], {}
+        texts, prompts, notes = [], [], {}
         found = {"labels": [], "ok": [], "counts": []}
         with open(path, "r+b") as file:
             file.seek(first * self._row_bytes)
             for i in range(last - first):
                 record, row = next(encoded)
                 file.write(row.astype(self._numpy_type).tobytes())
-                kept = [text for text in record["captions"] if text]
-                texts += kept
+                asked = list(record["prompts"])
+                asked += [b""] * (len(record["captions"]) - len(asked))
+                kept = [i for i, text in enumerate(record["captions"]) if text]
+                texts += [record["captions"][i] for i in kept]
+                prompts += [asked[i] for i in kept]
                 found["counts"].append(len(kept))
                 found["labels"].append(record["label"])
                 found["ok"].append(record["ok"])
@@ -483,6 +529,8 @@ class FeatureCache:
             "counts": np.array(found["counts"], np.int64),
             "lengths": np.array([len(text) for text in texts], np.int64),
             "text": np.frombuffer(b"".join(texts), np.uint8),
+            "prompt_lengths": np.array([len(p) for p in prompts], np.int64),
+            "prompt_text": np.frombuffer(b"".join(prompts), np.uint8),
             "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
         }
         packed = io.BytesIO()

@@ -2,6 +2,8 @@
 
     predictor = Predictor.open("runs/mine")
     predictor.capabilities  # ("features", "generate", "autoregressive", ...)
+    predictor.prompts       # ("answer: {question}",), those it was trained with
+    predictor.captions(images, ["answer: how many dogs are there"])
 
 Abbreviations for dimensions:
     B: images per batch.                 H, W: image size in pixels.
@@ -18,6 +20,7 @@ import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
+from cappa_tf.inference import prompting
 from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.inference.text_embeddings import TextEmbeddings
 from cappa_tf.models.contrastive import COSINE
@@ -33,6 +36,7 @@ from cappa_tf.utils.arguments import check_choice, check_counts
 # Capabilities of a predictor, besides the kinds of scores of its model.
 FEATURES = "features"
 GENERATE = "generate"
+CLASSIFY = "classify"
 SCORE = "score"  # of any kind
 
 # Kinds of scores of captioners: left to right, as captions are generated; all
@@ -157,6 +161,9 @@ class Predictor:
             self.model, "can_generate", False
         ):
             found.append(GENERATE)
+        has_head = getattr(self.model, "num_classes", None) is not None
+        if has_head and hasattr(self.model, "probabilities"):
+            found.append(CLASSIFY)
         return (*found, *self.score_kinds)
 
     def can(self, capability):
@@ -197,6 +204,11 @@ class Predictor:
     # Images.
 
     @property
+    def prompts(self):
+        """Templates of the prompts that the model was trained with, or ()."""
+        return tuple(getattr(self.model, "prompts", ()))
+
+    @property
     def encoder(self):
         """The vision encoder, or None."""
         return _encoder(self.model)
@@ -216,6 +228,29 @@ class Predictor:
         self.require("Captioning", GENERATE)
         options = {"batch_size": self.batch_size, **options}
         return CaptionDecoder(self.model, self.tokenizer, **options)
+
+    def captions(self, images, prompts=None):
+        """Captions of images, or answers to questions about them, greedy.
+
+        `decoder.decode` gives more: likelihoods, several captions of an image.
+
+        Args:
+            images: float [at most B, H, W, 3] in [-1, 1]; None for none (the
+                blind decoder), with at most B prompts.
+            prompts: A string for each image, such as "caption:"; None for a
+                model that was trained without prompts.
+
+        Returns:
+            List of strings, one per image.
+
+        Raises:
+            ValueError: The model was trained with other prompts, or needs
+                some; see `prompting.check`.
+        """
+        count = len(prompts if images is None else images)
+        keys = [str(i) for i in range(count)]
+        rows = self.decoder.decode(images, keys, prompts=prompts)
+        return [row.caption for row in rows]
 
     def features(self, images):
         """Pooled features of images.
@@ -237,6 +272,31 @@ class Predictor:
         # AutoGraph has nothing to convert here, but would take long.
         return tf.function(
             lambda images: _pooled(encode(images)),
+            reduce_retracing=True,
+            autograph=False,
+        )
+
+    def class_probabilities(self, images):
+        """Probabilities of the classes of a classifier.
+
+        Args:
+            images: float [any number, H, W, 3] in [-1, 1].
+
+        Returns:
+            float32 [images, C], with C the number of its classes.
+
+        Raises:
+            ValueError: The model has no classes.
+        """
+        self.require("Classifying images", CLASSIFY)
+        return self._class_probabilities(tf.convert_to_tensor(images)).numpy()
+
+    @functools.cached_property
+    def _class_probabilities(self):
+        return tf.function(
+            lambda images: self.model.probabilities(
+                self.model(images, training=False)["logits"]
+            ),
             reduce_retracing=True,
             autograph=False,
         )
@@ -315,16 +375,36 @@ class Predictor:
 
     def tokens(self, texts):
         """Token ids int32 [T, L], with L rounded up to a multiple of 8."""
-        ids = np.asarray(self.tokenizer(list(texts)), np.int32)
+        return self._cut(np.asarray(self.tokenizer(list(texts)), np.int32))
+
+    def _cut(self, ids):
         longest = int((ids != self.tokenizer.pad_id).sum(-1).max(initial=1))
         length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         return ids[:, :length]
+
+    def _prompted(self, texts, prompts):
+        """Token ids as of `tokens`, after prompts.
+
+        Args:
+            texts: T strings.
+            prompts: T strings, or None.
+
+        Returns:
+            (ids int32 [T, L], lengths of the prompts int32 [T], or None).
+        """
+        prompts = [""] * len(texts) if prompts is None else prompts
+        for prompt in dict.fromkeys(prompts):
+            prompting.check(self.model, self.tokenizer, prompt)
+        if not any(prompts):
+            return self.tokens(texts), None
+        ids, lengths = self.tokenizer.with_prompts(list(prompts), list(texts))
+        return self._cut(ids.numpy()), lengths.numpy()
 
     def count_tokens(self, texts):
         """Number of tokens of each text including eos, int64 [T]."""
         return (self.tokens(texts) != self.tokenizer.pad_id).sum(-1)
 
-    def score(self, images, texts, kind=None):
+    def score(self, images, texts, kind=None, prompt=None):
         """Scores of every text for every image.
 
         Those of a captioner are log-likelihoods in nats, summed over tokens
@@ -334,6 +414,8 @@ class Predictor:
             images: float32 [at most B, H, W, 3] in [-1, 1].
             texts: T strings.
             kind: One of `score_kinds`, by default the first.
+            prompt: What all texts answer, such as "classify:", for a captioner
+                that was trained with prompts.
 
         Returns:
             float64 [images, T].
@@ -341,36 +423,53 @@ class Predictor:
         kind = self._kind(kind)
         if kind == COSINE:
             return self.cosines(self.embed_images(images), texts)
-        count, ids = len(images), self.tokens(texts)
+        prompts = None if prompt is None else [prompt] * len(texts)
+        count, (ids, lengths) = len(images), self._prompted(texts, prompts)
+        lengths = _given(prompt_lengths=lengths)
         if kind == BLIND:
-            scores = self.model.score_texts(None, ids, kind)  # -> [1, T]
+            scores = self.model.score_texts(None, ids, kind, **lengths)
             return np.repeat(np.asarray(scores, np.float64), count, axis=0)
-        scores = self._compiled(ids, kind)(self._filled(images))
+        scores = self._compiled(ids, kind, lengths)(self._filled(images))
         return np.asarray(scores, np.float64)[:count]
 
-    def _compiled(self, ids, kind):
+    def _compiled(self, ids, kind, lengths):
         """Compiled scoring of fixed texts, whose prefixes are in the graph."""
-        key = (ids.shape, ids.tobytes(), kind)
+        marks = [value.tobytes() for value in lengths.values()]
+        key = (ids.shape, ids.tobytes(), kind, *marks)
         if key not in self._graphs:
             if len(self._graphs) >= _GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = tf.function(
-                lambda images: self.model.score_texts(images, ids, kind),
+                lambda images: self.model.score_texts(
+                    images, ids, kind, **lengths
+                ),
                 autograph=False,
             )
         return self._graphs[key]
 
-    def blind(self, texts):
-        """Scores of texts without any image, float64 [T]."""
-        return self.score([None], texts, BLIND)[0]
+    def blind(self, texts, prompts=None):
+        """Scores of texts without any image, float64 [T].
 
-    def score_captions(self, images, texts, kind=None):
+        Args:
+            texts: T strings.
+            prompts: T strings, what each of them answers, or None.
+        """
+        kind = self._kind(BLIND)
+        ids, lengths = self._prompted(texts, prompts)
+        lengths = _given(prompt_lengths=lengths)
+        scores = self.model.score_texts(None, ids, kind, **lengths)  # -> [1, T]
+        return np.asarray(scores, np.float64)[0]
+
+    def score_captions(self, images, texts, kind=None, prompts=None):
         """Scores of each image's own texts.
 
         Args:
             images: float32 [at most B, H, W, 3] in [-1, 1].
             texts: A list of texts, at least one, for each image.
             kind: One of `score_kinds`, by default the first.
+            prompts: What the texts answer, for a captioner that was trained
+                with prompts: for each image a string, or a list with one for
+                each of its texts. None for no prompts.
 
         Returns:
             A list of float64 [K], one array per image.
@@ -381,12 +480,15 @@ class Predictor:
                 "Each image needs a list of at least one text. Received: "
                 f"{len(images)} images, lists of {[*map(len, texts)]} texts"
             )
+        if prompts is not None:
+            prompts = _parallel(prompts, texts)
         if kind in (BLIND, COSINE):
             # Texts that several images share are scored once.
             flat = [text for some in texts for text in some]
             ends = np.cumsum([len(some) for some in texts])
             if kind == BLIND:
-                return np.split(self.blind(flat), ends[:-1])
+                asked = prompts and [p for some in prompts for p in some]
+                return np.split(self.blind(flat, asked), ends[:-1])
             scores = self.cosines(self.embed_images(images), flat)
             return [
                 row[end - len(some) : end]
@@ -396,23 +498,38 @@ class Predictor:
         most = max(map(len, texts))
         parts = []
         for start in range(0, most, _TEXTS_PER_PASS):
-            some = [t[start : start + _TEXTS_PER_PASS] for t in texts]
+            part = slice(start, start + _TEXTS_PER_PASS)
+            labels, lengths = self._padded(
+                [some[part] for some in texts],
+                prompts and [some[part] for some in prompts],
+            )
             scores = self.model.score_own_texts(
-                images, self._padded(some), kind
+                images, labels, kind, **_given(prompt_lengths=lengths)
             )
             parts.append(np.asarray(scores, np.float64))
         scores = np.concatenate(parts, axis=1)
         return [row[: len(some)] for row, some in zip(scores, texts)]
 
-    def _padded(self, texts):
-        """Labels int32 [B, K, L] of ragged lists, filled up with padding."""
-        ids = self.tokens([text for some in texts for text in some])
+    def _padded(self, texts, prompts):
+        """Labels int32 [B, K, L] of ragged lists, filled up with padding.
+
+        Also lengths of their prompts int32 [B, K], or None.
+        """
+        ids, lengths = self._prompted(
+            [text for some in texts for text in some],
+            prompts and [prompt for some in prompts for prompt in some],
+        )
         most = max(map(len, texts))
         shape = (self.batch_size, most, ids.shape[1])
         labels = np.full(shape, self.tokenizer.pad_id, np.int32)
         counts = np.array([len(some) for some in texts])
-        labels[: len(texts)][np.arange(most) < counts[:, None]] = ids
-        return labels
+        filled = np.arange(most) < counts[:, None]
+        labels[: len(texts)][filled] = ids
+        if lengths is None:
+            return labels, None
+        by_image = np.zeros(shape[:2], np.int32)
+        by_image[: len(texts)][filled] = lengths
+        return labels, by_image
 
     def _filled(self, images):
         """Pads images to B with gray ones, so that one graph suffices."""
@@ -425,6 +542,26 @@ class Predictor:
                 f"batch_size={self.batch_size}"
             )
         return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+
+
+def _given(**options):
+    """The options that are not None; not every task knows of prompts."""
+    return {name: x for name, x in options.items() if x is not None}
+
+
+def _parallel(prompts, texts):
+    """A prompt for each text: lists of the lengths of the lists `texts`."""
+    prompts = [
+        [some] * len(own) if isinstance(some, str) else some
+        for some, own in zip(prompts, texts)
+    ]
+    if [*map(len, prompts)] != [*map(len, texts)]:
+        raise ValueError(
+            "Each image needs a prompt, or one for each of its texts. "
+            f"Received: {[*map(len, prompts)]} prompts for "
+            f"{[*map(len, texts)]} texts"
+        )
+    return prompts
 
 
 def _open_npz(path, tokenizer):

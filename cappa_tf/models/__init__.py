@@ -4,7 +4,11 @@ import keras
 
 # Registers the classes of saved models with Keras before any other module of
 # this folder is partially imported (`cappa_tf/__init__.py` says why).
-from cappa_tf.models import classification_head, text_encoder  # noqa: F401
+from cappa_tf.models import (  # noqa: F401
+    classification_head,
+    encoder_adapter,
+    text_encoder,
+)
 
 # Encoders open under every backend, even if TensorFlow is not installed.
 if keras.config.backend() == "tensorflow":

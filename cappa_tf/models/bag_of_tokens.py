@@ -13,7 +13,11 @@ import tensorflow as tf
 from cappa_tf.models import stateless_random
 from cappa_tf.models.attention import layer_norm
 from cappa_tf.models.contrastive import check_pooling
-from cappa_tf.models.data_checks import check_image_size, check_texts
+from cappa_tf.models.data_checks import (
+    check_image_size,
+    check_texts,
+    check_without_prompts,
+)
 from cappa_tf.models.losses import bag_of_tokens as losses
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.task import ExampleLosses, Task
@@ -188,6 +192,7 @@ class BagOfTokens(Task):
 
     def check_data(self, data, name):
         """Checks that vocabulary and sizes of a data set fit the model."""
+        check_without_prompts(data, name, "BagOfTokens")
         check_texts(data, self, "BagOfTokens")
         check_image_size(data, name, self.vision_encoder)
 

@@ -11,7 +11,10 @@ from keras import ops
 
 from cappa_tf.models.attention import MultiHeadAttention, layer_norm
 from cappa_tf.models.mlp import MLP
-from cappa_tf.models.stateless_random import StatelessDropout
+from cappa_tf.models.stateless_random import (
+    StatelessDropout,
+    StochasticDepth,
+)
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -23,12 +26,22 @@ class EncoderBlock(keras.layers.Layer):
         num_heads: Attention heads; divides D.
         mlp_dim: Hidden width of the MLP.
         dropout: Dropout rate after attention, in the MLP and after it.
+        stochastic_depth: Fraction of the examples that skip attention in
+            training, and of those that skip the MLP.
 
-    Reference: big_vision models/vit.py `Encoder1DBlock`.
+    Reference: big_vision models/vit.py `Encoder1DBlock`, which has no
+    stochastic depth.
     """
 
     def __init__(
-        self, hidden_dim, num_heads, *, mlp_dim, dropout=0.0, **kwargs
+        self,
+        hidden_dim,
+        num_heads,
+        *,
+        mlp_dim,
+        dropout=0.0,
+        stochastic_depth=0.0,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.hidden_dim = hidden_dim
@@ -48,7 +61,12 @@ class EncoderBlock(keras.layers.Layer):
             name="mlp",
             dtype=dtype,
         )
-        self._drops = _dropouts(self, dropout, ("attention", "mlp"))
+        places = ("attention", "mlp")
+        self._drops = _dropouts(self, dropout, places)
+        self.stochastic_depth = stochastic_depth
+        self._skips = _dropouts(
+            self, stochastic_depth, places, StochasticDepth, "skip"
+        )
 
     def build(self, input_shape):
         """Creates the block for inputs [B, P, D]."""
@@ -67,9 +85,14 @@ class EncoderBlock(keras.layers.Layer):
         """
         y = self._attention_norm(x)
         y = self._attention(y, *self._attention.project(y))
-        x = x + self._drops["attention"](y, seeds, training=training)
+        x = self._add(x, y, "attention", seeds, training)
         y = self._mlp(self._mlp_norm(x), seeds, training=training)
-        return x + self._drops["mlp"](y, seeds, training=training)
+        return self._add(x, y, "mlp", seeds, training)
+
+    def _add(self, x, y, place, seeds, training):
+        """Adds a branch to the residual stream."""
+        y = self._drops[place](y, seeds, training=training)
+        return x + self._skips[place](y, seeds, training=training)
 
     def compute_output_shape(self, input_shape, *unused, **also_unused):
         """The shape of the input."""
@@ -83,6 +106,7 @@ class EncoderBlock(keras.layers.Layer):
             "num_heads": self.num_heads,
             "mlp_dim": self.mlp_dim,
             "dropout": self.dropout,
+            "stochastic_depth": self.stochastic_depth,
         }
 
 
@@ -221,13 +245,13 @@ class DecoderBlock(keras.layers.Layer):
         }
 
 
-def _dropouts(block, rate, places):
+def _dropouts(block, rate, places, layer=StatelessDropout, suffix="dropout"):
     """Dropout after each part of a block, by the part's name."""
     return {
-        place: StatelessDropout(
+        place: layer(
             rate,
-            f"{block.name}/{place}_dropout",
-            name=f"{place}_dropout",
+            f"{block.name}/{place}_{suffix}",
+            name=f"{place}_{suffix}",
             dtype=block.dtype_policy,
         )
         for place in places
@@ -241,12 +265,12 @@ def _write(cache, entry, index):
     `ops.slice_update` would be an XLA-only op, which a server without XLA (the
     default of TensorFlow Serving) refuses to run.
     """
-    _, heads, positions, width = cache.shape
+    count, heads, positions, width = ops.shape(cache)
     rows = ops.reshape(cache, (-1, width))  # -> [N * H * M, C]
     entry = ops.reshape(entry, (-1, width))  # -> [N * H, C]
     places = ops.arange(ops.shape(entry)[0]) * positions + index
     rows = ops.scatter_update(rows, places[:, None], entry)
-    return ops.reshape(rows, (-1, heads, positions, width))
+    return ops.reshape(rows, (count, heads, positions, width))
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

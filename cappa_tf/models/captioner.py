@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cappa_tf.models import stateless_random
+from cappa_tf.models import likelihood, stateless_random
 from cappa_tf.models.data_checks import check_image_size, check_texts
 from cappa_tf.models.inference import Inference
 from cappa_tf.models.losses import cross_entropy
@@ -39,19 +39,29 @@ class Captioner(Inference, Task):
     of the masked tokens is weighted by 1 / r. Its expectation is an upper
     bound of the caption's negative log-likelihood.
 
+    A caption may answer a prompt, such as "caption:" or a question. The prompt
+    is in the decoder's input and not in the loss: its tokens come first in
+    `labels`, and `prompt_lengths` says how many they are. Parallel examples
+    show the tokens of the prompt, and predict the rest.
+
     Args:
         vision_encoder: `VisionEncoder`; the decoder attends to its `encoded`.
-        text_decoder: `TextDecoder` with `encoder_dim` = the encoder's width.
+        text_decoder: `TextDecoder` with `encoder_dim` = the encoder's width,
+            which it gets here if it was made without one.
         masked_pred_prob: Probability that a training example is predicted in
             parallel; 0 is "Cap".
         masking_ratio: Fraction of the L input positions that are MASK in a
-            parallel example; the others show their own token, and all tokens
-            are predicted. Or a pair (low, high): the range (low, high] from
-            which it is sampled for each caption.
+            parallel example (unless they belong to the prompt); the others
+            show their own token, and all tokens are predicted. Or a pair
+            (low, high): the range (low, high] from which it is sampled for
+            each caption.
         label_smoothing: Fraction of the target's probability that is spread
             over the whole vocabulary.
         seed: Seed of all random choices, together with each example's `index`.
         chunk_size: Positions whose logits are held in memory at a time.
+        prompts: Templates of the prompts that the decoder is trained with, such
+            as "caption:" and "answer: {question}"; "" if some captions have
+            none. Training takes them from its data, see `adopt`.
 
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
@@ -59,6 +69,7 @@ class Captioner(Inference, Task):
     """
 
     can_generate = True
+    takes_features = True
     short_names = {
         "autoregressive/loss": "cap",
         "autoregressive/nll_per_token": "cap/token",
@@ -75,6 +86,7 @@ class Captioner(Inference, Task):
         "label_smoothing",
         "seed",
         "chunk_size",
+        "prompts",
     )
 
     def __init__(
@@ -87,6 +99,7 @@ class Captioner(Inference, Task):
         label_smoothing=0.0,
         seed=0,
         chunk_size=cross_entropy.DEFAULT_CHUNK_SIZE,
+        prompts: list | tuple = (),
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -98,6 +111,7 @@ class Captioner(Inference, Task):
             raise ValueError(f"`seed` must be an int. Received: seed={seed!r}")
         if masked_pred_prob > 0.0:
             text_decoder.special_tokens.require_mask()
+        text_decoder.default_encoder_dim(vision_encoder.hidden_dim)
         if text_decoder.encoder_dim != vision_encoder.hidden_dim:
             raise ValueError(
                 "The decoder's `encoder_dim` must be the encoder's "
@@ -112,6 +126,11 @@ class Captioner(Inference, Task):
         self.label_smoothing = label_smoothing
         self.seed = seed
         self.chunk_size = chunk_size
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(
+                f"`prompts` must be strings. Received: prompts={prompts!r}"
+            )
+        self.prompts = tuple(prompts)
 
     @property
     def parts(self):
@@ -144,6 +163,12 @@ class Captioner(Inference, Task):
         training = self.trains("vision_encoder", training)
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return outputs["encoded"]
+
+    def _encoded(self, batch, seeds, training):
+        """Encoded patches of a batch, its features if it has these."""
+        if "image_features" in batch:
+            return batch["image_features"]
+        return self.encode(batch["image"], seeds, training)
 
     def call(self, inputs, training=False):
         """Autoregressive `logits` of a dict with "image" and "labels"."""
@@ -192,9 +217,12 @@ class Captioner(Inference, Task):
         of the caption.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `labels` int32 [B, K, L],
-                padded; in training `index` int64 [B], the position of the
-                example in the training stream. If L is cut to the batch's
+            batch: Dict with `image` [B, H, W, 3], or in its place
+                `image_features` [B, P, D], its `encoded`; `labels` int32
+                [B, K, L], padded; optionally `prompt_lengths` int32 [B, K],
+                how many first tokens of a caption are its prompt; in training
+                `index` int64 [B], the position of the example in the training
+                stream. If L is cut to the batch's
                 longest caption (`length_buckets`), parallel prediction sees
                 fewer MASK positions than in the reference, which always has
                 64: a deviation.
@@ -207,13 +235,22 @@ class Captioner(Inference, Task):
             tokens, without smoothing or weights; `predicted`, their number;
             `tokens`, the number of all tokens, of which a caption whose ratio
             is sampled predicts the masked ones only; `parallel`, 1 if the
-            example was predicted in parallel, else 0.
+            example was predicted in parallel, else 0. The tokens of a prompt
+            count nowhere.
         """
         seeds = self._example_seeds(batch, training)
-        encoded = self.encode(batch["image"], seeds, training)
-        return self._decoder_losses(batch["labels"], encoded, seeds, training)
+        encoded = self._encoded(batch, seeds, training)
+        return self._decoder_losses(
+            batch["labels"],
+            encoded,
+            seeds,
+            training,
+            batch.get("prompt_lengths"),
+        )
 
-    def _decoder_losses(self, labels, encoded, seeds, training):
+    def _decoder_losses(
+        self, labels, encoded, seeds, training, prompt_lengths=None
+    ):
         """`compute_losses` of labels [B, K, L] for encoded images [B, P, D]."""
         if labels.shape.rank != 3:
             raise ValueError(
@@ -222,7 +259,10 @@ class Captioner(Inference, Task):
             )
         count, captions = tf.shape(labels)[0], labels.shape[1]
         flat = tf.reshape(labels, [-1, labels.shape[2] or tf.shape(labels)[2]])
-        real = flat != self.text_decoder.special_tokens.pad
+        pad = self.text_decoder.special_tokens.pad
+        real = flat != pad
+        if prompt_lengths is not None:
+            prompt_lengths = tf.reshape(prompt_lengths, [-1])
         caption_seeds = None
         if training:
             caption_seeds = self._caption_seeds(seeds, captions)
@@ -231,7 +271,7 @@ class Captioner(Inference, Task):
         parallel = self._sample_parallel(seeds, count)
         repeated = tf.repeat(parallel, captions)
         inputs, predicted, weight = self._decoder_inputs(
-            flat, repeated, caption_seeds
+            flat, repeated, caption_seeds, prompt_lengths
         )
         hidden = self.text_decoder(
             inputs,
@@ -240,6 +280,9 @@ class Captioner(Inference, Task):
             seeds=caption_seeds,
             training=self.trains("text_decoder", training),
         )
+        if prompt_lengths is not None:  # From here on without prompts.
+            real = likelihood.scored_tokens(flat, prompt_lengths, pad)
+            predicted = real if predicted is None else predicted
         if predicted is not None:
             predicted = tf.logical_and(predicted, real)
         loss, nll = self._token_losses(hidden, flat, predicted)
@@ -297,12 +340,18 @@ class Captioner(Inference, Task):
             parts["loss"], metrics, {"tokens": parts["tokens"]}
         )
 
+    def _kind_of_features(self, pools):
+        """The decoder attends to patches, so pooling is not needed."""
+        return "encoded"
+
     def batch_spec(self, size, captions=1):
-        """Specs of `image`, `labels` and `index`, as `Task` defines them."""
-        height, width = self.vision_encoder.image_size
+        """Specs of `image`, `labels` and `index`, as `Task` defines them.
+
+        Those of data with prompts also have `prompt_lengths`, int32 [B, K].
+        """
         labels = [size, captions, self.text_decoder.max_length]
         return {
-            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            **self.image_spec(size),
             "labels": tf.TensorSpec(labels, tf.int32),
             "index": tf.TensorSpec([size], tf.int64),
         }
@@ -310,10 +359,9 @@ class Captioner(Inference, Task):
     def shapes(self, size, captions=1):
         """Shapes of `encoded`, `decoded` and `logits`, as `Task` defines."""
         encoder, decoder = self.vision_encoder, self.text_decoder
-        patches = encoder.grid[0] * encoder.grid[1]
         hidden = (size * captions, decoder.max_length, decoder.hidden_dim)
         return {
-            "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
+            "encoded": (size, *encoder.output_shapes()["encoded"]),  # [B, P, D]
             "decoded": hidden,  # [N, L, D]
             "logits": (*hidden[:2], decoder.vocabulary_size),
         }
@@ -331,6 +379,18 @@ class Captioner(Inference, Task):
         """
         check_texts(data, self.text_decoder, "TextDecoder")
         check_image_size(data, name, self.vision_encoder)
+        unknown = [p for p in _prompts_of(data) if p not in self.prompts]
+        missing = self.prompts and not _prompts_of(data)
+        if name != "train_data" and (unknown or missing):
+            raise ValueError(
+                f"The prompts of `{name}` (CaptionDataset.prompt, or those of "
+                "its source) must be among those of the training data, "
+                f"{list(self.prompts)}. Received: {list(_prompts_of(data))}"
+            )
+
+    def adopt(self, data):
+        """Takes over the templates of the prompts of the training data."""
+        self.prompts = _prompts_of(data)
 
     def _example_seeds(self, batch, training):
         """A seed for each example uint32 [B], None in evaluation."""
@@ -380,19 +440,21 @@ class Captioner(Inference, Task):
         samples = stateless_random.uniform(seeds, (1,), _PARALLEL_SALT)[:, 0]
         return samples < self.masked_pred_prob
 
-    def _decoder_inputs(self, labels, parallel, seeds):
+    def _decoder_inputs(self, labels, parallel, seeds, prompt_lengths=None):
         """What the decoder reads, and what it has to predict.
 
         Args:
             labels: int32 [N, L].
             parallel: bool [N].
             seeds: uint32 [N] of the masks; None if no caption is parallel.
+            prompt_lengths: int32 [N], how many first tokens are never masked;
+                None for none.
 
         Returns:
             (inputs, predicted, weight): the shifted labels, or the masked ones
             of parallel captions, int32 [N, L]; bool [N, L] of the positions
             to predict, or None for all; float32 [N], the weight of the
-            caption's loss, or None for 1.
+            caption's loss, or None for 1. The caller leaves prompts out.
         """
         shifted = self.text_decoder.shift_right(labels)
         if seeds is None or self.masked_pred_prob == 0.0:
@@ -416,6 +478,8 @@ class Captioner(Inference, Task):
             rank = tf.argsort(tf.argsort(samples, axis=1), axis=1)
             chosen = rank < tf.cast(count, tf.int32)
             masked = tf.where(chosen, masked, labels)
+        if prompt_lengths is not None:
+            masked = likelihood.show_prompts(masked, labels, prompt_lengths)
         inputs = tf.where(parallel[:, None], masked, shifted)
         return inputs, predicted, weight
 
@@ -449,14 +513,24 @@ class Captioner(Inference, Task):
         parallel = ("parallel",) if self.masked_pred_prob > 0.0 else ()
         return ("autoregressive", *parallel, "blind")
 
-    def score_texts(self, images, labels, kind):
+    def score_texts(self, images, labels, kind, prompt_lengths=None):
         """Log-likelihood of every text for every image, float32 [B, T]."""
         images = None if kind == "blind" else images
-        return self.score(images, labels, parallel=kind == "parallel")
+        return self.score(
+            images,
+            labels,
+            parallel=kind == "parallel",
+            prompt_lengths=prompt_lengths,
+        )
 
-    def score_own_texts(self, images, labels, kind):
+    def score_own_texts(self, images, labels, kind, prompt_lengths=None):
         """Log-likelihoods of each image's own texts, float32 [B, K]."""
-        return self.score_captions(images, labels, parallel=kind == "parallel")
+        return self.score_captions(
+            images,
+            labels,
+            parallel=kind == "parallel",
+            prompt_lengths=prompt_lengths,
+        )
 
     # Serialization.
 
@@ -490,6 +564,11 @@ class Captioner(Inference, Task):
 
 # Of the hash by which the masks of evaluation follow from a caption.
 _HASH_BASE = 1_000_003
+
+
+def _prompts_of(data):
+    """Templates of a data set's prompts; none if it knows of none."""
+    return tuple(getattr(data, "prompts", ()))
 
 
 def _checked_ratio(ratio):

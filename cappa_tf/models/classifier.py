@@ -14,10 +14,15 @@ from cappa_tf.models.classification_head import (
     build_head,
     head_layers,
 )
-from cappa_tf.models.data_checks import check_image_size
-from cappa_tf.models.losses.classification import softmax_cross_entropy
+from cappa_tf.models.data_checks import check_image_size, check_labels
+from cappa_tf.models.losses.classification import (
+    LOSSES,
+    class_targets,
+    sigmoid_cross_entropy,
+    softmax_cross_entropy,
+)
 from cappa_tf.models.task import ExampleLosses, Task
-from cappa_tf.utils.arguments import check_fraction
+from cappa_tf.utils.arguments import check_choice, check_fraction
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -29,6 +34,8 @@ class Classifier(Task):
         num_classes: Number of classes C; None for a model without a head,
             which cannot be trained.
         rep_size: Width R of a tanh layer on the pooled features, or None.
+        loss: "softmax", or "sigmoid", which judges each class by itself and
+            sums over them.
         label_smoothing: Fraction of the target spread over all classes.
         seed: Seed of dropout, together with each example's `index`.
 
@@ -42,7 +49,8 @@ class Classifier(Task):
         `logits` float32 [B, C].
     """
 
-    short_names = {"accuracy": "acc"}
+    short_names = {"top_1": "acc", "top_5": None}
+    takes_features = True
 
     def __init__(
         self,
@@ -50,11 +58,13 @@ class Classifier(Task):
         num_classes=None,
         rep_size=None,
         *,
+        loss="softmax",
         label_smoothing=0.0,
         seed=0,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        check_choice(LOSSES, loss=loss)
         check_fraction(label_smoothing=label_smoothing)
         if vision_encoder.pooling == "none":
             raise ValueError(
@@ -64,6 +74,7 @@ class Classifier(Task):
         self.vision_encoder = vision_encoder
         self.num_classes = num_classes
         self.rep_size = rep_size
+        self.loss_kind = loss
         self.label_smoothing = label_smoothing
         self.seed = seed
         self.representation, self.head = head_layers(
@@ -93,40 +104,88 @@ class Classifier(Task):
         outputs = self.vision_encoder(images, seeds=seeds, training=training)
         return apply_head(self.representation, self.head, outputs)
 
+    def logits_of_features(self, features):
+        """Classifies images by their features.
+
+        Args:
+            features: float [B, D], `pre_logits` of the vision encoder, or
+                [B, P, D], its `encoded`.
+
+        Returns:
+            float32 [B, C].
+        """
+        if features.shape.rank == 3:
+            features = self.vision_encoder.pool(features)
+        outputs = {"pre_logits": features}
+        return apply_head(self.representation, self.head, outputs)["logits"]
+
+    def _logits(self, batch, seeds, training):
+        if "image_features" in batch:
+            return self.logits_of_features(batch["image_features"])
+        return self(batch["image"], seeds, training=training)["logits"]
+
     def encode_images(self, images):
         """Outputs in inference; `pre_logits` are the inputs of the head."""
         return self(images, training=False)
+
+    def probabilities(self, logits):
+        """Probabilities float32 [B, C] of logits [B, C]."""
+        logits = tf.cast(logits, tf.float32)
+        if self.loss_kind == "sigmoid":
+            # Each class by itself: they do not sum to 1.
+            return tf.sigmoid(logits)
+        return tf.nn.softmax(logits)
 
     def example_losses(self, batch, training):
         """Cross-entropy and accuracy of each example.
 
         Args:
-            batch: Dict with `image` [B, H, W, 3]; `label` int64 [B], -1 for
-                examples without a label, which are ignored; in training
-                `index` int64 [B].
+            batch: Dict with `image` [B, H, W, 3], or `image_features` as in
+                `logits_of_features`; `label` int64 [B], -1 for examples
+                without a label, which are ignored, or [B, C] with 1 for each
+                class of an example; in training `index` int64 [B], and for
+                mixed images `mix_label`, that of the other image, and
+                `mix_weight` float32 [B], the weight of the first.
             training: Whether to apply dropout.
 
         Returns:
-            `ExampleLosses`.
+            `ExampleLosses`, with `top_1` and, for more than five classes,
+            `top_5`. A prediction is right if it is a class of the example (of
+            a mixture, of its first image); an example without any class does
+            not count.
         """
         seeds = None
         if training:
             seeds = stateless_random.example_seeds(self.seed, batch["index"])
-        logits = self(batch["image"], seeds, training=training)["logits"]
+        logits = self._logits(batch, seeds, training)
         labels = batch["label"]
-        known = tf.cast(labels >= 0, tf.float32)
-        loss = softmax_cross_entropy(logits, labels, self.label_smoothing)
-        loss = tf.where(known > 0, loss, 0.0)
-        best = tf.argmax(logits, axis=-1, output_type=labels.dtype)
-        right = tf.cast(best == labels, tf.float32)
-        return ExampleLosses(loss, {"accuracy": (right, known)}, {})
+        targets = class_targets(
+            labels,
+            self.num_classes,
+            self.label_smoothing,
+            batch.get("mix_label"),
+            batch.get("mix_weight"),
+        )
+        if self.loss_kind == "sigmoid":
+            loss = sigmoid_cross_entropy(logits, targets)
+        else:
+            loss = softmax_cross_entropy(logits, targets)
+        if labels.shape.rank == 2:
+            known = tf.reduce_any(labels > 0, axis=1)
+        else:
+            known = labels >= 0
+            loss = tf.where(known, loss, 0.0)
+        weight = tf.cast(known, tf.float32)
+        metrics = {"top_1": (_has_class(logits, labels, 1), weight)}
+        if self.num_classes > 5:
+            metrics["top_5"] = (_has_class(logits, labels, 5), weight)
+        return ExampleLosses(loss, metrics, {})
 
     def batch_spec(self, size, captions=1):
         """Specs of `image`, `label` and `index`, as `Task` defines them."""
         del captions
-        height, width = self.vision_encoder.image_size
         return {
-            "image": tf.TensorSpec([size, height, width, 3], tf.float32),
+            **self.image_spec(size),
             "label": tf.TensorSpec([size], tf.int64),
             "index": tf.TensorSpec([size], tf.int64),
         }
@@ -142,13 +201,14 @@ class Classifier(Task):
         }
 
     def check_data(self, data, name):
-        """Checks that data has labels, not captions, and the model's size."""
+        """Checks that data has the model's labels and size, not captions."""
         if data.tokenizer is not None:
             raise ValueError(
                 "A classifier needs labels, which a data set yields without a "
                 f"tokenizer. Received: {name} of {data.path} with a tokenizer"
             )
         check_image_size(data, name, self.vision_encoder)
+        check_labels(data, self.num_classes)
 
     def get_config(self):
         """Returns the constructor's arguments."""
@@ -160,6 +220,7 @@ class Classifier(Task):
             "vision_encoder": encoder,
             "num_classes": self.num_classes,
             "rep_size": self.rep_size,
+            "loss": self.loss_kind,
             "label_smoothing": self.label_smoothing,
             "seed": self.seed,
         }
@@ -171,3 +232,13 @@ class Classifier(Task):
             config["vision_encoder"]
         )
         return cls(**{**config, "vision_encoder": encoder})
+
+
+def _has_class(logits, labels, k):
+    """Whether a class of an example is among the k likeliest, float32 [B]."""
+    best = tf.math.top_k(logits, k).indices  # [B, k]
+    if labels.shape.rank == 2:
+        right = tf.gather(labels, best, axis=1, batch_dims=1) > 0
+    else:
+        right = tf.cast(best, labels.dtype) == labels[:, None]
+    return tf.cast(tf.reduce_any(right, axis=1), tf.float32)

@@ -11,7 +11,11 @@ import tensorflow as tf
 
 from cappa_tf.models import stateless_random
 from cappa_tf.models.contrastive_head import ContrastiveHead
-from cappa_tf.models.data_checks import check_image_size, check_texts
+from cappa_tf.models.data_checks import (
+    check_image_size,
+    check_texts,
+    check_without_prompts,
+)
 from cappa_tf.models.task import ExampleLosses, WholeBatchTask
 from cappa_tf.utils.arguments import check_integer
 
@@ -217,6 +221,7 @@ class Contrastive(WholeBatchTask):
 
     def check_data(self, data, name):
         """Checks that vocabulary and sizes of a data set fit the model."""
+        check_without_prompts(data, name, type(self).__name__)
         check_texts(data, self.text_encoder, "TextEncoder")
         check_image_size(data, name, self.vision_encoder)
         if name == "train_data" and data.captions_per_image != 1:

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from cappa_tf.models import contrastive
 from cappa_tf.models.captioner import Captioner
-from cappa_tf.models.data_checks import check_texts
+from cappa_tf.models.data_checks import check_texts, check_without_prompts
 from cappa_tf.models.task import WholeBatchTask
 from cappa_tf.utils.arguments import check_number
 
@@ -41,6 +41,7 @@ class ContrastiveCaptioner(Captioner, WholeBatchTask):
     """
 
     needs_whole_batch = True
+    takes_features = False  # The pooled feature and the patches.
     # Both losses matter: their sum selects the best weights.
     selection_metric = "loss"
     short_names = {**Captioner.short_names, **contrastive.SHORT_NAMES}
@@ -155,6 +156,7 @@ class ContrastiveCaptioner(Captioner, WholeBatchTask):
 
     def check_data(self, data, name):
         """Checks that vocabulary and sizes of a data set fit both towers."""
+        check_without_prompts(data, name, type(self).__name__)
         super().check_data(data, name)
         check_texts(data, self.text_encoder, "TextEncoder")
 
@@ -165,18 +167,18 @@ class ContrastiveCaptioner(Captioner, WholeBatchTask):
         """Kinds of scores of the captioner, and the cosine of embeddings."""
         return (*super().score_kinds, contrastive.COSINE)
 
-    def score_texts(self, images, labels, kind):
+    def score_texts(self, images, labels, kind, prompt_lengths=None):
         """Scores of every text for every image, float32 [B, T]."""
         if kind == contrastive.COSINE:
             texts = self.embed_texts(labels)
             return tf.matmul(self.embed_images(images), texts, transpose_b=True)
-        return super().score_texts(images, labels, kind)
+        return super().score_texts(images, labels, kind, prompt_lengths)
 
-    def score_own_texts(self, images, labels, kind):
+    def score_own_texts(self, images, labels, kind, prompt_lengths=None):
         """Scores of each image's own texts, float32 [B, K]."""
         if kind == contrastive.COSINE:
             return contrastive.own_cosines(self, images, labels)
-        return super().score_own_texts(images, labels, kind)
+        return super().score_own_texts(images, labels, kind, prompt_lengths)
 
 
 def _check_texts_fit(decoder, encoder):

@@ -1,6 +1,8 @@
 """Checks that a data set fits a model."""
 
-from cappa_tf.utils.arguments import height_width
+from absl import logging
+
+from cappa_tf.utils.arguments import height_width, ranges
 
 
 def check_texts(data, tower, binding):
@@ -46,6 +48,26 @@ def check_texts(data, tower, binding):
         )
 
 
+def check_without_prompts(data, name, method):
+    """Checks that the captions of a data set answer no prompts.
+
+    Args:
+        data: A data set.
+        name: Name of the argument that holds it, for the message.
+        method: Name of the class that reads texts as they are.
+
+    Raises:
+        ValueError: If they do.
+    """
+    prompts = getattr(data, "prompts", ())
+    if prompts:
+        raise ValueError(
+            f"A {method} reads captions without prompts, which only a "
+            f"Captioner is trained with. Received: `{name}` with "
+            f"prompts={list(prompts)}"
+        )
+
+
 def check_image_size(data, name, vision_encoder):
     """Checks that the images of a data set have the encoder's size.
 
@@ -63,4 +85,29 @@ def check_image_size(data, name, vision_encoder):
             f"`image_size` of `{name}` must be that of the model. "
             f"Received: {size} and VisionEncoder.image_size="
             f"{tuple(vision_encoder.image_size)}"
+        )
+
+
+def check_labels(data, num_classes):
+    """Checks that the labels of a data set are classes of a model.
+
+    A class without images is logged: it costs nothing, and is never predicted
+    if it has none in training.
+
+    Args:
+        data: A data set; one without `check_labels` is not checked.
+        num_classes: Number of classes of the model.
+
+    Raises:
+        ValueError: If labels are beyond them, or there is none at all.
+    """
+    if not hasattr(data, "check_labels"):
+        return
+    absent = data.check_labels(num_classes)
+    if absent:
+        logging.warning(
+            "%s: no image of class %s (of %d)",
+            f"{data.path} {data.split}",
+            ranges(absent),
+            num_classes,
         )

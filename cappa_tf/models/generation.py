@@ -3,7 +3,7 @@
 Abbreviations for dimensions:
     B: batch (of images).      S: sequences (beams or samples) per image.
     P: number of patches.      L: length of the text.  N: B * S.
-    V: vocabulary.             D: width.
+    V: vocabulary.             D: width.                M: length of prompts.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from cappa_tf.models.attention import by_head
+from cappa_tf.models.likelihood import show_prompts
 from cappa_tf.models.sampling import BANNED
 
 
@@ -37,7 +38,16 @@ class _State(NamedTuple):
 
 
 def decode(
-    decoder, memory, search, rules, *, size, prefix, uniform, masked=False
+    decoder,
+    memory,
+    search,
+    rules,
+    *,
+    size,
+    prefix,
+    uniform,
+    masked=False,
+    prompts=None,
 ):
     """Generates captions token by token.
 
@@ -47,7 +57,7 @@ def decode(
 
     Args:
         decoder: `TextDecoder`.
-        memory: From `decoder.project_memory`.
+        memory: From `decoder.project_memory`; None omits the image.
         search: A search of `sampling`, which chooses the next token.
         rules: `sampling.Rules`.
         size: (B, S, L); B may be a tensor.
@@ -57,18 +67,22 @@ def decode(
         masked: Whether the decoder fills in MASK tokens: the next token is
             read at its own position, with MASK there and after it. Without a
             cache, as all positions attend to each other.
+        prompts: int32 [B, M], padded, what comes before each caption; None for
+            nothing. All their keys and values are computed at once, and the
+            loop goes over the caption. A caption whose prompt is so long that
+            the decoder's positions are exhausted before L ends there.
 
     Returns:
         tokens: int32 [B, S, L], the best sequence first; eos is kept, pad
-            after it.
+            after it. A prompt is not part of it.
         log_probs: float32 [B, S, L], the model's log-probability of each token
             (before rules and temperature), 0 after eos.
     """
     batch, sequences, length = size
     special = decoder.special_tokens
-    next_hidden = _masked_hidden if masked else _cached_hidden
-    if not masked:
-        memory = tf.nest.map_structure(by_head, memory)
+    reader = (_MaskedReader if masked else _CachedReader)(
+        decoder, memory, prompts, size
+    )
     forced = tf.pad(prefix, [[0, 0], [0, length - prefix.shape[1]]])
 
     def unfinished(state):
@@ -76,7 +90,7 @@ def decode(
 
     def step(state):
         i, flat = state.i, tf.reshape(state.tokens, [-1, length])
-        hidden, cache = next_hidden(decoder, memory, flat, state.cache, i)
+        hidden, cache = reader.read(flat, state.cache, i)
         log_probs = tf.nn.log_softmax(decoder.logits(hidden)[:, 0])  # [N, V]
         scores = rules.apply(log_probs, flat, i)
         if prefix.shape[1] > 0:
@@ -106,12 +120,16 @@ def decode(
         gained = tf.gather(log_probs, places, batch_dims=1)
         gained = tf.where(state.ended, 0.0, gained)
         here = tf.range(length) == i
+        ended = state.ended | (chosen == special.eos)
+        if prompts is not None:
+            no_room = reader.lengths + i + 1 >= decoder.max_length  # [N]
+            ended |= tf.reshape(no_room, [-1, sequences])
         return state._replace(
             i=i + 1,
             tokens=tf.where(here, chosen[..., None], state.tokens),
             log_probs=tf.where(here, gained[..., None], state.log_probs),
             totals=state.totals + tf.gather(scores, places, batch_dims=1),
-            ended=state.ended | (chosen == special.eos),
+            ended=ended,
         )
 
     # Only one beam starts: copies of the empty caption would remain copies.
@@ -129,9 +147,7 @@ def decode(
                 totals=tf.zeros((batch, sequences)) + first,
                 lengths=tf.zeros((batch, sequences), tf.int32),
                 ended=tf.fill((batch, sequences), False),
-                cache=[]
-                if masked
-                else decoder.empty_cache(batch * sequences, length),
+                cache=reader.cache,
             ),
         ),
     )
@@ -143,25 +159,107 @@ def decode(
     )
 
 
-def _cached_hidden(decoder, memory, tokens, cache, i):
-    """Hidden states [N, 1, D] that predict position i, and the cache.
+class _Reader:
+    """What predicts the next token of N captions.
 
-    `tokens` are int32 [N, L], of which those before position i count.
+    Args:
+        decoder: As of `decode`, like all other arguments.
+        memory: Keys and values of the images, or None.
+        prompts: int32 [B, M] or None.
+        size: (B, S, L).
+
+    Attributes:
+        cache: The cache at the start of the loop.
+        lengths: int32 [N], tokens of each prompt; None without prompts.
     """
-    last = tf.gather(tokens, tf.maximum(i - 1, 0), axis=1)
-    last = tf.where(i > 0, last, decoder.special_tokens.start)
-    return decoder.call_with_cache(last[:, None], memory, cache, i)
+
+    def __init__(self, decoder, memory, prompts, size):
+        self._decoder, self._memory = decoder, memory
+        self._prompts = self.lengths = None
+        self.cache = []
+        if prompts is not None:
+            self._prompts = tf.repeat(prompts, size[1], axis=0)  # -> [N, M]
+            is_real = self._prompts != decoder.special_tokens.pad
+            self.lengths = tf.reduce_sum(tf.cast(is_real, tf.int32), axis=1)
+
+    def read(self, tokens, cache, i):
+        """Hidden states [N, 1, D] that predict token i, and the cache.
+
+        `tokens` are int32 [N, L], of which those before i count.
+        """
+        raise NotImplementedError
 
 
-def _masked_hidden(decoder, memory, tokens, cache, i):
-    """As `_cached_hidden`, with MASK from position i on."""
-    most = decoder.max_length
-    tokens = tf.pad(tokens, [[0, 0], [0, most - tokens.shape[1]]])
-    mask = decoder.special_tokens.require_mask()
-    tokens = tf.where(tf.range(most) < i, tokens, mask)
-    everywhere = tf.fill(tf.shape(tokens)[:1], True)
-    hidden = decoder(tokens, memory, parallel=everywhere)
-    return tf.gather(hidden, [i], axis=1), cache
+class _CachedReader(_Reader):
+    """Left to right, with the keys and values of all tokens so far."""
+
+    def __init__(self, decoder, memory, prompts, size):
+        super().__init__(decoder, memory, prompts, size)
+        batch, sequences, length = size
+        if memory is not None:
+            self._memory = tf.nest.map_structure(by_head, memory)
+        if prompts is None:
+            self.cache = decoder.empty_cache(batch * sequences, length)
+            return
+        # Prompts are read once an image, however many captions it gets.
+        cache = decoder.fill_cache(prompts, memory, length)
+        self.cache = tf.nest.map_structure(
+            lambda x: tf.repeat(x, sequences, axis=0), cache
+        )
+
+    def read(self, tokens, cache, i):
+        """As `_Reader.read`."""
+        start = self._decoder.special_tokens.start
+        last = tf.gather(tokens, tf.maximum(i - 1, 0), axis=1)
+        if self._prompts is None:
+            last = tf.where(i > 0, last, start)
+            return self._decoder.call_with_cache(
+                last[:, None], self._memory, cache, i
+            )
+        most, lengths = tf.shape(self._prompts)[1], self.lengths
+        end = tf.gather(
+            tf.pad(self._prompts, [[0, 0], [1, 0]], constant_values=start),
+            lengths,
+            batch_dims=1,
+        )
+        # A place in the cache is not the position in the text: those between
+        # the end of a shorter prompt and the caption are never attended to.
+        places = tf.range(tf.shape(cache[0][0])[2])
+        mask = (places >= most) & (places <= most + i)
+        mask = mask[None] | (places[None] < lengths[:, None])  # [N, places]
+        return self._decoder.call_with_cache(
+            tf.where(i > 0, last, end)[:, None],
+            self._memory,
+            cache,
+            most + i,
+            tf.minimum(lengths + i, self._decoder.max_length - 1),
+            mask[:, None, None],
+        )
+
+
+class _MaskedReader(_Reader):
+    """All positions attend to each other, MASK from the next token on."""
+
+    def read(self, tokens, cache, i):
+        """As `_Reader.read`."""
+        most = self._decoder.max_length
+        mask = self._decoder.special_tokens.require_mask()
+        positions = tf.range(most)
+        if self._prompts is None:
+            tokens = tf.pad(tokens, [[0, 0], [0, most - tokens.shape[1]]])
+            tokens = tf.where(positions < i, tokens, mask)
+            place = tf.fill(tf.shape(tokens)[:1], i)
+        else:
+            first = self.lengths[:, None]
+            rows = tf.maximum(positions[None] - first, 0)
+            rows = tf.minimum(rows, tokens.shape[1] - 1)
+            tokens = tf.gather(tokens, rows, batch_dims=1)
+            tokens = tf.where(positions < first + i, tokens, mask)
+            tokens = show_prompts(tokens, self._prompts, self.lengths)
+            place = tf.minimum(self.lengths + i, most - 1)
+        everywhere = tf.fill(tf.shape(tokens)[:1], True)
+        hidden = self._decoder(tokens, self._memory, parallel=everywhere)
+        return tf.gather(hidden, place[:, None], batch_dims=1), cache
 
 
 def draft(decoder, memory, length):

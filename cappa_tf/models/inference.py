@@ -4,7 +4,7 @@ Abbreviations for dimensions:
     B: batch (of images).      H, W: height and width of the image in pixels.
     K: captions per image.     L: length of the text in tokens.
     T: labels to score.        S: captions to generate per image.
-    N: captions in the batch.
+    N: captions in the batch.  M: length of the prompts in tokens.
 """
 
 from typing import NamedTuple
@@ -62,6 +62,7 @@ class Inference:
         num_captions=1,
         seed=0,
         index=None,
+        prompts=None,
     ):
         """Generates captions, by default greedily.
 
@@ -69,7 +70,8 @@ class Inference:
         one position after the other, with a pass over all positions for each.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1].
+            images: float [B, H, W, 3] in [-1, 1]; None omits the image (the
+                blind decoder), with B of `prompts`, or 1.
             max_length: Maximum length L of a caption, including prefix and
                 eos; the decoder's by default.
             sampler: None (greedy), `sampling.BeamSearch`, or a sampler of
@@ -86,9 +88,13 @@ class Inference:
                 only on `seed` and its `index`.
             index: int64 [B], position of each image among all images to be
                 captioned; 0, 1, ... by default.
+            prompts: int32 [B, M], padded and without eos, the prompt that the
+                caption of each image answers, of any lengths. Needed if the
+                captioner was trained with prompts.
 
         Returns:
-            Dict with `tokens` int32 [B, L] (eos kept, pad after it),
+            Dict with `tokens` int32 [B, L] (eos kept, pad after it; without
+            the prompt, to which no other length refers either),
             `log_probs` float32 [B, L], the model's log-probability of each
             token, 0 after eos, and `log_likelihood` float32 [B], their sum.
             With S > 1 these are [B, S, L] and [B, S], best first.
@@ -101,8 +107,14 @@ class Inference:
             no_repeat_ngram=no_repeat_ngram,
             num_captions=num_captions,
         )
-        encoded = self.encode(images)
-        batch = encoded.shape[0] or tf.shape(encoded)[0]
+        prompts = self._checked_prompts(prompts)
+        if images is None:
+            rows = tf.zeros([1]) if prompts is None else prompts
+            memory = None
+        else:
+            rows = self.encode(images)
+            memory = self.text_decoder.project_memory(rows)
+        batch = rows.shape[0] or tf.shape(rows)[0]
         uniform = None
         if isinstance(plan.search, sampling.RandomSearch):
             index = tf.range(batch) if index is None else index
@@ -111,13 +123,14 @@ class Inference:
             uniform = stateless_random.uniform(seeds, shape, _SAMPLING_SALT)
         tokens, log_probs = generation.decode(
             self.text_decoder,
-            self.text_decoder.project_memory(encoded),
+            memory,
             plan.search,
             plan.rules,
             size=(batch, plan.sequences, plan.length),
             prefix=plan.prefix,
             uniform=uniform,
             masked=not self.left_to_right,
+            prompts=prompts,
         )
         wanted = 0 if num_captions == 1 else slice(num_captions)
         return _captions(tokens[:, wanted], log_probs[:, wanted])
@@ -161,6 +174,25 @@ class Inference:
             sequences=self._num_sequences(search, num_captions),
         )
 
+    def _checked_prompts(self, prompts):
+        """Prompts of `generate` as a tensor, or None if there are none."""
+        if prompts is None:
+            if self.prompts and "" not in self.prompts:
+                raise ValueError(
+                    "This captioner was trained with prompts, "
+                    f"{list(self.prompts)}, and needs one for each image. "
+                    "Received: prompts=None"
+                )
+            return None
+        prompts = tf.convert_to_tensor(prompts, tf.int32)
+        most = self.text_decoder.max_length - 1
+        if prompts.shape.rank != 2 or (prompts.shape[1] or 0) > most:
+            raise ValueError(
+                "`prompts` must be [B, M] with M at most the decoder's "
+                f"max_length - 1 = {most}. Received: shape {prompts.shape}"
+            )
+        return prompts
+
     def _prefix_ids(self, prefix):
         """Token ids int32 [B or 1, tokens] of a string or of token ids."""
         if prefix is None:
@@ -198,7 +230,7 @@ class Inference:
             )
         return sequences
 
-    def score(self, images, labels, *, parallel=False):
+    def score(self, images, labels, *, parallel=False, prompt_lengths=None):
         """Log-likelihood of each label for each image.
 
         Summed over tokens up to and including eos, not normalized by length
@@ -213,6 +245,8 @@ class Inference:
                 known when a graph is traced.
             parallel: If False, left to right; if True, all tokens at once from
                 MASK tokens and the image, in one decoder pass per image.
+            prompt_lengths: int32 [T], how many first tokens of each label are
+                its prompt: read, not scored. None for none.
 
         Returns:
             float32 [B, T].
@@ -223,15 +257,24 @@ class Inference:
         memory = self._memory(images)
         known = tf.get_static_value(labels)
         if not parallel and known is not None:
-            groups = likelihood.group_by_prefix(known, self._special_tokens)
+            if prompt_lengths is not None:
+                prompt_lengths = np.asarray(prompt_lengths)
+            groups = likelihood.group_by_prefix(
+                known, self._special_tokens, prompt_lengths=prompt_lengths
+            )
             return likelihood.score_groups(
                 self.text_decoder, memory, groups, self.chunk_size
             )
         count = 1 if images is None else tf.shape(images)[0]
         labels = tf.repeat(labels[None], count, axis=0)  # -> [B, T, L]
-        return self._score_each(memory, labels, parallel)
+        if prompt_lengths is not None:
+            prompt_lengths = tf.convert_to_tensor(prompt_lengths, tf.int32)
+            prompt_lengths = tf.repeat(prompt_lengths[None], count, axis=0)
+        return self._score_each(memory, labels, parallel, prompt_lengths)
 
-    def score_captions(self, images, labels, *, parallel=False):
+    def score_captions(
+        self, images, labels, *, parallel=False, prompt_lengths=None
+    ):
         """Log-likelihood of each image's own captions.
 
         Args:
@@ -239,6 +282,8 @@ class Inference:
                 blind decoder).
             labels: int32 [B, K, L] token ids, padded.
             parallel: As in `score`.
+            prompt_lengths: int32 [B, K], how many first tokens of each caption
+                are its prompt: read, not scored. None for none.
 
         Returns:
             float32 [B, K]; 0 for a caption that consists of padding.
@@ -247,15 +292,25 @@ class Inference:
         shape = tf.shape(labels)
         if images is None:
             labels = tf.reshape(labels, [1, -1, shape[2]])
-        scores = self._score_each(self._memory(images), labels, parallel)
+            if prompt_lengths is not None:
+                prompt_lengths = tf.reshape(prompt_lengths, [1, -1])
+        scores = self._score_each(
+            self._memory(images), labels, parallel, prompt_lengths
+        )
         return tf.reshape(scores, shape[:2])
 
-    def _score_each(self, memory, labels, parallel):
+    def _score_each(self, memory, labels, parallel, prompt_lengths=None):
         """Scores [B, K] of labels [B, K, L] for the images of `memory`."""
         if parallel:
-            return likelihood.score_parallel(self.text_decoder, memory, labels)
+            return likelihood.score_parallel(
+                self.text_decoder, memory, labels, prompt_lengths
+            )
         shape = tf.shape(labels)
-        nll = self._captions_nll(tf.reshape(labels, [-1, shape[2]]), memory)
+        if prompt_lengths is not None:
+            prompt_lengths = tf.reshape(prompt_lengths, [-1])
+        nll = self._captions_nll(
+            tf.reshape(labels, [-1, shape[2]]), memory, prompt_lengths
+        )
         return -tf.reshape(nll, shape[:2])
 
     def _memory(self, images):
@@ -264,11 +319,15 @@ class Inference:
             return None
         return self.text_decoder.project_memory(self.encode(images))
 
-    def _captions_nll(self, labels, memory):
+    def _captions_nll(self, labels, memory, prompt_lengths=None):
         """Summed negative log-likelihood [N] of labels [N, L]."""
         inputs = self.text_decoder.shift_right(labels)
         hidden = self.text_decoder(inputs, memory)
-        return tf.reduce_sum(self._token_losses(hidden, labels)[1], axis=-1)
+        scored = likelihood.scored_tokens(
+            labels, prompt_lengths, self._special_tokens.pad
+        )
+        nll = self._token_losses(hidden, labels, scored)[1]
+        return tf.reduce_sum(nll, axis=-1)
 
     def _label_ids(self, labels):
         """Token ids int32 [T, L] of token ids or of strings."""

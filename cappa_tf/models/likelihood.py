@@ -78,19 +78,30 @@ class _Tree:
         return mask
 
 
-def group_by_prefix(labels, special_tokens, nodes_per_group=NODES_PER_GROUP):
+def group_by_prefix(
+    labels,
+    special_tokens,
+    nodes_per_group=NODES_PER_GROUP,
+    prompt_lengths=None,
+):
     """Arranges texts in prefix trees of about equal size.
 
     Args:
         labels: int [T, L] token ids, padded.
         special_tokens: The decoder's `SpecialTokens`.
         nodes_per_group: Approximate number of nodes per tree.
+        prompt_lengths: int [T], how many first tokens of each text are its
+            prompt, which is read and not scored; None for none.
 
     Returns:
         `PrefixGroups`; equal texts are stored once.
     """
+    if prompt_lengths is None:
+        prompt_lengths = np.zeros(len(labels), np.int32)
     # Sorting makes texts with a common beginning neighbors.
-    labels, inverse = np.unique(labels, axis=0, return_inverse=True)
+    both = np.concatenate([labels, prompt_lengths[:, None]], axis=1)
+    both, inverse = np.unique(both, axis=0, return_inverse=True)
+    labels, prompt_lengths = both[:, :-1], both[:, -1]
     pad, start = special_tokens.pad, special_tokens.start
     lengths = [
         int(np.max(np.flatnonzero(t != pad), initial=-1)) + 1 for t in labels
@@ -112,9 +123,9 @@ def group_by_prefix(labels, special_tokens, nodes_per_group=NODES_PER_GROUP):
     size = max(len(tree.tokens) for tree in trees)
     nodes = np.zeros((len(trees), most, max(lengths)), np.int32)
     targets = np.full_like(nodes, pad)
-    for (g, c), text in zip(places, texts):
+    for (g, c), text, first in zip(places, texts, prompt_lengths):
         nodes[g, c, : len(text)] = trees[g].paths[c]
-        targets[g, c, : len(text)] = text
+        targets[g, c, first : len(text)] = text[first:]
     return PrefixGroups(
         tokens=_stack([tree.tokens for tree in trees], size),
         depths=_stack([tree.depths for tree in trees], size),
@@ -188,20 +199,25 @@ def score_groups(decoder, memory, groups, chunk_size):
     return tf.gather(scores, groups.order, axis=1)  # [B, G * C] -> [B, T]
 
 
-def score_parallel(decoder, memory, labels):
+def score_parallel(decoder, memory, labels, prompt_lengths=None):
     """Log-likelihood of texts, all tokens predicted at once.
 
-    Takes one pass over M MASK tokens per image, whatever the number of texts.
-    The score of a text does not depend on the other texts.
+    Takes one pass over M MASK tokens per image, whatever the number of texts;
+    with prompts, which the decoder sees in place of MASK, one per text. The
+    score of a text does not depend on the other texts.
 
     Args:
         decoder: `TextDecoder` with a MASK token.
         memory: From `decoder.project_memory`, or None (no image, B = 1).
         labels: int32 [B, K, L] token ids, padded.
+        prompt_lengths: int32 [B, K], how many first tokens of a text are its
+            prompt, which is not scored; None for none.
 
     Returns:
         float32 [B, K].
     """
+    if prompt_lengths is not None:
+        return _score_after_prompts(decoder, memory, labels, prompt_lengths)
     count, length = _batch_size(memory), tf.shape(labels)[-1]
     special = decoder.special_tokens
     masks = tf.fill([count, decoder.max_length], special.require_mask())
@@ -214,6 +230,60 @@ def score_parallel(decoder, memory, labels):
     )
     real = labels != special.pad
     return tf.reduce_sum(tf.where(real, log_probs, 0.0), axis=-1)
+
+
+def _score_after_prompts(decoder, memory, labels, prompt_lengths):
+    """`score_parallel` with prompts."""
+    shape = tf.shape(labels)
+    flat = tf.reshape(labels, [-1, shape[2]])  # -> [N, L]
+    lengths = tf.reshape(prompt_lengths, [-1])
+    count, special = tf.shape(flat)[0], decoder.special_tokens
+    masks = tf.fill([count, decoder.max_length], special.require_mask())
+    hidden = decoder(
+        show_prompts(masks, flat, lengths),
+        memory,
+        parallel=tf.fill([count], True),
+    )
+    log_probs = tf.nn.log_softmax(decoder.logits(hidden[:, : shape[2]]))
+    log_probs = tf.gather(log_probs, flat, batch_dims=2)
+    scored = scored_tokens(flat, lengths, special.pad)
+    scores = tf.reduce_sum(tf.where(scored, log_probs, 0.0), axis=-1)
+    return tf.reshape(scores, shape[:2])
+
+
+def show_prompts(tokens, prompts, lengths):
+    """Puts prompts in front of tokens, in place of what is there.
+
+    Args:
+        tokens: int32 [N, any length].
+        prompts: int32 [N, any length], whose first tokens are the prompt.
+        lengths: int32 [N], how many.
+
+    Returns:
+        Tensor like `tokens`.
+    """
+    length = tf.shape(tokens)[1]
+    missing = tf.maximum(length - tf.shape(prompts)[1], 0)
+    prompts = tf.pad(prompts, [[0, 0], [0, missing]])[:, :length]
+    in_prompt = tf.range(length)[None] < lengths[:, None]
+    return tf.where(in_prompt, prompts, tokens)
+
+
+def scored_tokens(labels, prompt_lengths, pad):
+    """Which tokens of labels [..., L] count: neither padding nor prompt.
+
+    Args:
+        labels: int32 [..., L].
+        prompt_lengths: int32 [...], or None.
+        pad: Id of padding.
+
+    Returns:
+        bool [..., L].
+    """
+    real = labels != pad
+    if prompt_lengths is None:
+        return real
+    return real & (tf.range(tf.shape(labels)[-1]) >= prompt_lengths[..., None])
 
 
 def cut_padding(labels, pad):

@@ -183,8 +183,28 @@ class StatelessDropout(keras.layers.Layer):
             return x
         if seeds is None:
             seeds = next_seeds(self.seed_generator, ops.shape(x)[0])
+        return self._drop(x, seeds)
+
+    def _drop(self, x, seeds):
         return dropout(x, self.rate, seeds, self._salt)
 
     def get_config(self):
         """Returns the constructor's arguments."""
         return {**super().get_config(), "rate": self.rate, "salt": self.salt}
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class StochasticDepth(StatelessDropout):
+    """Drops the whole residual branch of an example, or scales it up.
+
+    Args:
+        rate: Fraction of examples whose branch is zero in training, in [0, 1).
+        salt: As of `StatelessDropout`.
+
+    Reference: "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
+    """
+
+    def _drop(self, x, seeds):
+        keep = uniform(seeds, (1,) * (len(x.shape) - 1), self._salt)
+        scale = ops.cast(keep >= self.rate, x.dtype) / (1.0 - self.rate)
+        return x * ops.cast(scale, x.dtype)

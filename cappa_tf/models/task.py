@@ -205,7 +205,8 @@ class Task(keras.Model):
         if not self.takes_features:
             raise ValueError(
                 "FEATURES='cached' is for methods that need images for nothing "
-                "but their features, such as Contrastive. Received: "
+                "but their features, such as Contrastive and Captioner. "
+                "Received: "
                 f"{type(self).__name__}"
             )
         name = "vision_encoder"
@@ -218,7 +219,15 @@ class Task(keras.Model):
                 f"none of it. Received: frozen_parts={list(self.frozen_parts)}"
                 f", trained_parts={list(self.trained_parts)}"
             )
-        self.feature_kind = "encoded" if trained else "pre_logits"
+        self.feature_kind = self._kind_of_features(bool(trained))
+
+    def _kind_of_features(self, pools):
+        """The output of the frozen encoder that is needed in its place.
+
+        Args:
+            pools: Whether the pooling on top of it is trained.
+        """
+        return "encoded" if pools else "pre_logits"
 
     def image_spec(self, size):
         """The part of `batch_spec` that is images, or features of images."""
@@ -280,6 +289,16 @@ class Task(keras.Model):
         Raises:
             ValueError: If it does not; names the file and the bindings that
                 disagree.
+        """
+
+    def adopt(self, data):
+        """Takes from the training data what is part of the configuration.
+
+        The trainer calls it whenever a run starts or resumes, before it writes
+        the configuration.
+
+        Args:
+            data: The training data set.
         """
 
     def prepare(self, data):

@@ -10,7 +10,7 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.models.attention import layer_norm
+from cappa_tf.models.attention import by_head, layer_norm
 from cappa_tf.models.blocks import DecoderBlock
 from cappa_tf.models.positions import PositionEmbedding
 from cappa_tf.models.special_tokens import SpecialTokens
@@ -34,7 +34,8 @@ class TextDecoder(keras.Model):
         num_layers: Number of blocks.
         num_heads: Attention heads; divides D.
         mlp_dim: Hidden width of the MLPs.
-        encoder_dim: Width E of the encoded patches; `hidden_dim` by default.
+        encoder_dim: Width E of the encoded patches; by default that of the
+            encoder of its captioner, else `hidden_dim`.
         use_bias: Whether MLPs and the blocks' LayerNorms have biases. The
             final LayerNorm and the output head always have one, attention
             never has.
@@ -95,6 +96,7 @@ class TextDecoder(keras.Model):
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
+        self._has_default_encoder_dim = encoder_dim is None
         self.encoder_dim = encoder_dim or hidden_dim
         check_counts(encoder_dim=self.encoder_dim)
         self.use_bias = use_bias
@@ -148,6 +150,11 @@ class TextDecoder(keras.Model):
             name="head",
             dtype="float32",
         )
+
+    def default_encoder_dim(self, encoder_dim):
+        """Sets the width of the encoded patches, if the constructor did not."""
+        if self._has_default_encoder_dim and not self.built:
+            self.encoder_dim = encoder_dim
 
     def build(self, input_shape=None):
         """Creates all weights, whose sizes the constructor determines."""
@@ -284,25 +291,61 @@ class TextDecoder(keras.Model):
         zeros = ops.zeros(shape, dtype=self.compute_dtype)
         return [(zeros, zeros) for _ in self.blocks]
 
-    def call_with_cache(self, tokens, memory, cache, index):
+    def fill_cache(self, prompts, memory, length):
+        """Cache of prompts, with room for captions after them.
+
+        Args:
+            prompts: int [N, M], padded; M may be unknown.
+            memory: From `project_memory`, of B images with N = B * K; or None.
+            length: Positions of a caption to reserve.
+
+        Returns:
+            As `empty_cache`, [N, H, M + length, C]: first the keys and values
+            that lead to the last token of a prompt, from those of the start
+            token on. Entries at and after a prompt's length have no meaning.
+        """
+        tokens = self.shift_right(prompts)
+        count = ops.shape(tokens)[1]
+        x = self._embedding(tokens) + self._positions.table()[:, :count]
+        mask = self.attention_mask(count)
+        filled = []
+        for i, block in enumerate(self.blocks):
+            keys_values = None if memory is None else memory[i]
+            x, written = block(x, keys_values, attention_mask=mask)
+            empty = [(0, 0), (0, 0), (0, length), (0, 0)]
+            filled.append(tuple(ops.pad(by_head(w), empty) for w in written))
+        return filled
+
+    def call_with_cache(
+        self, tokens, memory, cache, index, positions=None, attention_mask=None
+    ):
         """Hidden state of one position, given the cached ones before it.
 
         Args:
             tokens: int [N, 1], input at position `index`.
             memory: From `project_memory`, each tensor passed through
                 `attention.by_head`; or None.
-            cache: From `empty_cache`, filled up to `index`.
-            index: Scalar int, the position.
+            cache: From `empty_cache`, filled up to `index`, or `fill_cache`.
+            index: Scalar int, the position, and its place in the cache.
+            positions: Optional int [N], the position of each token in its
+                text, if it is not `index`.
+            attention_mask: Optional bool, broadcastable to [N, H, 1, places of
+                the cache]; by default all places up to `index`.
 
         Returns:
             [N, 1, D] after the final LayerNorm, and the cache filled up to and
             including this position.
         """
-        position = ops.slice(
-            self._positions.table(), (0, index, 0), (1, 1, self.hidden_dim)
-        )
+        table = self._positions.table()
+        if positions is None:
+            position = ops.slice(table, (0, index, 0), (1, 1, self.hidden_dim))
+        else:
+            position = ops.take(table[0], positions, axis=0)[:, None]
         x = self._embedding(tokens) + position
-        mask = (ops.arange(cache[0][0].shape[2]) <= index)[None, None, None]
+        mask = attention_mask
+        if mask is None:
+            places = ops.arange(cache[0][0].shape[2])
+            mask = (places <= index)[None, None, None]
         filled = []
         for i, block in enumerate(self.blocks):
             keys_values = None if memory is None else memory[i]

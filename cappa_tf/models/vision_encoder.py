@@ -48,6 +48,9 @@ class VisionEncoder(keras.Model):
         dropout: Dropout rate of the embeddings and blocks.
         patch_dropout: Fraction of the patches left out in training, sampled
             for each example; `encoded` is then shorter. Not used in inference.
+        stochastic_depth: Fraction of the examples that skip the last block's
+            attention, or MLP, in training; it grows linearly from 0 in the
+            first block.
         pooling: Kind of `pre_logits`: "gap" (mean of the patches, CapPa's),
             "map" (attention pooling), "tok" (a class token) or "none" (no
             `pre_logits`).
@@ -66,8 +69,9 @@ class VisionEncoder(keras.Model):
         "tok": [B, 1 + P, D], class token first) and `pre_logits` [B, D].
         A `Classifier` adds logits.
 
-    Reference: big_vision models/vit.py. Patch dropout is this project's own
-    (the reference's captioner documents the option but never reads it).
+    Reference: big_vision models/vit.py. Patch dropout and stochastic depth
+    are this project's own (the reference's captioner documents the former but
+    never reads it).
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class VisionEncoder(keras.Model):
         position_embedding="learned",
         dropout=0.0,
         patch_dropout=0.0,
+        stochastic_depth=0.0,
         pooling="gap",
         remat=False,
         **kwargs,
@@ -89,7 +94,11 @@ class VisionEncoder(keras.Model):
         super().__init__(**kwargs)
         check_bool(remat=remat)
         check_counts(num_layers=num_layers, mlp_dim=mlp_dim)
-        check_fraction(dropout=dropout, patch_dropout=patch_dropout)
+        check_fraction(
+            dropout=dropout,
+            patch_dropout=patch_dropout,
+            stochastic_depth=stochastic_depth,
+        )
         check_choice(POOLINGS, pooling=pooling)
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
@@ -100,12 +109,13 @@ class VisionEncoder(keras.Model):
         self.position_embedding = position_embedding
         self.dropout = dropout
         self.patch_dropout = patch_dropout
+        self.stochastic_depth = stochastic_depth
         self.pooling = pooling
         self.remat = remat
         self.grid = self._grid()
         self.set_salt_prefix("encoder")
         self.seed_generator = None
-        if dropout > 0.0 or patch_dropout > 0.0:
+        if max(dropout, patch_dropout, stochastic_depth) > 0.0:
             self.seed_generator = seed_generator("encoder")
         self._make_layers()
 
@@ -136,6 +146,8 @@ class VisionEncoder(keras.Model):
                 self.num_heads,
                 mlp_dim=self.mlp_dim,
                 dropout=self.dropout,
+                stochastic_depth=self.stochastic_depth
+                * (i / max(1, self.num_layers - 1)),
                 name=f"encoder_block_{i}",
                 dtype=dtype,
             )
@@ -255,7 +267,8 @@ class VisionEncoder(keras.Model):
         """Returns the constructor's arguments."""
         names = (
             "hidden_dim num_layers num_heads mlp_dim patch_size image_size "
-            "position_embedding dropout patch_dropout pooling remat"
+            "position_embedding dropout patch_dropout stochastic_depth pooling "
+            "remat"
         ).split()
         config = {name: getattr(self, name) for name in names}
         base = {"name": self.name, "trainable": self.trainable}

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
+from cappa_tf.models.encoder_adapter import EncoderAdapter, import_packages
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving.checkpoints import restore_model
@@ -124,10 +125,10 @@ def load_model(path, weights="auto"):
             f"`weights` must be one of {choices}. Received: {weights!r}"
         )
     if files.isfile(path):
-        return _read_keras(path)
+        return _read_model(path)
     final = _named(path, ".keras")
     if weights in ("auto", "final") and files.exists(final):
-        return _read_keras(final)
+        return _read_model(final)
     folders = {"auto": ("best", "checkpoints"), "best": ("best",)}
     for folder in folders.get(weights, ("checkpoints",)):
         latest = tf.train.latest_checkpoint(os.path.join(path, folder))
@@ -140,7 +141,29 @@ def load_model(path, weights="auto"):
     )
 
 
-def _read_keras(path):
+def _read_model(path):
+    model = read_keras(path)
+    if not isinstance(model, Task | VisionEncoder | EncoderAdapter):
+        raise ValueError(
+            "A model file must hold a task, such as a captioner, or a vision "
+            "encoder. "
+            f"Received: {str(path)!r}, which holds a {type(model).__name__}"
+        )
+    return model
+
+
+def read_keras(path):
+    """Loads any model that Keras has saved.
+
+    Args:
+        path: Path of a `.keras` file.
+
+    Returns:
+        The built Keras model.
+
+    Raises:
+        ValueError: If the file is truncated, or Keras cannot read it.
+    """
     with files.on_disk(path) as local:
         # Keras would say that there is no file.
         if not zipfile.is_zipfile(local):
@@ -150,7 +173,9 @@ def _read_keras(path):
                 "is truncated"
             )
         try:
-            model = keras.saving.load_model(local, compile=False)
+            with zipfile.ZipFile(local) as archive:
+                import_packages(archive.read("config.json").decode())
+            return keras.saving.load_model(local, compile=False)
         # Keras passes on any error of zipfile, json, h5py and constructors.
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
@@ -158,13 +183,6 @@ def _read_keras(path):
                 "A model file must be a complete file saved by Keras. "
                 f"Received: {str(path)!r} ({type(error).__name__}: {reason})"
             ) from error
-    if not isinstance(model, Task | VisionEncoder):
-        raise ValueError(
-            "A model file must hold a task, such as a captioner, or a vision "
-            "encoder. "
-            f"Received: {str(path)!r}, which holds a {type(model).__name__}"
-        )
-    return model
 
 
 def _restored(workdir, checkpoint):

@@ -38,7 +38,7 @@ def build_model(
         ValueError: If the model or the optimizer was built for other devices
             or another precision.
     """
-    with _seeded(seed), _dtype_policy(precision), strategy.scope():
+    with seeded(seed), dtype_policy(precision), strategy.scope():
         model = constructed(model, "model", "example_losses", "weights")
         if not model.built:
             model.build()
@@ -75,8 +75,8 @@ def _check_built(model, strategy, precision):
 
 
 @contextlib.contextmanager
-def _seeded(seed):
-    """Seeds Keras' initializers, which use Python's random generator.
+def seeded(seed):
+    """Seeds Keras' initializers, which use Python's generator, for a while.
 
     `keras.utils.set_random_seed` would also clear TensorFlow's kernel cache,
     and with it every vocabulary that a tokenizer has opened.
@@ -90,7 +90,8 @@ def _seeded(seed):
 
 
 @contextlib.contextmanager
-def _dtype_policy(precision):
+def dtype_policy(precision):
+    """Sets Keras' dtype policy for a while; None keeps it."""
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision or previous)
     try:

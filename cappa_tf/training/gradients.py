@@ -187,10 +187,15 @@ class TaskGradients:
         Embedding lookups yield IndexedSlices; norms, sums over microbatches and
         factored moments all need the dense gradient.
         """
+        values = self._values()
         gradients = tape.gradient(
-            target, self._values(), upstream, unconnected_gradients="zero"
+            target, values, upstream, unconnected_gradients="zero"
         )
-        return [tf.convert_to_tensor(g) for g in gradients]
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        for gradient, value in zip(gradients, values):
+            # Texts of open length (`length_buckets`) leave it unknown.
+            gradient.set_shape(value.shape)
+        return gradients
 
     def _accumulated(self, function, batch):
         """Sums the results of `function` over the microbatches."""

@@ -24,6 +24,7 @@ def finish(
     strategy,
     hosts,
     evaluate=dict,
+    with_images=None,
 ):
     """Evaluates the trained model and writes the results to the run's folder.
 
@@ -37,6 +38,8 @@ def finish(
         strategy: The run's strategy.
         hosts: The run's `Hosts`. Each evaluates its part; the chief writes.
         evaluate: Function that returns further metrics, a dict by name.
+        with_images: The same data set with images, if `data` has features in
+            their place.
 
     Returns:
         The contents of `results.json`, a dict of `step` and the metrics.
@@ -46,7 +49,13 @@ def finish(
     figures = {"step": step}
     if data is not None and model.can_generate:
         figures |= _caption(
-            model, data, workdir, evaluation, batch_size, strategy, hosts
+            model,
+            with_images or data,
+            workdir,
+            evaluation,
+            batch_size,
+            strategy,
+            hosts,
         )
     if data is not None and model.selection_metric not in figures:
         figures |= Validation(strategy, hosts, model, data, batch_size)()

@@ -249,6 +249,8 @@ def _open_data(model, train_data, eval_data, test_data):
         if data is not None:
             data = constructed(data, name, "train", "evaluate")
             model.check_data(data, name)
+            if name == "train_data":
+                model.adopt(data)
             opened[name] = data
     return Data(*opened.values())
 

@@ -60,6 +60,14 @@ class Data(NamedTuple):
     eval: object
     test: object
 
+    @property
+    def for_inference(self):
+        """The one whose preprocessing the trained model needs: evaluation's.
+
+        That of training may differ, as in random crops of the whole image.
+        """
+        return self.train if self.eval is None else self.eval
+
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
@@ -107,6 +115,7 @@ class Trainer:
     def __enter__(self):
         """Resumes if there is a checkpoint; opens what the loop needs."""
         self._resume()
+        self._with_images = self.data
         # Only now does a frozen encoder have its weights.
         data, self._cache_lines = replace_images(
             self.features,
@@ -120,10 +129,14 @@ class Trainer:
         if not self._resumed:
             self._prepared = self.model.prepare(self.data.train)
         if self.hosts.is_chief:
-            describe_run(self.workdir, self.model, self.data.train)
+            describe_run(self.workdir, self.model, self.data.for_inference)
         batch_size = self.evaluation.batch_size(self.settings)
         self._evaluators = Evaluators(
-            self.evaluators, self.model, self.data.train, batch_size, self.hosts
+            self.evaluators,
+            self.model,
+            self.data.for_inference,
+            batch_size,
+            self.hosts,
         )
         self._evaluators.open()
         self._validation = self._samples = None
@@ -139,7 +152,7 @@ class Trainer:
                 self._samples = Samples(
                     self.workdir,
                     self.model,
-                    self.data.eval,
+                    self._with_images.eval,
                     self.evaluation.sample_images,
                     self.hosts,
                 )
@@ -264,6 +277,9 @@ class Trainer:
 
     def _open_iterator(self):
         seed, start = self.settings.seed, self._examples
+        mixing = {}
+        if getattr(self.data.train, "mixes", False):
+            mixing["step_size"] = self.settings.batch_size
         return training_iterator(
             self.strategy,
             lambda size, host, num_hosts: self.data.train.train(
@@ -272,6 +288,7 @@ class Trainer:
                 seed=seed,
                 host=host,
                 num_hosts=num_hosts,
+                **mixing,
             ),
             self.settings.batch_size,
         )
@@ -383,6 +400,7 @@ class Trainer:
                 self.strategy,
                 self.hosts,
                 self._evaluate,
+                self._with_images.test,
             )
         for name, value in figures.items():
             self._progress.line(f"{name} {value}")

@@ -6,6 +6,7 @@ at all, so it checks them here first.
 """
 
 import importlib.util
+import math
 import numbers
 
 
@@ -72,6 +73,28 @@ def check_fraction(**values):
     """Checks for numbers from 0 to 1."""
     for name, value in values.items():
         check_number(name, value, 0.0, 1.0)
+
+
+def check_interval(name, value, most=math.inf, zero=False):
+    """Checks that a value is (min, max) with 0 < min <= max <= most.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value of the argument.
+        most: Largest allowed maximum.
+        zero: Whether the minimum may be 0.
+    """
+    numbers = isinstance(value, tuple | list) and all(
+        isinstance(x, int | float) for x in value
+    )
+    least = 0 if zero else math.ulp(0.0)
+    if not (
+        numbers and len(value) == 2 and least <= value[0] <= value[1] <= most
+    ):
+        raise ValueError(
+            f"`{name}` must be two numbers, 0 {'<=' if zero else '<'} min <= "
+            f"max <= {most}. Received: {name}={value!r}"
+        )
 
 
 def check_bool(**values):
@@ -174,3 +197,16 @@ def parse_height_width(flag, values):
             f"Received: --{flag}={','.join(values)}"
         )
     return numbers[0], numbers[-1]
+
+
+def ranges(numbers):
+    """Names sorted integers briefly: [3, 4, 5, 9] -> "3-5, 9"."""
+    runs = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    named = [f"{a}-{b}" if b > a else f"{a}" for a, b in runs]
+    more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+    return ", ".join(named[:10]) + more

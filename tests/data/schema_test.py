@@ -5,6 +5,7 @@ import os
 
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from cappa_tf.data import schema
 from cappa_tf.utils import files
@@ -50,6 +51,72 @@ def test_parse_gives_the_same_in_the_graph():
         assert captions == example.captions
         label = -1 if example.label is None else example.label
         assert parsed["label"].numpy() == label
+
+
+def _questions():
+    """A record with two questions, one of them with three answers."""
+    return schema.Example(
+        key="q",
+        image=b"\xff\xd8",
+        captions=["red", "a dog", "red", "dark red"],
+        prompts=["what colour?", "", "what colour?", "what colour?"],
+        question_types=["colour", "", "colour", "colour"],
+    )
+
+
+def test_prompts_survive_and_are_grouped_by_question():
+    example = _questions()
+    serialized = schema.serialize(example)
+    assert schema.deserialize(serialized) == example
+    parsed = schema.parse(tf.constant(serialized))
+    prompts = [prompt.decode() for prompt in parsed["prompts"].numpy()]
+    assert prompts == example.prompts
+    answers = ["red", "red", "dark red"]
+    assert schema.questions(example) == [
+        schema.Question("what colour?", answers, "colour")
+    ]
+
+
+def test_a_record_without_prompts_has_the_same_bytes_as_before():
+    (example,) = _examples(1)
+    names = tf.train.Example.FromString(schema.serialize(example))
+    assert sorted(names.features.feature) == [
+        "captions",
+        "image/encoded",
+        "key",
+        "label",
+    ]
+    parsed = schema.parse(tf.constant(schema.serialize(example)))
+    assert parsed["prompts"].shape == [0]
+    assert schema.questions(example) == []
+
+
+def test_there_must_be_a_prompt_for_each_caption():
+    example = _questions()
+    wrong = tf.train.Example.FromString(schema.serialize(example))
+    del wrong.features.feature["prompts"].bytes_list.value[-1]
+    wrong = wrong.SerializeToString()
+    with pytest.raises(ValueError, match="3 prompts, 4 captions of 'q'"):
+        schema.deserialize(wrong)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        schema.parse(tf.constant(wrong))
+    example.question_types.pop()
+    with pytest.raises(ValueError, match="3 question_types, 4 captions"):
+        schema.serialize(example)
+
+
+def test_the_description_tells_which_splits_have_prompts(tmp_path):
+    written = schema.write_dataset(
+        {"train": [_questions()], "test": _examples(2)}, tmp_path, "d"
+    )
+    assert written.num_prompts("train") == 3
+    assert written.num_prompts("test") == 0
+    assert "num_prompts" not in written.content["splits"]["test"]
+    builder = tfds.builder_from_directory(tmp_path)
+    skip = {"image/encoded": tfds.decode.SkipDecoding()}
+    for split, count in (("train", 4), ("test", 0)):
+        for record in builder.as_dataset(split, decoders=skip):
+            assert record["prompts"].shape == [count]
 
 
 def test_round_robin_shards_and_description(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import scoring
 from conftest import shared_data, shared_reference
 
-from cappa_tf.evaluation import features, zero_shot
+from cappa_tf.evaluation import class_figures, features, zero_shot
 from cappa_tf.evaluation.images import EvaluationImages
 
 
@@ -23,8 +23,10 @@ def test_figures_by_hand():
         float,
     )
     labels = np.array([0, 1, 0, 1])
-    np.testing.assert_array_equal(zero_shot.ranks(scores, labels), [0, 1, 5, 1])
-    found, confusion = zero_shot.figures(scores, labels)
+    np.testing.assert_array_equal(
+        class_figures.ranks(scores, labels), [0, 1, 5, 1]
+    )
+    found, confusion = class_figures.figures(scores, labels)
     assert found == {"top_1": 1 / 4, "top_5": 3 / 4, "mean_per_class": 1 / 4}
     assert confusion.tolist()[0] == [1, 0, 0, 0, 0, 1]
     assert confusion.tolist()[1] == [2, 0, 0, 0, 0, 0]
@@ -32,7 +34,7 @@ def test_figures_by_hand():
 
 
 def test_few_classes_have_no_top_5():
-    found, _ = zero_shot.figures(np.eye(3), np.arange(3))
+    found, _ = class_figures.figures(np.eye(3), np.arange(3))
     assert found == {"top_1": 1.0, "mean_per_class": 1.0}
 
 
@@ -40,8 +42,10 @@ def test_any_of_several_labels_is_right():
     """Second best, but the best is a label, too; the last is wrong."""
     scores = np.array([[9, 1, 8], [3, 2, 1], [1, 2, 3]], float)
     labels = np.array([[2, 0], [0, -1], [1, 0]])
-    np.testing.assert_array_equal(zero_shot.ranks(scores, labels), [0, 0, 1])
-    found, confusion = zero_shot.figures(scores, labels)
+    np.testing.assert_array_equal(
+        class_figures.ranks(scores, labels), [0, 0, 1]
+    )
+    found, confusion = class_figures.figures(scores, labels)
     assert found["top_1"] == 2 / 3
     # Of class 0 two of three images are right; of 1 none, of 2 its only one.
     assert found["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)
@@ -64,7 +68,7 @@ def test_class_embeddings_and_predictions_of_the_reference():
     np.testing.assert_array_equal(scores.argmax(1), arrays["predicted"])
     # Images without any label are left out before.
     labelled = (labels >= 0).any(1)
-    ranks = zero_shot.ranks(scores[labelled], labels[labelled])
+    ranks = class_figures.ranks(scores[labelled], labels[labelled])
     np.testing.assert_array_equal(ranks == 0, arrays["correct"][labelled])
     assert not arrays["correct"][~labelled].any()
 

@@ -24,7 +24,10 @@ from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.utils import files
 
 BAD = 5
-ROW_TYPES = (tf.bfloat16, tf.string, tf.int64, tf.bool, tf.string)
+ROW_TYPES = (
+    *(tf.bfloat16, tf.string, tf.string),
+    *(tf.int64, tf.bool, tf.string),
+)
 
 
 def make_encoder(**kwargs):
@@ -158,6 +161,7 @@ class Images:
             return {
                 "image": tf.gather(self._images, tf.maximum(number, 0)),
                 "captions": [tf.strings.as_string(number), ""],
+                "prompts": [tf.strings.as_string(100 + number), ""],
                 "label": number,
                 "ok": number != BAD,
                 "raw": "raw",
@@ -217,9 +221,10 @@ def test_what_is_complete_is_not_computed_again(encoder, tmp_path, small_parts):
     rows = again.rows(np.array([7, BAD, -1]))
     np.testing.assert_array_equal(rows[0][0], cache.rows(np.array([7]))[0][0])
     assert rows[1].tolist() == [[b"7"], [b"5"], [b""]]
-    assert rows[2].tolist() == [7, 5, 0]
-    assert rows[3].tolist() == [True, False, False]
-    assert diagnose(rows[4][1]) == ("raw", "name")
+    assert rows[2].tolist() == [[b"107"], [b"105"], [b""]]
+    assert rows[3].tolist() == [7, 5, 0]
+    assert rows[4].tolist() == [True, False, False]
+    assert diagnose(rows[5][1]) == ("raw", "name")
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "foreign"])

@@ -233,8 +233,21 @@ def test_refuses_parts_that_do_not_fit():
     encoder = VisionEncoder(num_layers=1, patch_size=8, image_size=16, **SMALL)
     narrow = {**SMALL, "hidden_dim": 8}
     with pytest.raises(ValueError, match="encoder_dim=8, hidden_dim=16"):
-        Captioner(encoder, TextDecoder(V, L, num_layers=1, **narrow))
+        Captioner(
+            encoder, TextDecoder(V, L, num_layers=1, encoder_dim=8, **narrow)
+        )
     special = SpecialTokens()
     unmasked = TextDecoder(V, L, num_layers=1, special_tokens=special, **SMALL)
     with pytest.raises(ValueError, match="mask=None"):
         Captioner(encoder, unmasked)
+
+
+def test_a_decoder_of_another_width_reads_the_encoders():
+    encoder = VisionEncoder(num_layers=1, patch_size=8, image_size=16, **SMALL)
+    narrow = TextDecoder(V, L, num_layers=1, **{**SMALL, "hidden_dim": 8})
+    captioner = Captioner(encoder, narrow)
+    captioner.build()
+    again = Captioner.from_config(captioner.get_config())
+    assert again.text_decoder.encoder_dim == narrow.encoder_dim == 16
+    logits = captioner.logits(np.zeros((1, 16, 16, 3)), [[2, 1] + [0] * 5])
+    assert logits.shape == (1, L, V)

@@ -67,7 +67,7 @@ def test_loss_is_the_cross_entropy_of_the_smoothed_label(batch, smoothing):
     expected = -np.sum(targets * tf.nn.log_softmax(logits), axis=-1)
     losses = model.example_losses(batch, training=False)
     np.testing.assert_allclose(losses.loss[:2], expected[:2], rtol=1e-5)
-    right, known = losses.metrics["accuracy"]
+    right, known = losses.metrics["top_1"]
     best = np.argmax(logits, -1) == batch["label"]
     np.testing.assert_array_equal(right, best)
     # The last has no label.
@@ -81,7 +81,7 @@ def test_it_learns_what_it_is_shown(batch):
     data = tf.data.Dataset.from_tensors(batch).repeat(40)
     model.fit(data, verbose=0)
     losses = model.example_losses(batch, training=False)
-    assert losses.metrics["accuracy"][0].numpy().tolist()[:2] == [1.0, 1.0]
+    assert losses.metrics["top_1"][0].numpy().tolist()[:2] == [1.0, 1.0]
 
 
 def test_an_encoder_that_pools_not_is_refused():

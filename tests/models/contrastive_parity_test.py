@@ -54,26 +54,12 @@ def variables_by_name(model):
     return found
 
 
-def compute_gradients(model, batch, accumulation_steps=1, jit_compile=False):
-    """(loss, gradients) as the trainer computes them."""
-    size = batch["image"].shape[0]
-    step = TaskGradients(model, size, accumulation_steps)
-
-    @tf.function(jit_compile=jit_compile, autograph=False)
-    def run():
-        gradients, sums = step(batch)
-        total, weight = sums.figures["loss"]
-        return total / weight, gradients
-
-    return run()
-
-
 @pytest.mark.parametrize(
     ("accumulation_steps", "jit_compile"), [(1, False), (4, True)]
 )
 def test_loss_and_gradients(case, accumulation_steps, jit_compile):
     arrays, model = case
-    loss, gradients = compute_gradients(
+    loss, gradients = parity.task_gradients(
         model, batch_of(arrays), accumulation_steps, jit_compile
     )
     assert float(loss) == pytest.approx(float(arrays["loss"]), rel=1e-5)

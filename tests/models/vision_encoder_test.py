@@ -6,7 +6,11 @@ import tensorflow as tf
 from harness import check_layer, randomize
 
 from cappa_tf.models.sizes import variant
-from cappa_tf.models.stateless_random import StatelessDropout, example_seeds
+from cappa_tf.models.stateless_random import (
+    StatelessDropout,
+    StochasticDepth,
+    example_seeds,
+)
 from cappa_tf.models.vision_encoder import VisionEncoder
 
 SMALL = {
@@ -119,7 +123,42 @@ def test_patch_dropout_reaches_every_patch():
     assert np.abs(counts - 300).max() < 60
 
 
-@pytest.mark.parametrize("kwargs", [{"patch_dropout": 0.5}, {"dropout": 0.1}])
+def test_stochastic_depth_drops_whole_branches_of_examples():
+    layer = StochasticDepth(0.25, "here")
+    x = np.random.default_rng(0).normal(size=(400, 3, 2)).astype("float32")
+    seeds = example_seeds(0, np.arange(400))
+    found = layer(x, seeds, training=True).numpy()
+    kept = np.any(found != 0.0, axis=(1, 2))
+    np.testing.assert_allclose(found[kept], x[kept] / 0.75, rtol=1e-6)
+    # 300 expected, with a standard deviation of 9.
+    assert abs(kept.sum() - 300) < 40
+    # An example's choice is its own, in whatever batch it is.
+    alone = layer(x[7:9], seeds[7:9], training=True)
+    np.testing.assert_array_equal(alone, found[7:9])
+    np.testing.assert_array_equal(layer(x), x)
+
+
+def test_stochastic_depth_grows_linearly_and_never_drops_two_alike():
+    model = encoder(num_layers=3, stochastic_depth=0.5)
+    rates = [block.stochastic_depth for block in model.blocks]
+    assert rates == [0.0, 0.25, 0.5]
+    salts = [skip.salt for b in model.blocks for skip in b._skips.values()]
+    assert len(set(salts)) == 6
+    seeds = example_seeds(0, np.arange(8))
+    changed = model(images(8), seeds, training=True)["pre_logits"]
+    assert np.abs(changed - model(images(8))["pre_logits"]).max() > 1e-3
+
+
+def test_a_configuration_from_before_stochastic_depth_is_read():
+    config = encoder().get_config()
+    del config["stochastic_depth"]
+    assert VisionEncoder.from_config(config).stochastic_depth == 0.0
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"patch_dropout": 0.5}, {"dropout": 0.1}, {"stochastic_depth": 0.9}],
+)
 def test_without_seeds_drops_differently_at_every_call(kwargs):
     model = encoder(**kwargs)
     plain, again = model(images()), model(images())
@@ -133,6 +172,7 @@ def test_no_two_dropouts_draw_the_same_mask():
         layer
         for layer in encoder(dropout=0.1)._flatten_layers()
         if isinstance(layer, StatelessDropout)
+        and not isinstance(layer, StochasticDepth)
     ]
     # One of the embeddings; after attention, in and after the MLP of a block.
     assert len(layers) == 1 + 3 * 2

@@ -57,18 +57,22 @@ def test_ways_to_caption_give_the_greedy_caption():
     assert found["parallel draft"]["passes"] == 1
 
 
-def test_ways_of_lit_train_on_the_same_examples(tmp_path):
+@pytest.mark.parametrize("kind", ["pre_logits", "encoded"])
+def test_cached_features_train_on_the_same_examples(tmp_path, kind):
     small_run.write_data(str(tmp_path))
     data = small_run.data(str(tmp_path))
     size = data.tokenizer.vocabulary_size
     losses = []
     for way in features.WAYS:
         random.seed(0)  # What Keras' initializers sample from.
-        model = tiny.make_contrastive(size, embedding_dim=(None, 16))
+        if kind == "encoded":
+            model = tiny.make_model(size)
+        else:
+            model = tiny.make_contrastive(size, embedding_dim=(None, 16))
         model.build()
         model.freeze(["vision_encoder"])
         streams, _ = features.make_streams(
-            data, model.vision_encoder, str(tmp_path / "cache")
+            data, model.vision_encoder, str(tmp_path / "cache"), kind
         )
         sums = features.make_steps(model, streams[way], 8)(2)[0]
         total, weight = sums.figures["loss"]

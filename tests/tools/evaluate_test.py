@@ -59,6 +59,22 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_flags_of_questions_and_of_reading(folder):
+    flag_values = flags.FlagValues()
+    evaluate.define_flags(flag_values)
+    given = ["--checkpoint=c", f"--data={folder}", "--prompt=read: {question}"]
+    answers = f"--answers={folder / 'labels.jsonl'}"
+    flag_values(["evaluate", "--task=vqa", answers, *given])
+    (vqa,) = evaluate._evaluators(flag_values)
+    assert vqa.needs == ("autoregressive",)
+    vqa.open()
+    flag_values(["evaluate", "--task=ocr", "--test_split=dev", *given])
+    (ocr,) = evaluate._evaluators(flag_values)
+    assert ocr.needs == ("generate",)
+    with pytest.raises(ValueError, match="split='dev'"):
+        ocr.open()
+
+
 def test_fewshot_on_a_folder(folder, capsys):
     report = run(
         checkpoint=folder / "captioner.keras",

@@ -278,3 +278,29 @@ def test_real_photos(run, tmp_path):
     lines = (source / "captions.jsonl").read_text().splitlines()
     assert sum(map(description.num_examples, description.splits)) == len(lines)
     assert not (tmp_path / "coco/prepare_data.log").read_text()
+
+
+def test_questions_become_prompts_and_are_counted(run, tmp_path, capsys):
+    folder = tmp_path / "vqa"
+    folder.mkdir()
+    rows = [
+        {"image": "0.jpg", "qa": [["q", "a"], ["r", "b"]], "split": "train"},
+        {"image": "1.jpg", "question": "q", "answers": ["a", "b", "c"]},
+        {"image": "1.jpg", "question": "r", "split": "test"},
+        {"image": "2.jpg", "question": "q", "answer": "a", "split": "test"},
+    ]
+    for i in range(2):
+        Image.new("RGB", (9, 9)).save(folder / f"{i}.jpg")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "vqa.jsonl").write_text(lines)
+    run(f"--input={folder}", f"--output={tmp_path / 'out'}", "--num_shards=1")
+    description = schema.DatasetDescription.load(tmp_path / "out")
+    assert description.num_prompts("train") == 2
+    assert description.num_prompts("test") == 3
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[3] == "answers" and printed[1].split()[3] == "2"
+    log = (tmp_path / "out" / prepare_data.LOG_NAME).read_text()
+    assert log.splitlines() == [
+        "no answer\tvqa.jsonl:3: r",
+        "image missing\t2.jpg",
+    ]

@@ -60,8 +60,11 @@ def augment(
     top, left = tf.zeros([batch]), tf.zeros([batch])
     bottom, right = tf.ones([batch]), tf.ones([batch])
     if crop_scale is not None:
-        top, left, bottom, right = _random_boxes(
-            seed, index, crop_scale, crop_aspect
+        numbers = stateless_random.uniform(
+            seed, stateless_random.CROP, index, 4
+        )
+        top, left, bottom, right = random_boxes(
+            numbers, crop_scale, crop_aspect
         )
     elif shift:
         images, top, left, bottom, right = _random_shift(
@@ -78,16 +81,24 @@ def augment(
     return tf.image.crop_and_resize(images, boxes, tf.range(batch), size)
 
 
-def _random_boxes(seed, index, scale, aspect):
-    """Top, left, bottom and right in 0..1 of random crops, each [B]."""
-    u = stateless_random.uniform(seed, stateless_random.CROP, index, 4)
-    area = scale[0] + u[:, 0] * (scale[1] - scale[0])
+def random_boxes(numbers, scale, aspect):
+    """Random parts of images.
+
+    Args:
+        numbers: float32 [B, 4], uniform.
+        scale: (min, max) fraction of the area.
+        aspect: (min, max) width / height, relative to the image's.
+
+    Returns:
+        Top, left, bottom and right in 0..1, each [B].
+    """
+    area = scale[0] + numbers[:, 0] * (scale[1] - scale[0])
     low, high = tf.math.log(float(aspect[0])), tf.math.log(float(aspect[1]))
-    ratio = tf.exp(low + u[:, 1] * (high - low))
+    ratio = tf.exp(low + numbers[:, 1] * (high - low))
     height = tf.minimum(tf.sqrt(area / ratio), 1.0)
     width = tf.minimum(tf.sqrt(area * ratio), 1.0)
-    top = u[:, 2] * (1.0 - height)
-    left = u[:, 3] * (1.0 - width)
+    top = numbers[:, 2] * (1.0 - height)
+    left = numbers[:, 3] * (1.0 - width)
     return top, left, top + height, left + width
 
 

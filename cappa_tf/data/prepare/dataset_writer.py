@@ -4,6 +4,7 @@ A folder with a dataset.json holds a complete data set: that file is written
 last, and deleted before anything else is replaced.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -35,7 +36,9 @@ class WrittenShard:
         num_examples: Number of records.
         num_captions: Number of captions of all records.
         max_captions: Maximum number of captions of a record.
-        num_labels: Number of records with a label.
+        labels: Number of records with each label, a dict of strings.
+        num_prompts: Number of captions that answer a prompt.
+        num_question_types: Number of captions whose question has a type.
         num_bytes: Size of the file.
         sha256: Hexadecimal digest of the file.
     """
@@ -44,7 +47,9 @@ class WrittenShard:
     num_examples: int
     num_captions: int
     max_captions: int
-    num_labels: int
+    labels: dict
+    num_prompts: int
+    num_question_types: int
     num_bytes: int
     sha256: str
 
@@ -93,8 +98,8 @@ def publish(output_dir, name, metadata, splits):
             },
         },
     )
-    num_labels = sum(s.num_labels for found in shards.values() for s in found)
-    _write_tfds_metadata(description, num_labels)
+    written = [shard for found in shards.values() for shard in found]
+    _write_tfds_metadata(description, written)
     description.save()
     return description
 
@@ -188,26 +193,32 @@ def _publish_split(output_dir, name, split, shards):
                 "sha256": shard.sha256,
             }
         )
+    num_prompts = sum(shard.num_prompts for shard in shards)
+    labels = collections.Counter()
+    for shard in shards:
+        labels.update(shard.labels)
     return {
         "num_examples": sum(shard.num_examples for shard in shards),
         "num_captions": sum(shard.num_captions for shard in shards),
         "max_captions": max(shard.max_captions for shard in shards),
+        **({"num_prompts": num_prompts} if num_prompts else {}),
+        "labels": {k: labels[k] for k in sorted(labels, key=int)},
         "shards": entries,
     }
 
 
-def _write_tfds_metadata(description, num_labels):
+def _write_tfds_metadata(description, shards):
     """Writes the files that `tfds.builder_from_directory` reads."""
     # Written atomically: a partial file of a killed process would look foreign.
     with tempfile.TemporaryDirectory() as scratch:
-        _tfds_info(description, num_labels, scratch).write_to_directory(scratch)
+        _tfds_info(description, shards, scratch).write_to_directory(scratch)
         for file in sorted(os.listdir(scratch)):
             content = files.read_bytes(os.path.join(scratch, file))
             path = os.path.join(description.directory, file)
             files.write_bytes(path, content)
 
 
-def _tfds_info(description, num_labels, directory):
+def _tfds_info(description, shards, directory):
     """The `tfds.core.DatasetInfo` of a description.
 
     TFDS has no optional features: if only some records have a label, it is a
@@ -215,7 +226,7 @@ def _tfds_info(description, num_labels, directory):
 
     Args:
         description: A `DatasetDescription`.
-        num_labels: Number of records with a label.
+        shards: All `WrittenShard`s, which tell the features in use.
         directory: Any local folder; TFDS requires one but does not store it.
     """
     # Takes seconds to import, and is needed only here.
@@ -227,6 +238,13 @@ def _tfds_info(description, num_labels, directory):
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "key": tfds.features.Text(),
     }
+    # An absent list is an empty sequence.
+    texts = tfds.features.Sequence(tfds.features.Text())
+    if any(shard.num_prompts for shard in shards):
+        features["prompts"] = texts
+    if any(shard.num_question_types for shard in shards):
+        features["question_types"] = texts
+    num_labels = sum(sum(shard.labels.values()) for shard in shards)
     if num_labels:
         classes = description.metadata.get("classes")
         label = tfds.features.Scalar(tf.int64)

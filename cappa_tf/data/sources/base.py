@@ -17,11 +17,13 @@ Dimensions:
     S: shards.
 """
 
+import collections
 import dataclasses
 import os
 
 import tensorflow as tf
 
+from cappa_tf.data import prompts as prompts_lib
 from cappa_tf.data import schema
 from cappa_tf.data.stream import caching, corrupt_shards, shuffling
 
@@ -67,9 +69,11 @@ class Records:
     Attributes:
         min_side: Minimum length of an image's shorter side; an image below it
             is a bad record.
+        has_prompts: Whether captions answer prompts, such as questions.
     """
 
     min_side = 1
+    has_prompts = False
 
     def __init__(self, name, shards):
         self.name = name
@@ -102,6 +106,11 @@ class Records:
                 default=0,
             )
         return self._max_captions
+
+    @property
+    def prompts(self):
+        """Templates of the prompts that captions answer; none without any."""
+        return (prompts_lib.QUESTION,) if self.has_prompts else ()
 
     @property
     def identity(self):
@@ -159,6 +168,19 @@ class Records:
             raise ValueError(
                 f"{self.name}: no record has a caption. {self._where_to_look()}"
             )
+
+    def label_counts(self):
+        """Number of records with each label.
+
+        Returns:
+            A dict label -> number, without the records that have none; None if
+            all of a large split would have to be read.
+        """
+        num_bytes = sum(shard.num_bytes for shard in self.shards)
+        if num_bytes > RECORDS_IN_MEMORY_BYTES:
+            return None
+        labels = (example.label for example in self.read_examples())
+        return dict(collections.Counter(x for x in labels if x is not None))
 
     def _where_to_look(self):
         """Hint for the message that there are no captions."""

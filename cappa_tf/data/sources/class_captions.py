@@ -11,31 +11,52 @@ class LabelCaptions:
 
     Args:
         source: A source with labels, or a folder of prepared data.
-        names: Class names by class number.
+        names: Class names by class number; by default those of the source,
+            when it is opened.
         templates: Sentences with {} in place of the name; each is a caption.
+            ("{}",) makes the name itself the caption, for a decoder that
+            answers a prompt such as "classify:".
     """
 
     def __init__(
         self,
         source,
-        names: list | tuple,
+        names: list | tuple | None = None,
         templates: list | tuple = ("a photo of a {}",),
     ):
-        if not names or not templates or not all("{}" in t for t in templates):
+        if names is not None and not names:
+            raise ValueError("`names` must be class names. Received: none")
+        if not templates or not all("{}" in t for t in templates):
             raise ValueError(
-                "`names` must be class names, and `templates` sentences with "
-                f"{{}}. Received: {len(names)} names, templates={templates!r}"
+                "`templates` must be sentences with {}. Received: "
+                f"templates={templates!r}"
             )
         self._source = as_source(source)
-        self._captions = [
-            [template.replace("{}", name) for template in templates]
-            for name in names
-        ]
+        self._names, self._templates = names, templates
         self.name = self._source.name
+
+    @property
+    def class_names(self):
+        """Names of the classes by number.
+
+        Raises:
+            ValueError: If there are none, given or of the source.
+        """
+        names = self._names or getattr(self._source, "class_names", ())
+        if not names:
+            raise ValueError(
+                "LabelCaptions needs the `names` of the classes, as its source "
+                f"does not know them. Received: {self.name}"
+            )
+        return list(names)
 
     def split(self, split):
         """Returns the `Records` of a split."""
-        return _Captioned(self._source.split(split), self._captions)
+        captions = [
+            [template.replace("{}", name) for template in self._templates]
+            for name in self.class_names
+        ]
+        return _Captioned(self._source.split(split), captions)
 
 
 class _Captioned(Records):
@@ -66,6 +87,10 @@ class _Captioned(Records):
         """Checks the files, as in `Records`."""
         self._records.check(counter)
 
+    def label_counts(self):
+        """Counts the labels, as `Records` does."""
+        return self._records.label_counts()
+
     def parse(self, serialized):
         """Parses a record; one without a known label has no caption."""
         record = self._records.parse(serialized)
@@ -75,7 +100,9 @@ class _Captioned(Records):
             tf.gather(self._table, tf.where(known, label, 0)),
             tf.repeat(known, self._max_captions),
         )
-        return {**record, "captions": captions}
+        # These captions do not answer the record's own prompts.
+        prompts = tf.zeros([0], tf.string)
+        return {**record, "captions": captions, "prompts": prompts}
 
     def deserialize(self, serialized):
         """Parses a record in Python, as in `Records`."""
@@ -83,4 +110,5 @@ class _Captioned(Records):
         label = example.label
         known = label is not None and 0 <= label < len(self._captions)
         example.captions = list(self._captions[label]) if known else []
+        example.prompts = example.question_types = None
         return example

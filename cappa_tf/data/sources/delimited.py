@@ -5,8 +5,10 @@ is not closed costs only its own row; the following lines are read as rows
 again.
 """
 
+import contextlib
 import csv
 import itertools
+import json
 import os
 import re
 
@@ -16,7 +18,13 @@ from cappa_tf.data.sources import folder_listing, table_rows
 DELIMITERS = ",\t;|"
 # Limit of one field, over all its lines.
 _MOST_CHARACTERS = csv.field_size_limit()
-_WANTED = frozenset((*table_rows.IMAGE_COLUMNS, *table_rows.CAPTION_COLUMNS))
+_WANTED = frozenset(
+    (
+        *table_rows.IMAGE_COLUMNS,
+        *table_rows.CAPTION_COLUMNS,
+        *table_rows.QUESTION_COLUMNS,
+    )
+)
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.I)
 
@@ -166,6 +174,9 @@ class DelimitedTable:
         }
         if not self._has_header:
             record["image"] = _without_number(record["image"].strip())
+        for name in table_rows.QUESTION_COLUMNS:
+            if record.get(name):
+                record[name] = _value(record[name])
         if record.get("label"):
             record["label"] = _number(record["label"])
         return record
@@ -191,6 +202,14 @@ def _parse(lines, delimiter, quoting=csv.QUOTE_MINIMAL):
         strict=True,
     )
     return next(reader, [])
+
+
+def _value(cell):
+    """A JSON list in a cell, such as ["yes", "no"], or the cell itself."""
+    if cell.strip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(cell)
+    return cell
 
 
 def _number(label):

@@ -4,6 +4,7 @@
 the same folders to shards.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -33,8 +34,8 @@ class ImageFolder:
         captions: Path of the table, if it should not be guessed.
         min_side: Minimum length of an image's shorter side; an image below it
             is a bad record.
-        max_caption_characters: Maximum length of a caption; longer ones are
-            left out.
+        max_caption_characters: Maximum length of a caption, question or
+            answer; longer ones are left out.
     """
 
     def __init__(
@@ -133,12 +134,18 @@ class _FolderRecords(Records):
         self._has_cells = any(row.cell is not None for row in rows)
         self._max_captions = 0
         listed = []
+        self._labels = collections.Counter()
         for row in rows:
+            if row.label is not None:
+                self._labels[classes.get(row.label, row.label)] += 1
             reasons = [tuple(refused) for refused in row.refused]
-            captions = image_rows.clean_captions(row, max_characters, reasons)
+            captions, *prompts = image_rows.clean_texts(
+                row, max_characters, reasons
+            )
             self._left_out += reasons
             self._max_captions = max(self._max_captions, len(captions))
-            listed.append(_reference(row, captions, classes))
+            self.has_prompts |= prompts[0] is not None
+            listed.append(_reference(row, captions, prompts, classes))
         with tf.device("CPU:0"):
             self._references = tf.constant(listed)
 
@@ -153,6 +160,10 @@ class _FolderRecords(Records):
                 found = tf.io.gfile.stat(path)
                 digest.update(f"{found.length} {found.mtime_nsec}\n".encode())
         return [type(self).__name__, self.min_side, digest.hexdigest()]
+
+    def label_counts(self):
+        """Counts the labels, as `Records` does; no image is read."""
+        return dict(self._labels)
 
     def check(self, counter):
         """Checks the files, as in `Records`."""
@@ -253,7 +264,7 @@ class _Loaded(Records):
         )
 
 
-def _reference(row, captions, classes):
+def _reference(row, captions, prompts, classes):
     """Serializes the record of a row."""
     label = classes[row.label] if isinstance(row.label, str) else row.label
     place = {"image/path": row.path.encode()}
@@ -266,7 +277,7 @@ def _reference(row, captions, classes):
     features = tf.train.Features(feature=feature)
     # Concatenated protocol buffers are merged into one.
     return (
-        schema.serialize(Example(row.key, b"", captions, label))
+        schema.serialize(Example(row.key, b"", captions, label, *prompts))
         + tf.train.Example(features=features).SerializeToString()
     )
 

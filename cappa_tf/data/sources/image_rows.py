@@ -6,6 +6,8 @@
                      integer label) and "key"
     captions.csv     a row for each caption: image,caption with a header (the
                      same optional columns) or without
+                     Questions: "question" and "answers" (one or a list) in
+                     place of captions, or "qa": [["...?", "..."], ...]
     other tables     those of `tables.py`; Hugging Face's metadata.* may be in
                      each of train/, validation/, ...
     a/1.jpg a/1.txt  a text file beside each image, one caption per line
@@ -38,7 +40,7 @@ __all__ = [
     "Skipped",
     "choose_split",
     "class_names",
-    "clean_captions",
+    "clean_texts",
     "named_classes",
     "read_bytes",
     "read_example",
@@ -154,6 +156,11 @@ def _find_tables(path, captions, skipped):
         )
     for reason in bad.values():
         skipped.add("table not understood", reason)
+    if len(good) > 1 and all(n.endswith(".json") for n in good):
+        paths = [os.path.join(path, name) for name in good]
+        kinds = {file: tables.published_kind(file) for file in paths}
+        if all(kinds.values()):
+            return [_Table(p) for p, k in kinds.items() if k == "questions"]
     if len(good) > 1 and not all(n.endswith(".parquet") for n in good):
         raise ValueError(
             f"{path} holds several captions files ({', '.join(good)}): choose "
@@ -308,7 +315,9 @@ def read_example(row, options, classes):
         list of (reason, name) of everything left out, including captions.
     """
     reasons = [tuple(refused) for refused in row.refused]
-    captions = clean_captions(row, options.max_caption_characters, reasons)
+    captions, prompts, types = clean_texts(
+        row, options.max_caption_characters, reasons
+    )
     if not captions and options.require_captions:
         if not reasons:
             reasons.append(("no caption", row.key))
@@ -320,7 +329,8 @@ def read_example(row, options, classes):
     label = row.label
     if isinstance(label, str):
         label = classes[label]
-    return Example(row.key, image, captions, label), reasons
+    example = Example(row.key, image, captions, label, prompts, types)
+    return example, reasons
 
 
 def _read_image(row, options):
@@ -346,21 +356,45 @@ def read_bytes(path, cell):
     return content
 
 
-def clean_captions(row, max_characters, reasons):
-    """Returns the valid captions of a row; adds (reason, name) of others."""
-    captions = []
-    for caption in row.captions:
+def clean_texts(row, max_characters, reasons):
+    """Chooses the valid captions of a row.
+
+    Args:
+        row: A `Row`.
+        max_characters: Maximum length of a caption, an answer or a question.
+        reasons: List to which (reason, name) of the others are added.
+
+    Returns:
+        (captions, prompts, question types), parallel lists; the latter two are
+        None if the row has none.
+    """
+    nothing = [""] * len(row.captions)
+    kept = []
+    for caption, prompt, kind in zip(
+        row.captions, row.prompts or nothing, row.question_types or nothing
+    ):
+        what = "answer" if prompt else "caption"
+        name = f"{row.key}: {prompt}" if prompt else row.key
         if not isinstance(caption, str) or not caption.strip():
             reasons.append(("empty caption", row.key))
         elif not text.is_text(caption):
             reasons.append(("caption is not valid Unicode", row.key))
+        elif len(prompt) > max_characters:
+            reasons.append(
+                (f"question of more than {max_characters} characters", row.key)
+            )
         elif len(caption) > max_characters:
             reasons.append(
-                (f"caption of more than {max_characters} characters", row.key)
+                (f"{what} of more than {max_characters} characters", name)
             )
         else:
-            captions.append(caption.strip())
-    return captions
+            kept.append((caption.strip(), prompt.strip(), kind))
+    captions, prompts, types = map(list, zip(*kept)) if kept else ([], [], [])
+    return captions, _if_any(prompts), _if_any(types)
+
+
+def _if_any(values):
+    return values if any(values) else None
 
 
 def _rows_beside_images(root, skipped):

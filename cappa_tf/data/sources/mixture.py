@@ -12,11 +12,13 @@ Dimensions:
     L: positions a turn lasts.
 """
 
+import collections
 import dataclasses
 
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.data import prompts as prompts_lib
 from cappa_tf.data.sources.base import Records
 from cappa_tf.data.sources.prepared import as_source
 from cappa_tf.data.stream import shuffling, stateless_random
@@ -41,6 +43,9 @@ class Mixture:
             changing it changes the order. With several hosts, each reads only
             its own records if this and `num_readers` are multiples of their
             number; otherwise each reads all and drops those of the others.
+        prompts: None, or a template for each source, what its captions
+            answer: text such as "caption:" or "answer: {question}", or None
+            for the questions of its records as they are, if it has any.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Mixture:
         weights: list | tuple,
         splits: dict | None = None,
         run_length=1,
+        prompts: list | tuple | None = None,
     ):
         arguments.check_integer("run_length", run_length, 1)
         if not sources or len(sources) != len(weights) or len(sources) > 255:
@@ -65,6 +71,14 @@ class Mixture:
                     "`splits` must give a name for each source. Received: "
                     f"{split!r}: {names!r} for {len(sources)} sources"
                 )
+        self._prompts = [None] * len(sources) if prompts is None else prompts
+        if len(self._prompts) != len(sources):
+            raise ValueError(
+                "`prompts` must give a template (or None) for each source. "
+                f"Received: prompts={prompts!r} for {len(sources)} sources"
+            )
+        for prompt in self._prompts:
+            prompts_lib.check_template(prompt, "prompts")
         self._run_length = run_length
         self.name = " + ".join(source.name for source in self._sources)
 
@@ -75,6 +89,7 @@ class Mixture:
             [s.split(name) for s, name in zip(self._sources, names)],
             self._shares,
             self._run_length,
+            self._prompts,
         )
 
 
@@ -166,15 +181,20 @@ class MixedRecords(Records):
         members: List of `Records`.
         shares: int64 array, number of turns in a block for each.
         run_length: L.
+        prompts: List of a template of prompts or None for each, or None.
     """
 
-    def __init__(self, members, shares, run_length):
+    def __init__(self, members, shares, run_length, prompts=None):
         super().__init__(
             " + ".join(records.name for records in members),
             [shard for records in members for shard in records],
         )
         self._members, self._shares = members, shares
         self._run_length = run_length
+        self._prompts = [None] * len(members) if prompts is None else prompts
+        for prompt, records in zip(self._prompts, members):
+            prompts_lib.check_questions(prompt, records)
+        self.has_prompts = any(self.prompts)
 
     @property
     def parts(self):
@@ -189,12 +209,31 @@ class MixedRecords(Records):
     def identity(self):
         """As `Records.identity`, of all members."""
         members = [records.identity for records in self._members]
-        return [type(self).__name__, members]
+        prompts = [self._prompts] if any(self._prompts) else []
+        return [type(self).__name__, members, *prompts]
+
+    @property
+    def prompts(self):
+        """As `Records.prompts`; "" if some sources have none."""
+        found = [
+            prompts_lib.composed(prompt, records.prompts)
+            for prompt, records in zip(self._prompts, self._members)
+        ]
+        if not any(found):
+            return ()
+        return tuple(dict.fromkeys(p for some in found for p in some or ("",)))
 
     @property
     def max_captions(self):
         """Maximum number of captions of a record."""
         return max(records.max_captions for records in self._members)
+
+    def label_counts(self):
+        """Counts the labels of all sources, as `Records` does."""
+        found = [records.label_counts() for records in self._members]
+        if None in found:
+            return None
+        return dict(sum(map(collections.Counter, found), collections.Counter()))
 
     def parse(self, serialized):
         """Parses a record in a graph, as in `Records`."""
@@ -202,18 +241,33 @@ class MixedRecords(Records):
         length = tf.maximum(tf.strings.length(serialized) - 1, 0)
         content = tf.strings.substr(serialized, 1, length)
 
-        def parse(records):
-            return lambda: records.parse(content)
+        def parse(records, prompt):
+            def run():
+                record = records.parse(content)
+                if prompt is None:
+                    return record
+                captions, own = record["captions"], record["prompts"]
+                missing = tf.size(captions) - tf.size(own)  # All or none.
+                own = tf.pad(own, [[0, missing]])
+                own, captions = prompts_lib.fill_in(prompt, own, captions)
+                return {**record, "prompts": own, "captions": captions}
+
+            return run
 
         return tf.switch_case(
-            tf.cast(number[0], tf.int32), [parse(r) for r in self._members]
+            tf.cast(number[0], tf.int32),
+            [parse(r, p) for r, p in zip(self._members, self._prompts)],
         )
 
     def deserialize(self, serialized):
         """Parses a record in Python, as in `Records`."""
         if not serialized or serialized[0] >= len(self._members):
             raise ValueError("no record of this mixture")
-        return self._members[serialized[0]].deserialize(serialized[1:])
+        example = self._members[serialized[0]].deserialize(serialized[1:])
+        prompt = self._prompts[serialized[0]]
+        if prompt is None:
+            return example
+        return prompts_lib.fill_in_example(prompt, example)
 
     def check(self, counter):
         """Checks the files, as in `Records`."""

@@ -2,6 +2,8 @@
 
     caption, image          as in any other table
     caption, image {bytes, path}    Hugging Face's
+    question, answers, image, image_id    its questions: rows of one image_id
+                            are of one image, stored once
     caption, jpg            img2dataset's, with --output_format=parquet
     caption, key, url       img2dataset's beside its files: 00000.parquet
                             beside 00000/000000000.jpg
@@ -58,13 +60,9 @@ def records(path, name, root):
 
 
 def _rows(table, path, name, root, columns, image, content):
-    wanted = {
-        *table_rows.IMAGE_COLUMNS,
-        *table_rows.CAPTION_COLUMNS,
-        *("key", "split", "label", "class_name", "status"),
-    } - {content}
+    wanted = (table_rows.COLUMNS | {"status", "image_id"}) - {content}
     read = [real for c, real in columns.items() if c in wanted]
-    number = 0
+    number, first = 0, {}
     for group in range(table.num_row_groups):
         if read:
             cells = table.read_row_group(group, columns=read).to_pylist()
@@ -79,8 +77,13 @@ def _rows(table, path, name, root, columns, image, content):
                 yield place, ValueError(f"not downloaded: {status}")
                 continue
             if content is not None:
-                record["image"] = f"{os.path.basename(name)}/{number - 1}"
-                record["cell"] = [columns[content], group, position]
+                own = (number - 1, group, position)
+                # Hugging Face's tables of questions repeat the image with each.
+                identity = record.get("image_id")
+                if identity is not None and "question" in record:
+                    own = first.setdefault(identity, own)
+                record["image"] = f"{os.path.basename(name)}/{own[0]}"
+                record["cell"] = [columns[content], *own[1:]]
                 record["cell_file"] = path
             elif image is None:
                 record["image"] = _file_of_key(root, name, record.get("key"))

@@ -74,6 +74,12 @@ class _PreparedRecords(TFRecordFiles):
         )
         self._description, self._split = description, split
         self._max_captions = description.max_captions(split)
+        self.has_prompts = description.num_prompts(split) > 0
+
+    def label_counts(self):
+        """Counts the labels, as `Records` does; without reading if possible."""
+        counts = self._description.label_counts(self._split)
+        return super().label_counts() if counts is None else counts
 
     def check(self, counter):
         """Checks the files, as in `Records`."""
@@ -86,6 +92,24 @@ class _PreparedRecords(TFRecordFiles):
             self.num_examples,
             counter.max_fraction,
         )
+
+
+def num_classes(path: str | os.PathLike):
+    """Number of classes that labeled data names, for gin files.
+
+    Args:
+        path: Folder of the data, or a source.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    names = getattr(as_source(path), "class_names", [])
+    if not names:
+        raise ValueError(
+            f"{path} does not name its classes: set NUM_CLASSES. Received: "
+            "data without class names"
+        )
+    return len(names)
 
 
 def as_source(value):

@@ -4,8 +4,14 @@ A table yields records, dicts from column to value. Columns have many names:
 
     image     image, file_name, filename, filepath, ...: `IMAGE_COLUMNS`
     caption   caption, captions, text, title, ...: `CAPTION_COLUMNS`
+    question  question; or questions, a list beside one of answers
+    answer    answer, answers: one or a list, also of {"answer": ...}
+    type      question_type, answer_type, type
+    qa        list of [question, answer or answers] or of {"question": ...,
+              "answers": ...}
     key, split, label, class_name
 
+Each answer becomes a caption whose prompt is the question.
 Rows of one key (by default the path of the image) are merged.
 """
 
@@ -42,6 +48,22 @@ CAPTION_COLUMNS = (
     "description",
     "txt",
 )
+# In a record with a question, other columns may hold anything.
+_CAPTIONS_BESIDE_QUESTIONS = ("captions", "caption")
+_QUESTION_COLUMNS = ("question", "questions")
+_ANSWER_COLUMNS = ("answers", "answer")
+_PAIR_COLUMNS = ("qa", "qas", "qa_pairs")
+_TYPE_COLUMNS = ("question_type", "answer_type", "type")
+QUESTION_COLUMNS = (*_QUESTION_COLUMNS, *_ANSWER_COLUMNS, *_PAIR_COLUMNS)
+COLUMNS = frozenset(
+    (
+        *IMAGE_COLUMNS,
+        *CAPTION_COLUMNS,
+        *QUESTION_COLUMNS,
+        *_TYPE_COLUMNS,
+        *("key", "split", "label", "class_name"),
+    )
+)
 MALFORMED = "malformed row"
 _INT64 = 1 << 63
 
@@ -60,6 +82,10 @@ class Row:
         cell: Cell in the Parquet file, as for `parquet_tables.read_cell`, or
             None.
         refused: List of (reason, name) of captions left out while listing.
+        prompts: Question or other prompt of each caption, "" for none; None if
+            no caption has one.
+        question_types: Type of each question, "" if unknown; None if no
+            question has one.
     """
 
     key: str
@@ -70,6 +96,19 @@ class Row:
     class_name: str | None = None
     cell: list | None = None
     refused: list = dataclasses.field(default_factory=list)
+    prompts: list[str] | None = None
+    question_types: list[str] | None = None
+
+    def add(self, row):
+        """Adds the captions of another row of the same image."""
+        for name in ("prompts", "question_types"):
+            old, new = getattr(self, name), getattr(row, name)
+            if old is not None or new is not None:
+                old = [""] * len(self.captions) if old is None else old
+                new = [""] * len(row.captions) if new is None else new
+                setattr(self, name, old + new)
+        self.captions += row.captions
+        self.refused += row.refused
 
 
 class Skipped:
@@ -182,8 +221,7 @@ class RowCollector:
             for name in ("split", "label", "class_name"):
                 if getattr(known, name) is None:
                     setattr(known, name, getattr(row, name))
-            known.captions += row.captions
-            known.refused += row.refused
+            known.add(row)
         if row.label is not None:
             self._places.setdefault(row.key, place)
 
@@ -231,8 +269,11 @@ def make_row(record, root, place, below=""):
     names = f"{image} {key} {label} {split} {class_name}"
     if not text.is_text(names):
         raise ValueError(f"not UTF-8: {text.printable(names)!r}")
-    captions, refused = _captions(_first(record, CAPTION_COLUMNS), place)
-    return Row(
+    questions, columns = _questions(record), CAPTION_COLUMNS
+    if questions:
+        columns = _CAPTIONS_BESIDE_QUESTIONS
+    captions, refused = _captions(_first(record, columns), place)
+    row = Row(
         key=key,
         path=_path(record, root, image),
         captions=captions,
@@ -242,6 +283,9 @@ def make_row(record, root, place, below=""):
         cell=cell,
         refused=refused,
     )
+    for question in questions:
+        _add_answers(row, *question, place)
+    return row
 
 
 def _path(record, root, image):
@@ -294,6 +338,100 @@ def _captions(value, place):
         else:
             captions.append(caption)
     return captions, refused
+
+
+def _questions(record):
+    """The questions of a record, a list of (question, answers, type).
+
+    They are not checked, and answers are not yet a list.
+
+    Raises:
+        ValueError: There is not one list of answers for each of `questions`.
+    """
+    pairs = _first(record, _PAIR_COLUMNS)
+    question = _first(record, _QUESTION_COLUMNS)
+    answers = _first(record, _ANSWER_COLUMNS)
+    kind = _first(record, _TYPE_COLUMNS)
+    if pairs is not None:
+        if not isinstance(pairs, list):
+            raise ValueError(f"'qa' is {_what(pairs)}, not a list")
+        return [_pair(pair, kind) for pair in pairs]
+    if isinstance(question, list):
+        if not isinstance(answers, list) or len(answers) != len(question):
+            raise ValueError(
+                "'questions' and 'answers' are not lists of the same length"
+            )
+        return [(*pair, kind) for pair in zip(question, answers)]
+    if question is not None:
+        return [(question, answers, kind)]
+    if answers is not None and _first(record, CAPTION_COLUMNS) is None:
+        return [(None, answers, kind)]
+    return []
+
+
+def _pair(pair, kind):
+    """(question, answers, type) of an item of the column qa."""
+    if isinstance(pair, dict):
+        pair = {column(name): value for name, value in pair.items()}
+        return (
+            _first(pair, _QUESTION_COLUMNS),
+            _first(pair, _ANSWER_COLUMNS),
+            _first(pair, _TYPE_COLUMNS) or kind,
+        )
+    if isinstance(pair, list) and len(pair) in (2, 3):
+        return (*pair, kind)[:3]
+    return pair, None, None
+
+
+def _add_answers(row, question, answers, kind, place):
+    """Adds valid answers to a row, and notes why others are left out."""
+    if not isinstance(question, str | None):
+        problem = f"{place}: the question is {_what(question)}"
+        row.refused.append(("malformed question", problem))
+        return
+    if not (question or "").strip():
+        row.refused.append(("empty question", place))
+        return
+    if not text.is_text(question):
+        row.refused.append(("question is not valid Unicode", place))
+        return
+    place = f"{place}: {question}"
+    kind = kind.strip() if isinstance(kind, str) and text.is_text(kind) else ""
+    try:
+        answers = _answers(answers)
+    except ValueError as error:
+        row.refused.append(("malformed answer", f"{place}: {error}"))
+        return
+    if not any((answer or "").strip() for answer in answers):
+        row.refused.append(("no answer", place))
+        return
+    found = Row(row.key, row.path, [], prompts=[])
+    for answer in answers:
+        if not (answer or "").strip():
+            found.refused.append(("empty answer", place))
+        elif not text.is_text(answer):
+            found.refused.append(("answer is not valid Unicode", place))
+        else:
+            found.captions.append(answer)
+            found.prompts.append(question)
+    if kind:
+        found.question_types = [kind] * len(found.captions)
+    row.add(found)
+
+
+def _answers(value):
+    """The answers of one question: a list of strings and None."""
+    if isinstance(value, list):
+        return [answer for each in value for answer in _answers(each) or [None]]
+    if isinstance(value, dict) and "answer" in value:
+        return _answers(value["answer"])
+    if isinstance(value, str):
+        return [value]
+    if type(value) in (int, float):
+        return [str(value)]
+    if value is not None:
+        raise ValueError(f"the answer is {_what(value)}")
+    return []
 
 
 def _label(value):

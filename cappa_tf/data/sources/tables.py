@@ -2,7 +2,8 @@
 
     .jsonl          an object per line
     .csv .tsv .txt  a row per caption; delimiter and columns are detected
-    .json           a list of objects, COCO's captions or Karpathy's splits
+    .json           a list of objects, COCO's captions, Karpathy's splits, or
+                    VQAv2, GQA, OCR-VQA (`question_files.py`)
     .parquet        img2dataset's or Hugging Face's (`parquet_tables.py`)
 
 All of them are converted to `Row`s by the same rules (`table_rows.py`).
@@ -15,24 +16,11 @@ import os
 import tensorflow as tf
 
 from cappa_tf.data import text
-from cappa_tf.data.sources import delimited, parquet_tables
+from cappa_tf.data.sources import delimited, parquet_tables, question_files
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 NotATableError = delimited.NotATableError
-# Names of splits in Karpathy's files and in folders, to ours.
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "restval": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
+SPLITS = question_files.SPLITS
 
 
 def read(file, root, collector, below="", split=None):
@@ -67,6 +55,25 @@ def check(file, root):
         pass
 
 
+def published_kind(file):
+    """The kind of published questions that a table is.
+
+    Returns:
+        "questions", which name their split; "answers", which are read along
+        with the questions beside them; or None.
+    """
+    if not file.lower().endswith(".json"):
+        return None
+    try:
+        with tf.io.gfile.GFile(file, "rb") as stream:
+            value = json.loads(text.decode(stream.read()))
+    except (ValueError, RecursionError):
+        return None
+    if question_files.is_answers(value):
+        return "answers"
+    return "questions" if question_files.is_published(value) else None
+
+
 def _records(file, name, root):
     """Returns an iterator of (place, record or error)."""
     suffix = os.path.splitext(file)[1].lower()
@@ -83,7 +90,7 @@ def _records(file, name, root):
     if suffix == ".json" or (
         suffix == ".jsonl" and content.lstrip()[:1] == "["
     ):
-        return _json_records(content, name)
+        return _json_records(content, file, name, root)
     if suffix == ".jsonl":
         return _line_records(content, name)
     return delimited.DelimitedTable(content, name, root).records()
@@ -104,7 +111,7 @@ def _line_records(content, name):
         yield place, record
 
 
-def _json_records(content, name):
+def _json_records(content, file, name, root):
     """Returns the records of one JSON value."""
     try:
         value = json.loads(content)
@@ -115,6 +122,8 @@ def _json_records(content, name):
         raise NotATableError(f"{name}:{error.lineno}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise NotATableError(f"{name}: {error}") from None
+    if question_files.is_published(value):
+        return question_files.records(value, file, name, root)
     if isinstance(value, dict):
         images, annotations = value.get("images"), value.get("annotations")
         if isinstance(images, list) and isinstance(annotations, list):
@@ -123,12 +132,13 @@ def _json_records(content, name):
             return _karpathy_records(images, name)
         if "image" in value or "file_name" in value:  # One line of a JSONL.
             return _line_records(content, name)
-    elif isinstance(value, list) and any(isinstance(x, dict) for x in value):
+        value = value.get("data", value)  # DocVQA's list has a header.
+    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
         return _list_records(value, name)
     raise NotATableError(
         f"{name}: neither a list of objects with 'image' and 'caption', nor "
         "COCO's captions ('images' and 'annotations'), nor Karpathy's splits "
-        "('images' with 'sentences'). Received: "
+        "('images' with 'sentences'), nor VQAv2, GQA or OCR-VQA. Received: "
         + (
             f"an object with {sorted(value)[:5]}"
             if value and isinstance(value, dict)

@@ -150,6 +150,7 @@ class _TFDSRecords(TFRecordFiles):
         return {
             "image/encoded": values["image"],
             "captions": tf.reshape(values["captions"], [-1]),
+            "prompts": tf.zeros([0], tf.string),
             "key": values["key"],
             "label": tf.cast(values["label"], tf.int64),
         }

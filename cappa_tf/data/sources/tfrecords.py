@@ -94,6 +94,7 @@ class _NamedRecords(TFRecordFiles):
             "captions": text.decode_in_graph(
                 _first_present(found, names["captions"])
             ),
+            "prompts": tf.zeros([0], tf.string),
             # It may be of any type, and is used only in messages.
             "key": tf.constant(""),
             "label": found.get(names["label"], tf.constant(-1, tf.int64)),

@@ -37,6 +37,7 @@ class SkipCounter:
         self._name = name
         self._counts = collections.Counter()
         self._noted = collections.Counter()
+        self._left_out = collections.Counter()
         self._calls = collections.Counter()
         self._positions = set()
         self._seen = 0
@@ -47,7 +48,7 @@ class SkipCounter:
     def counts(self):
         """Dict reason -> number of skipped records."""
         with self._lock:
-            return dict(self._counts + self._noted)
+            return dict(self._counts + self._noted + self._left_out)
 
     @property
     def noted(self):
@@ -68,6 +69,17 @@ class SkipCounter:
         """
         with self._lock:
             self._noted[reason] += 1
+        self._log(reason, name)
+
+    def leave_out(self, reason, name):
+        """Counts a part of a record that is used without it: a caption.
+
+        Args:
+            reason: Reason to count by.
+            name: Key of the record.
+        """
+        with self._lock:
+            self._left_out[reason] += 1
         self._log(reason, name)
 
     def add(self, reason, name, seen=0, count=1):
@@ -109,7 +121,15 @@ class SkipCounter:
                 "%s: skipped %s: %s%s%s", self._name, name, times, reason, last
             )
 
-    def report(self, batch, diagnose, stream, start_index=0, num_hosts=1):
+    def report(
+        self,
+        batch,
+        diagnose,
+        stream,
+        start_index=0,
+        num_hosts=1,
+        left_out=None,
+    ):
         """Counts the bad records of a batch, in a tf.data graph.
 
         Python is called only for a batch that has some. A position of a
@@ -125,17 +145,24 @@ class SkipCounter:
             start_index: Position at which the stream started.
             num_hosts: Number of hosts that share the stream; each counts its
                 own part.
+            left_out: The reason why captions are left out of records that are
+                ok and not blank in "raw".
         """
         raw = batch["raw"]
-        bad = ~batch["ok"] & (tf.strings.length(raw) > 0)
+        bad = tf.strings.length(raw) > 0
 
         @tf.autograph.experimental.do_not_convert
-        def count(raws, positions):
-            for serialized, position in zip(raws.numpy(), positions.numpy()):
+        def count(raws, good, positions):
+            for serialized, is_good, position in zip(
+                raws.numpy(), good.numpy(), positions.numpy()
+            ):
                 if (stream, position) in self._positions:
                     continue
                 self._positions.add((stream, position))
                 reason, name = diagnose(serialized)
+                if is_good:
+                    self.leave_out(left_out, name)
+                    continue
                 read = int(position) - start_index + 1
                 self.add(reason, name, -(-read // num_hosts))
             return 0
@@ -146,6 +173,7 @@ class SkipCounter:
                 count,
                 [
                     tf.boolean_mask(raw, bad),
+                    tf.boolean_mask(batch["ok"], bad),
                     tf.boolean_mask(batch["index"], bad),
                 ],
                 tf.int32,

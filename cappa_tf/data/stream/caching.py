@@ -92,7 +92,7 @@ class DecodedImages:
         shape = (num_examples, height, width, 3)
         self._pixels = np.empty(shape, np.uint8)
         parts = {"label": [], "count": [], "ok": [], "raw": []}
-        tokens = []
+        tokens, lengths = [], []
         done = 0
         for chunk in _chunks(shards, decoder):
             size = chunk["ok"].shape[0]
@@ -100,14 +100,24 @@ class DecodedImages:
             done += size
             for key, values in parts.items():
                 values.append(chunk[key])
-            if tokenizer is not None:
-                tokens.append(tokenizer(_captions(chunk)))
+            if tokenizer is None:
+                continue
+            captions = _existing(chunk, "captions")
+            if "prompts" in chunk:
+                ids, length = tokenizer.with_prompts(
+                    _existing(chunk, "prompts"), captions
+                )
+                lengths.append(length)
+            else:
+                ids = tokenizer(captions)
+            tokens.append(ids)
         with tf.device("CPU:0"):
             self._pixels = tf.constant(self._pixels)
             self._parts = {k: tf.concat(v, 0) for k, v in parts.items()}
             if tokenizer is not None:
                 self._tokens = tf.concat(tokens, 0)  # [M, L]
                 self._starts = tf.cumsum(self._parts["count"], exclusive=True)
+            self._lengths = tf.concat(lengths, 0) if lengths else None  # [M]
         self._has_tokens = tokenizer is not None
 
     def batch(self, seed, index, numbers, num_captions):
@@ -120,8 +130,9 @@ class DecodedImages:
             num_captions: K.
 
         Returns:
-            Dict of "image" uint8 [B, H, W, 3], "tokens" int32 [B, K, L], and
-            "label", "count", "index", "ok" and "raw", each [B].
+            Dict of "image" uint8 [B, H, W, 3], "tokens" int32 [B, K, L] (with
+            prompts, of which "prompt_lengths" int32 [B, K] are the lengths),
+            and "label", "count", "index", "ok" and "raw", each [B].
         """
         batch = {k: tf.gather(v, numbers) for k, v in self._parts.items()}
         batch["image"] = tf.gather(self._pixels, numbers)
@@ -133,6 +144,8 @@ class DecodedImages:
             starts = tf.gather(self._starts, numbers)[:, tf.newaxis]
             rows = tf.minimum(starts + slots, tf.shape(self._tokens)[0] - 1)
             batch["tokens"] = tf.gather(self._tokens, rows)
+            if self._lengths is not None:
+                batch["prompt_lengths"] = tf.gather(self._lengths, rows)
         return batch
 
 
@@ -147,11 +160,11 @@ def _chunks(shards, decoder):
         yield from decoder.batches(records.skip(total - rest), rest)
 
 
-def _captions(chunk):
-    """The captions to choose from in a chunk, concatenated over records."""
-    captions = chunk["captions"]  # [C, K], padded by repetition
-    slots = tf.range(tf.shape(captions)[1])[tf.newaxis]
-    return tf.boolean_mask(captions, slots < chunk["count"][:, tf.newaxis])
+def _existing(chunk, name):
+    """The captions (or their prompts) of a chunk, concatenated over records."""
+    values = chunk[name]  # [C, K], padded by repetition
+    slots = tf.range(tf.shape(values)[1])[tf.newaxis]
+    return tf.boolean_mask(values, slots < chunk["count"][:, tf.newaxis])
 
 
 def _check_memory(cache, needed, name, instead):

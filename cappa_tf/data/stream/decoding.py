@@ -38,6 +38,7 @@ class RecordDecoder:
             no limit.
         records: The `base.Records` to decode, which parse their records; by
             default those of `schema.py`.
+        prompts: The `Prompts` that captions answer, or None for none.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class RecordDecoder:
         seed,
         max_words=None,
         records=schema,
+        prompts=None,
     ):
         self.preprocessing = preprocessing
         self.num_captions = num_captions
         self.seed = seed
         self.max_words = max_words
         self.records = records
+        self.prompts = prompts
         self._min_side = getattr(records, "min_side", 1)
 
     def decode_one(self, serialized):
@@ -62,8 +65,8 @@ class RecordDecoder:
             serialized: Scalar string.
 
         Returns:
-            Dict of "image" uint8 [H, W, 3], "captions" string [any number] and
-            "label" int64 (-1 for none).
+            Dict of "image" uint8 [H, W, 3], "captions" string [any number],
+            "prompts" string, as many or none, and "label" int64 (-1 for none).
         """
         record = self.records.parse(serialized)
         return {
@@ -71,6 +74,7 @@ class RecordDecoder:
                 record["image/encoded"], min_side=self._min_side
             ),
             "captions": record["captions"],
+            "prompts": record["prompts"],
             "label": record["label"],
         }
 
@@ -82,10 +86,12 @@ class RecordDecoder:
             index: int64 [C].
 
         Returns:
-            Dict of "image" uint8 [C, H, W, 3]; "captions" string [C, K];
-            "count" int32 [C], the number of captions to choose from; "label"
-            and "index" int64 [C]; "ok" bool [C]; and "raw" string [C], the
-            record if it is bad (its other entries are then meaningless), else
+            Dict of "image" uint8 [C, H, W, 3]; "captions" string [C, K]; with
+            prompts also "prompts" string [C, K], and "left_out" int32 [C], the
+            number of captions whose prompt is too long; "count" int32 [C], the
+            number of captions to choose from; "label" and "index" int64 [C];
+            "ok" bool [C]; and "raw" string [C], the record if it is bad (its
+            other entries are then meaningless) or something is left out, else
             "".
         """
         return self.choose(self.decode_records(serialized), index)
@@ -98,7 +104,8 @@ class RecordDecoder:
 
         Returns:
             A dict: "image" uint8 [C, H, W, 3], "captions" string [C, M],
-            filled up with "", "label" int64 [C], "ok" bool [C], whether the
+            filled up with "", "prompts" string [C, M or 0], the questions of
+            the records, "label" int64 [C], "ok" bool [C], whether the
             image is a good one, and "raw" string [C], the records.
         """
         count = serialized.shape[0]
@@ -132,35 +139,51 @@ class RecordDecoder:
         Returns:
             The dict that `decode_chunk` describes.
         """
-        ok = chunk["ok"]
-        captions, count = self._choose(chunk["captions"], index)
+        ok, told = chunk["ok"], chunk["ok"]
+        texts, found = {"captions": chunk["captions"]}, {}
+        usable = tf.ones_like(texts["captions"], tf.bool)
+        if self.prompts is not None:
+            texts["prompts"], texts["captions"], long = self.prompts.fill_in(
+                chunk["prompts"], chunk["captions"]
+            )
+            usable = ~long
+            long &= tf.strings.length(texts["captions"]) > 0
+            found["left_out"] = tf.reduce_sum(tf.cast(long, tf.int32), axis=1)
+            told &= found["left_out"] == 0
+        texts, count = self._choose(texts, usable, index)
         if self.num_captions:
             ok &= count > 0
+        chunk = {k: v for k, v in chunk.items() if k != "prompts"}
         return {
             **chunk,
-            "captions": captions,
+            **texts,
+            **found,
             "count": count,
             "index": index,
             "ok": ok,
-            "raw": tf.where(ok, "", chunk["raw"]),
+            "raw": tf.where(ok & told, "", chunk["raw"]),
         }
 
-    def _choose(self, captions, index):
+    def _choose(self, texts, usable, index):
         """Chooses among the captions that are neither blank nor too long.
 
         This is done for a whole chunk at once, as these are many small
         operations, which would take a tenth of the decoding time per record.
 
         Args:
-            captions: string [C, M], padded with "".
+            texts: Dict of "captions" string [C, M], padded with "", and of
+                what goes with them.
+            usable: bool [C, M], False for those not to choose.
             index: int64 [C].
 
         Returns:
-            string [C, K], and int32 [C], the number of captions each record
-            has to choose from, which is 0 only if all are blank.
+            The dict with the chosen ones, string [C, K], and int32 [C], the
+            number of captions each record has to choose from, which is 0 only
+            if all are blank or not usable.
         """
-        captions = tf.strings.strip(captions)
-        usable = tf.strings.length(captions) > 0
+        captions = tf.strings.strip(texts["captions"])
+        texts = {**texts, "captions": captions}
+        usable &= tf.strings.length(captions) > 0
         if self.max_words is not None:
             usable &= _are_short(captions, usable, self.max_words)
         counts = tf.reduce_sum(tf.cast(usable, tf.int32), axis=1)
@@ -169,7 +192,11 @@ class RecordDecoder:
         )
         first = tf.argsort(tf.cast(~usable, tf.int32), axis=1, stable=True)
         numbers = tf.gather(first, slots, batch_dims=1)
-        return tf.gather(captions, numbers, batch_dims=1), counts
+        chosen = {
+            name: tf.gather(value, numbers, batch_dims=1)
+            for name, value in texts.items()
+        }
+        return chosen, counts
 
     @tf.autograph.experimental.do_not_convert
     def batches(self, records, batch_size, num_parallel_calls=None):
@@ -204,6 +231,7 @@ class RecordDecoder:
         return {
             "image": tf.zeros([*self.preprocessing.image_size, 3], tf.uint8),
             "captions": tf.constant([""]),
+            "prompts": tf.zeros([0], tf.string),
             "label": tf.constant(-1, tf.int64),
             "number": tf.constant(number),
         }
@@ -229,6 +257,10 @@ class RecordDecoder:
         name = example.key or "a record without key"
         if self.num_captions and not any(c.strip() for c in example.captions):
             return "no caption", name
+        if self.num_captions and self.prompts is not None:
+            problem = self.prompts.problem(example)
+            if problem is not None:
+                return problem, name
         max_pixels = self.preprocessing.max_pixels
         if _is_too_large(example.image, max_pixels):
             return f"more than {max_pixels} pixels", name

@@ -14,7 +14,12 @@ import json
 import tensorflow as tf
 
 # What a table gives of each record, besides its features.
-_PARTS = {"captions": tf.string, "label": tf.int64, "ok": tf.bool}
+_PARTS = {
+    "captions": tf.string,
+    "prompts": tf.string,
+    "label": tf.int64,
+    "ok": tf.bool,
+}
 
 
 @tf.autograph.experimental.do_not_convert
@@ -37,27 +42,41 @@ def batches(table, decoder, numbers, batch_size):
     types = [tf.as_dtype(table.dtype), *_PARTS.values(), tf.string]
 
     def look_up(index, number):
-        features, captions, label, ok, raw = tf.numpy_function(
+        features, captions, prompts, label, ok, raw = tf.numpy_function(
             table.rows, [number], types, stateful=False
         )
         features.set_shape([batch_size, *table.row_shape])
-        captions.set_shape([batch_size, None])
+        for one in (captions, prompts):
+            one.set_shape([batch_size, None])
         for one in (label, ok, raw):
             one.set_shape([batch_size])
         chunk = {
             "image_features": tf.cast(features, tf.float32),
             "captions": captions,
+            "prompts": prompts,
             "label": label,
             "ok": ok,
             "raw": raw,
         }
         chunk = decoder.choose(chunk, index)
+        if decoder.prompts is not None:
+            chunk["raw"] = _note_prompts(chunk, number, decoder.prompts)
         # Padding is neither a good record nor a bad one.
         return {**chunk, "raw": tf.where(number < 0, "", chunk["raw"])}
 
     return numbers.batch(batch_size, drop_remainder=True).map(
         look_up, num_parallel_calls=2
     )
+
+
+def _note_prompts(chunk, number, prompts):
+    """The "raw" of a chunk, with what is wrong with prompts."""
+    long = chunk["left_out"] > 0
+    reason = tf.where(long, prompts.too_long, "no question")
+    name = tf.strings.join(["record ", tf.strings.as_string(number)])
+    found = tf.strings.join(['["', reason, '", "', name, '"]'])
+    told = (chunk["raw"] != "") | (chunk["ok"] & ~long)
+    return tf.where(told, chunk["raw"], found)
 
 
 def note(reason, name):

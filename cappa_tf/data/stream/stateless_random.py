@@ -10,6 +10,8 @@ Dimensions:
     N: random numbers per example, or elements to permute.
 """
 
+import dataclasses
+
 import tensorflow as tf
 
 # Purposes, which give each kind of random choice its own numbers.
@@ -20,6 +22,9 @@ SHIFT = 4
 ORDER = 5
 BLOCK = 6
 MIXTURE = 7
+STEP = 8
+# The first of those of a list of augmentations, two for each.
+AUGMENTATION = 1000
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -54,6 +59,57 @@ def uniform(seed, purpose, index, count):
         bits(seed, purpose, index, count), _constant(40)
     )
     return tf.cast(top, tf.float32) / float(1 << 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Random numbers of one augmentation for a batch.
+
+    Attributes:
+        seed: Scalar integer.
+        index: int64 [B], position of each example in the training stream.
+        step: Position of the first example of the step, scalar int64.
+        place: Place of the augmentation among others, which separates their
+            numbers.
+    """
+
+    seed: int
+    index: tf.Tensor
+    step: tf.Tensor
+    place: int = 0
+
+    def examples(self, count):
+        """Uniform numbers of each example, float32 [B, count]."""
+        purpose = AUGMENTATION + 2 * self.place
+        return uniform(self.seed, purpose, self.index, count)
+
+    def one_of_step(self):
+        """A uniform number of the step, the same on all hosts; a scalar."""
+        return uniform(self.seed, STEP, self.step, 1 + self.place)[self.place]
+
+    def beta(self, alpha, per_example):
+        """Numbers of the distribution Beta(alpha, alpha), float32 [B].
+
+        Args:
+            alpha: Number above 0.
+            per_example: Whether each example has its own; otherwise all have
+                that of the step.
+        """
+        purpose = AUGMENTATION + 2 * self.place + 1
+        index = self.index if per_example else self.step[tf.newaxis]
+        seeds = tf.bitcast(bits(self.seed, purpose, index, 4), tf.int64)
+
+        def ratio(seed):
+            a, b = (
+                tf.random.stateless_gamma([], seed[2 * i : 2 * i + 2], alpha)
+                for i in range(2)
+            )
+            # For a small alpha both may underflow: one end of the interval.
+            end = tf.cast(seed[0] > 0, a.dtype)
+            return tf.where(a + b > 0.0, tf.math.divide_no_nan(a, a + b), end)
+
+        found = tf.map_fn(ratio, seeds, fn_output_signature=tf.float32)
+        return tf.broadcast_to(found, tf.shape(self.index))
 
 
 def permutation(seed, purpose, index, count):

@@ -15,6 +15,7 @@ from cappa_tf.training.optimizers.base import (
     check_momentum_dtype,
     moving_average,
 )
+from cappa_tf.training.optimizers.multipliers import Multipliers
 from cappa_tf.training.optimizers.schedules import Schedule
 from cappa_tf.utils.arguments import check_integer, check_number
 
@@ -70,6 +71,7 @@ class Adafactor(ScheduledOptimizer):
         use_ema: If `True`, keeps a moving average of the weights.
         ema_momentum: Weight of the past in that average.
         name: Name of the optimizer.
+        multipliers: `multipliers.Multipliers`, or `None`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Adafactor(ScheduledOptimizer):
         use_ema=False,
         ema_momentum=0.999,
         name="adafactor",
+        multipliers: Multipliers | None = None,
     ):
         super().__init__(
             learning_rate=learning_rate,
@@ -96,6 +99,7 @@ class Adafactor(ScheduledOptimizer):
             use_ema=use_ema,
             ema_momentum=ema_momentum,
             name=name,
+            multipliers=multipliers,
         )
         self.beta2_cap = check_number("beta2_cap", beta2_cap, 0.0, 1.0)
         self.decay_exponent = check_number(
@@ -148,43 +152,45 @@ class Adafactor(ScheduledOptimizer):
             for name, moment_shape in shapes.items()
         )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The second moment of a variable, and its momentum if there is one."""
+        averages = [self._averages[index]] if self.momentum else []
+        return (*self._second_moments[index], *averages)
+
+    def direction(self, gradient, state, step):
         """Gradient divided by the root of its second moment, averaged."""
-        update = self._scale(gradient, index)
+        moments = state[:-1] if self.momentum else state
+        update, moments = self._scaled(gradient, moments, step)
         if not self.momentum:
-            return update
-        average = self._averages[index]
-        update = moving_average(average, update, self.momentum)
-        self.assign(average, update)
-        return update
+            return update, moments
+        update = moving_average(state[-1], update, self.momentum)
+        return update, (*moments, update)
 
-    def _scale(self, gradient, index):
-        square = ops.square(gradient) + self.epsilon
-        moments = self._second_moments[index]
-        if len(moments) == 1:
-            return gradient * ops.rsqrt(self._decay_into(moments[0], square))
-        second, largest = factored_axes(
-            gradient.shape, self.min_dim_size_to_factor
-        )
-        # Means keep their axis (size 1) to broadcast with the gradient.
-        row, column = (
-            ops.expand_dims(
-                self._decay_into(moment, ops.mean(square, axis)), axis
-            )
-            for moment, axis in zip(moments, (largest, second), strict=True)
-        )
-        row /= ops.mean(row, second, keepdims=True)
-        return gradient * ops.rsqrt(row) * ops.rsqrt(column)
-
-    def _decay_into(self, moment, square):
-        """Moves a stored second moment towards `square`; returns it."""
-        step = ops.cast(self.iterations + 1, "float32")
+    def _scaled(self, gradient, moments, step):
+        """The gradient over the root of its second moment, and the latter."""
         beta2 = ops.minimum(
             self.beta2_cap, 1.0 - ops.power(step, -self.decay_exponent)
         )
-        moved = beta2 * moment + (1.0 - beta2) * square
-        self.assign(moment, moved)
-        return moved
+
+        def moved(moment, square):
+            return beta2 * moment + (1.0 - beta2) * square
+
+        square = ops.square(gradient) + self.epsilon
+        if len(moments) == 1:
+            moment = moved(moments[0], square)
+            return gradient * ops.rsqrt(moment), (moment,)
+        second, largest = factored_axes(
+            gradient.shape, self.min_dim_size_to_factor
+        )
+        moments = tuple(
+            moved(moment, ops.mean(square, axis))
+            for moment, axis in zip(moments, (largest, second), strict=True)
+        )
+        # Means get their axis back (size 1) to broadcast with the gradient.
+        row = ops.expand_dims(moments[0], largest)
+        column = ops.expand_dims(moments[1], second)
+        row /= ops.mean(row, second, keepdims=True)
+        return gradient * ops.rsqrt(row) * ops.rsqrt(column), moments
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""

@@ -8,6 +8,7 @@ from cappa_tf.training.optimizers.base import (
     check_momentum_dtype,
     moving_average,
 )
+from cappa_tf.training.optimizers.multipliers import Multipliers
 from cappa_tf.training.optimizers.schedules import Schedule
 from cappa_tf.utils.arguments import check_number
 
@@ -34,6 +35,7 @@ class AdamW(ScheduledOptimizer):
         use_ema: If `True`, keeps a moving average of the weights.
         ema_momentum: Weight of the past in that average.
         name: Name of the optimizer.
+        multipliers: `multipliers.Multipliers`, or `None`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class AdamW(ScheduledOptimizer):
         use_ema=False,
         ema_momentum=0.999,
         name="adamw",
+        multipliers: Multipliers | None = None,
     ):
         super().__init__(
             learning_rate=learning_rate,
@@ -58,6 +61,7 @@ class AdamW(ScheduledOptimizer):
             use_ema=use_ema,
             ema_momentum=ema_momentum,
             name=name,
+            multipliers=multipliers,
         )
         # At 1 the bias correction would divide by zero.
         self.beta_1 = check_number("beta_1", beta_1, 0.0, 1.0 - 1e-6)
@@ -86,17 +90,20 @@ class AdamW(ScheduledOptimizer):
                 )
             )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The first and the second moment of a variable."""
+        return self._first_moments[index], self._second_moments[index]
+
+    def direction(self, gradient, state, step):
         """Average gradient divided by the root of the average square."""
-        first, second = self._first_moments[index], self._second_moments[index]
-        mean = moving_average(first, gradient, self.beta_1)
-        square = moving_average(second, ops.square(gradient), self.beta_2)
-        self.assign(first, mean)
-        self.assign(second, square)
-        step = ops.cast(self.iterations + 1, "float32")
+        first, second = state
+        mean = first = moving_average(first, gradient, self.beta_1)
+        square = second = moving_average(
+            second, ops.square(gradient), self.beta_2
+        )
         mean /= 1.0 - ops.power(self.beta_1, step)
         square /= 1.0 - ops.power(self.beta_2, step)
-        return mean / (ops.sqrt(square) + self.epsilon)
+        return mean / (ops.sqrt(square) + self.epsilon), (first, second)
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""

@@ -8,15 +8,18 @@ A step computes, in the order of the reference (big_vision/optax.py `make`):
     w          w - schedule(step) * update
 
 So the decay does not depend on the base learning rate, unlike that of Keras'
-`AdamW`, and one schedule scales both.
+`AdamW`, and one schedule scales both. Learning rate and decay may differ by
+variable (`multipliers.py`).
 """
 
 import contextlib
+import functools
 
 import keras
 import tensorflow as tf
 from keras import ops
 
+from cappa_tf.training.optimizers.multipliers import Multipliers
 from cappa_tf.training.optimizers.schedules import Schedule
 from cappa_tf.utils.arguments import check_number
 
@@ -66,19 +69,29 @@ def moving_average(average, value, decay):
     product is rounded); the sum is float32, and rounded when it is stored.
 
     Args:
-        average: float32 or bfloat16 variable with the average so far.
+        average: float32 or bfloat16 tensor, the average so far.
         value: float32 tensor of the same shape.
         decay: Weight of the past, in [0, 1).
 
     Returns:
         The new average as float32; the caller stores it.
     """
-    stored = tf.as_dtype(average.dtype)
-    past = tf.cast(tf.convert_to_tensor(average), tf.float32)
-    past *= float(stored.as_numpy_dtype(decay))
-    if stored == tf.bfloat16:
-        past = _round_to_bfloat16(past)
-    return (1.0 - decay) * value + past
+    return (1.0 - decay) * value + decayed(average, decay)
+
+
+def decayed(stored, decay):
+    """A stored average or trace, scaled in its own type.
+
+    Args:
+        stored: float32 or bfloat16 tensor.
+        decay: Number in [0, 1); in bfloat16, 0.9 becomes 0.8984375.
+
+    Returns:
+        The product, rounded to that type, as float32.
+    """
+    past = tf.cast(stored, tf.float32)
+    past *= float(stored.dtype.as_numpy_dtype(decay))
+    return _round_to_bfloat16(past) if stored.dtype == tf.bfloat16 else past
 
 
 def _round_to_bfloat16(x):
@@ -125,8 +138,10 @@ def _summed(optimizer):
 class ScheduledOptimizer(keras.optimizers.Optimizer):
     """Optimizer with clipping, decoupled decay and a schedule.
 
-    A subclass creates its state in `build` and implements `direction`. State
-    is kept in lists in the order of the variables passed to `build`.
+    A subclass creates its state in `build` and implements `state_of` and
+    `direction`. An update is a function of tensors, which is traced once for
+    all variables of one shape: a model of equal layers would otherwise spend
+    most of its start on it.
 
     `apply` and `apply_gradients` sum the gradients over the replicas as in
     Keras, but before clipping. Code that has already summed them calls
@@ -143,6 +158,8 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             `finalize_variable_values` writes it into the model.
         ema_momentum: Weight of the past in that average.
         name: Name of the optimizer.
+        multipliers: A `multipliers.Multipliers`, such as layer-wise decay;
+            `None` for one learning rate for all variables.
 
     Raises:
         ValueError: If an argument is not a number or is out of range.
@@ -157,12 +174,19 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         use_ema,
         ema_momentum,
         name,
+        multipliers=None,
     ):
         rate = check_number("learning_rate", learning_rate)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(
                 "`schedule` must be None or a schedule such as "
                 f"schedules.Cosine(...). Received: schedule={schedule!r}"
+            )
+        if multipliers is not None and not isinstance(multipliers, Multipliers):
+            raise ValueError(
+                "`multipliers` must be None or multipliers such as "
+                "multipliers.ByDepth(...). Received: "
+                f"multipliers={multipliers!r}"
             )
         if not isinstance(use_ema, bool):
             raise ValueError(
@@ -182,6 +206,7 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             )
         self.base_learning_rate = rate
         self.schedule = schedule
+        self.multipliers = multipliers
         self.global_clip_norm = global_clip_norm
 
     def multiplier_at(self, step):
@@ -199,19 +224,45 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        self._is_decayed = [
-            variable.name.split(":")[0] == "kernel" for variable in variables
+        of_rate = of_decay = [1.0] * len(variables)
+        if self.multipliers is not None:
+            of_rate, of_decay = self.multipliers.factors(variables)
+        self._rates = [self.base_learning_rate * factor for factor in of_rate]
+        self._decays = [
+            self.weight_decay * factor * (v.name.split(":")[0] == "kernel")
+            for v, factor in zip(variables, of_decay)
         ]
+        # Not inlined: optimizing a copy for each variable would cost as much as
+        # tracing it did. Wrapped, as Keras would track and save a function.
+        self._traced = functools.partial(
+            tf.function(
+                self._new_values,
+                autograph=False,
+                experimental_attributes={"_noinline": True},
+            )
+        )
 
-    def direction(self, gradient, index):
+    def state_of(self, index):
+        """The state of a variable.
+
+        Args:
+            index: Position of the variable in the list given to `build`.
+
+        Returns:
+            Tuple of variables.
+        """
+        raise NotImplementedError
+
+    def direction(self, gradient, state, step):
         """Turns a gradient into the update at a learning rate of 1.
 
         Args:
             gradient: float32 tensor of the variable's shape.
-            index: Position of the variable in the list given to `build`.
+            state: Tuple of tensors, the values of `state_of`.
+            step: float32 scalar, number of this step from 1.
 
         Returns:
-            float32 tensor of the same shape; the state is updated.
+            (float32 tensor of the gradient's shape, tuple of the new state).
         """
         raise NotImplementedError
 
@@ -220,25 +271,50 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         super().apply(dense_gradients(grads), trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
-        """Updates one variable; called by Keras on each replica."""
-        index = self._get_variable_index(variable)
-        value = ops.cast(tf.convert_to_tensor(variable), "float32")
-        update = self.base_learning_rate * self.direction(
-            ops.cast(gradient, "float32"), index
-        )
-        if self.weight_decay and self._is_decayed[index]:
-            update += self.weight_decay * value
-        value -= self.multiplier_at(self.iterations) * update
-        self.assign(variable, value)
-        if self.use_ema:
-            self._update_average(value, index)
+        """Updates one variable; called by Keras on each replica.
 
-    def _update_average(self, value, index):
-        """Updates the average of a variable; the first step initializes it."""
-        average = self._model_variables_moving_average[index]
-        momentum = self.ema_momentum * ops.cast(self.iterations > 0, "float32")
-        past = ops.cast(tf.convert_to_tensor(average), "float32")
-        self.assign(average, momentum * past + (1.0 - momentum) * value)
+        Args:
+            gradient: Dense tensor.
+            variable: The variable.
+            learning_rate: (multiplier of the schedule, number of this step
+                from 1), which every replica has computed once for all
+                variables; with them the rate is more than one number.
+        """
+        index = self._get_variable_index(variable)
+        variables = [variable, *self.state_of(index)]
+        if self.use_ema:
+            variables.append(self._model_variables_moving_average[index])
+        decay = self._decays[index]
+        values = self._traced(
+            gradient,
+            [tf.convert_to_tensor(v) for v in variables],
+            *learning_rate,
+            # Tensors, as numbers would be traced one by one.
+            tf.constant(self._rates[index]),
+            tf.constant(decay) if decay else None,
+        )
+        for one, value in zip(variables, values, strict=True):
+            self.assign(one, value)
+
+    def _new_values(self, gradient, values, multiplier, step, rate, decay):
+        """New values of a variable, of its state and of its average."""
+        value, *state = values
+        average = state.pop() if self.use_ema else None
+        weight = tf.cast(value, tf.float32)
+        direction, new_state = self.direction(
+            tf.cast(gradient, tf.float32), tuple(state), step
+        )
+        update = rate * direction
+        if decay is not None:
+            update += decay * weight
+        weight -= multiplier * update
+        new_values = [weight, *new_state]
+        if self.use_ema:
+            # The first step initializes the average.
+            momentum = self.ema_momentum * tf.cast(step > 1.0, tf.float32)
+            past = momentum * tf.cast(average, tf.float32)
+            new_values.append(past + (1.0 - momentum) * weight)
+        return [tf.cast(new, old.dtype) for new, old in zip(new_values, values)]
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         # Replaces Keras' clipping, coupled decay, accumulation and averages,
@@ -247,16 +323,19 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
         grads, trainable_variables = zip(*pairs)
         if self.global_clip_norm is not None:
             grads = clip_by_global_norm(grads, self.global_clip_norm)
+        rate = (
+            tf.cast(self.multiplier_at(self.iterations), tf.float32),
+            tf.cast(self.iterations + 1, tf.float32),
+        )
         with _summed(self):
-            self._backend_update_step(
-                grads, trainable_variables, self.learning_rate
-            )
+            self._backend_update_step(grads, trainable_variables, rate)
 
     def get_config(self):
         """Returns the arguments that rebuild this object."""
-        schedule = self.schedule
-        if schedule is not None:
-            schedule = keras.saving.serialize_keras_object(schedule)
+        schedule, multipliers = (
+            x and keras.saving.serialize_keras_object(x)
+            for x in (self.schedule, self.multipliers)
+        )
         return {
             "learning_rate": self.base_learning_rate,
             "schedule": schedule,
@@ -265,16 +344,18 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             "use_ema": self.use_ema,
             "ema_momentum": self.ema_momentum,
             "name": self.name,
+            "multipliers": multipliers,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Rebuilds an optimizer, and its schedule, from `get_config()`."""
+        """Rebuilds an optimizer with its parts from `get_config()`."""
         config = dict(config)
-        if isinstance(config.get("schedule"), dict):
-            config["schedule"] = keras.saving.deserialize_keras_object(
-                config["schedule"], custom_objects=custom_objects
-            )
+        for name in ("schedule", "multipliers"):
+            if isinstance(config.get(name), dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name], custom_objects=custom_objects
+                )
         return cls(**config)
 
 

@@ -5,6 +5,7 @@ B: sample images of one host.  H, W: height and width in pixels.
 
 import os
 
+import numpy as np
 import tensorflow as tf
 
 from cappa_tf.evaluation.captioning import in_order
@@ -18,7 +19,7 @@ class Samples:
     Args:
         folder: The run's folder, where samples.png is the newest sheet.
         model: Built captioner.
-        data: Evaluation data set.
+        data: Evaluation data set, with images.
         count: Number of images.
         hosts: The run's `Hosts`, each of which captions its part.
     """
@@ -39,15 +40,25 @@ class Samples:
         real = batch["_mask"].numpy() > 0
         real &= batch["index"].numpy() < self._count
         labels = batch["labels"].numpy()[real][:, 0]  # one reference each
-        texts = self._data.tokenizer.detokenize(labels)
-        self._references = [[text] for text in texts]
         self._images = batch["image"].numpy()[real]  # [B, H, W, 3]
         self._indices = batch["index"].numpy()[real].tolist()
+        self._prompts = None
+        if "prompt_lengths" in batch:
+            lengths = batch["prompt_lengths"].numpy()[real][:, 0]
+            in_prompt = np.arange(labels.shape[1]) < lengths[:, None]
+            labels = np.where(in_prompt, self._data.tokenizer.pad_id, labels)
+            # As text, which is what the decoder checks.
+            examples = list(self._data.read_examples(self._count))
+            self._prompts = [examples[i].prompts[0] for i in self._indices]
+        texts = self._data.tokenizer.detokenize(labels)
+        self._references = [[text] for text in texts]
 
     def write(self, step, summaries):
         """Captions the images with the current weights."""
         keys = [str(i) for i in range(len(self._images))]
-        rows = self._decoder.decode(self._images, keys, self._references)
+        rows = self._decoder.decode(
+            self._images, keys, self._references, self._prompts
+        )
         for row, image in zip(rows, self._images, strict=True):
             row.image = _png(image)
         rows = in_order(self._hosts.gather(list(zip(self._indices, rows))))
@@ -55,11 +66,15 @@ class Samples:
             self._show(step, summaries, rows)
 
     def _show(self, step, summaries, rows):
-        lines = ["| caption | reference | log-likelihood |", "|-|-|-|"]
+        asked = "| prompt " if self._prompts else ""
+        lines = [
+            f"{asked}| caption | reference | log-likelihood |",
+            f"{asked and '|-'}|-|-|-|",
+        ]
         for row in rows:
             lines.append(
-                f"| {row.caption} | {row.references[0]} | "
-                f"{row.log_likelihood:.2f} |"
+                f"{asked and f'| {row.prompt} '}| {row.caption} | "
+                f"{row.references[0]} | {row.log_likelihood:.2f} |"
             )
         summaries.text(step, "samples/captions", "\n".join(lines))
         write_sheet(self._path, rows, title=f"step {step}")
