@@ -17,7 +17,8 @@ def report(tmp_path_factory):
     # A caption generator that gets red and green right, and blue wrong.
     texts = {0: "red square", 1: "green square", 2: "left above"}
 
-    def generate(images):
+    def generate(images, options):
+        assert not options
         tokens = [
             predictor.tokenizer([texts[int(image.mean((0, 1)).argmax())]])[0]
             for image in images.numpy()
