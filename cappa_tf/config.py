@@ -30,6 +30,7 @@ from cappa_tf.utils import files
 ROOT = "cappa_tf.training.train.train"
 PROBE_ROOT = "cappa_tf.training.linear_probe.linear_probe"
 EVALUATION_ROOT = "cappa_tf.evaluation.evaluate.evaluate"
+STUDY_ROOT = "cappa_tf.studies.comparison.compare"
 # A file may serve several roots, so a binding for another root is not an error.
 _ROOTS = (ROOT, PROBE_ROOT, EVALUATION_ROOT)
 

@@ -25,7 +25,8 @@ TRANSFER = sorted(
 PARTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in ROOT.glob("gin/*/*.gin")
-    if path.parent.name != "transfer"
+    # They are not parts of a training run, or have roots of their own.
+    if path.parent.name not in ("transfer", "studies")
 )
 PROBES = ["gin/transfer/linear_probe.gin", "gin/transfer/map_probe.gin"]
 PAPER = [path for path in RUNNABLE if path.startswith("gin/cap")]

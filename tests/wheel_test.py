@@ -110,6 +110,7 @@ def test_every_command_shows_its_own_help(name, command, tmp_path):
         "cappa-train-tokenizer": "--data",
         "cappa-prepare-data": "--input",
         "cappa-convert": "--input",
+        "cappa-compare": "--gin_file",
     }.get(name, "--checkpoint")
     assert f"\n  {main_flag}: " in shown
     for missing in ("tools/", ".py "):

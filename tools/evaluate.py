@@ -37,6 +37,8 @@ Tasks:
     sugar_crepe  right caption against hard negatives; --data has its 7 files
     aro          the same in ARO's format; --data is one of its files
     scenes       the same for synthetic scenes; --data is their folder
+    scene_attributes  probes of size, color, shape, relation and word of scenes
+    swapped_words  right caption against one with two colors or nouns swapped
     judgments    Kendall's tau with human judgments; --data is Flickr8k
 
 --data may be anything that training reads: a folder of TFRecords
@@ -123,7 +125,8 @@ def define_flags(flag_values=flags.FLAGS):
         "output",
         None,
         "JSON file to write; by default TASK.json in the folder of the run, "
-        "or CHECKPOINT.TASK.json beside a file.",
+        "or CHECKPOINT.TASK.json beside a file. With several evaluators, or if "
+        "it exists as a folder, the folder of these files.",
         **where,
     )
     _define_label_flags(where)
@@ -365,6 +368,23 @@ def _scenes(options):
     return Scenes(options.data, split, limit=options.limit)
 
 
+def _scene_attributes(options):
+    from cappa_tf.evaluation.scene_attributes import SceneAttributes
+
+    return SceneAttributes(
+        options.data,
+        options.train_split,
+        _split(options, "heldout"),
+        test_limit=options.limit,
+    )
+
+
+def _swapped_words(options):
+    from cappa_tf.evaluation.compositional.benchmarks import SwappedWords
+
+    return SwappedWords(options.data, _split(options), limit=options.limit)
+
+
 def _judgments(options):
     from cappa_tf.evaluation.human_judgments import Judgments
 
@@ -389,6 +409,8 @@ TASKS = {
     "sugar_crepe": _sugar_crepe,
     "aro": _aro,
     "scenes": _scenes,
+    "scene_attributes": _scene_attributes,
+    "swapped_words": _swapped_words,
     "judgments": _judgments,
     "geometry": _geometry,
 }
@@ -491,7 +513,7 @@ def _output(options, name, count):
     """Path of the JSON file of an evaluator, one of `count`."""
     if options.output is None:
         return default_output(options.checkpoint, name)
-    if count == 1:
+    if count == 1 and not files.isdir(options.output):
         return options.output
     return os.path.join(options.output, f"{name}.json")
 
@@ -522,6 +544,9 @@ def write_report(report, name, options, path):
             for row in report.rows
         )
         _write_lines(written[-1], lines)
+    if report.items:
+        written.append(f"{stem}.items.json")
+        _write_lines(written[-1], [json.dumps(json_value(report.items))])
     for name, (title, rows) in report.sheets.items():
         written.append(f"{stem}_{name}.png")
         write_sheet(written[-1], rows, title=title, marks=False)

@@ -13,7 +13,7 @@ import re
 import sys
 
 
-def _run(tool):
+def run(tool):
     """Runs a tool as the main program.
 
     Args:
@@ -45,11 +45,12 @@ def with_commands(text):
     )
 
 
-caption = functools.partial(_run, "caption")
-convert = functools.partial(_run, "convert")
-evaluate = functools.partial(_run, "evaluate")
-export = functools.partial(_run, "export")
-prepare_data = functools.partial(_run, "prepare_data")
-serving_client = functools.partial(_run, "serving_client")
-train = functools.partial(_run, "train")
-train_tokenizer = functools.partial(_run, "train_tokenizer")
+caption = functools.partial(run, "caption")
+compare = functools.partial(run, "compare")
+convert = functools.partial(run, "convert")
+evaluate = functools.partial(run, "evaluate")
+export = functools.partial(run, "export")
+prepare_data = functools.partial(run, "prepare_data")
+serving_client = functools.partial(run, "serving_client")
+train = functools.partial(run, "train")
+train_tokenizer = functools.partial(run, "train_tokenizer")

@@ -89,6 +89,10 @@ class Captions(Evaluator):
             {"skipped": skipped},
             [_as_json(row, scores.cider[i]) for i, row in enumerate(rows)],
             self._sheets(rows, order),
+            {
+                "cider": [float(scores.cider[i]) for i in range(len(rows))],
+                "exact_match": [float(row.exact_match) for row in rows],
+            },
         )
 
     def _sheets(self, rows, order):

@@ -13,6 +13,7 @@ from cappa_tf.evaluation.class_figures import (
     confusion_lines,
     figures,
     first,
+    ranks,
 )
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
@@ -157,7 +158,9 @@ def report(
         ],
         "skipped": dict(skipped or {}),
     }
-    return Report(metrics, lines, details)
+    hits = ranks(probabilities, labels) == 0
+    items = {"top_1": hits.astype(float).tolist()}
+    return Report(metrics, lines, details, items=items)
 
 
 def _per_class(confusion, names):

@@ -22,6 +22,9 @@ class Report:
             file of their own; may be empty.
         sheets: Dict name -> (title, `captions.CaptionRow`s with images) of the
             image sheets to write; may be empty.
+        items: Dict from the name of a metric to the scores of the test items,
+            whose mean it is, in the order of the data; for paired comparisons
+            of models.
     """
 
     metrics: dict
@@ -29,6 +32,7 @@ class Report:
     details: dict = dataclasses.field(default_factory=dict)
     rows: list = dataclasses.field(default_factory=list)
     sheets: dict = dataclasses.field(default_factory=dict)
+    items: dict = dataclasses.field(default_factory=dict)
 
 
 class Evaluator:

@@ -83,9 +83,13 @@ class RidgeRegression:
         weights = (self._left / (self._eigenvalues + l2)) @ self._right
         return self._standardized(x) @ weights
 
+    def is_right(self, x, y, l2):
+        """For which examples x [M, D] the class y [M] scores highest."""
+        return self.scores(x, l2).argmax(1) == np.asarray(y)
+
     def accuracy(self, x, y, l2):
         """Fraction of examples x [M, D] whose class y [M] scores highest."""
-        return float(np.mean(self.scores(x, l2).argmax(1) == np.asarray(y)))
+        return float(np.mean(self.is_right(x, y, l2)))
 
 
 def choose_shots(labels, shots, seed, num_classes):
@@ -119,11 +123,13 @@ class Result:
         shots: Examples per class.
         l2: The penalty.
         accuracies: Accuracy for each seed.
+        items: float [M], for how many of the seeds each example is right.
     """
 
     shots: int
     l2: float
     accuracies: tuple
+    items: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     @property
     def mean(self):
@@ -174,11 +180,15 @@ def evaluate(
         for seed in range(num_seeds):
             chosen = choose_shots(y, count, seed, classes)
             model = RidgeRegression(x[chosen], y[chosen], classes)
-            rows.append([model.accuracy(x_test, y_test, one) for one in l2])
-        columns = zip(*rows)
+            rows.append([model.is_right(x_test, y_test, one) for one in l2])
         results += [
-            Result(count, one, tuple(column))
-            for one, column in zip(l2, columns)
+            Result(
+                count,
+                one,
+                tuple(float(np.mean(right)) for right in column),
+                np.mean(column, axis=0),
+            )
+            for one, column in zip(l2, zip(*rows))
         ]
     return results
 
@@ -267,18 +277,27 @@ class Fewshot(Evaluator):
             "skipped": skipped,
             "resize": self._resize,
             "results": [
-                {**dataclasses.asdict(r), "mean": r.mean, "std": r.std}
+                {
+                    "shots": r.shots,
+                    "l2": r.l2,
+                    "accuracies": r.accuracies,
+                    "mean": r.mean,
+                    "std": r.std,
+                }
                 for r in results
             ],
         }
-        return Report(self._metrics(results), lines, details)
-
-    def _metrics(self, results):
         several = len({result.l2 for result in results}) > 1
-        return {
-            f"{r.shots}_shot" + (f"_l2_{r.l2:g}" if several else ""): r.mean
+        named = {
+            f"{r.shots}_shot" + (f"_l2_{r.l2:g}" if several else ""): r
             for r in results
         }
+        return Report(
+            {name: result.mean for name, result in named.items()},
+            lines,
+            details,
+            items={name: r.items.tolist() for name, r in named.items()},
+        )
 
 
 def _table(results):

@@ -53,6 +53,14 @@ def recalls(scores, owners, at=RECALLS):
         candidate with the same score counts as better, so a model that gives
         all pairs the same score has a recall of 0.
     """
+    return {
+        name: float(np.mean(found))
+        for name, found in hits(scores, owners, at).items()
+    }
+
+
+def hits(scores, owners, at=RECALLS):
+    """For each query whether it is found: bool [I] or [T], as in `recalls`."""
     scores, owners = np.asarray(scores), np.asarray(owners)
     count = len(scores)
     owned = scores.shape[1:] == owners.shape and len(owners) > 0
@@ -70,7 +78,7 @@ def recalls(scores, owners, at=RECALLS):
     texts_before = (scores >= best[:, None]).sum(1) - own  # [I]
     images_before = (scores >= right).sum(0) - 1  # [T]
     return {
-        f"{direction}/recall@{k}": float(np.mean(before < k))
+        f"{direction}/recall@{k}": before < k
         for direction, before in (
             ("image_to_text", texts_before),
             ("text_to_image", images_before),
@@ -152,10 +160,15 @@ class Retrieval(Evaluator):
             scores[COSINE] = predictor.cosines(np.concatenate(embedded), texts)
         if predictor.can(BLIND):
             scores[MINUS_BLIND] = scores[plain] - predictor.blind(texts)
-        metrics, rows = {}, []
+        metrics, rows, items = {}, [], {}
         for kind, values in scores.items():
-            found = recalls(values, owners)
+            queries = hits(values, owners)
+            found = {name: float(np.mean(x)) for name, x in queries.items()}
             metrics |= named(kind, found, plain)
+            queries = {
+                name: x.astype(float).tolist() for name, x in queries.items()
+            }
+            items |= named(kind, queries, plain)
             both = np.split(np.array([*found.values()]), 2)
             rows.append((f"{kind}, image to text", *map(float, both[0])))
             if kind != MINUS_BLIND:  # has the same order of images
@@ -171,4 +184,4 @@ class Retrieval(Evaluator):
             "num_captions": len(texts),
             "skipped": skipped,
         }
-        return Report(metrics, lines, details)
+        return Report(metrics, lines, details, items=items)

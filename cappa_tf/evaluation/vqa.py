@@ -136,7 +136,8 @@ class VQA(Evaluator):
         ][: self._sheet_images]
         sheets = {"wrong": ("Wrong answers", wrong)} if wrong else {}
         rows = [one.row() for one in scored]
-        return Report(metrics, lines, details, rows, sheets)
+        items = {"exact_match": [float(one.exact_match[OWN]) for one in scored]}
+        return Report(metrics, lines, details, rows, sheets, items)
 
 
 class _Scored:

@@ -24,7 +24,12 @@ import os
 import numpy as np
 
 from cappa_tf.evaluation import prompts
-from cappa_tf.evaluation.class_figures import confusion_lines, figures, first
+from cappa_tf.evaluation.class_figures import (
+    confusion_lines,
+    figures,
+    first,
+    ranks,
+)
 from cappa_tf.evaluation.evaluator import (
     Evaluator,
     Report,
@@ -283,10 +288,12 @@ class ZeroShot(Evaluator):
         return self._report(scores, labels, names, data.skipped)
 
     def _report(self, scores, labels, names, skipped):
-        metrics, rows, confusions = {}, [], {}
+        metrics, rows, confusions, items = {}, [], {}, {}
         plain = next(iter(scores))
         for kind, values in scores.items():
             found, confusion = figures(values, labels)
+            right = ranks(values, labels) == 0
+            items |= named(kind, {"top_1": right.astype(float).tolist()}, plain)
             confusions[kind] = confusion.tolist()
             metrics |= named(kind, found, plain)
             rows.append((kind, *found.values()))
@@ -303,4 +310,4 @@ class ZeroShot(Evaluator):
             "confusion": confusions[plain],
             "skipped": dict(skipped),
         }
-        return Report(metrics, lines, details)
+        return Report(metrics, lines, details, items=items)

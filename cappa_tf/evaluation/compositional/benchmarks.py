@@ -21,7 +21,7 @@ import numpy as np
 
 from cappa_tf.data.images import image_files
 from cappa_tf.evaluation.compositional import choices as choice_files
-from cappa_tf.evaluation.compositional import scene_choices
+from cappa_tf.evaluation.compositional import scene_choices, word_swaps
 from cappa_tf.evaluation.evaluator import Evaluator, Report, table
 from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import BLIND, MINUS_BLIND, SCORE
@@ -34,7 +34,8 @@ class Compositional(Evaluator):
     A metric is a fraction in [0, 1], of one of these kinds: `score/subset`;
     `score/group`, the mean of its subsets (`swap_att` and `swap_obj` are in
     the group `swap`); `score/macro`, the mean of all subsets; or
-    `score/micro`, over all choices. The best possible value, `ceiling/macro`
+    `score/micro`, over all choices; these two also without `score/`, for the
+    model's default score. The best possible value, `ceiling/macro`
     and so on, is below 1 if the vocabulary turns a right and a wrong caption
     into the same tokens.
     """
@@ -103,6 +104,8 @@ class Compositional(Evaluator):
             for mode, found in shares.items()
             for name, value in found.items()
         }
+        # Without the kind of score, to compare models that differ in it.
+        metrics |= {name: shares[plain][name] for name in ("macro", "micro")}
         details = {
             "num_images": num_images,
             "num_choices": len(rows),
@@ -110,7 +113,15 @@ class Compositional(Evaluator):
             "ties": ties,
             "left_out": self.missing(),
         }
-        return Report(metrics, lines, details, rows)
+        # Choices in the order of their subsets, as all models see them.
+        items = {
+            f"{mode}/micro": [
+                float(x) for subset in subsets for x in hits[subset]
+            ]
+            for mode, hits in won.items()
+        }
+        items["micro"] = items[f"{plain}/micro"]
+        return Report(metrics, lines, details, rows, items=items)
 
     def _shares(self, hits):
         """Fractions of choices won: subsets, groups, macro, micro."""
@@ -275,7 +286,46 @@ class Aro(FileChoices):
         return choice_files.read_aro(self._file)
 
 
-class Scenes(Compositional):
+class OfCaptions(Compositional):
+    """Base class of the benchmarks that change the captions of a data set.
+
+    Args:
+        path: Path of the data, as in `EvaluationImages`.
+        split: Name of the split.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
+    """
+
+    def __init__(self, path, split, limit, name):
+        super().__init__(name)
+        self._data = EvaluationImages(path, split, limit)
+        self._others = 0
+
+    def choices(self, example):
+        """Returns the `Choice`s made from the captions of an `Example`."""
+        raise NotImplementedError
+
+    def open(self):
+        """Checks that the data can be found."""
+        self._data.open()
+
+    def missing(self):
+        """Counts of the images left out, by reason."""
+        others = {"no caption that can be changed": self._others}
+        return +(collections.Counter(others) + self._data.skipped)
+
+    def batches(self, predictor):
+        """Yields (images, list of `Choice`s per image), as `Compositional`."""
+        self._others = 0
+        for images, examples in self._data.captioned(predictor):
+            choices = [self.choices(example) for example in examples]
+            good = [i for i, some in enumerate(choices) if some]
+            self._others += len(choices) - len(good)
+            if good:
+                yield images[good], [choices[i] for i in good]
+
+
+class Scenes(OfCaptions):
     """Swapped and replaced words in captions of synthetic scenes.
 
     Args:
@@ -295,29 +345,36 @@ class Scenes(Compositional):
         seed=0,
         name="scenes",
     ):
-        super().__init__(name)
-        self._data = EvaluationImages(path, split, limit)
+        super().__init__(path, split, limit, name)
         self._seed = seed
-        self._others = 0
 
-    def open(self):
-        """Checks that the data can be found."""
-        self._data.open()
+    def choices(self, example):
+        """Returns the `Choice`s of a scene; none for another caption."""
+        return scene_choices.choices(
+            example.captions[0], example.key, self._seed
+        )
 
-    def missing(self):
-        """Counts of the images left out, by reason."""
-        others = {"caption of another kind": self._others}
-        return +(collections.Counter(others) + self._data.skipped)
 
-    def batches(self, predictor):
-        """Yields (images, list of `Choice`s per image), as `Compositional`."""
-        self._others = 0
-        for images, examples in self._data.captioned(predictor):
-            choices = [
-                scene_choices.choices(e.captions[0], e.key, self._seed)
-                for e in examples
-            ]
-            good = [i for i, some in enumerate(choices) if some]
-            self._others += len(choices) - len(good)
-            if good:
-                yield images[good], [choices[i] for i in good]
+class SwappedWords(OfCaptions):
+    """Two colors or two nouns swapped in people's captions (`word_swaps`).
+
+    Args:
+        path: Path of the data, as in `EvaluationImages`.
+        split: Name of the split.
+        limit: Maximum number of images to use, or None for all.
+        name: Name of the evaluator in the results.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split="test",
+        *,
+        limit: int | None = None,
+        name="swapped_words",
+    ):
+        super().__init__(path, split, limit, name)
+
+    def choices(self, example):
+        """Returns the `Choice`s of an image; none without a word to swap."""
+        return word_swaps.choices(example.captions)

@@ -1,0 +1,1 @@
+"""Studies: several methods trained and evaluated alike, and their report."""

@@ -1,0 +1,164 @@
+"""A study from its cells to the report, with programs that only pretend."""
+
+import json
+import os
+
+import pytest
+
+from cappa_tf.studies import cell as cells
+from cappa_tf.studies import comparison, runners
+from cappa_tf.studies.study import Method, Study, Transfer
+from cappa_tf.utils import files
+
+pytest.importorskip("matplotlib", reason="pip install '.[study]'")
+
+
+def make(**kwargs):
+    given = {
+        "name": "A <small> study",
+        "methods": [
+            Method(name="ours", gin_files=["ours.gin"]),
+            Method(name="theirs", gin_files=["theirs.gin"]),
+        ],
+        "batch_size": 4,
+        "images": 40,
+        "seeds": 2,
+        "evaluation": ["evaluation.gin"],
+        "reference": "theirs",
+        "transfer": [Transfer(name="probe", gin_files=["probe.gin"])],
+    }
+    return Study(**given | kwargs)
+
+
+class Programs:
+    """Writes the files that tools/train.py and tools/evaluate.py write."""
+
+    def __init__(self):
+        self.calls = []
+        self.broken = None
+
+    def __call__(self, tool, arguments, log):
+        given = dict(a[2:].split("=", 1) for a in arguments)
+        folder = given.get("workdir") or given["output"]
+        self.calls.append((tool, os.path.relpath(folder, "cells")))
+        files.write_text(log, "starting\nValueError: no data\n")
+        if self.broken and self.broken in folder:
+            return 1
+        good = 0.75 if "ours" in folder else 0.5
+        if tool == "train":
+            files.makedirs(folder)
+            metrics = {"step": 10, "top_1": good, "interrupted": None}
+            files.write_json(os.path.join(folder, "results.json"), metrics)
+        else:
+            metrics = {"metrics": {"10_shot": good}}
+            files.write_json(os.path.join(folder, "fewshot.json"), metrics)
+            items = {
+                "10_shot": [1.0] * int(8 * good) + [0.0] * int(8 * (1 - good))
+            }
+            path = os.path.join(folder, "fewshot.items.json")
+            files.write_json(path, items)
+        return 0
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """In place of processes; cells run in this one, one after the other."""
+    programs = Programs()
+    monkeypatch.setattr(cells, "_call", programs)
+    monkeypatch.setattr(
+        runners, "_run", lambda folder, environment=None: cells.run(folder)
+    )
+    return programs
+
+
+def compare(tmp_path, study=None, **kwargs):
+    lines = []
+    rows = comparison.compare(
+        study or make(),
+        str(tmp_path),
+        flops_of=lambda *_: 1e9,
+        log=lines.append,
+        **kwargs,
+    )
+    return rows, lines
+
+
+def test_a_study_ends_in_a_report(tmp_path, programs):
+    rows, _ = compare(tmp_path)
+    assert [row.state for row in rows] == ["done"] * 4
+    assert len(programs.calls) == 4 * 3
+    content = json.loads((tmp_path / "report.json").read_text())
+    ours, theirs = content["table"]
+    assert ours["metrics"]["fewshot/10_shot"]["mean"] == 0.75
+    assert ours["metrics"]["probe/top_1"]["mean"] == 0.75
+    difference = ours["metrics"]["fewshot/10_shot"]["difference"]
+    assert difference["mean"] == pytest.approx(0.25)
+    assert difference["items"] == 8
+    # Nothing but scores of items can be compared item by item.
+    assert ours["metrics"]["top_1"]["difference"] is None
+    assert theirs["metrics"]["fewshot/10_shot"]["difference"] is None
+    page = (tmp_path / "report.html").read_text()
+    assert "A &lt;small&gt; study" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert "ours,0" in (tmp_path / "cells.csv").read_text()
+
+
+def test_what_is_done_is_not_done_again(tmp_path, programs):
+    compare(tmp_path)
+    done = len(programs.calls)
+    compare(tmp_path)
+    assert len(programs.calls) == done
+    compare(tmp_path, again=["ours-seed1"])
+    assert len(programs.calls) == done + 3
+
+
+def test_a_cell_resumes_after_its_last_complete_stage(tmp_path, programs):
+    programs.broken = "ours-seed0/evaluation"
+    rows, _ = compare(tmp_path)
+    assert rows[0].state == "failed"
+    programs.broken, programs.calls = None, []
+    rows, _ = compare(tmp_path)
+    assert [tool for tool, _ in programs.calls] == ["evaluate"]
+    assert rows[0].state == "done"
+
+
+def test_a_cell_that_fails_is_a_row_that_says_so(tmp_path, programs):
+    programs.broken = "ours-seed0/run"
+    rows, lines = compare(tmp_path)
+    assert [row.state for row in rows] == ["failed"] + ["done"] * 3
+    assert rows[0].message == "train: ValueError: no data"
+    assert any("ours-seed0: failed train: ValueError" in line for line in lines)
+    page = (tmp_path / "report.html").read_text()
+    assert "ours-seed0: train: ValueError: no data" in page
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["table"][0]["metrics"]["fewshot/10_shot"]["seeds"] == 1
+
+
+def test_a_cell_of_other_arguments_is_refused(tmp_path, programs):
+    compare(tmp_path)
+    with pytest.raises(ValueError, match="--again=ours-seed0"):
+        compare(tmp_path, make(images=80))
+
+
+def test_an_unknown_cell_is_refused(tmp_path, programs):
+    with pytest.raises(ValueError, match="no cell 'mine'"):
+        compare(tmp_path, only=["mine"])
+
+
+def test_slurm_gets_a_script_for_the_cells_that_wait(tmp_path, programs):
+    compare(tmp_path, only=["ours-seed0"])
+    _, lines = compare(tmp_path, runner="slurm", slurm_options=["--gres=gpu:1"])
+    script = (tmp_path / "slurm.sh").read_text()
+    assert "#SBATCH --array=1-3\n" in script
+    assert "#SBATCH --gres=gpu:1\n" in script
+    listed = (tmp_path / "cells.txt").read_text().splitlines()
+    assert len(listed) == 3 and all(os.path.isabs(path) for path in listed)
+    assert any("sbatch" in line for line in lines)
+
+
+def test_a_report_of_nothing_is_a_report(tmp_path, programs):
+    rows, _ = compare(tmp_path, runner="none")
+    assert {row.state for row in rows} == {"missing"}
+    assert not programs.calls
+    assert (tmp_path / "report.html").exists()

@@ -1,0 +1,140 @@
+"""Compares methods: trains and evaluates each of them, and writes a report.
+
+    python tools/compare.py --gin_file=gin/studies/scenes.gin
+    python tools/compare.py --gin_file=gin/studies/flickr8k.gin --dry_run
+    python tools/compare.py --gin_file=gin/studies/scenes.gin \
+        --again=CapPa-seed1
+
+A study has methods, seeds, sizes and lengths; each combination is a cell, a run
+of tools/train.py with evaluations by tools/evaluate.py, in a process of its own
+below WORKDIR/cells. Run again, the command resumes where it was interrupted; a
+cell that failed is a row that says so, and is tried again. WORKDIR/report.html
+is a page that needs nothing else; the same figures are in report.json,
+cells.csv and figures/.
+
+--runner says where cells run: on this machine one after the other (local; one
+on each of --devices), on a Ray cluster (ray, which needs pip install
+'cappa-tf[ray]'), as an array of Slurm jobs, whose script is written (slurm), or
+nowhere, to write the report of what is there (none).
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+
+from cappa_tf import config
+from cappa_tf.utils import console
+
+
+def define_flags():
+    """Defines the flags of this tool."""
+    config.define_flags()
+    flags.adopt_module_key_flags(config)
+    flags.DEFINE_enum(
+        "runner", "local", ["local", "ray", "slurm", "none"], "Where cells run."
+    )
+    flags.DEFINE_multi_string(
+        "again", [], "Cell to run again from its start; repeatable."
+    )
+    flags.DEFINE_multi_string(
+        "only", [], "Cell to run; repeatable. By default all."
+    )
+    flags.DEFINE_list(
+        "devices", None, "local: numbers of the GPUs, a cell on each."
+    )
+    flags.DEFINE_string(
+        "ray_address", None, "ray: address of a cluster; by default a new one."
+    )
+    flags.DEFINE_float("cpus", 1.0, "ray: CPU cores of a cell.")
+    flags.DEFINE_float("gpus", 0.0, "ray: GPUs of a cell.")
+    flags.DEFINE_multi_string(
+        "slurm_option",
+        [],
+        "slurm: option of sbatch, such as --gres=gpu:1; repeatable.",
+    )
+
+
+def compare(options):
+    """Runs the study that the flags name; returns its rows."""
+    config.parse(
+        options.gin_file,
+        options.gin_param,
+        workdir=options.workdir,
+        root=config.STUDY_ROOT,
+    )
+    bound = config.arguments(config.STUDY_ROOT)
+    study, workdir = bound["study"], bound["workdir"]
+    cells = study.cells(flops_of)
+    if options.dry_run:
+        for cell in cells:
+            print(_summary(cell))
+        return []
+    from cappa_tf.studies import comparison
+
+    return comparison.compare(
+        study,
+        workdir,
+        flops_of=flops_of,
+        runner=options.runner,
+        again=options.again,
+        only=options.only,
+        devices=options.devices,
+        ray_address=options.ray_address,
+        cpus=options.cpus,
+        gpus=options.gpus,
+        slurm_options=options.slurm_option,
+        log=print,
+    )
+
+
+def _summary(cell):
+    from cappa_tf.training import flops
+
+    cost = "unknown" if cell.flops is None else flops.readable(cell.flops)
+    return (
+        f"{cell.name:40} {cell.steps:>8,} steps x {cell.batch_size} = "
+        f"{cell.images:>11,} images, {cost}"
+    )
+
+
+_counted = {}
+
+
+def flops_of(gin_files, gin_params):
+    """FLOPs of training on one image, of a configuration of tools/train.py."""
+    key = (tuple(gin_files), tuple(gin_params))
+    if key not in _counted:
+        _counted[key] = _count(gin_files, gin_params)
+    return _counted[key]
+
+
+def _count(gin_files, gin_params):
+    from cappa_tf.models.task import Task
+    from cappa_tf.training import flops
+
+    config.parse(gin_files, [*gin_params, "WORKDIR = 'none'"])
+    bound = config.arguments()
+    model, weights = bound["model"], bound["weights"]
+    if not isinstance(model, Task):
+        model = model()
+    model.build()
+    if weights.frozen_parts:
+        model.freeze(weights.frozen_parts, weights.trained_parts)
+    captions = getattr(bound["train_data"], "captions_per_image", 1)
+    # "all" is as many as the data has, which is not read here.
+    return flops.training_flops(model, captions if captions != "all" else 1)
+
+
+def main(argv):
+    """Runs a study; input errors are printed as one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    with console.errors_as_lines("compare"):
+        compare(flags.FLAGS)
+
+
+if __name__ == "__main__":
+    console.run(main, define_flags)
