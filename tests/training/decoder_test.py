@@ -183,10 +183,10 @@ def test_the_tool_asks_the_prompt(trained, tmp_path, capsys, asked):
             ]
         )
         if asked == "what is it":
-            with pytest.raises(SystemExit):
+            with pytest.raises(
+                SystemExit, match="--prompt=what is it: .* other prompts"
+            ):
                 caption.main(["", str(tmp_path / "a.png")])
-            error = capsys.readouterr().err
-            assert "--prompt=what is it: This model was trained with" in error
             return
         assert caption.main(["", str(tmp_path / "a.png")]) == 0
     row = json.loads(capsys.readouterr().out)
