@@ -4,6 +4,8 @@
     python tools/caption.py --checkpoint=runs/flickr8k --format=jsonl photos/
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=beam \
         --num_captions=3 --prefix="a dog" --no_repeat_ngram=2 photo.jpg
+    python tools/caption.py --checkpoint=runs/flickr8k --attention=where.png \
+        photo.jpg
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=top_p \
         --top_p=0.9 --temperature=0.8 --num_captions=5 --seed=1 photo.jpg
     python tools/caption.py --checkpoint=runs/decoder \
@@ -30,6 +32,8 @@ from cappa_tf.utils import console
 
 FLAGS = flags.FLAGS
 
+_ATTENTION_IMAGES = 32
+
 
 def define_flags():
     """Defines the flags of this tool."""
@@ -48,6 +52,12 @@ def define_flags():
         "Images per batch; 32 by default, fewer for few images, so that "
         "results appear gradually.",
         lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "attention",
+        None,
+        "PNG file to write: where the model looked for each word of the first "
+        f"{_ATTENTION_IMAGES} images.",
     )
     _define_generation_flags()
 
@@ -198,13 +208,17 @@ def _caption_all(arguments):
     rows = decoder.caption_files(paths, predictor.preprocessing)
     if FLAGS.format == "table":
         print(f"{'log-lik.':>9} {'tok.':>4}  image  caption")
-    unreadable = 0
+    unreadable, shown = 0, []
     with tqdm.tqdm(total=len(paths), unit="image", miniters=1) as bar:
         for path, row, reason in rows:
             unreadable += row is None
             # Before the line, which redraws the bar below it.
             bar.update()
             _print(path, row, reason)
+            if row is not None and len(shown) < _ATTENTION_IMAGES:
+                shown.append((path, row))
+    if FLAGS.attention is not None and shown:
+        _write_attention(predictor, shown)
     if unreadable:
         print(f"{unreadable} of {len(paths)} unreadable", file=sys.stderr)
     return 1 if unreadable else 0
@@ -220,6 +234,20 @@ def _warn_of_unknown(name, text, tokenizer):
             f"{words}, which becomes the unknown token",
             file=sys.stderr,
         )
+
+
+def _write_attention(predictor, shown):
+    """Writes the attention maps of (path, row) pairs to --attention."""
+    import numpy as np
+
+    from cappa_tf.evaluation.sheet import write_attention_sheet
+    from cappa_tf.inference.attention_maps import attention_maps
+
+    paths, rows = zip(*shown)
+    images = np.stack([predictor.preprocessing.read(path) for path in paths])
+    maps = attention_maps(predictor, images, rows)
+    write_attention_sheet(FLAGS.attention, rows, images, maps)
+    print(f"written to {FLAGS.attention}", file=sys.stderr)
 
 
 def _batch_size(images):

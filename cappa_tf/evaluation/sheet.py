@@ -11,6 +11,7 @@ All lengths are in pixels.
 import io
 import math
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cappa_tf.utils import files
@@ -29,6 +30,9 @@ _RIGHT = (36, 160, 72)
 _WRONG = (212, 52, 44)
 # A token's probability: 0, 0.5 and 1.
 _COLORS = ((244, 150, 140), (250, 226, 140), (158, 218, 160))
+# Of attention maps.
+_SMALL_TILE = 112
+_HEAT = (226, 30, 30)
 
 
 def write_sheet(path, rows, title=None, columns=4, marks=True):
@@ -62,9 +66,60 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
         sheet.save(unfinished, "PNG", optimize=True)
 
 
-def _assemble(lines, columns, title, legend):
+def write_attention_sheet(path, rows, images, maps, title=None):
+    """Writes a line for each image: where a model looked for each word.
+
+    Args:
+        path: Path of the PNG file; its folder is created if missing.
+        rows: `captions.CaptionRow`s, at least one.
+        images: float [N, H, W, 3] in [-1, 1], as the model saw them.
+        maps: Lists of (word, float [rows, columns]), of
+            `attention_maps.attention_maps`.
+        title: Text at the top, or None.
+    """
+    sheet = attention_sheet(rows, images, maps, title)
+    with files.replacing(path) as unfinished:
+        sheet.save(unfinished, "PNG", optimize=True)
+
+
+def attention_sheet(rows, images, maps, title=None):
+    """The sheet of `write_attention_sheet` as an RGB image of Pillow."""
+    lines = [
+        [_titled(image, None, row.caption), *(_titled(image, *m[::-1]) for m in some)]
+        for row, image, some in zip(rows, images, maps, strict=True)
+    ]
+    columns = max(len(line) for line in lines)
+    legend = "Red: where the decoder attended while it predicted the word."
+    return _assemble(lines, columns, title, legend, _SMALL_TILE)
+
+
+def _titled(image, heat, text):
+    """A small image, red where a map is large, with a text below."""
+    pixels = np.clip((np.asarray(image) + 1.0) * 127.5, 0, 255).astype("uint8")
+    tile = ImageOps.contain(
+        Image.fromarray(pixels),
+        (_SMALL_TILE, _SMALL_TILE),
+        Image.Resampling.BILINEAR,
+    )
+    if heat is not None:
+        share = np.asarray(heat, np.float32)
+        share = Image.fromarray(share / max(float(share.max()), 1e-12))
+        share = share.resize(tile.size, Image.Resampling.BICUBIC)
+        share = np.clip(np.asarray(share), 0, 1)[..., None]
+        base = np.asarray(tile, np.float32)
+        # Pale where nothing was read, so that red stands out on any photo.
+        base = 0.55 * base.mean(-1, keepdims=True) + 0.45 * base
+        base = (1 - 0.75 * share) * base + 0.75 * share * np.array(_HEAT)
+        tile = Image.fromarray(base.astype("uint8"))
+    square = Image.new("RGB", (_SMALL_TILE, tile.height), _FRAME)
+    square.paste(tile, ((_SMALL_TILE - tile.width) // 2, 0))
+    text = text or "(empty caption)"
+    return _stack([square, _paragraph(text, _font(13), _SMALL_TILE)], _SMALL_TILE)
+
+
+def _assemble(lines, columns, title, legend, tile_width=_TILE):
     """Arranges tiles in a grid, each line as high as its highest tile."""
-    width = columns * (_TILE + _MARGIN) + _MARGIN
+    width = columns * (tile_width + _MARGIN) + _MARGIN
     header = _header(title, legend, width - 2 * _MARGIN)
     heights = [max(tile.height for tile in line) + _MARGIN for line in lines]
     top = _MARGIN + header.height + _GAP
@@ -72,7 +127,8 @@ def _assemble(lines, columns, title, legend):
     sheet.paste(header, (_MARGIN, _MARGIN))
     for line, height in zip(lines, heights):
         for column, tile in enumerate(line):
-            sheet.paste(tile, (_MARGIN + column * (_TILE + _MARGIN), top))
+            left = _MARGIN + column * (tile_width + _MARGIN)
+            sheet.paste(tile, (left, top))
         top += height
     return sheet
 

@@ -36,6 +36,7 @@ class CaptionRow:
             captions were requested.
         prompt: What the caption answers, "" for nothing. It is not part of any
             of the above.
+        tokens: Ids of `pieces`.
     """
 
     key: str
@@ -47,6 +48,7 @@ class CaptionRow:
     image: bytes | None = dataclasses.field(default=None, repr=False)
     others: list = dataclasses.field(default_factory=list)
     prompt: str = ""
+    tokens: list = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def exact_match(self):
@@ -186,6 +188,7 @@ class CaptionDecoder:
             probabilities=np.exp(log_probs[:count]).tolist(),
             references=list(references),
             prompt=prompt,
+            tokens=tokens[:count].tolist(),
         )
 
     def _pieces(self, tokens):

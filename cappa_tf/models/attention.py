@@ -129,20 +129,36 @@ class MultiHeadAttention(keras.layers.Layer):
         Returns:
             [B, T, D].
         """
+        weights = self.weights(x, keys, attention_mask, by_head)
+        weights = ops.cast(weights, self.compute_dtype)
+        if not by_head:
+            values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
+        out = ops.transpose(ops.matmul(weights, values), (0, 2, 1, 3))
+        return self._out(out)  # [B, T, H, C] -> [B, T, D]
+
+    def weights(self, x, keys, attention_mask=None, by_head=False):
+        """How much each query attends to each key.
+
+        Args:
+            x: As in `call`, as are the others.
+            keys: [B, S, H, C].
+            attention_mask: Optional bool.
+            by_head: Whether keys are [B, H, S, C].
+
+        Returns:
+            float32 [B, H, T, S], which sum to 1 over S.
+        """
         query = self._query(x) * ops.cast(self._scale, self.compute_dtype)
         query = ops.transpose(query, (0, 2, 1, 3))  # -> [B, H, T, C]
         if by_head:
             scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
         else:
             keys = ops.transpose(keys, (0, 2, 3, 1))  # -> [B, H, C, S]
-            values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
             scores = ops.matmul(query, keys)
         scores = ops.cast(scores, "float32")
         if attention_mask is not None:
             scores = ops.where(attention_mask, scores, -1e30)
-        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
-        out = ops.transpose(ops.matmul(weights, values), (0, 2, 1, 3))
-        return self._out(out)  # [B, T, H, C] -> [B, T, D]
+        return ops.softmax(scores, axis=-1)
 
     def compute_output_shape(self, x_shape, *unused, **also_unused):
         """The shape of the queries."""

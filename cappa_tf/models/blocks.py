@@ -189,6 +189,7 @@ class DecoderBlock(keras.layers.Layer):
         cache=None,
         seeds=None,
         training=False,
+        maps=None,
     ):
         """Runs the block over whole captions, or over one cached position.
 
@@ -202,6 +203,8 @@ class DecoderBlock(keras.layers.Layer):
                 positions, and the scalar position of x.
             seeds: uint32 [N], dropout seeds, as in `StatelessDropout`.
             training: Whether to apply dropout.
+            maps: Optional list, to which the weights of the attention to the
+                image are appended, float32 [N, H, L, P]; not with a cache.
 
         Returns:
             x [N, L, D], and the (keys, values) that were attended to: two
@@ -219,11 +222,22 @@ class DecoderBlock(keras.layers.Layer):
         x = x + self._drops["self"](y, seeds, training=training)
         if memory is not None:
             y = self._norms["cross_attention"](x)
+            if maps is not None:
+                maps.append(self._image_weights(y, memory[0]))
             y = self._attend_to_image(y, memory, in_loop)
             x = x + self._drops["cross"](y, seeds, training=training)
         y = self._mlp(self._norms["mlp"](x), seeds, training=training)
         x = x + self._drops["mlp"](y, seeds, training=training)
         return x, (keys, values)
+
+    def _image_weights(self, x, keys):
+        """Weights [B * K, H, L, P] of the attention of x [B * K, L, D]."""
+        images, (count, length, _) = ops.shape(keys)[0], ops.shape(x)
+        together = ops.reshape(x, (images, -1, self.hidden_dim))
+        weights = self.cross_attention.weights(together, keys)
+        shape = (images, self.num_heads, -1, length, ops.shape(keys)[1])
+        weights = ops.transpose(ops.reshape(weights, shape), (0, 2, 1, 3, 4))
+        return ops.reshape(weights, (count, *ops.shape(weights)[2:]))
 
     def _attend_to_image(self, x, memory, by_head):
         """Cross-attention of [B * K, L, D] as [B, K * L, D]."""

@@ -274,6 +274,23 @@ class TextDecoder(keras.Model):
             x = run(x, *keys_values)
         return self._norm(x)
 
+    def image_attention(self, tokens, memory):
+        """How much each position of captions attends to each patch.
+
+        Args:
+            tokens: int [N, L] inputs, left to right.
+            memory: From `project_memory`, of B images with N = B * K.
+
+        Returns:
+            List of float32 [N, H, L, P], one for each block; they sum to 1
+            over the patches.
+        """
+        mask = self.attention_mask(ops.shape(tokens)[1])
+        x, maps = self._positions(self._embedding(tokens)), []
+        for block, keys_values in zip(self.blocks, memory, strict=True):
+            x, _ = block(x, keys_values, attention_mask=mask, maps=maps)
+        return maps
+
     def empty_cache(self, batch_size, length=None):
         """Empty cache for the keys and values of captions being decoded.
 

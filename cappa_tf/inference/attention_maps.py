@@ -1,0 +1,81 @@
+"""Attention maps: where a captioner looks for each word of a caption.
+
+Abbreviations for dimensions:
+    N: captions, one of each image.  H, W: height and width in pixels.
+    L: length of prompt and caption in tokens.  P: patches, rows x columns.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from cappa_tf.inference import prompting
+
+
+def attention_maps(predictor, images, rows):
+    """The decoder's attention to the patches, word by word.
+
+    The cross-attention with which a token was predicted, averaged over heads,
+    blocks and the tokens of a word. It shows where information was read, which
+    is not always where a thing is.
+
+    Args:
+        predictor: `Predictor` of a captioner whose encoder has a grid of
+            patches.
+        images: float [N, H, W, 3] in [-1, 1].
+        rows: Their `CaptionRow`s.
+
+    Returns:
+        List of N lists of (word, float32 [rows, columns]); a map sums to at
+        most 1, as class tokens and registers are left out.
+
+    Raises:
+        ValueError: If there is no decoder, or no grid.
+    """
+    model, tokenizer = predictor.model, predictor.tokenizer
+    grid = getattr(getattr(model, "vision_encoder", None), "grid", None)
+    if grid is None or not hasattr(model, "text_decoder"):
+        raise ValueError(
+            "Attention maps need a captioner whose encoder has a grid of "
+            f"patches. Received: {type(model).__name__}"
+        )
+    pad = tokenizer.pad_id
+    prompts = prompting.encode(
+        model, tokenizer, [row.prompt for row in rows], len(rows)
+    )
+    starts = [0] * len(rows)
+    texts = [list(row.tokens) for row in rows]
+    if prompts is not None:
+        asked = [[t for t in p if t != pad] for p in np.asarray(prompts).tolist()]
+        starts = [len(prompt) for prompt in asked]
+        texts = [prompt + text for prompt, text in zip(asked, texts)]
+    length = max(map(len, texts))
+    labels = np.full((len(rows), length), pad, np.int32)
+    for i, text in enumerate(texts):
+        labels[i, : len(text)] = text
+    decoder = model.text_decoder
+    memory = decoder.project_memory(model.encode(tf.constant(images)))
+    maps = decoder.image_attention(
+        decoder.shift_right(tf.constant(labels)), memory
+    )
+    # Blocks and heads -> [N, L, P]; other tokens come before the patches.
+    mean = np.mean([np.asarray(one).mean(1) for one in maps], axis=0)
+    mean = mean[..., -grid[0] * grid[1] :]
+    mean = mean.reshape(len(rows), length, *grid)
+    return [
+        _by_word(row.pieces, mean[i, start:])
+        for i, (row, start) in enumerate(zip(rows, starts))
+    ]
+
+
+def _by_word(pieces, maps):
+    """(word, mean map of its pieces), without the end of the caption."""
+    words = []
+    for piece, one in zip(pieces, maps):
+        if piece == "<eos>":
+            break
+        if piece.startswith(" ") or not words:
+            words.append((piece.strip(), [one]))
+        else:
+            before, several = words[-1]
+            words[-1] = (before + piece, [*several, one])
+    return [(word, np.mean(several, axis=0)) for word, several in words]
