@@ -28,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
-from cappa_tf.utils import console
+from cappa_tf.utils import console, files
 
 FLAGS = flags.FLAGS
 
@@ -190,6 +190,8 @@ def _caption_all(arguments):
     from cappa_tf.inference import prompting
     from cappa_tf.inference.predictor import GENERATE, Predictor
 
+    if FLAGS.attention is not None:
+        files.check_output("attention", FLAGS.attention)
     paths = image_files.find_pictures(arguments)
     if not paths:
         print("Nothing to caption: give images or folders.", file=sys.stderr)
@@ -245,7 +247,7 @@ def _write_attention(predictor, shown):
 
     paths, rows = zip(*shown)
     images = np.stack([predictor.preprocessing.read(path) for path in paths])
-    maps = attention_maps(predictor, images, rows)
+    maps = attention_maps(predictor.model, predictor.tokenizer, images, rows)
     write_attention_sheet(FLAGS.attention, rows, images, maps)
     print(f"written to {FLAGS.attention}", file=sys.stderr)
 

@@ -85,7 +85,10 @@ def write_attention_sheet(path, rows, images, maps, title=None):
 def attention_sheet(rows, images, maps, title=None):
     """The sheet of `write_attention_sheet` as an RGB image of Pillow."""
     lines = [
-        [_titled(image, None, row.caption), *(_titled(image, *m[::-1]) for m in some)]
+        [
+            _titled(image, None, row.caption),
+            *(_titled(image, *m[::-1]) for m in some),
+        ]
         for row, image, some in zip(rows, images, maps, strict=True)
     ]
     columns = max(len(line) for line in lines)
@@ -114,7 +117,9 @@ def _titled(image, heat, text):
     square = Image.new("RGB", (_SMALL_TILE, tile.height), _FRAME)
     square.paste(tile, ((_SMALL_TILE - tile.width) // 2, 0))
     text = text or "(empty caption)"
-    return _stack([square, _paragraph(text, _font(13), _SMALL_TILE)], _SMALL_TILE)
+    return _stack(
+        [square, _paragraph(text, _font(13), _SMALL_TILE)], _SMALL_TILE
+    )
 
 
 def _assemble(lines, columns, title, legend, tile_width=_TILE):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from cappa_tf.inference import prompting
 
 
-def attention_maps(predictor, images, rows):
+def attention_maps(model, tokenizer, images, rows):
     """The decoder's attention to the patches, word by word.
 
     The cross-attention with which a token was predicted, averaged over heads,
@@ -19,8 +19,8 @@ def attention_maps(predictor, images, rows):
     is not always where a thing is.
 
     Args:
-        predictor: `Predictor` of a captioner whose encoder has a grid of
-            patches.
+        model: Built captioner whose encoder has a grid of patches.
+        tokenizer: Its `Tokenizer`.
         images: float [N, H, W, 3] in [-1, 1].
         rows: Their `CaptionRow`s.
 
@@ -31,21 +31,21 @@ def attention_maps(predictor, images, rows):
     Raises:
         ValueError: If there is no decoder, or no grid.
     """
-    model, tokenizer = predictor.model, predictor.tokenizer
-    grid = getattr(getattr(model, "vision_encoder", None), "grid", None)
-    if grid is None or not hasattr(model, "text_decoder"):
+    if not has_attention_maps(model):
         raise ValueError(
             "Attention maps need a captioner whose encoder has a grid of "
             f"patches. Received: {type(model).__name__}"
         )
-    pad = tokenizer.pad_id
+    grid, pad = model.vision_encoder.grid, tokenizer.pad_id
     prompts = prompting.encode(
         model, tokenizer, [row.prompt for row in rows], len(rows)
     )
     starts = [0] * len(rows)
     texts = [list(row.tokens) for row in rows]
     if prompts is not None:
-        asked = [[t for t in p if t != pad] for p in np.asarray(prompts).tolist()]
+        asked = [
+            [t for t in p if t != pad] for p in np.asarray(prompts).tolist()
+        ]
         starts = [len(prompt) for prompt in asked]
         texts = [prompt + text for prompt, text in zip(asked, texts)]
     length = max(map(len, texts))
@@ -65,6 +65,16 @@ def attention_maps(predictor, images, rows):
         _by_word(row.pieces, mean[i, start:])
         for i, (row, start) in enumerate(zip(rows, starts))
     ]
+
+
+def has_attention_maps(model):
+    """Whether a model has a decoder that attends to a grid of patches."""
+    encoder = getattr(model, "vision_encoder", None)
+    return (
+        getattr(encoder, "grid", None) is not None
+        and hasattr(model, "text_decoder")
+        and model.feature_kind is None
+    )
 
 
 def _by_word(pieces, maps):

@@ -189,7 +189,7 @@ class DecoderBlock(keras.layers.Layer):
         cache=None,
         seeds=None,
         training=False,
-        maps=None,
+        with_weights=False,
     ):
         """Runs the block over whole captions, or over one cached position.
 
@@ -203,12 +203,13 @@ class DecoderBlock(keras.layers.Layer):
                 positions, and the scalar position of x.
             seeds: uint32 [N], dropout seeds, as in `StatelessDropout`.
             training: Whether to apply dropout.
-            maps: Optional list, to which the weights of the attention to the
-                image are appended, float32 [N, H, L, P]; not with a cache.
+            with_weights: Whether to return those of the attention to the
+                image, too; not with a cache.
 
         Returns:
             x [N, L, D], and the (keys, values) that were attended to: two
-            [N, L, H, C], or the cache with this position filled in.
+            [N, L, H, C], or the cache with this position filled in; with
+            weights also these, float32 [N, H, L, P].
         """
         y = self._norms["self_attention"](x)
         keys, values = self.self_attention.project(y)
@@ -222,12 +223,14 @@ class DecoderBlock(keras.layers.Layer):
         x = x + self._drops["self"](y, seeds, training=training)
         if memory is not None:
             y = self._norms["cross_attention"](x)
-            if maps is not None:
-                maps.append(self._image_weights(y, memory[0]))
+            if with_weights:
+                weights = self._image_weights(y, memory[0])
             y = self._attend_to_image(y, memory, in_loop)
             x = x + self._drops["cross"](y, seeds, training=training)
         y = self._mlp(self._norms["mlp"](x), seeds, training=training)
         x = x + self._drops["mlp"](y, seeds, training=training)
+        if with_weights:
+            return x, (keys, values), weights
         return x, (keys, values)
 
     def _image_weights(self, x, keys):

@@ -288,7 +288,10 @@ class TextDecoder(keras.Model):
         mask = self.attention_mask(ops.shape(tokens)[1])
         x, maps = self._positions(self._embedding(tokens)), []
         for block, keys_values in zip(self.blocks, memory, strict=True):
-            x, _ = block(x, keys_values, attention_mask=mask, maps=maps)
+            x, _, weights = block(
+                x, keys_values, attention_mask=mask, with_weights=True
+            )
+            maps.append(weights)
         return maps
 
     def empty_cache(self, batch_size, length=None):

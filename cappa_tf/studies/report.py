@@ -86,7 +86,8 @@ def write_report(study, rows, workdir):
         _matched(study, found),
         _figures(figures),
         _predictions(predictions),
-        _sheets(found),
+        _sheets(found, "Captions", "sheet.png"),
+        _sheets(found, "Attention for each word", "attention.png"),
         _commands(study, rows),
     ]
     page = (
@@ -231,22 +232,22 @@ def _predictions(predictions):
     )
 
 
-def _sheets(found):
-    """The captions of the first run of each method, side by side."""
+def _sheets(found, title, name):
+    """An image in the folder of the first run of each method, side by side."""
     items = []
     for group in found:
         for row in group.done[:1]:
-            path = os.path.join(row.folder, "run", "sheet.png")
+            path = os.path.join(row.folder, "run", name)
             if files.exists(path):
                 items.append(
                     f"<figure><figcaption>{html.escape(row.cell.name)}"
-                    f'</figcaption><img alt="captions of '
+                    f'</figcaption><img alt="{title} of '
                     f'{html.escape(group.name)}" src="{_embedded(path)}">'
                     "</figure>"
                 )
     if not items:
         return ""
-    return f"<h2>Captions</h2><div class=grid>{''.join(items)}</div>"
+    return f"<h2>{title}</h2><div class=grid>{''.join(items)}</div>"
 
 
 def _embedded(path):

@@ -9,15 +9,24 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.evaluation.captioning import in_order
-from cappa_tf.evaluation.sheet import write_sheet
+from cappa_tf.evaluation.sheet import attention_sheet, write_sheet
+from cappa_tf.inference.attention_maps import (
+    attention_maps,
+    has_attention_maps,
+)
 from cappa_tf.inference.captions import CaptionDecoder
+from cappa_tf.utils import files
+
+# Images whose attention maps are drawn.
+_ATTENTION_IMAGES = 4
 
 
 class Samples:
     """Captions the first images of a data set, for TensorBoard and a file.
 
     Args:
-        folder: The run's folder, where samples.png is the newest sheet.
+        folder: The run's folder, where samples.png is the newest sheet, and
+            attention.png shows where the model looked for each word.
         model: Built captioner.
         data: Evaluation data set, with images.
         count: Number of images.
@@ -25,7 +34,7 @@ class Samples:
     """
 
     def __init__(self, folder, model, data, count, hosts):
-        self._path = os.path.join(folder, "samples.png")
+        self._folder, self._model = folder, model
         self._data, self._count, self._hosts = data, count, hosts
         self._share = -(-count // hosts.count)
         self._decoder = CaptionDecoder(model, data.tokenizer, self._share)
@@ -61,9 +70,21 @@ class Samples:
         )
         for row, image in zip(rows, self._images, strict=True):
             row.image = _png(image)
+        if self._hosts.is_chief and has_attention_maps(self._model):
+            self._show_attention(step, summaries, rows[:_ATTENTION_IMAGES])
         rows = in_order(self._hosts.gather(list(zip(self._indices, rows))))
         if self._hosts.is_chief:
             self._show(step, summaries, rows)
+
+    def _show_attention(self, step, summaries, rows):
+        """Shows the attention to the first images of the first host."""
+        images = self._images[: len(rows)]
+        maps = attention_maps(self._model, self._data.tokenizer, images, rows)
+        sheet = attention_sheet(rows, images, maps, title=f"step {step}")
+        path = os.path.join(self._folder, "attention.png")
+        with files.replacing(path) as unfinished:
+            sheet.save(unfinished, "PNG", optimize=True)
+        summaries.image(step, "samples/attention", np.asarray(sheet))
 
     def _show(self, step, summaries, rows):
         asked = "| prompt " if self._prompts else ""
@@ -77,7 +98,8 @@ class Samples:
                 f"{row.references[0]} | {row.log_likelihood:.2f} |"
             )
         summaries.text(step, "samples/captions", "\n".join(lines))
-        write_sheet(self._path, rows, title=f"step {step}")
+        path = os.path.join(self._folder, "samples.png")
+        write_sheet(path, rows, title=f"step {step}")
         sheet = tf.io.decode_png(tf.io.read_file(self._path), channels=3)
         summaries.image(step, "samples/sheet", sheet)
 
