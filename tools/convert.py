@@ -146,7 +146,7 @@ def _read(options):
 
     with console.naming("input", options.input):
         if options.to == "big_vision":
-            return run_folder.load_model(options.input)
+            return run_folder.load_model(preset_folder.locate(options.input))
         return _read_big_vision(options)
 
 

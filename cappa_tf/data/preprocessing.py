@@ -235,6 +235,13 @@ class ImagePreprocessing:
             )
             raise image_files.UnusableError(reason) from error
 
+    def read_pillow(self, image):
+        """Does the same as `read` with an open Pillow image."""
+        pixels = image_files.decode_pillow(image, self.max_pixels)
+        with tf.device("CPU:0"):
+            fitted = self.fit(tf.constant(pixels))
+            return decode_resize.to_model_range(fitted).numpy()
+
     @functools.cached_property
     def _compiled(self):
         # AutoGraph has nothing to convert here, but would take long.

@@ -23,6 +23,7 @@ from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.models.encoder_adapter import EncoderAdapter, import_packages
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.saving import preset_folder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
 
@@ -62,7 +63,7 @@ def describe_run(workdir, model, data):
     kept = {"image": data.preprocessing.to_json()}
     if data.tokenizer is not None:
         _keep_vocabulary(workdir, data.tokenizer.path)
-        kept["tokenizer"] = {n: getattr(data.tokenizer, n) for n in _CAPTION}
+        kept["tokenizer"] = caption_arguments(data.tokenizer)
     files.write_json(os.path.join(workdir, "model.json"), serialized)
     _remove_old(workdir, "captioner.json")
     files.write_json(os.path.join(workdir, "preprocessing.json"), kept)
@@ -107,8 +108,8 @@ def load_model(path, weights="auto"):
     """Loads a model without its configuration.
 
     Args:
-        path: Folder of a run, or a `.keras` file of a task (such as a
-            captioner) or of a vision encoder.
+        path: Folder of a run or of a preset, or a `.keras` file of a task
+            (such as a captioner) or of a vision encoder.
         weights: "final" (model.keras), "best" (by validation), "latest"
             (newest checkpoint), or "auto", the first of these that exists.
 
@@ -126,6 +127,13 @@ def load_model(path, weights="auto"):
         )
     if files.isfile(path):
         return _read_model(path)
+    if preset_folder.is_preset(path):
+        if weights not in ("auto", "final"):
+            raise ValueError(
+                "A preset has one set of weights. Received: "
+                f"weights={weights!r} for {path}"
+            )
+        return preset_folder.load_model(path)
     final = _named(path, ".keras")
     if weights in ("auto", "final") and files.exists(final):
         return _read_model(final)
@@ -136,8 +144,9 @@ def load_model(path, weights="auto"):
             return _restored(path, latest)
     raise ValueError(
         "`path` must be the folder of a run (with model.keras, best/ or "
-        f"checkpoints/) or a .keras file. Received: {path!r} with "
-        f"weights={weights!r}"
+        "checkpoints/), a preset (a folder, hf://user/name or "
+        f"{', '.join(preset_folder.shipped()) or 'none in this package'}) or "
+        f"a .keras file. Received: {path!r} with weights={weights!r}"
     )
 
 
@@ -209,8 +218,20 @@ def _read_json(path):
         ) from error
 
 
+def caption_arguments(tokenizer):
+    """Dict of the arguments of a `Tokenizer` that a model depends on."""
+    return {name: getattr(tokenizer, name) for name in _CAPTION}
+
+
+def find_vocabulary(folder):
+    """Path of the vocabulary of a run or a preset, which may have none."""
+    if preset_folder.is_preset(folder):
+        return preset_folder.vocabulary(folder)
+    return os.path.join(folder, "tokenizer.model")
+
+
 def load_preprocessing(workdir):
-    """Loads the tokenizer and the image preprocessing of a run.
+    """Loads the tokenizer and the image preprocessing of a run or a preset.
 
     Returns:
         (tokenizer, preprocessing): a `Tokenizer` with the run's vocabulary, or
@@ -220,6 +241,11 @@ def load_preprocessing(workdir):
     Raises:
         ValueError: If the folder is not that of a run.
     """
+    vocabulary = find_vocabulary(workdir)
+    if preset_folder.is_preset(workdir):
+        image, texts = preset_folder.preprocessing(workdir)
+        tokenizer = texts and Tokenizer(vocabulary, **texts)
+        return tokenizer, ImagePreprocessing.from_json(image)
     path = os.path.join(workdir, "preprocessing.json")
     try:
         saved = _read_json(path)
@@ -228,7 +254,6 @@ def load_preprocessing(workdir):
             "`workdir` must be the folder of a run, with preprocessing.json "
             f"and tokenizer.model. Received: {workdir!r} ({error})"
         ) from error
-    vocabulary = os.path.join(workdir, "tokenizer.model")
     tokenizer = None
     try:
         image = ImagePreprocessing.from_json(saved["image"])

@@ -195,6 +195,30 @@ def decode_other(encoded, max_pixels):
     return tf.ensure_shape(image, [None, None, 3])
 
 
+def decode_pillow(image, max_pixels=None):
+    """Pixels of a Pillow image, as they would be read from its file.
+
+    Args:
+        image: A Pillow image, which is not changed; of an animation the
+            current frame is used.
+        max_pixels: Maximum number of pixels, as in `read`.
+
+    Returns:
+        uint8 [h, w, 3], upright, blended with white where transparent.
+
+    Raises:
+        UnusableError: If the image cannot be used.
+    """
+    _check_size(image.size, image.width * image.height, None, 1, max_pixels)
+    try:
+        tags = getattr(image, "tag_v2", {})
+        return np.array(_to_rgb(ImageOps.exif_transpose(image), tags))
+    except UnusableError:
+        raise
+    except Exception:  # Files are decoded only now, and may be malformed.
+        raise UnusableError("image cannot be decoded") from None
+
+
 def why_unusable(content, min_side=1, max_pixels=None):
     """Reason why a file cannot be decoded, in words.
 
