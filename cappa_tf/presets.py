@@ -1,4 +1,4 @@
-"""A trained model in strings: captions, scores, labels and embeddings of images.
+"""A trained model in strings: captions, scores, labels, embeddings of images.
 
     model = cappa_tf.from_preset("scenes_mini")   # comes with the package
     model = cappa_tf.from_preset("runs/mine")     # or hf://user/name, a folder
@@ -29,8 +29,7 @@ from cappa_tf.inference.predictor import (
     SCORE,
     Predictor,
 )
-from cappa_tf.saving import hub, model_card, preset_folder, run_folder
-from cappa_tf.utils import files
+from cappa_tf.saving import hub, preset_folder, run_folder
 from cappa_tf.utils.arguments import check_choice
 
 # Batches of few images are filled up to one of these sizes, or to `batch_size`:
@@ -74,12 +73,7 @@ def from_preset(path, weights="auto", *, tokenizer=None, batch_size=32):
     predictor = Predictor.open(
         path, weights, tokenizer=tokenizer, batch_size=batch_size
     )
-    if preset_folder.is_preset(path):
-        facts = preset_folder.facts(path)
-    else:
-        folder = path if files.isdir(path) else os.path.dirname(path)
-        facts = model_card.run_facts(folder)
-    return Pretrained(predictor, facts)
+    return Pretrained(predictor, run_folder.training_facts(path))
 
 
 class Pretrained:

@@ -9,8 +9,7 @@
 
 An npz of a captioner becomes a captioner, one of two towers (`img/...` and
 `txt/...`: CLIP, LiT, SigLIP) a contrastive model, one of a ViT a vision
-encoder. --to=big_vision also takes the folder of a run. --to=big_vision also
-takes the folder of a run.
+encoder. --to=big_vision also takes the folder of a run, and a preset.
 """
 
 import pathlib
@@ -142,11 +141,12 @@ def _check(options):
 
 def _read(options):
     # TensorFlow takes seconds to load, and is needed only with valid flags.
-    from cappa_tf.saving import run_folder
+    from cappa_tf.saving import preset_folder, run_folder
 
     with console.naming("input", options.input):
         if options.to == "big_vision":
-            return run_folder.load_model(preset_folder.locate(options.input))
+            path = preset_folder.locate(options.input)
+            return run_folder.load_model(path)
         return _read_big_vision(options)
 
 

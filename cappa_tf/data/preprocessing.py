@@ -223,6 +223,10 @@ class ImagePreprocessing:
         try:
             with tf.device("CPU:0"):
                 if box is None:
+                    pixels = image_files.decode_rare(content, self.max_pixels)
+                    if pixels is not None:
+                        fitted = self.fit(tf.constant(pixels))
+                        return decode_resize.to_model_range(fitted).numpy()
                     return self._compiled(content).numpy()
                 image = decode_resize.decode(
                     content, self.max_pixels, None, image_files.decode_other

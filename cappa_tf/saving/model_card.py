@@ -145,8 +145,7 @@ def card(model, facts, image, tokenizer=None, dtype="float32"):
         )
     if dtype == "float16":
         limits.append(
-            "Weights are stored in float16, so they are rounded to 11 bits; "
-            "it computes in float32."
+            "Weights are stored in float16, so they are rounded to 11 bits."
         )
     prompts = list(getattr(model, "prompts", ()))
     if prompts:

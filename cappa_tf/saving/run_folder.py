@@ -23,7 +23,7 @@ from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.models.encoder_adapter import EncoderAdapter, import_packages
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving import preset_folder
+from cappa_tf.saving import model_card, preset_folder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
 
@@ -216,6 +216,21 @@ def _read_json(path):
         raise ValueError(
             f"A file of a run must be JSON. Received: {path} ({error})"
         ) from error
+
+
+def training_facts(path):
+    """What the files beside a model tell about its training.
+
+    Args:
+        path: Folder of a run or of a preset, or a file.
+
+    Returns:
+        Dict of `model_card.run_facts`, {} if nothing is known.
+    """
+    if preset_folder.is_preset(path):
+        return preset_folder.facts(path)
+    folder = path if files.isdir(path) else os.path.dirname(path)
+    return model_card.run_facts(folder)
 
 
 def caption_arguments(tokenizer):

@@ -195,6 +195,28 @@ def decode_other(encoded, max_pixels):
     return tf.ensure_shape(image, [None, None, 3])
 
 
+def decode_rare(content, max_pixels=None):
+    """Decodes the bytes of a file of a format that only Pillow reads.
+
+    Outside of any graph: an error in a Python function of a graph is logged
+    with its traceback, which a bad file is not worth.
+
+    Args:
+        content: Bytes of the file.
+        max_pixels: Maximum number of pixels, as in `read`.
+
+    Returns:
+        uint8 [h, w, 3], or None if TensorFlow reads the format.
+
+    Raises:
+        UnusableError: If the image cannot be used.
+    """
+    kind, name = formats.kind_of_bytes(content)
+    if kind != formats.OTHER:
+        return None
+    return np.array(_decode_other(content, name, None, 1, max_pixels))
+
+
 def decode_pillow(image, max_pixels=None):
     """Pixels of a Pillow image, as they would be read from its file.
 
