@@ -53,12 +53,12 @@ embeddings; the latter has no captions and no perplexity.
 
 --checkpoint is the folder of a run or its .keras file, a preset, a SigLIP
 folder of transformers or an npz of big_vision; --tokenizer is the vocabulary of
-one that has none beside it. fewshot takes any .keras file (captioner or vision encoder),
-too. A model that cannot perform the task is refused before any data is read. A
-table is printed; the metrics are written as JSON to --output, by default beside
-the checkpoint (with several evaluators, --output is a folder), the results of
-single images or choices to .jsonl files and sheets to .png files of the same
-name. A metric that is not defined is null.
+one that has none beside it. fewshot takes any .keras file (captioner or vision
+encoder), too. A model that cannot perform the task is refused before any data
+is read. A table is printed; the metrics are written as JSON to --output, by
+default beside the checkpoint (with several evaluators, --output is a folder),
+the results of single images or choices to .jsonl files and sheets to .png files
+of the same name. A metric that is not defined is null.
 """
 
 import json

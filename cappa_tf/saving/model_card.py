@@ -72,7 +72,7 @@ def run_facts(workdir):
         found["data"] = description.get("name", found["data"])
         train = description.get("splits", {}).get("train", {})
         found["images"] = train.get("num_examples")
-        found["classes"] = description.get("metadata", {}).get("class_names")
+        found["classes"] = description.get("metadata", {}).get("classes")
     elif isinstance(data, list):
         names = [os.path.basename(str(path).rstrip("/")) for path in data]
         found["data"] = ", ".join(names)
