@@ -27,7 +27,9 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioner(vocabulary):
-    return Pretrained(scoring.tiny_predictor(vocabulary, batch_size=3))
+    predictor = scoring.tiny_predictor(vocabulary, batch_size=3)
+    predictor.model.tokenizer = predictor.tokenizer  # As `Predictor.open` does.
+    return Pretrained(predictor)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def contrastive(vocabulary):
 
 @pytest.fixture(scope="module")
 def classifier():
-    encoder = VisionEncoder(16, 1, 2, 32, patch_size=8, image_size=16)
+    sizes = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    encoder = VisionEncoder(patch_size=8, image_size=16, **sizes)
     model = Classifier(encoder, 3)
     model.build()
     predictor = Predictor(model, None, ImagePreprocessing(16))
@@ -125,11 +128,8 @@ def test_huge_images_are_flagged(vocabulary):
     one = scoring.tiny_predictor(vocabulary)
     small = ImagePreprocessing(16, max_pixels=100)
     model = Pretrained(Predictor(one.model, one.tokenizer, small))
-    huge = [
-        pixels(),
-        Image.fromarray(pixels()),
-        encoded(Image.new("L", (9, 99))),
-    ]
+    huge = [pixels(), Image.new("L", (9, 99))]
+    huge.append(encoded(huge[1], "TIFF"))
     with pytest.warns(BadImageWarning) as caught:
         found = model.embed([*huge, pixels(9, 9)])
     assert set(caught[0].message.reasons.values()) == {
@@ -194,7 +194,7 @@ def test_scores_are_those_of_the_predictor(captioner, contrastive):
         for image, row in zip(images, found):
             read = one.preprocessing.read_pillow(Image.fromarray(image))
             np.testing.assert_allclose(
-                row, one.score(read[None], TEXTS)[0], rtol=1e-5
+                row, one.score(read[None], TEXTS)[0], rtol=1e-4
             )
     embedded = contrastive.embed(images, "cosine")
     np.testing.assert_allclose(
@@ -267,7 +267,7 @@ def test_a_run_becomes_a_preset_with_its_card(vocabulary, tmp_path):
     model.save_to_preset(tmp_path / "p", license="apache-2.0")
     again = cappa_tf.from_preset(tmp_path / "p")
     images = [pixels(), pixels(seed=1)]
-    assert again.caption(images) == model.caption(images)
+    np.testing.assert_array_equal(again.embed(images), model.embed(images))
     again.save_to_preset(tmp_path / "q")  # Facts and licence are kept.
     for folder in "pq":
         card = (tmp_path / folder / "README.md").read_text()
