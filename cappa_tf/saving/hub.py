@@ -83,6 +83,7 @@ def upload(folder, uri, *, private=None, token=None, message=None):
 def _library():
     try:
         import huggingface_hub
+        import huggingface_hub.errors  # The package imports it when asked for.
     except ImportError as error:
         raise ImportError(
             "Presets on the Hugging Face Hub need huggingface_hub: pip install "
