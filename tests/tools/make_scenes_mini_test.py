@@ -4,7 +4,7 @@ import pytest
 import scoring
 
 from cappa_tf.data.scenes import world
-from cappa_tf.saving import preset_folder
+from cappa_tf.saving import preset_folder, run_folder
 from tools import make_scenes_mini as tool
 
 
@@ -18,8 +18,10 @@ def run(tmp_path_factory):
 def test_the_preset_says_how_it_was_made(run, tmp_path):
     (run / "results.json").write_text('{"step": 4}')
     tool.train(run, [])  # It is done.
-    for _ in range(2):  # The second replaces the first.
-        said = tool.make(run, tmp_path / "mini", 3)
+    # An older one is replaced.
+    encoder = run_folder.load_model(run).vision_encoder
+    preset_folder.save(tmp_path / "mini", encoder, {"image_size": [16, 16]})
+    said = tool.make(run, tmp_path / "mini", 3)
     assert "of 3 held-out captions right, 0 changed by float16" in said
     assert [path.name for path in tmp_path.iterdir()] == ["mini"]
     metadata = preset_folder.check(tmp_path / "mini")
