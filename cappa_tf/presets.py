@@ -330,6 +330,10 @@ class Pretrained:
 
     def _keep(self, key, make):
         """What `make` returns, kept for calls with equal arguments."""
+        try:
+            hash(key)
+        except TypeError:  # Such as a prefix given as a list of ids.
+            return make()
         if key not in self._compiled:
             self._compiled[key] = make()
             if len(self._compiled) > _KEPT:

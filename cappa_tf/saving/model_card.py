@@ -52,6 +52,16 @@ _OPEN = {
 }
 
 
+def check_license(license):
+    """Raises ValueError unless a licence is an identifier of the Hub's form."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(
+            "`license` must be an identifier in small letters, such as "
+            "apache-2.0, mit, cc-by-4.0 or other. "
+            f"Received: license={license!r}"
+        )
+
+
 def run_facts(workdir):
     """What the files of a run tell about its training.
 

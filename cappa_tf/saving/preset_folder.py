@@ -144,6 +144,7 @@ def save(
         )
     facts = dict(facts or {})
     if license is not None:
+        model_card.check_license(license)
         facts["license"] = license
     # The metadata are written last, so they mark a complete preset.
     with files.replacing_folder(folder, (METADATA,), overwrite) as unfinished:
