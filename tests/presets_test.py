@@ -88,7 +88,11 @@ def test_gray_transparent_and_turned_images(captioner):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     turned = encoded(Image.fromarray(pixels()), "PNG", exif=exif)
+    exif[ORIENTATION] = 42  # Unknown: as it is.
+    odd = encoded(Image.fromarray(pixels()), "PNG", exif=exif)
     pairs = [
+        (odd, pixels()),
+        (Image.open(io.BytesIO(odd)), pixels()),
         (gray, rgb),
         (gray[..., None], rgb),
         (np.concatenate([pixels(), seen], 2), pixels()),
