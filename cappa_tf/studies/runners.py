@@ -59,7 +59,7 @@ def _run(folder, environment=None):
     return found
 
 
-def run_ray(folders, report, address=None, cpus=1.0, gpus=0.0):
+def run_ray(folders, report, address=None, cpus=1.0, gpus=0.0, run=_run):
     """Runs cells on a Ray cluster; a cell whose machine is lost runs again.
 
     All machines must see the study's folder under the same path.
@@ -70,6 +70,7 @@ def run_ray(folders, report, address=None, cpus=1.0, gpus=0.0):
         address: Address of the cluster; None starts one on this machine.
         cpus: CPU cores of a cell.
         gpus: GPUs of a cell.
+        run: Function folder -> status that runs a cell.
     """
     arguments.check_extra("--runner=ray", "ray", "ray")
     import ray
@@ -77,7 +78,7 @@ def run_ray(folders, report, address=None, cpus=1.0, gpus=0.0):
     ray.init(address=address, log_to_driver=False)
     try:
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(
-            _run
+            run
         )
         waiting = {remote.remote(folder): folder for folder in folders}
         while waiting:
@@ -87,7 +88,11 @@ def run_ray(folders, report, address=None, cpus=1.0, gpus=0.0):
                 found = ray.get(done)
             except ray.exceptions.RayError as error:
                 message = str(error).strip().partition("\n")[0]
-                found = {"state": cell.FAILED, "message": message}
+                found = {
+                    "state": cell.FAILED,
+                    "message": message,
+                    "seconds": {},
+                }
             report(folder, found)
     finally:
         ray.shutdown()
