@@ -129,14 +129,14 @@ class MultiHeadAttention(keras.layers.Layer):
         Returns:
             [B, T, D].
         """
-        weights = self.weights(x, keys, attention_mask, by_head)
+        weights = self.attention_weights(x, keys, attention_mask, by_head)
         weights = ops.cast(weights, self.compute_dtype)
         if not by_head:
             values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
         out = ops.transpose(ops.matmul(weights, values), (0, 2, 1, 3))
         return self._out(out)  # [B, T, H, C] -> [B, T, D]
 
-    def weights(self, x, keys, attention_mask=None, by_head=False):
+    def attention_weights(self, x, keys, attention_mask=None, by_head=False):
         """How much each query attends to each key.
 
         Args:

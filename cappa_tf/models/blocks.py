@@ -237,7 +237,7 @@ class DecoderBlock(keras.layers.Layer):
         """Weights [B * K, H, L, P] of the attention of x [B * K, L, D]."""
         images, (count, length, _) = ops.shape(keys)[0], ops.shape(x)
         together = ops.reshape(x, (images, -1, self.hidden_dim))
-        weights = self.cross_attention.weights(together, keys)
+        weights = self.cross_attention.attention_weights(together, keys)
         shape = (images, self.num_heads, -1, length, ops.shape(keys)[1])
         weights = ops.transpose(ops.reshape(weights, shape), (0, 2, 1, 3, 4))
         return ops.reshape(weights, (count, *ops.shape(weights)[2:]))
