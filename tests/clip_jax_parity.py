@@ -1,13 +1,16 @@
 """Helpers of the tests with clip-jax's structures, and small models of them."""
 
 import json
+import pathlib
 
 import numpy as np
 import parity
+import pytest
 
 from cappa_tf.saving import big_vision, clip_jax
 from cappa_tf.saving.big_vision_names import expected_shapes
 
+GOLDEN = pathlib.Path(__file__).parent / "testdata/golden_clip_jax.npz"
 NAMES = ("released", "configured")
 
 
@@ -155,3 +158,84 @@ def check_gradients(found, expected, mode):
 def _is_without_effect(name):
     place = "/text/encoder/layers/attention/"
     return place in name and any(part in name for part in ("query", "key"))
+
+
+def tree_of(params):
+    """Nested parameters with the last key that flax' boxes add."""
+    tree = {}
+    for name, value in params.items():
+        *folders, leaf = f"params/{name}/value".split("/")
+        place = tree
+        for key in folders:
+            place = place.setdefault(key, {})
+        place[leaf] = value
+    return tree
+
+
+def write_folder(folder, arrays, params, sharded=()):
+    """A checkpoint folder as Orbax writes it.
+
+    Args:
+        folder: Folder to create.
+        arrays: Arrays with the configuration.
+        params: Weights by name.
+        sharded: Names of those that TensorStore holds.
+    """
+    msgpack = optional("msgpack")
+    default = folder / "1460000" / "default"
+    default.mkdir(parents=True)
+    (folder / "config.json").write_text(str(arrays["config"]))
+
+    def packed(value):
+        content = (value.shape, value.dtype.name, value.tobytes())
+        return msgpack.ExtType(1, msgpack.packb(content))
+
+    values = {name: packed(value) for name, value in params.items()}
+    for name in sharded:
+        dotted = f"params.{name}.value".replace("/", ".")
+        values[name] = f"PLACEHOLDER://{dotted}"
+    if sharded:
+        tensorstore = optional("tensorstore")
+        for name in sharded:
+            store = {
+                "driver": "ocdbt",
+                "base": f"file://{default}/",
+                "path": values[name].removeprefix("PLACEHOLDER://") + "/",
+            }
+            spec = {"driver": "zarr", "kvstore": store}
+            tensorstore.open(
+                spec,
+                create=True,
+                dtype=params[name].dtype.name,
+                shape=params[name].shape,
+            ).result().write(params[name]).result()
+    tree = {**tree_of(values), "opt_state": {"count": packed(np.int32(3))}}
+    (default / "checkpoint").write_bytes(msgpack.packb(tree))
+    return default
+
+
+def read(name, path=GOLDEN):
+    """Arrays of one structure, with the weights by their own names."""
+    stored = np.load(path)
+    arrays = {
+        key.removeprefix(f"{name}/"): stored[key]
+        for key in stored
+        if key.startswith(f"{name}/")
+    }
+    params = {
+        key.removeprefix("params/"): value
+        for key, value in arrays.items()
+        if key.startswith("params/")
+    }
+    return arrays, params
+
+
+def load(arrays, params, **options):
+    """The captioner of these arrays."""
+    return clip_jax.load_captioner(params, clip_jax_config(arrays), **options)
+
+
+def optional(module):
+    """An optional package; skips the test if it is not installed."""
+    reason = f"{module} needs the extra: pip install 'cappa-tf[clip_jax]'"
+    return pytest.importorskip(module, reason=reason)

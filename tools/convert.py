@@ -1,16 +1,20 @@
 """Converts weights from and to big_vision, the paper's JAX implementation.
 
+Also from clip-jax, which trained the only public captioner of this kind.
+
     python tools/convert.py --from=big_vision --input=cappa.npz \
         --output=captioner.keras
     python tools/convert.py --to=big_vision --input=captioner.keras \
         --output=cappa.npz
     python tools/convert.py --from=big_vision --input=siglip.npz \
         --output=encoder.keras --image_size=384
+    python tools/convert.py --from=clip_jax --output=captioner.keras \
+        --input=cappa-large-patch16-256-jax
 
 An npz of a captioner becomes a captioner, one of two towers (`img/...` and
 `txt/...`: CLIP, LiT, SigLIP) a contrastive model, one of a ViT a vision
-encoder. --to=big_vision also takes the folder of a run. --to=big_vision also
-takes the folder of a run.
+encoder. --to=big_vision also takes the folder of a run. --from=clip_jax takes a
+folder with config.json and a checkpoint.
 """
 
 import pathlib
@@ -31,9 +35,17 @@ def define_flags(flag_values=flags.FLAGS):
     """Defines the flags of this tool."""
     where = {"flag_values": flag_values}
     kinds = ["keras", "big_vision"]
-    flags.DEFINE_enum("from", "keras", kinds, "Format of --input.", **where)
+    flags.DEFINE_enum(
+        "from",
+        "keras",
+        [*kinds, "clip_jax"],
+        "Format of --input.",
+        **where,
+    )
     flags.DEFINE_enum("to", "keras", kinds, "Format of --output.", **where)
-    flags.DEFINE_string("input", None, "File to read.", required=True, **where)
+    flags.DEFINE_string(
+        "input", None, "File or folder to read.", required=True, **where
+    )
     flags.DEFINE_string(
         "output", None, "File to write.", required=True, **where
     )
@@ -42,7 +54,7 @@ def define_flags(flag_values=flags.FLAGS):
         None,
         "Side of the images in pixels, or HEIGHT,WIDTH. Needed if the arrays "
         "do not tell it (sincos2d positions, grids that are not square); "
-        "resamples learned positions. Only with --from=big_vision.",
+        "resamples learned positions. Only with --from=big_vision or clip_jax.",
         **where,
     )
     flags.DEFINE_integer(
@@ -115,19 +127,23 @@ def convert(options):
 
 
 def _check(options):
-    kinds = {options["from"].value, options.to}
-    if kinds != {"keras", "big_vision"}:
+    source = options["from"].value
+    if (source == "keras") == (options.to == "keras"):
         raise ValueError(
-            "One of --from and --to must be big_vision, the other keras. "
-            f"Received: --from={options['from'].value} --to={options.to}"
+            "One of --from and --to must be keras, the other another format. "
+            f"Received: --from={source} --to={options.to}"
         )
     to_keras = options.to == "keras"
+    if source == "clip_jax":
+        _refuse(
+            options, ["max_length", *TEXT_TOWER_FLAGS], "files of big_vision"
+        )
     if to_keras and options.scan:
         raise ValueError("--scan is for --to=big_vision. Received: --scan")
     for name in ("image_size", "max_length", *TEXT_TOWER_FLAGS):
         if not to_keras and options[name].value is not None:
             raise ValueError(
-                f"--{name} is for --from=big_vision. "
+                f"--{name} is for --to=keras. "
                 f"Received: --{name}={options[name].value}"
             )
     parse_height_width("image_size", options.image_size)
@@ -147,6 +163,11 @@ def _read(options):
     with console.naming("input", options.input):
         if options.to == "big_vision":
             return run_folder.load_model(options.input)
+        if options["from"].value == "clip_jax":
+            from cappa_tf.saving import clip_jax
+
+            size = parse_height_width("image_size", options.image_size)
+            return clip_jax.load_captioner(options.input, image_size=size)
         return _read_big_vision(options)
 
 

@@ -112,8 +112,8 @@ class MultiHeadAttention(keras.layers.Layer):
 
         Args:
             memory: [B, S, E].
-            rotation: Of the keys' positions, from `RotaryPositions.rotation`;
-                None if positions do not rotate.
+            rotation: `Rotation` of the keys' positions; None if positions do
+                not rotate.
 
         Returns:
             Two tensors [B, S, H, C].

@@ -238,8 +238,8 @@ class DecoderBlock(keras.layers.Layer):
             training: Whether to apply dropout.
             with_weights: Whether to return those of the attention to the
                 image, too; not with a cache.
-            rotation: Of the positions of x, from the `rotation` of the
-                decoder's positions. The keys in a cache are rotated already.
+            rotation: `Rotation` of the positions of x, or None. The keys in a
+                cache are rotated already.
 
         Returns:
             x [N, L, D], and the (keys, values) that were attended to: two

@@ -6,6 +6,7 @@ use it.
 B: batch.  T: positions of an input.  P: patches.  D: width.
 """
 
+import dataclasses
 import math
 
 import keras
@@ -243,19 +244,19 @@ class RotaryPositions(keras.layers.Layer):
         return self.apply(x, positions)
 
     def rotation(self, head_dim, positions):
-        """What `rotate` needs for these positions.
+        """The rotation of these positions.
 
         Args:
             head_dim: C, even.
             positions: int [1 or B, T].
 
         Returns:
-            (cosine, sine), each float32 [1 or B, T, 1, C / 2].
+            `Rotation`.
         """
         powers = -2.0 * np.arange(head_dim // 2) / head_dim
         frequencies = (self.max_wavelength**powers).astype(np.float32)
         angles = ops.cast(positions, "float32")[..., None, None] * frequencies
-        return ops.cos(angles), ops.sin(angles)
+        return Rotation(ops.cos(angles), ops.sin(angles))
 
     def compute_output_shape(self, input_shape, *unused, **also_unused):
         """The shape of the input."""
@@ -269,11 +270,31 @@ class RotaryPositions(keras.layers.Layer):
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation of queries and keys, by the positions of a text.
+
+    It is an object, as Keras would cast tensors that are arguments of a layer
+    to the compute dtype.
+
+    Attributes:
+        cosine: float32 [1 or B, T, 1, C / 2].
+        sine: float32 of the same shape.
+    """
+
+    cosine: object
+    sine: object
+
+    def __call__(self, x):
+        """Rotates queries or keys [B, T, H, C]."""
+        a, b = ops.split(ops.cast(x, "float32"), 2, axis=-1)
+        rotated = [
+            a * self.cosine - b * self.sine,
+            b * self.cosine + a * self.sine,
+        ]
+        return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
+
+
 def rotate(x, rotation):
-    """Rotates queries or keys [B, T, H, C]; None returns them as they are."""
-    if rotation is None:
-        return x
-    cosine, sine = rotation
-    a, b = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    rotated = [a * cosine - b * sine, b * cosine + a * sine]
-    return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
+    """Rotates x [B, T, H, C]; a rotation of None returns it as it is."""
+    return x if rotation is None else rotation(x)

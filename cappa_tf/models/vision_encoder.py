@@ -123,16 +123,9 @@ class VisionEncoder(keras.Model):
         self.mlp_dim = mlp_dim
         self.patch_size = height_width("patch_size", patch_size)
         self.image_size = height_width("image_size", image_size)
+        self.grid = self._grid()
         self.position_embedding = position_embedding
-        if position_grid is not None:
-            if position_embedding != "factorised":
-                raise ValueError(
-                    "`position_grid` is for factorised positions. Received: "
-                    f"position_grid={position_grid!r}, "
-                    f"position_embedding={position_embedding!r}"
-                )
-            position_grid = height_width("position_grid", position_grid)
-        self.position_grid = position_grid
+        self.position_grid = self._position_grid(position_grid)
         self.num_registers = num_registers
         self.keep_registers = keep_registers
         self.style = BlockStyle.of(style)
@@ -141,7 +134,6 @@ class VisionEncoder(keras.Model):
         self.stochastic_depth = stochastic_depth
         self.pooling = pooling
         self.remat = remat
-        self.grid = self._grid()
         self.set_salt_prefix("encoder")
         self.seed_generator = None
         if max(dropout, patch_dropout, stochastic_depth) > 0.0:
@@ -157,6 +149,18 @@ class VisionEncoder(keras.Model):
                 f"image_size={self.image_size}, patch_size={self.patch_size}"
             )
         return height // h, width // w
+
+    def _position_grid(self, position_grid):
+        """(rows, columns) of the tables of factorised positions, else None."""
+        if self.position_embedding == "factorised":
+            return height_width("position_grid", position_grid or self.grid)
+        if position_grid is not None:
+            raise ValueError(
+                "`position_grid` is for factorised positions. Received: "
+                f"position_grid={position_grid!r}, "
+                f"position_embedding={self.position_embedding!r}"
+            )
+        return None
 
     def _make_layers(self):
         dtype = self.dtype_policy

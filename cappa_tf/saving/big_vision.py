@@ -15,6 +15,7 @@ import os
 
 import numpy as np
 
+from cappa_tf.models.block_style import check_default_style
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.classifier import Classifier
 from cappa_tf.models.contrastive import Contrastive
@@ -499,7 +500,7 @@ def paired(rows, model):
 
 
 def load_rows(rows, model, arrays):
-    """Assigns arrays to the variables of a model."""
+    """Assigns arrays to the variables of a model, as `paired` matches them."""
     for row, variables in paired(rows, model):
         parts = [arrays[row.name]]
         if row.axis is not None:
@@ -510,6 +511,8 @@ def load_rows(rows, model, arrays):
 
 def _arrays(rows, model):
     """Dict of arrays from the variables of a model."""
+    part = getattr(model, "vision_encoder", model)
+    check_default_style(part, "A file of big_vision")
     arrays = {}
     for row, variables in paired(rows, model):
         values = [to_numpy(v) for v in variables]

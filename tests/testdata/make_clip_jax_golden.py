@@ -27,7 +27,9 @@ def make(name, arrays):
     config, rng = parity.config(name), np.random.default_rng(0)
     params = parity.random_arrays(config, rng)
     captioner = clip_jax.load_captioner(params, config)
-    ids = np.array([[1, 7, 5, 9, 8, 2], [1, 2, 3, 3, 3, 3], [1, 6, 6, 2, 3, 3]])
+    ids = np.array(
+        [[1, 7, 5, 9, 8, 2], [1, 2, 3, 3, 3, 3], [1, 6, 6, 2, 3, 3]], np.int32
+    )
     image = rng.normal(size=(3, 8, 8, 3)).astype(np.float32)
     found = {
         "config": json.dumps(config),
