@@ -239,3 +239,24 @@ def optional(module):
     """An optional package; skips the test if it is not installed."""
     reason = f"{module} needs the extra: pip install 'cappa-tf[clip_jax]'"
     return pytest.importorskip(module, reason=reason)
+
+
+def write_tokenizer(folder):
+    """Files of a tokenizer with the ids of `config`, as clip-jax's has."""
+    tokenizers = optional("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<mask>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=60, special_tokens=special, show_progress=False
+    )
+    texts = ["a dog runs on grass", "two cats sit", "the red boat"]
+    made.train_from_iterator(texts, trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))

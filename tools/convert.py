@@ -14,9 +14,12 @@ Also from clip-jax, which trained the only public captioner of this kind.
 An npz of a captioner becomes a captioner, one of two towers (`img/...` and
 `txt/...`: CLIP, LiT, SigLIP) a contrastive model, one of a ViT a vision
 encoder. --to=big_vision also takes the folder of a run. --from=clip_jax takes a
-folder with config.json and a checkpoint.
+folder with config.json and a checkpoint; if that has a tokenizer.json, it and a
+preprocessing.json are written beside --output, so that the other tools read and
+write texts with it.
 """
 
+import os
 import pathlib
 import sys
 
@@ -27,6 +30,8 @@ from absl import app, flags
 from cappa_tf.utils import console, files
 from cappa_tf.utils.arguments import parse_height_width
 
+# Files beside a captioner that tell how its inputs are made.
+_TOKENIZER, _PREPROCESSING = "tokenizer.json", "preprocessing.json"
 # What only the arrays of two towers are read with.
 TEXT_TOWER_FLAGS = ("text_pooling", "pad_with_eos")
 
@@ -109,12 +114,13 @@ def convert(options):
     """
     _check(options)
     model = _read(options)
-    encoder = getattr(model, "vision_encoder", model)
+    encoder, kept = getattr(model, "vision_encoder", model), ""
     if options.encoder_only:
         model = encoder
     if options.to == "keras":
         with files.replacing(options.output) as unfinished:
             model.save(unfinished)
+        kept = _keep_tokenizer(model, options)
     else:
         _write_big_vision(model, options)
     kind = "vision encoder" if model is encoder else "captioner"
@@ -123,7 +129,39 @@ def convert(options):
     return (
         f"{options.output}: {kind}, {model.count_params():,} parameters, "
         f"images of {encoder.image_size[0]} x {encoder.image_size[1]} pixels"
+        + kept
     )
+
+
+def _keep_tokenizer(model, options):
+    """Writes the tokenizer of clip-jax beside the model; says so."""
+    if not _has_tokenizer(options):
+        return ""
+    from cappa_tf.data.huggingface_tokenizer import HuggingFaceTokenizer
+    from cappa_tf.data.preprocessing import ImagePreprocessing
+    from cappa_tf.saving import run_folder
+
+    decoder = model.text_decoder
+    tokenizer = HuggingFaceTokenizer(
+        options.input,
+        decoder.max_length,
+        pad_id=decoder.special_tokens.pad,
+        eos_id=decoder.special_tokens.eos,
+    )
+    preprocessing = ImagePreprocessing(model.vision_encoder.image_size)
+    folder = os.path.dirname(options.output) or "."
+    with console.naming("input", options.input):
+        tokenizer.load()
+        run_folder.save_preprocessing(folder, tokenizer, preprocessing)
+    return f"; beside it {_TOKENIZER} and {_PREPROCESSING}"
+
+
+def _has_tokenizer(options):
+    path = os.path.join(options.input, _TOKENIZER)
+    is_captioner = options["from"].value == "clip_jax" and (
+        not options.encoder_only
+    )
+    return is_captioner and files.isfile(path)
 
 
 def _check(options):
@@ -148,6 +186,12 @@ def _check(options):
             )
     parse_height_width("image_size", options.image_size)
     files.check_output("output", options.output)
+    described = os.path.join(os.path.dirname(options.output), _PREPROCESSING)
+    if _has_tokenizer(options) and files.exists(described):
+        raise ValueError(
+            f"--output needs a folder without a {_PREPROCESSING}, as it would "
+            f"be replaced. Received: --output={options.output}"
+        )
     suffix = ".keras" if to_keras else ".npz"
     if not options.output.endswith(suffix):
         raise ValueError(

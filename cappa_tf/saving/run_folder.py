@@ -1,7 +1,7 @@
 """Folder of a run, from which its model opens without any configuration.
 
 model.json           the model's constructor arguments (Keras)
-tokenizer.model      its vocabulary, if it reads texts
+tokenizer.model      its vocabulary, if it reads texts (or tokenizer.json)
 preprocessing.json   how images and captions become its input
 checkpoints/ best/   training state and best weights (checkpoints.py)
 model.keras          the model at the end of the run
@@ -18,6 +18,7 @@ import zipfile
 import keras
 import tensorflow as tf
 
+from cappa_tf.data.huggingface_tokenizer import HuggingFaceTokenizer
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.models.encoder_adapter import EncoderAdapter, import_packages
@@ -25,9 +26,6 @@ from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
-
-# Arguments of `Tokenizer` that determine the model's input.
-_CAPTION = ("max_length", "lowercase", "sticky_eos")
 
 
 def open_workdir(path):
@@ -59,18 +57,35 @@ def describe_run(workdir, model, data):
         ValueError: If the folder holds a run with another vocabulary.
     """
     serialized = keras.saving.serialize_keras_object(model)
-    kept = {"image": data.preprocessing.to_json()}
-    if data.tokenizer is not None:
-        _keep_vocabulary(workdir, data.tokenizer.path)
-        kept["tokenizer"] = {n: getattr(data.tokenizer, n) for n in _CAPTION}
     files.write_json(os.path.join(workdir, "model.json"), serialized)
     _remove_old(workdir, "captioner.json")
+    save_preprocessing(workdir, data.tokenizer, data.preprocessing)
+
+
+def save_preprocessing(workdir, tokenizer, preprocessing):
+    """Writes what `load_preprocessing` reads: how inputs are made.
+
+    Args:
+        workdir: Folder of a run, or of the file of a model.
+        tokenizer: `Tokenizer` or None.
+        preprocessing: `ImagePreprocessing` of evaluation.
+
+    Raises:
+        ValueError: If the folder has another vocabulary.
+    """
+    kept = {"image": preprocessing.to_json()}
+    if tokenizer is not None:
+        _keep_vocabulary(workdir, tokenizer)
+        kept["tokenizer"] = {
+            name: getattr(tokenizer, name) for name in tokenizer.settings
+        }
     files.write_json(os.path.join(workdir, "preprocessing.json"), kept)
 
 
-def _keep_vocabulary(workdir, path):
+def _keep_vocabulary(workdir, tokenizer):
+    path = tokenizer.path
     vocabulary = files.read_bytes(path)
-    kept = os.path.join(workdir, "tokenizer.model")
+    kept = os.path.join(workdir, tokenizer.file_name)
     if not files.exists(kept):
         files.write_bytes(kept, vocabulary)
     elif files.read_bytes(kept) != vocabulary:
@@ -228,12 +243,15 @@ def load_preprocessing(workdir):
             "`workdir` must be the folder of a run, with preprocessing.json "
             f"and tokenizer.model. Received: {workdir!r} ({error})"
         ) from error
-    vocabulary = os.path.join(workdir, "tokenizer.model")
     tokenizer = None
     try:
         image = ImagePreprocessing.from_json(saved["image"])
         if "tokenizer" in saved:
-            tokenizer = Tokenizer(vocabulary, **saved["tokenizer"])
+            settings = saved["tokenizer"]
+            # Only files of Hugging Face have ids of their own.
+            kind = HuggingFaceTokenizer if "pad_id" in settings else Tokenizer
+            vocabulary = os.path.join(workdir, kind.file_name)
+            tokenizer = kind(vocabulary, **settings)
     except (KeyError, TypeError) as error:
         raise ValueError(
             "A run's preprocessing.json must have `image`, and `tokenizer` if "

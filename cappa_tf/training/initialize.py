@@ -67,7 +67,7 @@ def check_vocabulary(model, weights, data):
         if hasattr(part, "vocabulary_size") and (read is None or name in read)
     ]
     folder = path if files.isdir(path) else os.path.dirname(path)
-    kept = os.path.join(folder, "tokenizer.model")
+    kept = os.path.join(folder, data.tokenizer.file_name)
     if not texts or not files.exists(kept):
         return
     if files.read_bytes(kept) != files.read_bytes(data.tokenizer.path):
