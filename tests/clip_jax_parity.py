@@ -199,7 +199,7 @@ def write_folder(folder, arrays, params, sharded=()):
         for name in sharded:
             store = {
                 "driver": "ocdbt",
-                "base": f"file://{default}/",
+                "base": f"file://{default.resolve()}/",
                 "path": values[name].removeprefix("PLACEHOLDER://") + "/",
             }
             spec = {"driver": "zarr", "kvstore": store}
