@@ -27,6 +27,8 @@ from cappa_tf.utils import files
 DONE, FAILED, INTERRUPTED = "done", "failed", "interrupted"
 # Characters of the log in which its last line is searched.
 _TAIL = 20_000
+# gin adds lines to the message of an error.
+_OF_GIN = ("In call to configurable", "No values supplied by Gin")
 
 
 def write(folder, description):
@@ -144,12 +146,13 @@ def _call(tool, arguments, log):
 
 
 def _last_line(log):
-    """The last line that a program printed."""
+    """The last line that a program printed, apart from gin's comments."""
     with open(log, "rb") as file:
         file.seek(max(0, os.path.getsize(log) - _TAIL))
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]
-    return next((line for line in reversed(lines) if line), "no output")
+    lines = [x for x in lines if x and not x.startswith(_OF_GIN)]
+    return lines[-1] if lines else "no output"
 
 
 def main():
