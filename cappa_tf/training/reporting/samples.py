@@ -100,7 +100,7 @@ class Samples:
         summaries.text(step, "samples/captions", "\n".join(lines))
         path = os.path.join(self._folder, "samples.png")
         write_sheet(path, rows, title=f"step {step}")
-        sheet = tf.io.decode_png(tf.io.read_file(self._path), channels=3)
+        sheet = tf.io.decode_png(tf.io.read_file(path), channels=3)
         summaries.image(step, "samples/sheet", sheet)
 
 
