@@ -11,6 +11,8 @@ from cappa_tf.data.huggingface_tokenizer import (
     HuggingFaceTokenizer,
     open_tokenizer,
 )
+from cappa_tf.data.preprocessing import ImagePreprocessing
+from cappa_tf.export import saved_model
 from cappa_tf.inference.predictor import Predictor
 
 CAPTIONS = [" A dog runs on grass ", "", "two cats sit on the red boat"]
@@ -96,3 +98,10 @@ def test_a_folder_of_clip_jax_captions_and_scores(folder, tmp_path):
         predictor.model.score(image, labels),
         rtol=1e-6,
     )
+
+
+def test_a_saved_model_refuses_it(folder):
+    with pytest.raises(ValueError, match="needs a SentencePiece vocabulary"):
+        saved_model.Service(
+            None, HuggingFaceTokenizer(folder), ImagePreprocessing((8, 8))
+        )
