@@ -18,6 +18,9 @@ COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
 ]
 
 
+PRESET_FILES = ("metadata.json", "assets/tokenizer/vocabulary.spm")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Path of the wheel."""
@@ -26,6 +29,10 @@ def wheel(tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("cappa_tf", "gin", "tools"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    preset = source / "cappa_tf" / "shipped" / "made_here"
+    for name in PRESET_FILES:
+        (preset / name).parent.mkdir(parents=True, exist_ok=True)
+        (preset / name).write_text("content")
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     (source / "README.md").write_text("CapPa")
@@ -86,6 +93,21 @@ def test_it_holds_the_gin_files(wheel):
     # Neither gin-config's own folder nor a top-level `tools`.
     tops = {name.split("/")[0].split("-")[0] for name in names}
     assert tops == {"cappa_tf"}
+
+
+def test_it_holds_the_presets(wheel):
+    folder = ROOT / "cappa_tf" / "shipped"
+    wanted = {f"made_here/{name}" for name in PRESET_FILES}
+    wanted |= {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    prefix = "cappa_tf/shipped/"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    packed = {x.removeprefix(prefix) for x in names if x.startswith(prefix)}
+    assert packed == wanted
 
 
 def test_the_gin_files_are_found_from_anywhere(command, tmp_path):

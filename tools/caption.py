@@ -1,6 +1,7 @@
 """Captions images with a trained model.
 
     python tools/caption.py --checkpoint=runs/quickstart photo.jpg folder/
+    python tools/caption.py --preset=scenes_mini --demo
     python tools/caption.py --checkpoint=runs/flickr8k --format=jsonl photos/
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=beam \
         --num_captions=3 --prefix="a dog" --no_repeat_ngram=2 photo.jpg
@@ -22,6 +23,7 @@ captioned, 1 if some could not be read, 2 if there was nothing to caption.
 import math
 import pathlib
 import sys
+import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -33,11 +35,28 @@ from cappa_tf.utils import console, files
 FLAGS = flags.FLAGS
 
 _ATTENTION_IMAGES = 32
+_DEMO_IMAGES = 8
 
 
 def define_flags():
     """Defines the flags of this tool."""
-    flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Folder of a run, or any other captioner that can be opened.",
+    )
+    flags.DEFINE_string(
+        "preset",
+        None,
+        "A preset in place of a checkpoint: scenes_mini, which comes with this "
+        "program, hf://user/name, or a folder.",
+    )
+    flags.DEFINE_bool(
+        "demo",
+        False,
+        "Captions a few rendered scenes, whose file names are their true "
+        "captions, in place of given images: what scenes_mini was trained on.",
+    )
     flags.DEFINE_enum(
         "weights",
         "auto",
@@ -192,13 +211,18 @@ def _caption_all(arguments):
 
     if FLAGS.attention is not None:
         files.check_output("attention", FLAGS.attention)
+    flag = _model_flag()
+    if FLAGS.demo and arguments:
+        raise app.UsageError(f"--demo takes no images. Received: {arguments}")
     paths = image_files.find_pictures(arguments)
-    if not paths:
+    if not paths and not FLAGS.demo:
         print("Nothing to caption: give images or folders.", file=sys.stderr)
         return 2
-    with console.naming("checkpoint", FLAGS.checkpoint):
-        predictor = Predictor.open(FLAGS.checkpoint, FLAGS.weights)
+    with console.naming(flag, FLAGS[flag].value):
+        predictor = Predictor.open(FLAGS[flag].value, FLAGS.weights)
         predictor.require("Captioning", GENERATE)
+    if FLAGS.demo:
+        paths = _demo_images(predictor.image_size)
     generation = _generation(predictor.model)
     for name in ("prefix", "prompt"):
         _warn_of_unknown(name, FLAGS[name].value, predictor.tokenizer)
@@ -224,6 +248,22 @@ def _caption_all(arguments):
     if unreadable:
         print(f"{unreadable} of {len(paths)} unreadable", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _model_flag():
+    """Which of the flags --checkpoint and --preset was given."""
+    given = [x for x in ("checkpoint", "preset") if FLAGS[x].value is not None]
+    if len(given) != 1:
+        raise app.UsageError("Give either --checkpoint or --preset.")
+    return given[0]
+
+
+def _demo_images(image_size):
+    """Paths of rendered scenes, of compositions that no training shows."""
+    from cappa_tf.data.scenes import world
+
+    folder = tempfile.mkdtemp(prefix="cappa_demo_")
+    return world.write_pictures(folder, _DEMO_IMAGES, max(32, *image_size))
 
 
 def _warn_of_unknown(name, text, tokenizer):

@@ -13,10 +13,10 @@ Also from clip-jax, which trained the only public captioner of this kind.
 
 An npz of a captioner becomes a captioner, one of two towers (`img/...` and
 `txt/...`: CLIP, LiT, SigLIP) a contrastive model, one of a ViT a vision
-encoder. --to=big_vision also takes the folder of a run. --from=clip_jax takes a
-folder with config.json and a checkpoint; if that has a tokenizer.json, it and a
-preprocessing.json are written beside --output, so that the other tools read and
-write texts with it.
+encoder. --to=big_vision also takes the folder of a run, and a preset.
+--from=clip_jax takes a folder with config.json and a checkpoint; if that has a
+tokenizer.json, it and a preprocessing.json are written beside --output, so that
+the other tools read and write texts with it.
 """
 
 import os
@@ -202,11 +202,12 @@ def _check(options):
 
 def _read(options):
     # TensorFlow takes seconds to load, and is needed only with valid flags.
-    from cappa_tf.saving import run_folder
+    from cappa_tf.saving import preset_folder, run_folder
 
     with console.naming("input", options.input):
         if options.to == "big_vision":
-            return run_folder.load_model(options.input)
+            path = preset_folder.locate(options.input)
+            return run_folder.load_model(path)
         if options["from"].value == "clip_jax":
             from cappa_tf.saving import clip_jax
 

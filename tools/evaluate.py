@@ -51,14 +51,14 @@ such as
 A captioner scores by likelihood, a contrastive model by the cosine of its
 embeddings; the latter has no captions and no perplexity.
 
---checkpoint is the folder of a run or its .keras file, a SigLIP folder of
-transformers or an npz of big_vision; --tokenizer is the vocabulary of one that
-has none beside it. fewshot takes any .keras file (captioner or vision encoder),
-too. A model that cannot perform the task is refused before any data is read. A
-table is printed; the metrics are written as JSON to --output, by default beside
-the checkpoint (with several evaluators, --output is a folder), the results of
-single images or choices to .jsonl files and sheets to .png files of the same
-name. A metric that is not defined is null.
+--checkpoint is the folder of a run or its .keras file, a preset, a SigLIP
+folder of transformers or an npz of big_vision; --tokenizer is the vocabulary of
+one that has none beside it. fewshot takes any .keras file (captioner or vision
+encoder), too. A model that cannot perform the task is refused before any data
+is read. A table is printed; the metrics are written as JSON to --output, by
+default beside the checkpoint (with several evaluators, --output is a folder),
+the results of single images or choices to .jsonl files and sheets to .png files
+of the same name. A metric that is not defined is null.
 """
 
 import json
@@ -73,6 +73,8 @@ from absl import app, flags
 from cappa_tf import config
 from cappa_tf.utils import console, files
 
+_HUB = "hf://"
+
 
 def define_flags(flag_values=flags.FLAGS):
     """Defines the flags of this tool."""
@@ -82,8 +84,8 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Folder of a run, .keras file, npz file of big_vision or SigLIP folder "
-        "of transformers.",
+        "Folder of a run, preset (its folder, hf://user/name or name), .keras "
+        "file, npz file of big_vision or SigLIP folder of transformers.",
         required=True,
         **where,
     )
@@ -488,7 +490,9 @@ def evaluate(options):
     outputs = [
         _output(options, one.name, len(evaluators)) for one in evaluators
     ]
-    if files.exists(options.checkpoint):
+    # Of a hub it is not known yet, and nothing is written there.
+    is_hub = options.checkpoint.startswith(_HUB)
+    if is_hub or files.exists(options.checkpoint):
         for output in outputs:
             files.check_output("output", output)
     # TensorFlow takes seconds to load, and is needed only with valid flags.
@@ -560,7 +564,10 @@ def _write_lines(path, lines):
 
 
 def default_output(checkpoint, task):
-    """Path of the JSON file beside a checkpoint."""
+    """Path of the JSON file beside a checkpoint, here for one of a hub."""
+    if checkpoint.startswith(_HUB):
+        name = checkpoint.removeprefix(_HUB).replace("/", "_")
+        return f"{name}.{task}.json"
     if files.isdir(checkpoint):
         return os.path.join(checkpoint, f"{task}.json")
     return f"{os.path.splitext(checkpoint)[0]}.{task}.json"

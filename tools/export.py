@@ -4,6 +4,8 @@
         --output=encoder.keras --image_size=384
     python tools/export.py --what=siglip --checkpoint=runs/mine --output=hf
     python tools/export.py --what=timm --checkpoint=runs/mine --output=timm
+    python tools/export.py --what=preset --checkpoint=runs/mine \
+        --output=preset --license=apache-2.0 --dtype=float16
     python tools/export.py --what=saved_model --checkpoint=runs/mine \
         --output=models/captioner
 
@@ -13,6 +15,8 @@ Values of --what:
     siglip       a folder for transformers: a `SiglipModel` of a contrastive
                  model in SigLIP's form, otherwise a `SiglipVisionModel`
     timm         a folder for `timm.create_model("local-dir:...")`
+    preset       the whole model as a folder to pass on, which
+                 `cappa_tf.from_preset` opens, with a model card
     saved_model  the model for TensorFlow Serving, in a new VERSION below
                  the folder, with configuration files for a server beside it
 """
@@ -37,8 +41,8 @@ def define_flags(flag_values=flags.FLAGS):
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Folder of a run, a .keras file of a model or an encoder, an npz of "
-        "big_vision, or a folder of transformers' SigLIP.",
+        "Folder of a run, a preset, a .keras file of a model or an encoder, an "
+        "npz of big_vision, or a folder of transformers' SigLIP.",
         required=True,
         **where,
     )
@@ -57,7 +61,23 @@ def define_flags(flag_values=flags.FLAGS):
         "image_size",
         None,
         "Side of the images in pixels, or HEIGHT,WIDTH, if it differs from "
-        "that of training; resamples learned positions. Not for saved_model.",
+        "that of training; resamples learned positions. Not for saved_model "
+        "and preset.",
+        **where,
+    )
+    flags.DEFINE_string(
+        "license",
+        None,
+        "preset: identifier of the licence in the model card, such as "
+        "apache-2.0; 'unknown' by default.",
+        **where,
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "float16"],
+        "preset: type of the stored weights; float16 halves the files and "
+        "rounds each weight to 11 bits. float32 by default.",
         **where,
     )
     _define_serving_flags(where)
@@ -97,6 +117,8 @@ def export(options):
     parse_height_width("image_size", options.image_size)
     if options.what != "saved_model":
         _refuse(options, SERVING_FLAGS)
+    if options.what != "preset":
+        _refuse(options, PRESET_FLAGS)
     return EXPORTS[options.what](options)
 
 
@@ -127,7 +149,7 @@ def _siglip(options):
     predictor = _opened(options, FEATURES)
     if not isinstance(predictor.model, Contrastive):
         encoder = _resized(options, predictor.encoder)
-        siglip.save_siglip_vision(encoder, options.output)
+        siglip.save_siglip_vision(encoder, options.output, _facts(options))
         return _described(options, "SiglipVisionModel", encoder)
     if options.image_size is not None:
         raise ValueError(
@@ -135,7 +157,9 @@ def _siglip(options):
             "is written at its own size. "
             f"Received: --image_size={','.join(options.image_size)}"
         )
-    siglip.save_siglip(predictor.model, options.output, predictor.tokenizer)
+    siglip.save_siglip(
+        predictor.model, options.output, predictor.tokenizer, _facts(options)
+    )
     vocabulary = "with" if predictor.tokenizer is not None else "without"
     said = _described(options, "SiglipModel", predictor.model)
     return f"{said}, {vocabulary} vocabulary"
@@ -148,8 +172,33 @@ def _timm(options):
     torch_layout.check_installed()
     files.check_output("output", options.output, is_folder=True)
     encoder = _encoder(options)
-    timm.save_timm(encoder, options.output)
+    timm.save_timm(encoder, options.output, _facts(options))
     return _described(options, "timm VisionTransformer", encoder)
+
+
+def _preset(options):
+    _refuse(options, ["image_size"])
+    from cappa_tf import presets
+    from cappa_tf.inference.predictor import FEATURES
+
+    files.check_output("output", options.output, is_folder=True)
+    predictor = _opened(options, FEATURES)
+    given = {name: options[name].value for name in PRESET_FLAGS}
+    presets.save_preset(
+        predictor,
+        options.output,
+        facts=_facts(options),
+        **{name: x for name, x in given.items() if x is not None},
+    )
+    kind = f"preset of a {type(predictor.model).__name__}"
+    return _described(options, kind, predictor.model)
+
+
+def _facts(options):
+    """Facts of the training of --checkpoint, for the model card."""
+    from cappa_tf.saving import preset_folder, run_folder
+
+    return run_folder.training_facts(preset_folder.locate(options.checkpoint))
 
 
 def _saved_model(options):
@@ -194,8 +243,10 @@ EXPORTS = {
     "backbone": _backbone,
     "siglip": _siglip,
     "timm": _timm,
+    "preset": _preset,
     "saved_model": _saved_model,
 }
+PRESET_FLAGS = ("license", "dtype")
 SERVING_FLAGS = (
     "name version max_length max_batch_size max_texts max_pixels"
 ).split()

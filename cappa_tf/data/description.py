@@ -1,7 +1,6 @@
 """Description of a folder of shards, dataset.json, and its verification."""
 
 import dataclasses
-import hashlib
 import json
 import os
 
@@ -43,15 +42,6 @@ class Shard:
 def shard_name(name, split, number, count):
     """Names shard 3 of 8: pets-train.tfrecord-00003-of-00008."""
     return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
-
-
-def file_sha256(path):
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with tf.io.gfile.GFile(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class DatasetDescription:
@@ -168,7 +158,7 @@ class DatasetDescription:
         for shard in self.shards(split):
             size = file_size(shard.path)
             if size != shard.num_bytes or (
-                checksums and file_sha256(shard.path) != shard.sha256
+                checksums and files.sha256(shard.path) != shard.sha256
             ):
                 wrong.append((shard, size))
         return wrong

@@ -223,6 +223,10 @@ class ImagePreprocessing:
         try:
             with tf.device("CPU:0"):
                 if box is None:
+                    pixels = image_files.decode_rare(content, self.max_pixels)
+                    if pixels is not None:
+                        fitted = self.fit(tf.constant(pixels))
+                        return decode_resize.to_model_range(fitted).numpy()
                     return self._compiled(content).numpy()
                 image = decode_resize.decode(
                     content, self.max_pixels, None, image_files.decode_other
@@ -234,6 +238,13 @@ class ImagePreprocessing:
                 content, max_pixels=self.max_pixels
             )
             raise image_files.UnusableError(reason) from error
+
+    def read_pillow(self, image):
+        """Does the same as `read` with an open Pillow image."""
+        pixels = image_files.decode_pillow(image, self.max_pixels)
+        with tf.device("CPU:0"):
+            fitted = self.fit(tf.constant(pixels))
+            return decode_resize.to_model_range(fitted).numpy()
 
     @functools.cached_property
     def _compiled(self):

@@ -23,7 +23,6 @@ import os
 
 import tensorflow as tf
 
-from cappa_tf.data import description as description_lib
 from cappa_tf.data.description import DatasetDescription
 from cappa_tf.data.prepare import dataset_writer
 from cappa_tf.utils import files
@@ -285,7 +284,7 @@ class ShardWriter(contextlib.AbstractContextManager):
             num_prompts=self._num_prompts,
             num_question_types=self._num_types,
             num_bytes=tf.io.gfile.stat(self._path).length,
-            sha256=description_lib.file_sha256(self._path),
+            sha256=files.sha256(self._path),
         )
 
 

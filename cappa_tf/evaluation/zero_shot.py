@@ -140,6 +140,49 @@ class _Cosines:
         return np.asarray(images @ self._classes.T, np.float64)
 
 
+def class_scorer(
+    predictor,
+    names,
+    templates=prompts.DEFAULT_TEMPLATES,
+    kind=None,
+    *,
+    canonical=None,
+    aliases=None,
+    question=None,
+):
+    """A function that scores classes by their names.
+
+    Args:
+        predictor: `Predictor` of a model that scores texts.
+        names: C names, with commas between aliases.
+        templates: As of `ZeroShot`, like `canonical` and `aliases`.
+        kind: Kind of the score; None for the first of the model's.
+        canonical: Whether to lower-case and remove punctuation.
+        aliases: Which aliases count.
+        question: What the names answer, for a captioner that was trained with
+            prompts.
+
+    Returns:
+        A function from images float32 [at most B, H, W, 3] in [-1, 1] to
+        scores float64 [images, C].
+
+    Raises:
+        ValueError: If the model does not score texts.
+    """
+    predictor.require("Zero-shot classification", SCORE)
+    templates = prompts.find_templates(templates)
+    kind = predictor.score_kinds[0] if kind is None else kind
+    by_cosine = kind == COSINE
+    if canonical is None:
+        canonical = by_cosine
+    if aliases is None:
+        aliases = "first" if by_cosine else "whole"
+    texts = prompts.class_prompts(names, templates, canonical, aliases)
+    if by_cosine:
+        return _Cosines(predictor, texts)
+    return _Likelihoods(predictor, texts, len(templates), kind, question)
+
+
 class ZeroShot(Evaluator):
     """Zero-shot classification of a folder or data set of labeled images.
 
@@ -219,24 +262,15 @@ class ZeroShot(Evaluator):
             )
         return list(names)
 
-    def _texts(self, names, kind):
-        """Prompts of each class for one kind of score."""
-        by_cosine = kind == COSINE
-        is_canonical, aliases = self._canonical, self._aliases
-        if is_canonical is None:
-            is_canonical = by_cosine
-        if aliases is None:
-            aliases = "first" if by_cosine else "whole"
-        return prompts.class_prompts(
-            names, self._templates, is_canonical, aliases
-        )
-
     def _scorer(self, predictor, names, kind):
-        texts = self._texts(names, kind)
-        if kind == COSINE:
-            return _Cosines(predictor, texts)
-        return _Likelihoods(
-            predictor, texts, len(self._templates), kind, self._question
+        return class_scorer(
+            predictor,
+            names,
+            self._templates,
+            kind,
+            canonical=self._canonical,
+            aliases=self._aliases,
+            question=self._question,
         )
 
     def evaluate(self, predictor):

@@ -10,7 +10,8 @@ even if TensorFlow is not installed.
 import keras
 
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving.weights import rebuilt
+from cappa_tf.saving import preset_folder
+from cappa_tf.saving.weights import PLAIN, rebuilt
 from cappa_tf.utils.files import replacing
 
 
@@ -25,26 +26,20 @@ def save_backbone(encoder, path):
         encoder: A built `VisionEncoder`.
         path: Path of the file to write; must end in `.keras`.
     """
-    plain = rebuilt(
-        encoder,
-        dtype="float32",
-        dropout=0.0,
-        patch_dropout=0.0,
-        stochastic_depth=0.0,
-        remat=False,
-    )
+    plain = rebuilt(encoder, **PLAIN)
     with replacing(path) as unfinished:
         plain.save(unfinished)
 
 
 def load_backbone(path, image_size=None, dtype=None):
-    """Loads an encoder that `save_backbone` wrote.
+    """Loads an encoder that `save_backbone` wrote, or that of a preset.
 
-    `keras.saving.load_model` loads it as well, without changes of size or
-    dtype.
+    `keras.saving.load_model` loads the file as well, without changes of size
+    or dtype.
 
     Args:
-        path: Path of a `.keras` file of a `VisionEncoder`.
+        path: Path of a `.keras` file of a `VisionEncoder`, or a preset: its
+            folder, `hf://user/name` or the name of one in this package.
         image_size: Side of the images in pixels, or (height, width). Learned
             positions are resampled if the size differs from that of training.
         dtype: Keras dtype policy to compute in, such as "mixed_bfloat16".
@@ -53,10 +48,14 @@ def load_backbone(path, image_size=None, dtype=None):
         A built `VisionEncoder`.
 
     Raises:
-        ValueError: If the file holds something else, or the size is not a
-            multiple of the patch size.
+        ValueError: If the file holds something else, a preset is damaged, or
+            the size is not a multiple of the patch size.
     """
-    encoder = keras.saving.load_model(path, compile=False)
+    path = preset_folder.locate(path)
+    if preset_folder.is_preset(path):
+        encoder = preset_folder.load_encoder(path)
+    else:
+        encoder = keras.saving.load_model(path, compile=False)
     if not isinstance(encoder, VisionEncoder):
         raise ValueError(
             "`path` must be the file of a vision encoder, as written by "

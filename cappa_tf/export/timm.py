@@ -15,7 +15,7 @@ import numpy as np
 from cappa_tf.models.block_style import check_default_style
 from cappa_tf.models.positions import sincos2d
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving import torch_layout
+from cappa_tf.saving import model_card, torch_layout
 from cappa_tf.utils import files
 
 # Names of a layer in this project and in timm; a repeated name is one weight.
@@ -33,7 +33,7 @@ _BLOCK_LAYERS = {
 _POSITIONS = "pos_embed"
 
 
-def save_timm(encoder, folder):
+def save_timm(encoder, folder, facts=None):
     """Writes a folder for `timm.create_model("local-dir:FOLDER")`.
 
     `config.json` holds the architecture and its arguments, for those who call
@@ -43,6 +43,7 @@ def save_timm(encoder, folder):
     Args:
         encoder: A built `VisionEncoder` with pooling "gap" or "none".
         folder: Folder to write; created if missing.
+        facts: Dict of `model_card.run_facts`, for the model card README.md.
 
     Raises:
         ValueError: If timm's model cannot represent the encoder.
@@ -62,6 +63,8 @@ def save_timm(encoder, folder):
     config = timm_config(encoder)
     with files.folder(folder):
         files.write_json(os.path.join(folder, "config.json"), config)
+        card = model_card.export_card(encoder, facts, "timm")
+        files.write_text(os.path.join(folder, "README.md"), card)
         torch_layout.write_tensors(folder, tensors)
 
 

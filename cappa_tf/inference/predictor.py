@@ -31,6 +31,7 @@ from cappa_tf.saving import (
     big_vision,
     clip_jax,
     huggingface_tokenizer,
+    preset_folder,
     run_folder,
     siglip,
 )
@@ -98,9 +99,10 @@ class Predictor:
         """Opens a trained model from any supported source.
 
         Args:
-            path: Folder of a run; `.keras` file of a task or of a vision
-                encoder, in such a folder or elsewhere; an npz file of
-                big_vision; or a folder of transformers' SigLIP.
+            path: Folder of a run; a preset (its folder, `hf://user/name` or
+                the name of one in this package); `.keras` file of a task or
+                of a vision encoder, in a run's folder or elsewhere; an npz
+                file of big_vision; or a folder of transformers' SigLIP.
             weights: Weights of a run to load: "final", "best", "latest" or
                 "auto", as in `run_folder.load_model`.
             tokenizer: `Tokenizer` of a model without a vocabulary beside it,
@@ -116,7 +118,7 @@ class Predictor:
             ValueError: If there is no model, it is damaged, a file of the run
                 is missing, or the tokenizer does not fit it.
         """
-        path = os.fspath(path)
+        path = preset_folder.locate(path)
         preprocessing = None
         if path.endswith(".npz"):
             model = _open_npz(path, tokenizer)
@@ -135,8 +137,10 @@ class Predictor:
             model = run_folder.load_model(path, weights)
             folder = path if files.isdir(path) else os.path.dirname(path)
             described = os.path.join(folder, "preprocessing.json")
+            is_preset = preset_folder.is_preset(path)
             # An encoder's file may be in any folder, and it reads no texts.
-            if hasattr(model, "parts") and files.exists(described):
+            is_run = hasattr(model, "parts") and files.exists(described)
+            if is_preset or is_run:
                 own, preprocessing = run_folder.load_preprocessing(folder)
                 if tokenizer is not None and own is not None:
                     raise ValueError(

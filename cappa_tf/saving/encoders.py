@@ -17,7 +17,13 @@ import numpy as np
 from cappa_tf.models.encoder_adapter import EncoderAdapter
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving import big_vision, clip_jax, run_folder, siglip
+from cappa_tf.saving import (
+    big_vision,
+    clip_jax,
+    preset_folder,
+    run_folder,
+    siglip,
+)
 from cappa_tf.saving.weights import rebuilt
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice
@@ -50,10 +56,11 @@ def open_encoder(
     in its own).
 
     Args:
-        path: Folder of a run; `.keras` file of a task, of a vision encoder,
-            of a backbone of KerasHub or of any Keras vision model; npz file
-            of big_vision; folder of transformers' SigLIP, also of the image
-            tower alone; or folder of a KerasHub preset.
+        path: Folder of a run; a preset (its folder, `hf://user/name` or the
+            name of one in this package); `.keras` file of a task, of a vision
+            encoder, of a backbone of KerasHub or of any Keras vision model;
+            npz file of big_vision; folder of transformers' SigLIP, also of
+            the image tower alone; or folder of a KerasHub preset.
         image_size: Side of the images in pixels, or (height, width); None for
             that of the file. Learned positions of our encoders and SigLIP's
             are resampled; a model of another library must take this size.
@@ -82,10 +89,10 @@ def open_encoder(
         ValueError: If there is no such encoder at `path`, it cannot be read,
             or an argument does not fit it.
     """
-    path = os.fspath(path)
     check_choice(("auto", "final", "best", "latest", "random"), weights=weights)
     random = weights == "random"
     try:
+        path = preset_folder.locate(path)
         found, described = _open(
             path, "auto" if random else weights, image_size
         )

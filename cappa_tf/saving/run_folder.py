@@ -24,6 +24,7 @@ from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.models.encoder_adapter import EncoderAdapter, import_packages
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.saving import model_card, preset_folder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
 
@@ -76,9 +77,7 @@ def save_preprocessing(workdir, tokenizer, preprocessing):
     kept = {"image": preprocessing.to_json()}
     if tokenizer is not None:
         _keep_vocabulary(workdir, tokenizer)
-        kept["tokenizer"] = {
-            name: getattr(tokenizer, name) for name in tokenizer.settings
-        }
+        kept["tokenizer"] = caption_arguments(tokenizer)
     files.write_json(os.path.join(workdir, "preprocessing.json"), kept)
 
 
@@ -122,8 +121,8 @@ def load_model(path, weights="auto"):
     """Loads a model without its configuration.
 
     Args:
-        path: Folder of a run, or a `.keras` file of a task (such as a
-            captioner) or of a vision encoder.
+        path: Folder of a run or of a preset, or a `.keras` file of a task
+            (such as a captioner) or of a vision encoder.
         weights: "final" (model.keras), "best" (by validation), "latest"
             (newest checkpoint), or "auto", the first of these that exists.
 
@@ -141,6 +140,13 @@ def load_model(path, weights="auto"):
         )
     if files.isfile(path):
         return _read_model(path)
+    if preset_folder.is_preset(path):
+        if weights not in ("auto", "final"):
+            raise ValueError(
+                "A preset has one set of weights. Received: "
+                f"weights={weights!r} for {path}"
+            )
+        return preset_folder.load_model(path)
     final = _named(path, ".keras")
     if weights in ("auto", "final") and files.exists(final):
         return _read_model(final)
@@ -151,8 +157,9 @@ def load_model(path, weights="auto"):
             return _restored(path, latest)
     raise ValueError(
         "`path` must be the folder of a run (with model.keras, best/ or "
-        f"checkpoints/) or a .keras file. Received: {path!r} with "
-        f"weights={weights!r}"
+        "checkpoints/), a preset (a folder, hf://user/name or "
+        f"{', '.join(preset_folder.shipped()) or 'none in this package'}) or "
+        f"a .keras file. Received: {path!r} with weights={weights!r}"
     )
 
 
@@ -224,8 +231,39 @@ def _read_json(path):
         ) from error
 
 
+def training_facts(path):
+    """What the files beside a model tell about its training.
+
+    Args:
+        path: Folder of a run or of a preset, or a file.
+
+    Returns:
+        Dict of `model_card.run_facts`, {} if nothing is known.
+    """
+    if preset_folder.is_preset(path):
+        return preset_folder.facts(path)
+    folder = path if files.isdir(path) else os.path.dirname(path)
+    return model_card.run_facts(folder)
+
+
+def caption_arguments(tokenizer):
+    """Dict of the arguments of a `Tokenizer` that a model depends on."""
+    return {name: getattr(tokenizer, name) for name in tokenizer.settings}
+
+
+def find_vocabulary(folder):
+    """Path of the vocabulary of a run or a preset, which may have none."""
+    if preset_folder.is_preset(folder):
+        return preset_folder.vocabulary(folder)
+    paths = [
+        os.path.join(folder, kind.file_name)
+        for kind in (Tokenizer, HuggingFaceTokenizer)
+    ]
+    return next((path for path in paths if files.exists(path)), paths[0])
+
+
 def load_preprocessing(workdir):
-    """Loads the tokenizer and the image preprocessing of a run.
+    """Loads the tokenizer and the image preprocessing of a run or a preset.
 
     Returns:
         (tokenizer, preprocessing): a `Tokenizer` with the run's vocabulary, or
@@ -235,6 +273,11 @@ def load_preprocessing(workdir):
     Raises:
         ValueError: If the folder is not that of a run.
     """
+    if preset_folder.is_preset(workdir):
+        vocabulary = find_vocabulary(workdir)
+        image, texts = preset_folder.preprocessing(workdir)
+        tokenizer = texts and Tokenizer(vocabulary, **texts)
+        return tokenizer, ImagePreprocessing.from_json(image)
     path = os.path.join(workdir, "preprocessing.json")
     try:
         saved = _read_json(path)

@@ -29,7 +29,7 @@ from cappa_tf.models.contrastive import Contrastive
 from cappa_tf.models.positions import resample_positions, sincos2d, square_grid
 from cappa_tf.models.text_encoder import TextEncoder
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving import huggingface_tokenizer, torch_layout
+from cappa_tf.saving import huggingface_tokenizer, model_card, torch_layout
 from cappa_tf.saving.big_vision_names import check_arrays, pads_with_eos
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import height_width
@@ -85,7 +85,7 @@ _VISION_SIZES = {**_SIZES, "image_size": 224, "patch_size": 16}
 _TEXT_SIZES = {**_SIZES, "vocab_size": 32_000, "max_position_embeddings": 64}
 
 
-def save_siglip(model, folder, tokenizer=None):
+def save_siglip(model, folder, tokenizer=None, facts=None):
     """Writes a folder for `SiglipModel.from_pretrained`.
 
     The image processor resizes to the model's size without keeping the aspect
@@ -97,6 +97,7 @@ def save_siglip(model, folder, tokenizer=None):
         model: A built `Contrastive`.
         folder: Folder to write; created if missing.
         tokenizer: The `Tokenizer` of the model, or None.
+        facts: Dict of `model_card.run_facts`, for the model card README.md.
 
     Raises:
         ValueError: If SiglipModel cannot represent the model; says why.
@@ -141,16 +142,18 @@ def save_siglip(model, folder, tokenizer=None):
         for name, content in vocabulary.items():
             files.write_bytes(os.path.join(folder, name), content)
         processor = {**_processor(vision), "processor_class": "SiglipProcessor"}
-        _write(folder, config, processor, tensors)
+        card = model_card.export_card(model, facts, "siglip")
+        _write(folder, config, processor, tensors, card)
 
 
-def save_siglip_vision(encoder, folder):
+def save_siglip_vision(encoder, folder, facts=None):
     """Writes a folder for `SiglipVisionModel.from_pretrained`.
 
     Args:
         encoder: A built `VisionEncoder` with pooling "map", "gap" or "none",
             for square images and patches.
         folder: Folder to write; created if missing.
+        facts: Dict of `model_card.run_facts`, for the model card README.md.
 
     Raises:
         ValueError: If SiglipVisionModel cannot represent the encoder.
@@ -164,10 +167,12 @@ def save_siglip_vision(encoder, folder):
     }
     tensors = _vision_tensors(encoder)
     with files.folder(folder):
-        _write(folder, config, _processor(encoder), tensors)
+        card = model_card.export_card(encoder, facts, "siglip")
+        _write(folder, config, _processor(encoder), tensors, card)
 
 
-def _write(folder, config, processor, tensors):
+def _write(folder, config, processor, tensors, card):
+    files.write_text(os.path.join(folder, "README.md"), card)
     path = os.path.join(folder, "preprocessor_config.json")
     files.write_json(path, processor)
     files.write_json(os.path.join(folder, _CONFIG), config)

@@ -9,6 +9,15 @@ from cappa_tf.models.positions import resample_positions
 from cappa_tf.utils.arguments import height_width
 
 POSITIONS = "positions/position_embedding"
+# Arguments of a `VisionEncoder` to pass on: mixed precision and dropout belong
+# to the run that used them.
+PLAIN = {
+    "dtype": "float32",
+    "dropout": 0.0,
+    "patch_dropout": 0.0,
+    "stochastic_depth": 0.0,
+    "remat": False,
+}
 
 
 def variables_by_path(model):

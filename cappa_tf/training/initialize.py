@@ -9,9 +9,14 @@ import os
 
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
-from cappa_tf.saving import big_vision, clip_jax, siglip
+from cappa_tf.saving import (
+    big_vision,
+    clip_jax,
+    preset_folder,
+    run_folder,
+    siglip,
+)
 from cappa_tf.saving.checkpoints import latest_checkpoint
-from cappa_tf.saving.run_folder import load_model
 from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import files
 
@@ -69,8 +74,9 @@ def check_vocabulary(model, weights, data):
         for name, part in model.parts.items()
         if hasattr(part, "vocabulary_size") and (read is None or name in read)
     ]
+    path = preset_folder.locate(path)
     folder = path if files.isdir(path) else os.path.dirname(path)
-    kept = os.path.join(folder, data.tokenizer.file_name)
+    kept = run_folder.find_vocabulary(folder)
     if not texts or not files.exists(kept):
         return
     if files.read_bytes(kept) != files.read_bytes(data.tokenizer.path):
@@ -89,8 +95,9 @@ def initialize(model, path, parts=None):
     Args:
         model: Built `Task`.
         path: Folder of a run (its final, else its best, else its newest
-            weights), `.keras` file of a model or of a vision encoder, npz file
-            of big_vision, or folder of transformers' SigLIP or of clip-jax.
+            weights), preset, `.keras` file of a model or of a vision encoder,
+            npz file of big_vision, or folder of transformers' SigLIP or of
+            clip-jax.
         parts: Names of the parts to read; None for the whole model.
 
     Returns:
@@ -158,6 +165,7 @@ def _check_parts(rule, wanted, parts):
 def _open(path, model, wanted):
     """The parts of the model at `path`, as a dict of layers by name."""
     try:
+        path = preset_folder.locate(path)
         if path.endswith(".npz"):
             found = _open_npz(path, model, wanted)
         elif clip_jax.is_clip_jax(path):
@@ -167,7 +175,7 @@ def _open(path, model, wanted):
         elif siglip.is_siglip(path):
             found = _open_siglip(path, wanted)
         else:
-            found = load_model(path)
+            found = run_folder.load_model(path)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"`initialize_from` (INITIALIZE_FROM) cannot be read: {error}"

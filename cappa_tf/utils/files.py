@@ -16,6 +16,7 @@ when it is complete, so that a reader sees either the old file or the new one.
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -158,6 +159,34 @@ def on_disk(path):
         yield local
 
 
+def sha256(path):
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as opened:
+        if is_remote(path):
+            gfile = opened.enter_context(_remote(path))
+            file = opened.enter_context(gfile.GFile(path, "rb"))
+        else:
+            file = opened.enter_context(open(path, "rb"))
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def folder_on_disk(path):
+    """Yields a local path of a folder, as `on_disk` does of a file.
+
+    A remote folder is copied with its subfolders for the duration of the block.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _copy_below(path, scratch)
+        yield scratch
+
+
 def write_bytes(path, content):
     """Writes a file atomically; its folder is created if missing."""
     with replacing(path, remote=True) as unfinished:
@@ -219,16 +248,18 @@ def replacing(path, remote=False):
 
 
 @contextlib.contextmanager
-def replacing_folder(path, last=()):
+def replacing_folder(path, last=(), overwrite=False):
     """Yields a temporary name of a folder that is renamed to `path`.
 
-    `path` must not exist. A folder on disk appears in one step. Object stores
-    cannot rename folders, so there the files appear one by one.
+    A folder on disk appears in one step. Object stores cannot rename folders,
+    so there the files appear one by one.
 
     Args:
-        path: The folder.
+        path: The folder; it must not exist unless `overwrite`.
         last: Names in it that are written after all others, so that a reader
             that looks for one of them finds a complete folder.
+        overwrite: Whether an existing folder is deleted once the new one is
+            complete.
 
     Yields:
         A local path at which the writer creates the folder.
@@ -238,6 +269,8 @@ def replacing_folder(path, last=()):
         with tempfile.TemporaryDirectory() as scratch:
             unfinished = os.path.join(scratch, os.path.basename(path))
             yield unfinished
+            if overwrite and exists(path):
+                rmtree(path)
             try:
                 _copy_folder(unfinished, path, last)
             except BaseException:
@@ -249,7 +282,13 @@ def replacing_folder(path, last=()):
         unfinished = temporary_name(path)
         try:
             yield unfinished
-            os.rename(unfinished, path)
+            if overwrite and os.path.exists(path):
+                old = temporary_name(path)
+                os.rename(path, old)
+                os.rename(unfinished, path)
+                shutil.rmtree(old)
+            else:
+                os.rename(unfinished, path)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -441,6 +480,17 @@ def _parent(path):
 def _copy(source, target):
     with _remote(source if is_remote(source) else target) as gfile:
         gfile.copy(source, target, overwrite=True)
+
+
+def _copy_below(path, local):
+    """Copies a remote folder to a local one."""
+    for name in listdir(path):
+        source, target = os.path.join(path, name), os.path.join(local, name)
+        if isdir(source):
+            os.mkdir(target)
+            _copy_below(source, target)
+        else:
+            _copy(source, target)
 
 
 def _copy_folder(local, path, last):

@@ -19,10 +19,13 @@ from random_contrastive import make_contrastive
 
 import cappa_tf
 from cappa_tf.export import keras_backbone
+from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.classification_head import EncoderWithHead
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.stateless_random import example_seeds
+from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
+from cappa_tf.saving import preset_folder
 
 SIZES = {
     "hidden_dim": 16,
@@ -50,6 +53,8 @@ encoder = keras.saving.load_model(f"{folder}/encoder.keras")
 found = {f"plain_{k}": v for k, v in encoder(images).items()}
 resized = cappa_tf.load_backbone(f"{folder}/encoder.keras", (24, 40))
 found.update({f"resized_{k}": v for k, v in resized(larger).items()})
+preset = cappa_tf.load_backbone(f"{folder}/preset")
+found.update({f"preset_{k}": v for k, v in preset(images).items()})
 dropping = keras.saving.load_model(f"{folder}/dropping.keras")
 from cappa_tf.models.stateless_random import example_seeds
 
@@ -101,6 +106,13 @@ def images(height=16, width=24):
     return rng.uniform(-1, 1, (2, height, width, 3)).astype("float32")
 
 
+def make_captioner_of(encoder):
+    sizes = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 24}
+    captioner = Captioner(encoder, TextDecoder(20, 8, **sizes))
+    captioner.build()
+    return captioner
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Files of two encoders, images, and the encoders' outputs."""
@@ -108,12 +120,17 @@ def folder(tmp_path_factory):
     np.savez(folder / "in.npz", images=images(), larger=images(24, 40))
     encoder = make_encoder()
     keras_backbone.save_backbone(encoder, folder / "encoder.keras")
+    # The encoder of a whole captioner, whose decoder needs TensorFlow.
+    preset_folder.save(
+        folder / "preset", make_captioner_of(encoder), {"image_size": [16, 24]}
+    )
     dropping = make_encoder(dropout=0.3, patch_dropout=0.5, pooling="map")
     dropping.save(folder / "dropping.keras")
     resized = keras_backbone.rebuilt(encoder, image_size=(24, 40))
     seeds = example_seeds(3, [7, 1000])
     outputs = {
         "plain": encoder(images()),
+        "preset": encoder(images()),
         "resized": resized(images(24, 40)),
         "dropping": dropping(images(), seeds=seeds, training=True),
     }
@@ -123,8 +140,7 @@ def folder(tmp_path_factory):
         for name, value in named.items()
     }
     np.savez(folder / "expected.npz", **arrays)
-    captioner = make_captioner()
-    captioner.save(folder / "captioner.keras")
+    make_captioner().save(folder / "captioner.keras")
     make_contrastive().save(folder / "contrastive.keras")
     return folder
 

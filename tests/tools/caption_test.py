@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
-from absl import flags
+from absl import app, flags
 from PIL import Image
 from tool_flags import defined
 
+from cappa_tf.inference.predictor import Predictor
+from cappa_tf.presets import save_preset
+from cappa_tf.saving import preset_folder
 from cappa_tf.saving import run_folder as saving
 from cappa_tf.utils import files
 from tools import caption
@@ -55,7 +58,8 @@ def tool():
 
 def _run(tool, capsys, *arguments):
     flags.FLAGS.unparse_flags()
-    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, "sampler", "format"):
+    others = ("sampler", "format", "checkpoint", "preset", "demo")
+    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, *others):
         flags.FLAGS[name].unparse()
     rest = flags.FLAGS(["caption.py", *arguments])
     code = tool.main(rest)
@@ -110,6 +114,32 @@ def test_likelihood_is_that_of_the_score(tool, capsys, run_folder, pictures):
     score = captioner.score(pixels, tokens)
     assert row["log_likelihood"] == pytest.approx(float(score[0, 0]), rel=1e-4)
     assert row["caption"] == tokenizer.detokenize(tokens)[0]
+
+
+def test_the_demo_of_a_preset_of_the_package(
+    tool, capsys, run_folder, tmp_path, monkeypatch
+):
+    """Eight scenes whose names are their captions, by the preset's name."""
+    save_preset(Predictor.open(run_folder), tmp_path / "mini")
+    monkeypatch.setattr(preset_folder, "SHIPPED", tmp_path)
+    code, out, _ = _run(tool, capsys, "--preset=mini", "--demo")
+    assert code == 0
+    lines = out.splitlines()[1:]
+    assert len(lines) == 8
+    for line in lines:
+        path = line.split()[2]
+        assert os.path.basename(path).startswith(("a_", "the_word_"))
+        assert Image.open(path).size == (32, 32)
+
+
+def test_one_model_is_given(tool, capsys, run_folder):
+    for arguments in ([], [f"--checkpoint={run_folder}", "--preset=x"]):
+        with pytest.raises(app.UsageError, match="either --checkpoint or"):
+            _run(tool, capsys, *arguments, "a.jpg")
+    with pytest.raises(app.UsageError, match="--demo takes no images"):
+        _run(tool, capsys, "--preset=x", "--demo", "a.jpg")
+    with pytest.raises(SystemExit, match="--preset=x: .* a preset "):
+        _run(tool, capsys, "--preset=x", "--demo")
 
 
 def test_the_bar_moves_with_each_image(tool, capsys, run_folder, pictures):

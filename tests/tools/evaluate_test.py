@@ -129,6 +129,8 @@ def test_what_is_not_defined_is_null(tmp_path, scheme):
     files.write_text(f"{folder}/captioner.keras", "")
     needed = ["--task=caption", f"--checkpoint={folder}", "--data=none"]
     flag_values(["evaluate", *needed])
+    hub = evaluate.default_output("hf://user/name@v1", "caption")
+    assert hub == "user_name@v1.caption.json"  # Beside the hub nobody writes.
     path = evaluate.default_output(folder, "caption")
     evaluate.write_report(report, "caption", flag_values, path)
 

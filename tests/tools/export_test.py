@@ -1,6 +1,7 @@
 """tools/export.py: from a run's folder to files for other programs."""
 
 import json
+import shutil
 import sys
 
 import keras
@@ -73,6 +74,7 @@ def test_a_run_in_a_bucket_to_a_bucket(captioner, tmp_path):
     saving.save_model(f"{bucket}/run", captioner)
     run(what="siglip", checkpoint=f"{bucket}/run", output=f"{bucket}/siglip")
     assert sorted(files.listdir(f"{bucket}/siglip")) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -85,6 +87,38 @@ def test_a_run_in_a_bucket_to_a_bucket(captioner, tmp_path):
         np.testing.assert_array_equal(value, expected[name])
     with pytest.raises(ValueError, match="'none' not implemented"):
         run(what="backbone", checkpoint="nowhere", output="none://b/f.keras")
+
+
+def test_a_preset_with_its_licence(captioner, run_folder, tmp_path):
+    said = run(
+        what="preset",
+        checkpoint=run_folder,
+        output=tmp_path / "p",
+        license="mit",
+        dtype="float16",
+    )
+    assert "preset of a Captioner, " in said
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "license: mit" in card and "float16" in card
+    encoder = cappa_tf.load_backbone(tmp_path / "p")
+    for one, other in zip(encoder.weights, captioner.vision_encoder.weights):
+        half = other.numpy().astype("float16")
+        np.testing.assert_array_equal(one, half.astype("float32"))
+    with pytest.raises(ValueError, match="--license does not go with"):
+        run(what="timm", checkpoint=run_folder, output="x", license="mit")
+
+
+@pytest.mark.parametrize("what", ["siglip", "timm"])
+def test_other_libraries_get_a_model_card(what, run_folder, tmp_path):
+    needs_safetensors()
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    (copy / "results.json").write_text('{"step": 9, "loss": 0.5}')
+    run(what=what, checkpoint=copy, output=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    library = {"siglip": "transformers", "timm": "timm"}[what]
+    assert f"library_name: {library}\n" in card
+    assert "pipeline_tag: image-feature-extraction" in card
+    assert "- Steps: 9\n" in card and "| loss | 0.5 |" in card
 
 
 def test_parents_of_the_output_are_made(run_folder, tmp_path):

@@ -195,6 +195,52 @@ def decode_other(encoded, max_pixels):
     return tf.ensure_shape(image, [None, None, 3])
 
 
+def decode_rare(content, max_pixels=None):
+    """Decodes the bytes of a file of a format that only Pillow reads.
+
+    Outside of any graph: an error in a Python function of a graph is logged
+    with its traceback, which a bad file is not worth.
+
+    Args:
+        content: Bytes of the file.
+        max_pixels: Maximum number of pixels, as in `read`.
+
+    Returns:
+        uint8 [h, w, 3], or None if TensorFlow reads the format.
+
+    Raises:
+        UnusableError: If the image cannot be used.
+    """
+    kind, name = formats.kind_of_bytes(content)
+    if kind != formats.OTHER:
+        return None
+    return np.array(_decode_other(content, name, None, 1, max_pixels))
+
+
+def decode_pillow(image, max_pixels=None):
+    """Pixels of a Pillow image, as they would be read from its file.
+
+    Args:
+        image: A Pillow image, which is not changed; of an animation the
+            current frame is used.
+        max_pixels: Maximum number of pixels, as in `read`.
+
+    Returns:
+        uint8 [h, w, 3], upright, blended with white where transparent.
+
+    Raises:
+        UnusableError: If the image cannot be used.
+    """
+    _check_size(image.size, image.width * image.height, None, 1, max_pixels)
+    try:
+        tags = getattr(image, "tag_v2", {})
+        return np.array(_to_rgb(ImageOps.exif_transpose(image), tags))
+    except UnusableError:
+        raise
+    except Exception:  # Files are decoded only now, and may be malformed.
+        raise UnusableError("image cannot be decoded") from None
+
+
 def why_unusable(content, min_side=1, max_pixels=None):
     """Reason why a file cannot be decoded, in words.
 

@@ -229,7 +229,7 @@ def _finished(plan_path, rows, pool):
     shard = result.shard
     if (
         description.file_size(shard.path) != shard.num_bytes
-        or description.file_sha256(shard.path) != shard.sha256
+        or files.sha256(shard.path) != shard.sha256
     ):
         return None
     inputs = hashlib.sha256()

@@ -36,6 +36,7 @@ import tqdm
 from cappa_tf.data import schema, tokenizer
 from cappa_tf.data.scenes import render
 from cappa_tf.data.scenes.render import COLORS, RELATIONS, SHAPES, SIZES
+from cappa_tf.utils import files
 
 # Stored in the description of each data set, including existing ones.
 _SOURCE = "cappa_tf.data.scenes"
@@ -203,6 +204,25 @@ def examples(split, num_examples, image_size=64, seed=0):
             image=buffer.getvalue(),
             captions=[content.caption],
         )
+
+
+def write_pictures(folder, count, image_size=64):
+    """Writes held-out images as files that are named by their captions.
+
+    Args:
+        folder: Existing folder.
+        count: Number of images.
+        image_size: Height and width in pixels, at least 32.
+
+    Returns:
+        Paths of the files.
+    """
+    paths = []
+    for example in examples("heldout", count, image_size):
+        name = example.captions[0].replace(" ", "_")
+        paths.append(os.path.join(folder, f"{name}.jpg"))
+        files.write_bytes(paths[-1], example.image)
+    return paths
 
 
 def captions(split, num_examples, seed=0):
