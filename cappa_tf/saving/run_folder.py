@@ -262,6 +262,11 @@ def find_vocabulary(folder):
     return next((path for path in paths if files.exists(path)), paths[0])
 
 
+def _kind(settings):
+    """The class of a tokenizer: only Hugging Face's has ids of its own."""
+    return HuggingFaceTokenizer if "pad_id" in settings else Tokenizer
+
+
 def load_preprocessing(workdir):
     """Loads the tokenizer and the image preprocessing of a run or a preset.
 
@@ -276,7 +281,7 @@ def load_preprocessing(workdir):
     if preset_folder.is_preset(workdir):
         vocabulary = find_vocabulary(workdir)
         image, texts = preset_folder.preprocessing(workdir)
-        tokenizer = texts and Tokenizer(vocabulary, **texts)
+        tokenizer = texts and _kind(texts)(vocabulary, **texts)
         return tokenizer, ImagePreprocessing.from_json(image)
     path = os.path.join(workdir, "preprocessing.json")
     try:
@@ -291,8 +296,7 @@ def load_preprocessing(workdir):
         image = ImagePreprocessing.from_json(saved["image"])
         if "tokenizer" in saved:
             settings = saved["tokenizer"]
-            # Only files of Hugging Face have ids of their own.
-            kind = HuggingFaceTokenizer if "pad_id" in settings else Tokenizer
+            kind = _kind(settings)
             vocabulary = os.path.join(workdir, kind.file_name)
             tokenizer = kind(vocabulary, **settings)
     except (KeyError, TypeError) as error:
