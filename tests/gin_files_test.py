@@ -40,6 +40,7 @@ GIVEN_FOR = {
     "gin/data/tfds.gin": ("TOKENIZER='here'",),
     "gin/data/webdataset.gin": ("TOKENIZER='here'",),
     "gin/lit_b16.gin": ("ENCODER='there'",),
+    "gin/clip_jax_l16.gin": ("WEIGHTS='there'",),
 }
 
 # Objectives of each kind of model other than a captioner.
@@ -100,6 +101,15 @@ def test_a_runnable_file_builds_parts_that_fit(path):
         assert lengths == {data.tokenizer.max_length}
         assert tuple(data.image_size) == model.vision_encoder.image_size
     assert callable(found["prepare"]) or found["prepare"] is None
+
+
+def test_the_structure_of_the_public_weights():
+    """Their number, without the contrastive loss' two, and special ids."""
+    model = build(parse("gin/clip_jax_l16.gin")["model"])
+    assert model.count_params() == 676_454_400
+    assert model.vision_encoder.count_params() == 328_237_056
+    special = model.text_decoder.special_tokens.get_config()
+    assert special == {"start": 1, "eos": 2, "pad": 3, "mask": 4}
 
 
 @pytest.mark.parametrize("path", RUNNABLE)

@@ -55,6 +55,10 @@ class Tokenizer(tf.Module):
         sticky_eos: Whether a truncated caption keeps eos.
     """
 
+    # Of the vocabulary in a folder, and the arguments that a run keeps.
+    file_name = FILE_NAME
+    settings = ("max_length", "lowercase", "sticky_eos")
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -78,7 +82,7 @@ class Tokenizer(tf.Module):
     def path(self):
         """Path of the model file, even if its folder was given."""
         if tf.io.gfile.isdir(self._path):
-            return os.path.join(self._path, FILE_NAME)
+            return os.path.join(self._path, self.file_name)
         return self._path
 
     @property
@@ -162,7 +166,7 @@ class Tokenizer(tf.Module):
             int32 [N, longest], padded.
         """
         prompts = tf.convert_to_tensor(prompts, tf.string)
-        return self._tokens(prompts).to_tensor(PAD_ID)
+        return self._tokens(prompts).to_tensor(self.pad_id)
 
     def count_tokens(self, strings):
         """Number of tokens of strings of any shape, without eos, int32."""
@@ -181,9 +185,9 @@ class Tokenizer(tf.Module):
         """Ids [..., L] of ragged [N, (tokens)], of strings of shape [...]."""
         if self.sticky_eos:
             tokens = tokens[:, : self.max_length - 1]
-        eos = tf.fill([tf.size(strings), 1], EOS_ID)
+        eos = tf.fill([tf.size(strings), 1], self.eos_id)
         ids = tf.concat([tokens, eos], axis=1).to_tensor(
-            PAD_ID, shape=[None, self.max_length]
+            self.pad_id, shape=[None, self.max_length]
         )  # [N, L]
         shape = tf.concat([tf.shape(strings), [self.max_length]], 0)
         ids = tf.reshape(ids, shape)
@@ -214,6 +218,14 @@ class Tokenizer(tf.Module):
             if i == UNKNOWN_ID
         ]
         return ids, unknown
+
+    def pieces(self, ids):
+        """The pieces of ids, a list of strings with spaces as such."""
+        strings = self.load().id_to_string(ids).numpy()
+        return [
+            string.decode(errors="replace").replace("\u2581", " ")
+            for string in strings
+        ]
 
     def detokenize(self, ids):
         """Turns ids back into text: up to the first eos, without padding.

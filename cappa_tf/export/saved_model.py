@@ -19,6 +19,7 @@ import re
 import tensorflow as tf
 
 from cappa_tf.data import prompts
+from cappa_tf.data.huggingface_tokenizer import HuggingFaceTokenizer
 from cappa_tf.data.images import decode_resize
 from cappa_tf.export import request_images, serving_files
 from cappa_tf.models import likelihood
@@ -72,6 +73,12 @@ class Service:
             preprocessing, max_pixels=check_integer("max_pixels", max_pixels, 1)
         )
         self._model = model
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            raise ValueError(
+                "A SavedModel reads texts in its graph, which needs a "
+                "SentencePiece vocabulary. The encoder alone can be exported. "
+                f"Received: the tokenizer {tokenizer.path}"
+            )
         self._tokenizer = tokenizer
 
     @property

@@ -12,6 +12,7 @@ import os
 
 import numpy as np
 
+from cappa_tf.models.block_style import check_default_style
 from cappa_tf.models.positions import sincos2d
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving import model_card, torch_layout
@@ -69,6 +70,7 @@ def save_timm(encoder, folder, facts=None):
 
 def _check(encoder):
     torch_layout.check_installed()
+    check_default_style(encoder, "A folder for timm")
     has_head = type(encoder) is not VisionEncoder
     if has_head or encoder.pooling not in ("gap", "none"):
         raise ValueError(

@@ -57,9 +57,11 @@ def attention_maps(model, tokenizer, images, rows):
     maps = decoder.image_attention(
         decoder.shift_right(tf.constant(labels)), memory
     )
-    # Blocks and heads -> [N, L, P]; other tokens come before the patches.
+    # Blocks and heads -> [N, L, P]. A class token comes before the patches,
+    # registers behind them.
     mean = np.mean([np.asarray(one).mean(1) for one in maps], axis=0)
-    mean = mean[..., -grid[0] * grid[1] :]
+    end = mean.shape[-1] - getattr(model.vision_encoder, "kept_registers", 0)
+    mean = mean[..., end - grid[0] * grid[1] : end]
     mean = mean.reshape(len(rows), length, *grid)
     return [
         _by_word(row.pieces, mean[i, start:])

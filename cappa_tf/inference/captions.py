@@ -192,12 +192,9 @@ class CaptionDecoder:
         )
 
     def _pieces(self, tokens):
-        strings = self.tokenizer.load().id_to_string(tokens).numpy()
         return [
-            "<eos>"
-            if token == self.tokenizer.eos_id
-            else string.decode(errors="replace").replace("\u2581", " ")
-            for token, string in zip(tokens, strings)
+            "<eos>" if token == self.tokenizer.eos_id else piece
+            for token, piece in zip(tokens, self.tokenizer.pieces(tokens))
         ]
 
     def caption_files(self, paths, preprocessing):

@@ -18,14 +18,18 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from cappa_tf.data.huggingface_tokenizer import (
+    HuggingFaceTokenizer,
+    open_tokenizer,
+)
 from cappa_tf.data.preprocessing import ImagePreprocessing
-from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.inference import prompting
 from cappa_tf.inference.captions import CaptionDecoder
 from cappa_tf.inference.text_embeddings import TextEmbeddings
 from cappa_tf.models.contrastive import COSINE
 from cappa_tf.saving import (
     big_vision,
+    clip_jax,
     huggingface_tokenizer,
     preset_folder,
     run_folder,
@@ -118,6 +122,12 @@ class Predictor:
         preprocessing = None
         if path.endswith(".npz"):
             model = _open_npz(path, tokenizer)
+        elif clip_jax.is_clip_jax(path):
+            model = clip_jax.load_captioner(path)
+            if tokenizer is None and files.exists(
+                os.path.join(path, HuggingFaceTokenizer.file_name)
+            ):
+                tokenizer = path
         elif siglip.is_siglip(path):
             model = _open_siglip(path)
             vocabulary = os.path.join(path, huggingface_tokenizer.VOCABULARY)
@@ -596,7 +606,10 @@ def _fitting(tokenizer, model, path):
                 "`tokenizer` is for a model that reads texts. Received: "
                 f"{path}, a {type(model).__name__}"
             )
-        return Tokenizer(tokenizer, limit)
+        special = texts.special_tokens
+        return open_tokenizer(
+            tokenizer, limit, pad_id=special.pad, eos_id=special.eos
+        )
     if tokenizer is not None and limit and tokenizer.max_length > limit:
         raise ValueError(
             f"Texts of {path} have at most {limit} tokens. Received: a "

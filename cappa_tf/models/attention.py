@@ -1,4 +1,4 @@
-"""Multi-head attention with cached keys and values, and LayerNorm.
+"""Multi-head attention with cached keys and values.
 
 Written with `keras.ops` only, so that a saved encoder opens under every Keras
 backend. Numerics follow big_vision (models/vit.py, models/proj/cappa/cappa.py).
@@ -12,19 +12,12 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
+from cappa_tf.models.norms import RMSNorm
+from cappa_tf.models.positions import rotate
 from cappa_tf.utils.arguments import (
     check_bool,
     check_counts,
 )
-
-_EPSILON = 1e-6  # of every LayerNorm, flax's default
-
-
-def layer_norm(name, dtype, use_bias=True):
-    """A LayerNorm with the reference's epsilon; `use_bias` keeps `beta`."""
-    return keras.layers.LayerNormalization(
-        epsilon=_EPSILON, center=use_bias, name=name, dtype=dtype
-    )
 
 
 def by_head(projected):
@@ -50,6 +43,8 @@ class MultiHeadAttention(keras.layers.Layer):
         kernel_initializer: Initializer of the four kernels, in any form that
             `keras.initializers.get` takes; the fans are those of a [D, D]
             matrix.
+        query_key_norm: Whether queries and keys of each head have an RMSNorm,
+            whose scale [C] the heads share.
     """
 
     def __init__(
@@ -59,11 +54,12 @@ class MultiHeadAttention(keras.layers.Layer):
         *,
         use_bias=True,
         kernel_initializer="glorot_uniform",
+        query_key_norm=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
         check_counts(hidden_dim=hidden_dim, num_heads=num_heads)
-        check_bool(use_bias=use_bias)
+        check_bool(use_bias=use_bias, query_key_norm=query_key_norm)
         if hidden_dim % num_heads != 0:
             raise ValueError(
                 "`hidden_dim` must be divisible by `num_heads`. Received: "
@@ -80,6 +76,12 @@ class MultiHeadAttention(keras.layers.Layer):
             for name in ("query", "key", "value")
         )
         self._out = self._projection("out", "bthc,hcd->btd", (None, hidden_dim))
+        self.query_key_norm = query_key_norm
+        if query_key_norm:
+            self._query_norm, self._key_norm = (
+                RMSNorm(name=f"{name}_norm", dtype=self.dtype_policy)
+                for name in ("query", "key")
+            )
 
     def _projection(self, name, equation, output_shape):
         return keras.layers.EinsumDense(
@@ -101,19 +103,35 @@ class MultiHeadAttention(keras.layers.Layer):
         self._value.build((None, None, memory_shape[-1]))
         head_dim = self.hidden_dim // self.num_heads
         self._out.build((None, None, self.num_heads, head_dim))
+        if self.query_key_norm:
+            for norm in (self._query_norm, self._key_norm):
+                norm.build((None, None, self.num_heads, head_dim))
 
-    def project(self, memory):
+    def project(self, memory, rotation=None):
         """Projects the attended sequence to keys and values.
 
         Args:
             memory: [B, S, E].
+            rotation: `Rotation` of the keys' positions; None if positions do
+                not rotate.
 
         Returns:
             Two tensors [B, S, H, C].
         """
-        return self._key(memory), self._value(memory)
+        keys = self._key(memory)
+        if self.query_key_norm:
+            keys = self._key_norm(keys)
+        return rotate(keys, rotation), self._value(memory)
 
-    def call(self, x, keys, values, attention_mask=None, by_head=False):
+    def call(
+        self,
+        x,
+        keys,
+        values,
+        attention_mask=None,
+        by_head=False,
+        rotation=None,
+    ):
         """Attends from x to the given keys and values.
 
         Call arguments:
@@ -125,18 +143,23 @@ class MultiHeadAttention(keras.layers.Layer):
             by_head: Whether keys and values are [B, H, S, C], as transposed by
                 the function `by_head`. A loop that attends to them repeatedly
                 then need not transpose them each time.
+            rotation: Of the queries' positions, as in `project`.
 
         Returns:
             [B, T, D].
         """
-        weights = self.attention_weights(x, keys, attention_mask, by_head)
+        weights = self.attention_weights(
+            x, keys, attention_mask, by_head, rotation
+        )
         weights = ops.cast(weights, self.compute_dtype)
         if not by_head:
             values = ops.transpose(values, (0, 2, 1, 3))  # -> [B, H, S, C]
         out = ops.transpose(ops.matmul(weights, values), (0, 2, 1, 3))
         return self._out(out)  # [B, T, H, C] -> [B, T, D]
 
-    def attention_weights(self, x, keys, attention_mask=None, by_head=False):
+    def attention_weights(
+        self, x, keys, attention_mask=None, by_head=False, rotation=None
+    ):
         """How much each query attends to each key.
 
         Args:
@@ -144,11 +167,16 @@ class MultiHeadAttention(keras.layers.Layer):
             keys: [B, S, H, C].
             attention_mask: Optional bool.
             by_head: Whether keys are [B, H, S, C].
+            rotation: Of the queries' positions.
 
         Returns:
             float32 [B, H, T, S], which sum to 1 over S.
         """
-        query = self._query(x) * ops.cast(self._scale, self.compute_dtype)
+        query = self._query(x)
+        if self.query_key_norm:
+            query = self._query_norm(query)
+        query = rotate(query, rotation)
+        query = query * ops.cast(self._scale, self.compute_dtype)
         query = ops.transpose(query, (0, 2, 1, 3))  # -> [B, H, T, C]
         if by_head:
             scores = ops.einsum("bhtc,bhsc->bhts", query, keys)
@@ -172,6 +200,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "num_heads": self.num_heads,
             "use_bias": self.use_bias,
             "kernel_initializer": _serialized(self.kernel_initializer),
+            "query_key_norm": self.query_key_norm,
         }
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.models import stateless_random
-from cappa_tf.models.attention import layer_norm
 from cappa_tf.models.contrastive import check_pooling
 from cappa_tf.models.data_checks import (
     check_image_size,
@@ -19,6 +18,7 @@ from cappa_tf.models.data_checks import (
     check_without_prompts,
 )
 from cappa_tf.models.losses import bag_of_tokens as losses
+from cappa_tf.models.norms import layer_norm
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.task import ExampleLosses, Task
 from cappa_tf.utils.arguments import check_counts, check_integer

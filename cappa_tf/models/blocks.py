@@ -9,8 +9,10 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.models.attention import MultiHeadAttention, layer_norm
+from cappa_tf.models.attention import MultiHeadAttention
+from cappa_tf.models.block_style import BlockStyle
 from cappa_tf.models.mlp import MLP
+from cappa_tf.models.norms import layer_norm
 from cappa_tf.models.stateless_random import (
     StatelessDropout,
     StochasticDepth,
@@ -28,6 +30,7 @@ class EncoderBlock(keras.layers.Layer):
         dropout: Dropout rate after attention, in the MLP and after it.
         stochastic_depth: Fraction of the examples that skip attention in
             training, and of those that skip the MLP.
+        style: `BlockStyle`, or None for the default.
 
     Reference: big_vision models/vit.py `Encoder1DBlock`, which has no
     stochastic depth.
@@ -41,26 +44,37 @@ class EncoderBlock(keras.layers.Layer):
         mlp_dim,
         dropout=0.0,
         stochastic_depth=0.0,
+        style=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        style = BlockStyle.of(style)
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
         self.dropout = dropout
         dtype = self.dtype_policy
-        self._attention_norm = layer_norm("attention_norm", dtype)
+        self.style = style
+        self._attention_norm = style.make_norm("attention_norm", dtype)
         self._attention = MultiHeadAttention(
-            hidden_dim, num_heads, name="attention", dtype=dtype
+            hidden_dim,
+            num_heads,
+            use_bias=style.bias(True),
+            query_key_norm=style.query_key_norm,
+            name="attention",
+            dtype=dtype,
         )
-        self._mlp_norm = layer_norm("mlp_norm", dtype)
+        self._mlp_norm = style.make_norm("mlp_norm", dtype)
         self._mlp = MLP(
             mlp_dim,
+            use_bias=style.bias(True),
             dropout=dropout,
             salt=f"{self.name}/mlp",
+            style=style,
             name="mlp",
             dtype=dtype,
         )
+        self._post_norms = _post_norms(style, dtype, True, ("attention",))
         places = ("attention", "mlp")
         self._drops = _dropouts(self, dropout, places)
         self.stochastic_depth = stochastic_depth
@@ -71,7 +85,12 @@ class EncoderBlock(keras.layers.Layer):
     def build(self, input_shape):
         """Creates the block for inputs [B, P, D]."""
         shape = (None, None, input_shape[-1])
-        for part in (self._attention_norm, self._attention, self._mlp_norm):
+        for part in (
+            self._attention_norm,
+            self._attention,
+            self._mlp_norm,
+            *self._post_norms.values(),
+        ):
             part.build(shape)
         self._mlp.build(shape)
 
@@ -91,6 +110,8 @@ class EncoderBlock(keras.layers.Layer):
 
     def _add(self, x, y, place, seeds, training):
         """Adds a branch to the residual stream."""
+        if place in self._post_norms:
+            y = self._post_norms[place](y)
         y = self._drops[place](y, seeds, training=training)
         return x + self._skips[place](y, seeds, training=training)
 
@@ -107,6 +128,7 @@ class EncoderBlock(keras.layers.Layer):
             "mlp_dim": self.mlp_dim,
             "dropout": self.dropout,
             "stochastic_depth": self.stochastic_depth,
+            **self.style.in_config(),
         }
 
 
@@ -114,9 +136,10 @@ class EncoderBlock(keras.layers.Layer):
 class DecoderBlock(keras.layers.Layer):
     """Pre-LayerNorm self-attention, cross-attention to an image, and MLP.
 
-    Attention never has biases. The captions of an image are adjacent ([N, ...]
-    with N = B * K): their queries attend to that image's patches as one long
-    sequence, so the image's keys and values are never repeated.
+    Attention has no biases, unless the `style` says so. The captions of an
+    image are adjacent ([N, ...] with N = B * K): their queries attend to that
+    image's patches as one long sequence, so the image's keys and values are
+    never repeated.
 
     Args:
         hidden_dim: Width D.
@@ -125,6 +148,7 @@ class DecoderBlock(keras.layers.Layer):
         use_bias: Whether MLP and LayerNorms have biases.
         dropout: Dropout rate after both attentions, in the MLP and after it
             (deviation: the reference also drops attention weights).
+        style: `BlockStyle`, or None for the default.
 
     Reference: big_vision models/proj/cappa/cappa.py `EncoderDecoderBlock`.
     """
@@ -137,17 +161,20 @@ class DecoderBlock(keras.layers.Layer):
         mlp_dim,
         use_bias=False,
         dropout=0.0,
+        style=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        style = BlockStyle.of(style)
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
         self.use_bias = use_bias
         self.dropout = dropout
         dtype = self.dtype_policy
+        self.style = style
         self._norms = {
-            place: layer_norm(f"{place}_norm", dtype, use_bias)
+            place: style.make_norm(f"{place}_norm", dtype, use_bias)
             for place in ("self_attention", "cross_attention", "mlp")
         }
         # LeCun is flax's default for attention, which the reference keeps.
@@ -155,8 +182,9 @@ class DecoderBlock(keras.layers.Layer):
             MultiHeadAttention(
                 hidden_dim,
                 num_heads,
-                use_bias=False,
+                use_bias=style.bias(False),
                 kernel_initializer="lecun_normal",
+                query_key_norm=style.query_key_norm,
                 name=name,
                 dtype=dtype,
             )
@@ -164,18 +192,22 @@ class DecoderBlock(keras.layers.Layer):
         )
         self._mlp = MLP(
             mlp_dim,
-            use_bias=use_bias,
+            use_bias=style.bias(use_bias),
             dropout=dropout,
             salt=f"{self.name}/mlp",
+            style=style,
             name="mlp",
             dtype=dtype,
+        )
+        self._post_norms = _post_norms(
+            style, dtype, use_bias, ("self_attention", "cross_attention")
         )
         self._drops = _dropouts(self, dropout, ("self", "cross", "mlp"))
 
     def build(self, input_shape, memory_shape):
         """Creates the block for text [N, L, D] and patches [B, P, E]."""
         shape = (None, None, input_shape[-1])
-        for norm in self._norms.values():
+        for norm in (*self._norms.values(), *self._post_norms.values()):
             norm.build(shape)
         self.self_attention.build(shape)
         self.cross_attention.build(shape, (None, None, memory_shape[-1]))
@@ -190,6 +222,7 @@ class DecoderBlock(keras.layers.Layer):
         seeds=None,
         training=False,
         with_weights=False,
+        rotation=None,
     ):
         """Runs the block over whole captions, or over one cached position.
 
@@ -205,6 +238,8 @@ class DecoderBlock(keras.layers.Layer):
             training: Whether to apply dropout.
             with_weights: Whether to return those of the attention to the
                 image, too; not with a cache.
+            rotation: `Rotation` of the positions of x, or None. The keys in a
+                cache are rotated already.
 
         Returns:
             x [N, L, D], and the (keys, values) that were attended to: two
@@ -212,26 +247,37 @@ class DecoderBlock(keras.layers.Layer):
             weights also these, float32 [N, H, L, P].
         """
         y = self._norms["self_attention"](x)
-        keys, values = self.self_attention.project(y)
+        keys, values = self.self_attention.project(y, rotation)
         if cache is not None:
             keys = _write(cache[0], keys, cache[2])
             values = _write(cache[1], values, cache[2])
         in_loop = cache is not None
         y = self.self_attention(
-            y, keys, values, attention_mask, by_head=in_loop
+            y,
+            keys,
+            values,
+            attention_mask,
+            by_head=in_loop,
+            rotation=rotation,
         )
+        y = self._post_norm("self_attention", y)
         x = x + self._drops["self"](y, seeds, training=training)
         if memory is not None:
             y = self._norms["cross_attention"](x)
             if with_weights:
                 weights = self._image_weights(y, memory[0])
             y = self._attend_to_image(y, memory, in_loop)
+            y = self._post_norm("cross_attention", y)
             x = x + self._drops["cross"](y, seeds, training=training)
         y = self._mlp(self._norms["mlp"](x), seeds, training=training)
         x = x + self._drops["mlp"](y, seeds, training=training)
         if with_weights:
             return x, (keys, values), weights
         return x, (keys, values)
+
+    def _post_norm(self, place, y):
+        """The norm of an attention's output, if the style has one."""
+        return self._post_norms[place](y) if self._post_norms else y
 
     def _image_weights(self, x, keys):
         """Weights [B * K, H, L, P] of the attention of x [B * K, L, D]."""
@@ -259,7 +305,22 @@ class DecoderBlock(keras.layers.Layer):
             "mlp_dim": self.mlp_dim,
             "use_bias": self.use_bias,
             "dropout": self.dropout,
+            **self.style.in_config(),
         }
+
+
+def _post_norms(style, dtype, use_bias, places):
+    """Norms of the outputs of attentions, by name; none in most styles.
+
+    They have a scale in any style, as NormFormer needs them to.
+    """
+    return {
+        place: style.make_norm(
+            f"{place}_post_norm", dtype, use_bias, use_scale=True
+        )
+        for place in places
+        if style.post_norm
+    }
 
 
 def _dropouts(block, rate, places, layer=StatelessDropout, suffix="dropout"):

@@ -1,4 +1,4 @@
-"""MLP of a Transformer block.
+"""MLP of a Transformer block, plain or gated.
 
 Written with `keras.ops` only, so that a saved encoder opens under every Keras
 backend. Numerics follow big_vision (models/vit.py, models/proj/cappa/cappa.py).
@@ -8,8 +8,8 @@ Abbreviations for dimensions:
 """
 
 import keras
-from keras import ops
 
+from cappa_tf.models.block_style import BlockStyle
 from cappa_tf.models.stateless_random import StatelessDropout
 from cappa_tf.utils.arguments import (
     check_bool,
@@ -22,16 +22,29 @@ from cappa_tf.utils.arguments import (
 class MLP(keras.layers.Layer):
     """Two dense layers with a tanh-approximated gelu between them.
 
+    A `style` may have another activation, a gate (a third layer, whose
+    activated output is multiplied with that of the first) and a norm of the
+    hidden layer.
+
     Args:
         mlp_dim: Width of the hidden layer.
         use_bias: Whether both layers have biases.
         dropout: Dropout rate after the gelu.
         salt: Name that separates this dropout's random numbers from others,
             unique within a part of the model.
+        style: `BlockStyle` or None for the default; its `use_bias` has no
+            effect here.
     """
 
     def __init__(
-        self, mlp_dim, *, use_bias=True, dropout=0.0, salt="mlp", **kwargs
+        self,
+        mlp_dim,
+        *,
+        use_bias=True,
+        dropout=0.0,
+        salt="mlp",
+        style=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         check_counts(mlp_dim=mlp_dim)
@@ -41,12 +54,13 @@ class MLP(keras.layers.Layer):
         self.use_bias = use_bias
         self.dropout = dropout
         self.salt = salt
+        self.style = BlockStyle.of(style)
         self._dropout = StatelessDropout(
             dropout, salt, name="dropout", dtype=self.dtype_policy
         )
 
     def build(self, input_shape):
-        """Creates both dense layers for inputs [B, T, D]."""
+        """Creates the dense layers for inputs [B, T, D]."""
         args = {
             "use_bias": self.use_bias,
             "kernel_initializer": "glorot_uniform",
@@ -57,7 +71,16 @@ class MLP(keras.layers.Layer):
         self._expand = keras.layers.Dense(self.mlp_dim, name="expand", **args)
         self._project = keras.layers.Dense(width, name="project", **args)
         self._expand.build((None, None, width))
-        self._project.build((None, None, self.mlp_dim))
+        hidden = (None, None, self.mlp_dim)
+        self._project.build(hidden)
+        if self.style.gated_mlp:
+            self._gate = keras.layers.Dense(self.mlp_dim, name="gate", **args)
+            self._gate.build((None, None, width))
+        if self.style.post_norm:
+            self._norm = self.style.make_norm(
+                "hidden_norm", self.dtype_policy, self.use_bias
+            )
+            self._norm.build(hidden)
 
     def call(self, x, seeds=None, training=False):
         """Maps x [B, T, D] to [B, T, D].
@@ -67,8 +90,14 @@ class MLP(keras.layers.Layer):
             seeds: uint32 [B], dropout seeds, as in `StatelessDropout`.
             training: Whether to apply dropout.
         """
-        x = ops.gelu(self._expand(x), approximate=True)
-        return self._project(self._dropout(x, seeds, training=training))
+        hidden = self._expand(x)
+        if self.style.gated_mlp:
+            hidden = self.style.activate(self._gate(x)) * hidden
+        else:
+            hidden = self.style.activate(hidden)
+        if self.style.post_norm:
+            hidden = self._norm(hidden)
+        return self._project(self._dropout(hidden, seeds, training=training))
 
     def compute_output_shape(self, input_shape, *unused, **also_unused):
         """The shape of the input."""
@@ -82,4 +111,5 @@ class MLP(keras.layers.Layer):
             "use_bias": self.use_bias,
             "dropout": self.dropout,
             "salt": self.salt,
+            **self.style.in_config(),
         }

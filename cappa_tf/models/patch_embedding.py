@@ -18,12 +18,14 @@ class PatchEmbedding(keras.layers.Layer):
     Args:
         hidden_dim: Width D of the embeddings.
         patch_size: (height, width) of a patch in pixels.
+        use_bias: Whether a bias is added.
     """
 
-    def __init__(self, hidden_dim, patch_size, **kwargs):
+    def __init__(self, hidden_dim, patch_size, use_bias=True, **kwargs):
         super().__init__(**kwargs)
         self.hidden_dim = hidden_dim
         self.patch_size = tuple(patch_size)
+        self.use_bias = use_bias
 
     def build(self, input_shape):
         """Creates kernel [h, w, channels, D] and bias [D]."""
@@ -32,9 +34,10 @@ class PatchEmbedding(keras.layers.Layer):
             shape=(*self.patch_size, input_shape[-1], self.hidden_dim),
             initializer="lecun_normal",
         )
-        self.bias = self.add_weight(
-            name="bias", shape=(self.hidden_dim,), initializer="zeros"
-        )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias", shape=(self.hidden_dim,), initializer="zeros"
+            )
 
     def call(self, images):
         """Maps images [B, H, W, channels] to [B, P, D], row by row."""
@@ -45,7 +48,8 @@ class PatchEmbedding(keras.layers.Layer):
         x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
         x = ops.reshape(x, (-1, rows * columns, h * w * channels))
         kernel = ops.reshape(self.kernel, (-1, self.hidden_dim))
-        return ops.matmul(x, kernel) + self.bias
+        x = ops.matmul(x, kernel)
+        return x + self.bias if self.use_bias else x
 
     def compute_output_shape(self, input_shape):
         """[B, P, D]."""
@@ -59,4 +63,5 @@ class PatchEmbedding(keras.layers.Layer):
             **super().get_config(),
             "hidden_dim": self.hidden_dim,
             "patch_size": self.patch_size,
+            "use_bias": self.use_bias,
         }

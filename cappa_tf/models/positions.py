@@ -6,6 +6,7 @@ use it.
 B: batch.  T: positions of an input.  P: patches.  D: width.
 """
 
+import dataclasses
 import math
 
 import keras
@@ -112,22 +113,43 @@ class PositionEmbedding(keras.layers.Layer):
 
     Args:
         grid: (rows, columns); text of length L has the grid (1, L).
-        kind: "learned" (initialized with N(0, 1/sqrt(D))) or "sincos2d"
-            (fixed).
+        kind: "learned" (initialized with N(0, 1/sqrt(D))), "sincos2d" (fixed)
+            or "factorised": the sum of a learned embedding of the row and one
+            of the column, of the same total variance.
+        table_grid: (rows, columns) of the tables of factorised positions, by
+            default `grid`. Another grid is interpolated from them, linearly
+            with fixed end points, so that one set of weights serves all
+            resolutions.
+
+    Reference of factorised positions: borisdayma/clip-jax
+    clip_jax/modeling.py `CLIPVisionEmbeddings`.
     """
 
-    def __init__(self, grid, kind="learned", **kwargs):
+    def __init__(self, grid, kind="learned", table_grid=None, **kwargs):
         super().__init__(**kwargs)
-        check_choice(("learned", "sincos2d"), kind=kind)
+        check_choice(("learned", "sincos2d", "factorised"), kind=kind)
         self.grid = tuple(grid)
         self.kind = kind
+        self.table_grid = tuple(table_grid or grid)
 
     def build(self, input_shape):
-        """Creates the table [1, rows * columns, D]."""
+        """Creates the table [1, rows * columns, D], or both its factors."""
         dim = input_shape[-1]
         rows, columns = self.grid
         if self.kind == "sincos2d":
             self.position_embedding = sincos2d(rows, columns, dim)
+            return
+        if self.kind == "factorised":
+            self.rows, self.columns = (
+                self.add_weight(
+                    name=name,
+                    shape=(1, size, dim),
+                    initializer=keras.initializers.RandomNormal(
+                        stddev=(2 * dim) ** -0.5
+                    ),
+                )
+                for name, size in zip(("rows", "columns"), self.table_grid)
+            )
             return
         self.position_embedding = self.add_weight(
             name="position_embedding",
@@ -137,16 +159,142 @@ class PositionEmbedding(keras.layers.Layer):
 
     def table(self):
         """The positions [1, rows * columns, D] in the compute dtype."""
-        return ops.cast(self.position_embedding, self.compute_dtype)
+        if self.kind != "factorised":
+            return ops.cast(self.position_embedding, self.compute_dtype)
+        rows, columns = (
+            _stretched(ops.cast(table, "float32")[0], size)
+            for table, size in zip((self.rows, self.columns), self.grid)
+        )
+        table = rows[:, None] + columns[None]  # -> [rows, columns, D]
+        table = ops.reshape(table, (1, -1, table.shape[-1]))
+        return ops.cast(table, self.compute_dtype)
 
-    def call(self, x):
-        """Adds the first T positions to x [B, T, D]."""
-        return x + self.table()[:, : ops.shape(x)[1]]
+    def apply(self, x, positions=None):
+        """Adds positions to x [B, T, D].
 
-    def compute_output_shape(self, input_shape):
+        Args:
+            x: [B, T, D].
+            positions: int [1 or B, T], the position of each input; by default
+                the first T.
+        """
+        if positions is None:
+            return x + self.table()[:, : ops.shape(x)[1]]
+        return x + ops.take(self.table()[0], positions, axis=0)
+
+    def call(self, x, positions=None):
+        """The same as `apply`."""
+        return self.apply(x, positions)
+
+    def rotation(self, head_dim, positions):
+        """None: these positions do not rotate queries and keys."""
+        del head_dim, positions
+
+    def compute_output_shape(self, input_shape, *unused, **also_unused):
         """The shape of the input."""
         return input_shape
 
     def get_config(self):
         """Returns the constructor's arguments."""
-        return {**super().get_config(), "grid": self.grid, "kind": self.kind}
+        return {
+            **super().get_config(),
+            "grid": self.grid,
+            "kind": self.kind,
+            "table_grid": self.table_grid,
+        }
+
+
+def _stretched(table, size):
+    """Resamples a float32 table [N, D] to [size, D] if the sizes differ."""
+    if table.shape[0] == size:
+        return table
+    matrix = _interpolation(table.shape[0], size)
+    return ops.matmul(ops.convert_to_tensor(matrix, "float32"), table)
+
+
+@keras.saving.register_keras_serializable("cappa_tf")
+class RotaryPositions(keras.layers.Layer):
+    """Rotates queries and keys by their position; adds nothing to the input.
+
+    Dimension i of a head is paired with i + C / 2, and the pair is turned by
+    position * max_wavelength^(-2 i / C). So attention sees differences of
+    positions only. There are no weights.
+
+    Args:
+        max_wavelength: Base of the wavelengths.
+
+    Reference: arXiv 2104.09864; borisdayma/clip-jax clip_jax/modeling.py
+    `RotaryEmbedding` (which pairs halves, not neighbors as in the paper).
+    """
+
+    def __init__(self, max_wavelength=10_000.0, **kwargs):
+        super().__init__(**kwargs)
+        self.max_wavelength = max_wavelength
+
+    def build(self, input_shape):
+        """Creates nothing."""
+        del input_shape
+
+    def apply(self, x, positions=None):
+        """Returns x."""
+        del positions
+        return x
+
+    def call(self, x, positions=None):
+        """The same as `apply`."""
+        return self.apply(x, positions)
+
+    def rotation(self, head_dim, positions):
+        """The rotation of these positions.
+
+        Args:
+            head_dim: C, even.
+            positions: int [1 or B, T].
+
+        Returns:
+            `Rotation`.
+        """
+        powers = -2.0 * np.arange(head_dim // 2) / head_dim
+        frequencies = (self.max_wavelength**powers).astype(np.float32)
+        angles = ops.cast(positions, "float32")[..., None, None] * frequencies
+        return Rotation(ops.cos(angles), ops.sin(angles))
+
+    def compute_output_shape(self, input_shape, *unused, **also_unused):
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "max_wavelength": self.max_wavelength,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation of queries and keys, by the positions of a text.
+
+    It is an object, as Keras would cast tensors that are arguments of a layer
+    to the compute dtype.
+
+    Attributes:
+        cosine: float32 [1 or B, T, 1, C / 2].
+        sine: float32 of the same shape.
+    """
+
+    cosine: object
+    sine: object
+
+    def __call__(self, x):
+        """Rotates queries or keys [B, T, H, C]."""
+        a, b = ops.split(ops.cast(x, "float32"), 2, axis=-1)
+        rotated = [
+            a * self.cosine - b * self.sine,
+            b * self.cosine + a * self.sine,
+        ]
+        return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
+
+
+def rotate(x, rotation):
+    """Rotates x [B, T, H, C]; a rotation of None returns it as it is."""
+    return x if rotation is None else rotation(x)

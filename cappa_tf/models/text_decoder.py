@@ -10,13 +10,15 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
-from cappa_tf.models.attention import by_head, layer_norm
+from cappa_tf.models.attention import by_head
+from cappa_tf.models.block_style import BlockStyle
 from cappa_tf.models.blocks import DecoderBlock
-from cappa_tf.models.positions import PositionEmbedding
+from cappa_tf.models.positions import PositionEmbedding, RotaryPositions
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.stateless_random import next_seeds, seed_generator
 from cappa_tf.utils.arguments import (
     check_bool,
+    check_choice,
     check_counts,
     check_fraction,
     check_number,
@@ -42,7 +44,10 @@ class TextDecoder(keras.Model):
         dropout: Dropout rate of the blocks.
         special_tokens: `SpecialTokens`; by default CapPa's, with MASK as an
             input one past the vocabulary. Parallel prediction needs MASK.
-        position_embedding: "learned" or "sincos2d" (of a 1 x M grid).
+        position_embedding: "learned", "sincos2d" (of a 1 x M grid) or
+            "rotary" (of queries and keys in self-attention).
+        style: `BlockStyle` of the blocks and the final norm (or a dict of its
+            fields), by default big_vision's.
         embedding_stddev: Standard deviation of the initial token embeddings.
             At the reference's 1.0 they dominate the residual stream, and hide
             what attention adds, until long training has shrunk them. With
@@ -69,6 +74,7 @@ class TextDecoder(keras.Model):
         dropout=0.0,
         special_tokens: SpecialTokens | None = None,
         position_embedding="learned",
+        style=None,
         embedding_stddev=1.0,
         remat=False,
         **kwargs,
@@ -82,6 +88,10 @@ class TextDecoder(keras.Model):
         )
         check_fraction(dropout=dropout)
         check_bool(use_bias=use_bias, remat=remat)
+        check_choice(
+            ("learned", "sincos2d", "rotary"),
+            position_embedding=position_embedding,
+        )
         if special_tokens is None:
             special_tokens = SpecialTokens(mask=vocabulary_size)
         if not isinstance(special_tokens, SpecialTokens):
@@ -103,6 +113,7 @@ class TextDecoder(keras.Model):
         self.dropout = dropout
         self.special_tokens = special_tokens
         self.position_embedding = position_embedding
+        self.style = BlockStyle.of(style)
         self.embedding_stddev = check_number(
             "embedding_stddev", embedding_stddev, exclusive=True
         )
@@ -124,12 +135,15 @@ class TextDecoder(keras.Model):
             name="tokens",
             dtype=dtype,
         )
-        self._positions = PositionEmbedding(
-            (1, self.max_length),
-            self.position_embedding,
-            name="positions",
-            dtype=dtype,
-        )
+        if self.position_embedding == "rotary":
+            self._positions = RotaryPositions(name="positions", dtype=dtype)
+        else:
+            self._positions = PositionEmbedding(
+                (1, self.max_length),
+                self.position_embedding,
+                name="positions",
+                dtype=dtype,
+            )
         self.blocks = [
             DecoderBlock(
                 self.hidden_dim,
@@ -137,12 +151,13 @@ class TextDecoder(keras.Model):
                 mlp_dim=self.mlp_dim,
                 use_bias=self.use_bias,
                 dropout=self.dropout,
+                style=self.style,
                 name=f"decoder_block_{i}",
                 dtype=dtype,
             )
             for i in range(self.num_layers)
         ]
-        self._norm = layer_norm("decoder_norm", dtype)
+        self._norm = self.style.make_norm("decoder_norm", dtype)
         # float32 even under mixed precision, for exact log-probabilities.
         self._head = keras.layers.Dense(
             self.vocabulary_size,
@@ -189,6 +204,17 @@ class TextDecoder(keras.Model):
         """
         start = ops.full_like(labels[:, :1], self.special_tokens.start)
         return ops.concatenate([start, labels[:, :-1]], axis=1)
+
+    def _embed(self, tokens, positions=None):
+        """Embedded tokens [N, L, D], and the rotation of their positions.
+
+        `positions` are int [1 or N, L]; by default 0, 1, ...
+        """
+        x = self._positions(self._embedding(tokens), positions)
+        if positions is None:
+            positions = ops.arange(ops.shape(tokens)[1])[None]
+        head_dim = self.hidden_dim // self.num_heads
+        return x, self._positions.rotation(head_dim, positions)
 
     def project_memory(self, encoded):
         """Cross-attention keys and values of encoded images, for each block.
@@ -250,11 +276,9 @@ class TextDecoder(keras.Model):
         """
         if training and seeds is None and self.seed_generator is not None:
             seeds = next_seeds(self.seed_generator, ops.shape(tokens)[0])
-        x = self._embedding(tokens)
-        if positions is None:
-            x = self._positions(x)
-        else:
-            x = x + ops.take(self._positions.table(), positions, axis=1)
+        if positions is not None:
+            positions = positions[None]
+        x, rotation = self._embed(tokens, positions)
         mask = attention_mask
         if mask is None:
             mask = self.attention_mask(ops.shape(tokens)[1], parallel)
@@ -267,6 +291,7 @@ class TextDecoder(keras.Model):
                     attention_mask=mask,
                     seeds=seeds,
                     training=training,
+                    rotation=rotation,
                 )[0]
 
             keys_values = () if memory is None else memory[i]
@@ -286,10 +311,14 @@ class TextDecoder(keras.Model):
             over the patches.
         """
         mask = self.attention_mask(ops.shape(tokens)[1])
-        x, maps = self._positions(self._embedding(tokens)), []
+        (x, rotation), maps = self._embed(tokens), []
         for block, keys_values in zip(self.blocks, memory, strict=True):
             x, _, weights = block(
-                x, keys_values, attention_mask=mask, with_weights=True
+                x,
+                keys_values,
+                attention_mask=mask,
+                with_weights=True,
+                rotation=rotation,
             )
             maps.append(weights)
         return maps
@@ -326,12 +355,14 @@ class TextDecoder(keras.Model):
         """
         tokens = self.shift_right(prompts)
         count = ops.shape(tokens)[1]
-        x = self._embedding(tokens) + self._positions.table()[:, :count]
+        x, rotation = self._embed(tokens)
         mask = self.attention_mask(count)
         filled = []
         for i, block in enumerate(self.blocks):
             keys_values = None if memory is None else memory[i]
-            x, written = block(x, keys_values, attention_mask=mask)
+            x, written = block(
+                x, keys_values, attention_mask=mask, rotation=rotation
+            )
             empty = [(0, 0), (0, 0), (0, length), (0, 0)]
             filled.append(tuple(ops.pad(by_head(w), empty) for w in written))
         return filled
@@ -356,12 +387,9 @@ class TextDecoder(keras.Model):
             [N, 1, D] after the final LayerNorm, and the cache filled up to and
             including this position.
         """
-        table = self._positions.table()
         if positions is None:
-            position = ops.slice(table, (0, index, 0), (1, 1, self.hidden_dim))
-        else:
-            position = ops.take(table[0], positions, axis=0)[:, None]
-        x = self._embedding(tokens) + position
+            positions = ops.reshape(index, (1,))
+        x, rotation = self._embed(tokens, positions[:, None])
         mask = attention_mask
         if mask is None:
             places = ops.arange(cache[0][0].shape[2])
@@ -370,7 +398,11 @@ class TextDecoder(keras.Model):
         for i, block in enumerate(self.blocks):
             keys_values = None if memory is None else memory[i]
             x, written = block(
-                x, keys_values, attention_mask=mask, cache=(*cache[i], index)
+                x,
+                keys_values,
+                attention_mask=mask,
+                cache=(*cache[i], index),
+                rotation=rotation,
             )
             filled.append(written)
         return self._norm(x), filled
@@ -394,6 +426,7 @@ class TextDecoder(keras.Model):
             "dtype": serialize(self.dtype_policy),
             "special_tokens": serialize(self.special_tokens),
             **config,
+            **self.style.in_config(),
         }
 
     @classmethod

@@ -9,8 +9,8 @@ import functools
 import keras
 from keras import ops
 
-from cappa_tf.models.attention import layer_norm
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
+from cappa_tf.models.norms import layer_norm
 from cappa_tf.models.positions import PositionEmbedding
 from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.stateless_random import (

@@ -2,7 +2,7 @@
 
 Abbreviations for dimensions:
     B: batch.  H, W: height and width of the image in pixels.
-    P: number of patches.  D: width.
+    P: number of patches.  D: width.  R: number of registers.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import keras
 from keras import ops
 
-from cappa_tf.models.attention import layer_norm
+from cappa_tf.models.block_style import BlockStyle
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.patch_embedding import PatchEmbedding
 from cappa_tf.models.positions import PositionEmbedding
@@ -26,6 +26,7 @@ from cappa_tf.utils.arguments import (
     check_choice,
     check_counts,
     check_fraction,
+    check_integer,
     height_width,
 )
 
@@ -36,6 +37,10 @@ POOLINGS = ("gap", "map", "tok", "none")
 class VisionEncoder(keras.Model):
     """ViT: patches, positions, pre-LayerNorm blocks, final LayerNorm, pooling.
 
+    Registers are learned inputs behind the patches and without a position, in
+    which blocks can keep what belongs to no patch (arXiv 2309.16588). A decoder
+    attends to them; pooling leaves them out.
+
     Args:
         hidden_dim: Width D.
         num_layers: Number of blocks.
@@ -44,7 +49,14 @@ class VisionEncoder(keras.Model):
         patch_size: Side of a patch in pixels, or (height, width).
         image_size: Side of the image in pixels, or (height, width); a
             multiple of the patch size.
-        position_embedding: "learned" or "sincos2d".
+        position_embedding: "learned", "sincos2d" or "factorised".
+        position_grid: (rows, columns) of the tables of factorised positions,
+            by default the grid of patches.
+        num_registers: Number of registers R.
+        keep_registers: Whether `encoded` includes the registers.
+        style: `BlockStyle` of the blocks and the final norm (or a dict of its
+            fields), by default big_vision's. Without biases, patches have
+            none either.
         dropout: Dropout rate of the embeddings and blocks.
         patch_dropout: Fraction of the patches left out in training, sampled
             for each example; `encoded` is then shorter. Not used in inference.
@@ -66,8 +78,8 @@ class VisionEncoder(keras.Model):
 
     Returns:
         Dict with `encoded` [B, P, D] after the final LayerNorm (pooling
-        "tok": [B, 1 + P, D], class token first) and `pre_logits` [B, D].
-        A `Classifier` adds logits.
+        "tok": [B, 1 + P, D], class token first; registers last: [B, P + R, D])
+        and `pre_logits` [B, D]. A `Classifier` adds logits.
 
     Reference: big_vision models/vit.py. Patch dropout and stochastic depth
     are this project's own (the reference's captioner documents the former but
@@ -84,6 +96,10 @@ class VisionEncoder(keras.Model):
         patch_size=16,
         image_size=224,
         position_embedding="learned",
+        position_grid=None,
+        num_registers=0,
+        keep_registers=True,
+        style=None,
         dropout=0.0,
         patch_dropout=0.0,
         stochastic_depth=0.0,
@@ -92,7 +108,8 @@ class VisionEncoder(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_bool(remat=remat)
+        check_bool(remat=remat, keep_registers=keep_registers)
+        check_integer("num_registers", num_registers)
         check_counts(num_layers=num_layers, mlp_dim=mlp_dim)
         check_fraction(
             dropout=dropout,
@@ -106,13 +123,17 @@ class VisionEncoder(keras.Model):
         self.mlp_dim = mlp_dim
         self.patch_size = height_width("patch_size", patch_size)
         self.image_size = height_width("image_size", image_size)
+        self.grid = self._grid()
         self.position_embedding = position_embedding
+        self.position_grid = self._position_grid(position_grid)
+        self.num_registers = num_registers
+        self.keep_registers = keep_registers
+        self.style = BlockStyle.of(style)
         self.dropout = dropout
         self.patch_dropout = patch_dropout
         self.stochastic_depth = stochastic_depth
         self.pooling = pooling
         self.remat = remat
-        self.grid = self._grid()
         self.set_salt_prefix("encoder")
         self.seed_generator = None
         if max(dropout, patch_dropout, stochastic_depth) > 0.0:
@@ -129,13 +150,34 @@ class VisionEncoder(keras.Model):
             )
         return height // h, width // w
 
+    def _position_grid(self, position_grid):
+        """(rows, columns) of the tables of factorised positions, else None."""
+        if self.position_embedding == "factorised":
+            return height_width("position_grid", position_grid or self.grid)
+        if position_grid is not None:
+            raise ValueError(
+                "`position_grid` is for factorised positions. Received: "
+                f"position_grid={position_grid!r}, "
+                f"position_embedding={self.position_embedding!r}"
+            )
+        return None
+
     def _make_layers(self):
         dtype = self.dtype_policy
+        style = self.style
         self._patches = PatchEmbedding(
-            self.hidden_dim, self.patch_size, name="patches", dtype=dtype
+            self.hidden_dim,
+            self.patch_size,
+            use_bias=style.bias(True),
+            name="patches",
+            dtype=dtype,
         )
         self._positions = PositionEmbedding(
-            self.grid, self.position_embedding, name="positions", dtype=dtype
+            self.grid,
+            self.position_embedding,
+            self.position_grid,
+            name="positions",
+            dtype=dtype,
         )
         self._embedding_dropout = StatelessDropout(
             self.dropout, "embedding", name="dropout", dtype=dtype
@@ -148,12 +190,13 @@ class VisionEncoder(keras.Model):
                 dropout=self.dropout,
                 stochastic_depth=self.stochastic_depth
                 * (i / max(1, self.num_layers - 1)),
+                style=style,
                 name=f"encoder_block_{i}",
                 dtype=dtype,
             )
             for i in range(self.num_layers)
         ]
-        self._norm = layer_norm("encoder_norm", dtype)
+        self._norm = style.make_norm("encoder_norm", dtype)
         self._pool = None
         if self.pooling == "map":
             self._pool = AttentionPooling(
@@ -170,6 +213,14 @@ class VisionEncoder(keras.Model):
                 name="class_token",
                 shape=(1, 1, self.hidden_dim),
                 initializer="zeros",
+            )
+        if self.num_registers > 0:
+            self.registers = self.add_weight(
+                name="registers",
+                shape=(1, self.num_registers, self.hidden_dim),
+                initializer=keras.initializers.RandomNormal(
+                    stddev=self.hidden_dim**-0.5
+                ),
             )
         for layer in (*self.blocks, self._norm):
             layer.build(shape)
@@ -195,11 +246,19 @@ class VisionEncoder(keras.Model):
             token = ops.cast(self.class_token, x.dtype)
             token = ops.broadcast_to(token, (ops.shape(x)[0], 1, x.shape[-1]))
             x = ops.concatenate([token, x], axis=1)
+        if self.num_registers > 0:
+            registers = ops.cast(self.registers, x.dtype)
+            shape = (ops.shape(x)[0], *registers.shape[1:])
+            registers = ops.broadcast_to(registers, shape)
+            x = ops.concatenate([x, registers], axis=1)
         x = self._embedding_dropout(x, seeds, training=training)
         for block in self.blocks:
             run = functools.partial(block, seeds=seeds, training=training)
             x = keras.remat(run)(x) if self.remat and training else run(x)
-        return self._outputs(self._norm(x))
+        x = self._norm(x)
+        if self.num_registers > 0 and not self.keep_registers:
+            x = x[:, : -self.num_registers]
+        return self._outputs(x)
 
     def _check_images(self, images):
         if tuple(images.shape[1:]) != (*self.image_size, 3):
@@ -233,8 +292,15 @@ class VisionEncoder(keras.Model):
             return {"encoded": encoded}
         return {"encoded": encoded, "pre_logits": self.pool(encoded)}
 
+    @property
+    def kept_registers(self):
+        """Number of registers at the end of `encoded`."""
+        return self.num_registers if self.keep_registers else 0
+
     def pool(self, encoded):
         """Pools `encoded` [B, P, D] to `pre_logits` [B, D]."""
+        if self.kept_registers > 0:
+            encoded = encoded[:, : -self.kept_registers]
         if self.pooling == "gap":
             return ops.mean(encoded, axis=1)
         if self.pooling == "tok":
@@ -244,6 +310,7 @@ class VisionEncoder(keras.Model):
     def output_shapes(self):
         """Dict name -> shape of an image's output in inference."""
         tokens = self.grid[0] * self.grid[1] + (self.pooling == "tok")
+        tokens += self.kept_registers
         shapes = {"encoded": (tokens, self.hidden_dim)}
         if self.pooling != "none":
             shapes["pre_logits"] = (self.hidden_dim,)
@@ -273,6 +340,16 @@ class VisionEncoder(keras.Model):
         config = {name: getattr(self, name) for name in names}
         base = {"name": self.name, "trainable": self.trainable}
         dtype = keras.saving.serialize_keras_object(self.dtype_policy)
+        # Left out if it is the default, like `style`.
+        special = {
+            "position_grid": (self.position_grid, None),
+            "num_registers": (self.num_registers, 0),
+            "keep_registers": (self.keep_registers, True),
+        }
+        for name, (value, default) in special.items():
+            if value != default:
+                config[name] = value
+        config.update(self.style.in_config())
         return {**base, "dtype": dtype, **config}
 
     @classmethod

@@ -15,6 +15,7 @@ import os
 
 import numpy as np
 
+from cappa_tf.models.block_style import check_default_style
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.classifier import Classifier
 from cappa_tf.models.contrastive import Contrastive
@@ -103,8 +104,8 @@ def load_captioner(
         options.setdefault("masked_pred_prob", 0.0)
     captioner = Captioner(encoder, decoder, **options)
     captioner.build()
-    _load(vision_rows, encoder, vision)
-    _load(text_rows, decoder, text)
+    load_rows(vision_rows, encoder, vision)
+    load_rows(text_rows, decoder, text)
     return captioner
 
 
@@ -146,7 +147,7 @@ def load_vision_encoder(path_or_arrays, image_size=None):
     if structure["rep"] or structure["head"]:
         model = Classifier(model, sizes.get("K"), sizes.get("R"))
     model.build()
-    _load(rows, model, arrays)
+    load_rows(rows, model, arrays)
     return model
 
 
@@ -242,9 +243,9 @@ def load_two_towers(
         **options,
     )
     model.build()
-    _load(vision_rows, model.vision_encoder, vision)
-    _load(text_rows, model.text_encoder, text)
-    _load(head_rows, model.contrastive_head, arrays)
+    load_rows(vision_rows, model.vision_encoder, vision)
+    load_rows(text_rows, model.text_encoder, text)
+    load_rows(head_rows, model.contrastive_head, arrays)
     return model
 
 
@@ -498,8 +499,8 @@ def paired(rows, model):
     return [(row, [variables[path] for path in paths]) for row, paths in pairs]
 
 
-def _load(rows, model, arrays):
-    """Assigns arrays to the variables of a model."""
+def load_rows(rows, model, arrays):
+    """Assigns arrays to the variables of a model, as `paired` matches them."""
     for row, variables in paired(rows, model):
         parts = [arrays[row.name]]
         if row.axis is not None:
@@ -510,6 +511,8 @@ def _load(rows, model, arrays):
 
 def _arrays(rows, model):
     """Dict of arrays from the variables of a model."""
+    part = getattr(model, "vision_encoder", model)
+    check_default_style(part, "A file of big_vision")
     arrays = {}
     for row, variables in paired(rows, model):
         values = [to_numpy(v) for v in variables]

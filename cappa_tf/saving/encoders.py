@@ -17,7 +17,13 @@ import numpy as np
 from cappa_tf.models.encoder_adapter import EncoderAdapter
 from cappa_tf.models.task import Task
 from cappa_tf.models.vision_encoder import VisionEncoder
-from cappa_tf.saving import big_vision, preset_folder, run_folder, siglip
+from cappa_tf.saving import (
+    big_vision,
+    clip_jax,
+    preset_folder,
+    run_folder,
+    siglip,
+)
 from cappa_tf.saving.weights import rebuilt
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_choice
@@ -186,6 +192,8 @@ def _open(path, weights, image_size):
     """(the model at `path`, arguments of an adapter that its files tell)."""
     if path.endswith(".npz"):
         return _encoder(big_vision.load_vision_encoder(path, image_size), path)
+    if clip_jax.is_clip_jax(path):
+        return _encoder(clip_jax.load_captioner(path), path)
     if siglip.is_siglip(path):
         return siglip.load_siglip_vision(path), {}
     if _is_hub(path):

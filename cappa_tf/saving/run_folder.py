@@ -1,7 +1,7 @@
 """Folder of a run, from which its model opens without any configuration.
 
 model.json           the model's constructor arguments (Keras)
-tokenizer.model      its vocabulary, if it reads texts
+tokenizer.model      its vocabulary, if it reads texts (or tokenizer.json)
 preprocessing.json   how images and captions become its input
 checkpoints/ best/   training state and best weights (checkpoints.py)
 model.keras          the model at the end of the run
@@ -18,6 +18,7 @@ import zipfile
 import keras
 import tensorflow as tf
 
+from cappa_tf.data.huggingface_tokenizer import HuggingFaceTokenizer
 from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.tokenizer import Tokenizer
 from cappa_tf.models.encoder_adapter import EncoderAdapter, import_packages
@@ -26,9 +27,6 @@ from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving import model_card, preset_folder
 from cappa_tf.saving.checkpoints import restore_model
 from cappa_tf.utils import files
-
-# Arguments of `Tokenizer` that determine the model's input.
-_CAPTION = ("max_length", "lowercase", "sticky_eos")
 
 
 def open_workdir(path):
@@ -60,18 +58,33 @@ def describe_run(workdir, model, data):
         ValueError: If the folder holds a run with another vocabulary.
     """
     serialized = keras.saving.serialize_keras_object(model)
-    kept = {"image": data.preprocessing.to_json()}
-    if data.tokenizer is not None:
-        _keep_vocabulary(workdir, data.tokenizer.path)
-        kept["tokenizer"] = caption_arguments(data.tokenizer)
     files.write_json(os.path.join(workdir, "model.json"), serialized)
     _remove_old(workdir, "captioner.json")
+    save_preprocessing(workdir, data.tokenizer, data.preprocessing)
+
+
+def save_preprocessing(workdir, tokenizer, preprocessing):
+    """Writes what `load_preprocessing` reads: how inputs are made.
+
+    Args:
+        workdir: Folder of a run, or of the file of a model.
+        tokenizer: `Tokenizer` or None.
+        preprocessing: `ImagePreprocessing` of evaluation.
+
+    Raises:
+        ValueError: If the folder has another vocabulary.
+    """
+    kept = {"image": preprocessing.to_json()}
+    if tokenizer is not None:
+        _keep_vocabulary(workdir, tokenizer)
+        kept["tokenizer"] = caption_arguments(tokenizer)
     files.write_json(os.path.join(workdir, "preprocessing.json"), kept)
 
 
-def _keep_vocabulary(workdir, path):
+def _keep_vocabulary(workdir, tokenizer):
+    path = tokenizer.path
     vocabulary = files.read_bytes(path)
-    kept = os.path.join(workdir, "tokenizer.model")
+    kept = os.path.join(workdir, tokenizer.file_name)
     if not files.exists(kept):
         files.write_bytes(kept, vocabulary)
     elif files.read_bytes(kept) != vocabulary:
@@ -235,14 +248,23 @@ def training_facts(path):
 
 def caption_arguments(tokenizer):
     """Dict of the arguments of a `Tokenizer` that a model depends on."""
-    return {name: getattr(tokenizer, name) for name in _CAPTION}
+    return {name: getattr(tokenizer, name) for name in tokenizer.settings}
 
 
 def find_vocabulary(folder):
     """Path of the vocabulary of a run or a preset, which may have none."""
     if preset_folder.is_preset(folder):
         return preset_folder.vocabulary(folder)
-    return os.path.join(folder, "tokenizer.model")
+    paths = [
+        os.path.join(folder, kind.file_name)
+        for kind in (Tokenizer, HuggingFaceTokenizer)
+    ]
+    return next((path for path in paths if files.exists(path)), paths[0])
+
+
+def _kind(settings):
+    """The class of a tokenizer: only Hugging Face's has ids of its own."""
+    return HuggingFaceTokenizer if "pad_id" in settings else Tokenizer
 
 
 def load_preprocessing(workdir):
@@ -256,10 +278,10 @@ def load_preprocessing(workdir):
     Raises:
         ValueError: If the folder is not that of a run.
     """
-    vocabulary = find_vocabulary(workdir)
     if preset_folder.is_preset(workdir):
+        vocabulary = find_vocabulary(workdir)
         image, texts = preset_folder.preprocessing(workdir)
-        tokenizer = texts and Tokenizer(vocabulary, **texts)
+        tokenizer = texts and _kind(texts)(vocabulary, **texts)
         return tokenizer, ImagePreprocessing.from_json(image)
     path = os.path.join(workdir, "preprocessing.json")
     try:
@@ -273,7 +295,10 @@ def load_preprocessing(workdir):
     try:
         image = ImagePreprocessing.from_json(saved["image"])
         if "tokenizer" in saved:
-            tokenizer = Tokenizer(vocabulary, **saved["tokenizer"])
+            settings = saved["tokenizer"]
+            kind = _kind(settings)
+            vocabulary = os.path.join(workdir, kind.file_name)
+            tokenizer = kind(vocabulary, **settings)
     except (KeyError, TypeError) as error:
         raise ValueError(
             "A run's preprocessing.json must have `image`, and `tokenizer` if "

@@ -24,6 +24,7 @@ import os
 
 import numpy as np
 
+from cappa_tf.models.block_style import check_default_style
 from cappa_tf.models.contrastive import Contrastive
 from cappa_tf.models.positions import resample_positions, sincos2d, square_grid
 from cappa_tf.models.text_encoder import TextEncoder
@@ -200,6 +201,7 @@ def _check_representable(model):
 
 def _check_encoder(encoder, poolings):
     """Raises ValueError if an encoder is not SiglipVisionModel's."""
+    check_default_style(encoder, "A folder of SigLIP")
     if type(encoder) is not VisionEncoder or encoder.pooling not in poolings:
         allowed = " or ".join(repr(pooling) for pooling in poolings)
         raise ValueError(

@@ -9,14 +9,23 @@ import os
 
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
-from cappa_tf.saving import big_vision, preset_folder, run_folder, siglip
+from cappa_tf.saving import (
+    big_vision,
+    clip_jax,
+    preset_folder,
+    run_folder,
+    siglip,
+)
 from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import files
 
 _POSITIONS = "positions/position_embedding"
 # Arguments of towers that must be those of the source.
-_SIZES = "hidden_dim num_layers num_heads mlp_dim patch_size pooling".split()
+_SIZES = (
+    "hidden_dim num_layers num_heads mlp_dim patch_size pooling style "
+    "num_registers keep_registers"
+).split()
 # Maximum number of differences that an error message lists.
 _MOST_LINES = 12
 
@@ -87,7 +96,8 @@ def initialize(model, path, parts=None):
         model: Built `Task`.
         path: Folder of a run (its final, else its best, else its newest
             weights), preset, `.keras` file of a model or of a vision encoder,
-            npz file of big_vision, or folder of transformers' SigLIP.
+            npz file of big_vision, or folder of transformers' SigLIP or of
+            clip-jax.
         parts: Names of the parts to read; None for the whole model.
 
     Returns:
@@ -158,6 +168,10 @@ def _open(path, model, wanted):
         path = preset_folder.locate(path)
         if path.endswith(".npz"):
             found = _open_npz(path, model, wanted)
+        elif clip_jax.is_clip_jax(path):
+            part = model.parts.get("vision_encoder")
+            size = getattr(part, "image_size", None)
+            found = clip_jax.load_captioner(path, image_size=size)
         elif siglip.is_siglip(path):
             found = _open_siglip(path, wanted)
         else:

@@ -1,5 +1,6 @@
 """tools/convert.py converts weights from big_vision to Keras and back."""
 
+import clip_jax_parity
 import keras
 import numpy as np
 import numpy_reference as reference
@@ -135,3 +136,24 @@ def test_a_model_that_is_both_is_in_neither_layout(tmp_path):
 def test_wrong_flags_are_named(values, named):
     with pytest.raises(ValueError, match=named):
         run(input="missing.npz", **values)
+
+
+def test_captioner_of_clip_jax(tmp_path):
+    arrays, params = clip_jax_parity.read("released")
+    clip_jax_parity.write_folder(tmp_path / "model", arrays, params)
+    output = tmp_path / "captioner.keras"
+    said = run(from_="clip_jax", input=tmp_path / "model", output=output)
+    assert "captioner" in said and "8 x 8" in said
+    encoded = keras.saving.load_model(output).encode(arrays["image"])
+    np.testing.assert_allclose(encoded, arrays["encoded"], atol=2e-5)
+    for other, message in (
+        ({"max_length": 5}, "--max_length is for files of big_vision"),
+        ({"to": "big_vision"}, "must be keras, the other another format"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(
+                from_="clip_jax",
+                input=tmp_path / "model",
+                output=output,
+                **other,
+            )

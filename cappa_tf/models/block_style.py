@@ -1,0 +1,140 @@
+"""What varies between Transformer blocks of published models.
+
+    style = BlockStyle(norm="rms_norm", post_norm=True, gated_mlp=True)
+    encoder = VisionEncoder(style=style)
+
+The default is big_vision's block, which CapPa uses.
+"""
+
+import dataclasses
+
+from keras import ops
+
+from cappa_tf.models.norms import RMSNorm, layer_norm
+from cappa_tf.utils.arguments import check_bool, check_choice
+
+_ACTIVATIONS = {
+    "gelu_tanh": lambda x: ops.gelu(x, approximate=True),
+    "gelu": lambda x: ops.gelu(x, approximate=False),
+    "silu": ops.silu,
+    "relu": ops.relu,
+}
+_NORMS = ("layer_norm", "rms_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStyle:
+    """How the blocks of a tower are made, and its final norm.
+
+    Attributes:
+        norm: "layer_norm" or "rms_norm".
+        norm_scale: Whether the norms at the beginning of each branch, in the
+            MLP and at the end of the tower have a scale. (Others always have.)
+        use_bias: Whether projections and LayerNorms have biases, all of the
+            tower's but those of the output head and of a pooling head. None
+            keeps the tower's own rule: everywhere in an encoder, as the
+            argument `use_bias` says in a decoder.
+        post_norm: Whether the output of each attention has a norm of its own
+            before it is added, and the hidden layer of the MLP another one
+            (NormFormer, arXiv 2110.09456).
+        query_key_norm: Whether queries and keys of each head have an RMSNorm,
+            whose scale the heads share.
+        gated_mlp: Whether the hidden layer of the MLP is the product of an
+            activated layer and a linear one (arXiv 2002.05202).
+        activation: "gelu_tanh", "gelu" (exact), "silu" or "relu".
+    """
+
+    norm: str = "layer_norm"
+    norm_scale: bool = True
+    use_bias: bool | None = None
+    post_norm: bool = False
+    query_key_norm: bool = False
+    gated_mlp: bool = False
+    activation: str = "gelu_tanh"
+
+    def __post_init__(self):
+        check_choice(_NORMS, norm=self.norm)
+        check_choice(tuple(_ACTIVATIONS), activation=self.activation)
+        check_choice((None, True, False), use_bias=self.use_bias)
+        check_bool(
+            norm_scale=self.norm_scale,
+            post_norm=self.post_norm,
+            query_key_norm=self.query_key_norm,
+            gated_mlp=self.gated_mlp,
+        )
+
+    @classmethod
+    def of(cls, value):
+        """A style from an argument: None, a style, or the dict of one.
+
+        Raises:
+            ValueError: If it is something else, or a field is unknown.
+        """
+        if value is None or isinstance(value, cls):
+            return value or cls()
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or value.keys() - names:
+            raise ValueError(
+                f"`style` must be None, a BlockStyle or a dict of its fields "
+                f"{sorted(names)}. Received: style={value!r}"
+            )
+        return cls(**value)
+
+    def in_config(self):
+        """The entry of a layer's configuration, a dict JSON can hold.
+
+        It is empty for the default, so that what is derived from a
+        configuration (the key of cached features) is as it was before there
+        were styles.
+        """
+        if self == BlockStyle():
+            return {}
+        return {"style": dataclasses.asdict(self)}
+
+    def bias(self, default):
+        """Whether there are biases where the tower's own rule is `default`."""
+        return default if self.use_bias is None else self.use_bias
+
+    def make_norm(self, name, dtype, use_bias=True, use_scale=None):
+        """Makes a norm layer of this style.
+
+        Args:
+            name: Name of the layer.
+            dtype: Its dtype policy.
+            use_bias: Whether the tower's own rule is a bias; RMSNorm has none.
+            use_scale: Whether it has a scale; None for `norm_scale`.
+        """
+        scale = self.norm_scale if use_scale is None else use_scale
+        if self.norm == "rms_norm":
+            return RMSNorm(scale, name=name, dtype=dtype)
+        return layer_norm(name, dtype, self.bias(use_bias), scale)
+
+    def activate(self, x):
+        """The activation of x, of any shape."""
+        return _ACTIVATIONS[self.activation](x)
+
+
+def check_default_style(part, purpose):
+    """Checks that a tower is made as big_vision's are.
+
+    Args:
+        part: A `VisionEncoder`, `TextDecoder` or other tower.
+        purpose: What can hold no other one, for the message.
+
+    Raises:
+        ValueError: If its blocks, positions or registers are others.
+    """
+    wrong = []
+    style = getattr(part, "style", BlockStyle())
+    if style != BlockStyle():
+        wrong.append(f"style={style}")
+    if getattr(part, "position_embedding", None) in ("factorised", "rotary"):
+        wrong.append(f"position_embedding={part.position_embedding!r}")
+    if getattr(part, "num_registers", 0):
+        wrong.append(f"num_registers={part.num_registers}")
+    if wrong:
+        raise ValueError(
+            f"{purpose} holds towers of the default block style, with learned "
+            "or sincos2d positions and without registers. Received: "
+            f"{part.name} with {', '.join(wrong)}"
+        )
