@@ -87,7 +87,8 @@ def run_ray(folders, report, address=None, cpus=1.0, gpus=0.0, run=_run):
             try:
                 found = ray.get(done)
             except ray.exceptions.RayError as error:
-                message = str(error).strip().partition("\n")[0]
+                # Its end is the error, after the trace of the worker.
+                message = str(error).strip().rpartition("\n")[2]
                 found = {
                     "state": cell.FAILED,
                     "message": message,
