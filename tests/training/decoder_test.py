@@ -197,8 +197,8 @@ def test_the_tool_asks_the_prompt(trained, tmp_path, capsys, asked):
 
 
 def test_a_head_for_a_siglip_folder_of_transformers(folder, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install '.[interop]'")
     """What was exported elsewhere is encoded as there, and captioned."""
+    pytest.importorskip("safetensors", reason="pip install '.[interop]'")
     tower = VisionEncoder(
         hidden_dim=16,
         num_layers=1,
