@@ -66,28 +66,34 @@ def compare(options):
         root=config.STUDY_ROOT,
     )
     bound = config.arguments(config.STUDY_ROOT)
-    study, workdir = bound["study"], bound["workdir"]
-    cells = study.cells(flops_of)
     if options.dry_run:
-        for cell in cells:
+        for cell in bound["study"].cells(flops_of):
             print(_summary(cell))
         return []
     from cappa_tf.studies import comparison
 
+    # Flags win over what the files bind.
+    given = {
+        argument: options[flag].value
+        for flag, argument in _ARGUMENTS.items()
+        if options[flag].present
+    }
     return comparison.compare(
-        study,
-        workdir,
-        flops_of=flops_of,
-        runner=options.runner,
-        again=options.again,
-        only=options.only,
-        devices=options.devices,
-        ray_address=options.ray_address,
-        cpus=options.cpus,
-        gpus=options.gpus,
-        slurm_options=options.slurm_option,
-        log=print,
+        **{**bound, **given, "flops_of": flops_of, "log": print}
     )
+
+
+# Flag -> argument of `comparison.compare`.
+_ARGUMENTS = {
+    "runner": "runner",
+    "again": "again",
+    "only": "only",
+    "devices": "devices",
+    "ray_address": "ray_address",
+    "cpus": "cpus",
+    "gpus": "gpus",
+    "slurm_option": "slurm_options",
+}
 
 
 def _summary(cell):

@@ -32,35 +32,46 @@ _OF_GIN = ("In call to configurable", "No values supplied by Gin")
 
 
 def write(folder, description):
-    """Writes cell.json; refuses another description than the one there.
+    """Writes cell.json; what has changed in it will be done again.
 
     Args:
         folder: Folder of the cell.
         description: Dict, `Cell.description`.
 
     Raises:
-        ValueError: If the cell was made with other arguments.
+        ValueError: If the run was made with other arguments. Evaluations and
+            probes of other arguments are deleted instead, as the run stays.
     """
     path = os.path.join(folder, "cell.json")
     if files.exists(path):
         found = json.loads(files.read_text(path))
-        if found != description:
-            was, now = (_arguments(d) for d in (found, description))
+        if found == description:
+            return
+        was, now = set(found["train"]), set(description["train"])
+        if was != now:
             raise ValueError(
                 f"{folder} was made with other arguments. Run it again from "
                 f"its start with --again={os.path.basename(folder)}, or use "
                 f"another --workdir. Received: {sorted(now - was)} instead of "
                 f"{sorted(was - now)}"
             )
-        return
+        stale = [
+            os.path.join(folder, "transfer", name)
+            for name, arguments in found["transfer"].items()
+            if description["transfer"].get(name) != arguments
+        ]
+        if found["evaluate"] != description["evaluate"]:
+            stale.append(os.path.join(folder, "evaluation"))
+        for one in stale:
+            if files.exists(one):
+                files.rmtree(one)
+        ended = status(folder)
+        if ended is not None:
+            # Not done any more; the time of the run is kept.
+            ended |= {"state": INTERRUPTED, "message": "to be evaluated anew"}
+            files.write_json(os.path.join(folder, "status.json"), ended)
     files.makedirs(folder)
     files.write_json(path, description)
-
-
-def _arguments(description):
-    parts = [description["train"], description["evaluate"]]
-    parts += description["transfer"].values()
-    return {argument for part in parts for argument in part}
 
 
 def status(folder):

@@ -3,9 +3,11 @@
 It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
 """
 
+import contextlib
 import logging
 import os
 
+from cappa_tf.saving.run_lock import RunLock
 from cappa_tf.studies import cell as cells
 from cappa_tf.studies import results, runners
 from cappa_tf.studies.report import write_report
@@ -59,6 +61,42 @@ def compare(
             f"study={study!r}, workdir={workdir!r}"
         )
     arguments.check_choice(RUNNERS, runner=runner)
+    with contextlib.ExitStack() as stack:
+        if runner in ("local", "ray"):
+            # Two programs would run the same cells.
+            files.makedirs(workdir)
+            stack.enter_context(RunLock(workdir))
+        return _compare(
+            study,
+            workdir,
+            flops_of,
+            again,
+            only,
+            log,
+            run={
+                "local": lambda folders, report: runners.run_local(
+                    folders, report, devices
+                ),
+                "ray": lambda folders, report: runners.run_ray(
+                    folders, report, ray_address, cpus, gpus
+                ),
+                "slurm": lambda folders, report: _submit(
+                    folders, workdir, slurm_options, log
+                ),
+                "none": lambda folders, report: None,
+            }[runner],
+        )
+
+
+def _submit(folders, workdir, options, log):
+    """Writes the script for Slurm and says how to go on."""
+    script = runners.write_slurm(folders, workdir, options)
+    log(f"Submit the cells with: sbatch {script}")
+    log("Afterwards --runner=none writes the report.")
+
+
+def _compare(study, workdir, flops_of, again, only, log, run):
+    """Runs the cells that are missing by `run(folders, report)`."""
     planned = {cell.name: cell for cell in study.cells(flops_of)}
     for name in (*again, *only):
         if name not in planned:
@@ -86,14 +124,8 @@ def compare(
         log(f"{folders[folder].name}: {status['state']} {message}".rstrip())
         _report(study, folders, workdir)
 
-    if waiting and runner == "local":
-        runners.run_local(waiting, report, devices)
-    elif waiting and runner == "ray":
-        runners.run_ray(waiting, report, ray_address, cpus, gpus)
-    elif waiting and runner == "slurm":
-        script = runners.write_slurm(waiting, workdir, slurm_options)
-        log(f"Submit the cells with: sbatch {script}")
-        log("Afterwards --runner=none writes the report.")
+    if waiting:
+        run(waiting, report)
     rows = _report(study, folders, workdir)
     log(f"report: {os.path.join(workdir, 'report.html')}")
     return rows

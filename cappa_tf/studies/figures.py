@@ -1,13 +1,15 @@
 """Figures of a study, drawn by matplotlib."""
 
 import contextlib
+import dataclasses
 import io
+import itertools
 import re
 
 import numpy as np
 
 from cappa_tf.studies import statistics
-from cappa_tf.studies.table import series
+from cappa_tf.studies.table import lower_is_better, series
 from cappa_tf.utils import arguments
 
 # Distinguishable for color-blind people, too (Okabe & Ito).
@@ -66,13 +68,13 @@ class Figures:
         }
 
 
-def draw_all(study, found, metrics):
+def draw_all(found, metrics, scalings):
     """Draws every figure that the results allow.
 
     Args:
-        study: The `Study`.
         found: List of `Group`.
         metrics: Names of the metrics of the table.
+        scalings: List of `Scaling`.
 
     Returns:
         `Figures`.
@@ -82,8 +84,7 @@ def draw_all(study, found, metrics):
     _curves(figures, trained, metrics)
     _few_shot(figures, [g for g in found if g.done])
     _ablations(figures, found, metrics)
-    if study.sizes or len(study.lengths) > 1:
-        _scaling(figures, study, trained, metrics)
+    _scaling(figures, scalings)
     return figures
 
 
@@ -201,30 +202,71 @@ def _ablations(figures, found, metrics):
                 )
 
 
-def _scaling(figures, study, trained, metrics):
-    """Errors over FLOPs with their power law, for each method and metric."""
-    for metric in metrics:
-        laws = []
-        for index, method in enumerate(study.methods):
-            points = [
-                g
-                for g in trained
-                if g.method.name == method.name
-                and g.flops
-                and metric in g.entries
-            ]
-            x = [group.flops for group in points]
-            y = [_error(metric, group.entries[metric].mean) for group in points]
-            try:
-                laws.append(
-                    (index, method, x, y, statistics.PowerLaw.fit(x, y))
-                )
-            except ValueError:
-                continue  # Too few points, or errors of zero.
-        if not laws:
-            continue
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How a metric of a method follows the FLOPs of training.
+
+    Attributes:
+        metric: Name of the metric.
+        method: Name of the method.
+        index: Its number in the study.
+        flops: FLOPs of each of its groups.
+        errors: The metric if lower is better, 1 minus it otherwise.
+        law: `statistics.PowerLaw` of the two.
+    """
+
+    metric: str
+    method: str
+    index: int
+    flops: list
+    errors: list
+    law: statistics.PowerLaw
+
+    def predict(self, factor=4.0):
+        """What the law says of `factor` times the most FLOPs, JSON-able."""
+        flops = factor * max(self.flops)
+        value, low, high = (float(v[0]) for v in self.law.at([flops]))
+        if not lower_is_better(self.metric):
+            value, low, high = 1 - value, 1 - high, 1 - low
+        return {
+            "method": self.method,
+            "metric": self.metric,
+            "exponent": self.law.exponent,
+            "exponent_range": self.law.exponent_range,
+            "flops": flops,
+            "predicted": value,
+            "interval": (low, high),
+        }
+
+
+def scalings(study, found, metrics):
+    """`Scaling`s of every metric and method with enough different points."""
+    scalings = []
+    for metric, (index, method) in itertools.product(
+        metrics, enumerate(study.methods)
+    ):
+        points = [
+            (group.flops, group.entries[metric].mean)
+            for group in found
+            if group.method is method
+            and group.flops
+            and metric in group.entries
+        ]
+        flops = [x for x, _ in points]
+        errors = [y if lower_is_better(metric) else 1.0 - y for _, y in points]
+        try:
+            law = statistics.PowerLaw.fit(flops, errors)
+        except ValueError:
+            continue  # Too few points, or errors of zero.
+        scalings.append(Scaling(metric, method.name, index, flops, errors, law))
+    return scalings
+
+
+def _scaling(figures, scalings):
+    """Errors over FLOPs with their power laws, a figure for each metric."""
+    for metric, some in itertools.groupby(scalings, key=lambda s: s.metric):
         slug = re.sub(r"\W+", "_", f"scaling_{metric}").lower()
-        label = metric if is_loss(metric) else f"1 - {metric}"
+        label = metric if lower_is_better(metric) else f"1 - {metric}"
         with figures.draw(
             slug,
             f"Scaling of {label}",
@@ -233,70 +275,19 @@ def _scaling(figures, study, trained, metrics):
             xscale="log",
             yscale="log",
         ) as axis:
-            for index, method, x, y, law in laws:
-                style = figures.style(index)
-                axis.plot(x, y, linestyle="", **style)
-                places = np.geomspace(min(x), 4 * max(x), 50)
+            for one in some:
+                style, law = figures.style(one.index), one.law
+                axis.plot(one.flops, one.errors, linestyle="", **style)
+                places = np.geomspace(min(one.flops), 4 * max(one.flops), 50)
                 value, low, high = law.at(places)
                 axis.plot(
                     places,
                     value,
                     color=style["color"],
-                    label=f"{method.name}: exponent {law.exponent:.3f} "
+                    label=f"{one.method}: exponent {law.exponent:.3f} "
                     f"({law.exponent_range[0]:.3f} to "
                     f"{law.exponent_range[1]:.3f})",
                 )
                 axis.fill_between(
                     places, low, high, color=style["color"], alpha=0.15, lw=0
                 )
-
-
-def is_loss(metric):
-    """Whether less is better, so that the figure itself can follow a law."""
-    return "loss" in metric or "nll" in metric or "perplexity" in metric
-
-
-def _error(metric, value):
-    return value if is_loss(metric) else 1.0 - value
-
-
-def predictions(study, found, metrics, factor=4.0):
-    """What the power laws predict for a run of `factor` times the FLOPs.
-
-    Returns:
-        List of dicts with method, metric, exponent and its range, the FLOPs
-        and the predicted figure with its 95% interval.
-    """
-    lines = []
-    for metric in metrics:
-        for method in study.methods:
-            points = [
-                g
-                for g in found
-                if g.method.name == method.name
-                and not method.untrained
-                and g.flops
-                and metric in g.entries
-            ]
-            x = [group.flops for group in points]
-            y = [_error(metric, g.entries[metric].mean) for g in points]
-            try:
-                law = statistics.PowerLaw.fit(x, y)
-            except ValueError:
-                continue
-            flops = factor * max(x)
-            value, low, high = (float(v[0]) for v in law.at([flops]))
-            if not is_loss(metric):
-                value, low, high = 1 - value, 1 - high, 1 - low
-            lines.append(
-                {
-                    "method": method.name,
-                    "metric": metric,
-                    "exponent": law.exponent,
-                    "exponent_range": law.exponent_range,
-                    "flops": flops,
-                    "predicted": value,
-                    "interval": (low, high),
-                }
-            )
-    return lines

@@ -64,8 +64,9 @@ def write_report(study, rows, workdir):
     """
     found = table.groups(study, rows)
     metrics = table.shown_metrics(study, found)
-    figures = drawing.draw_all(study, found, metrics)
-    predictions = drawing.predictions(study, found, metrics)
+    scalings = drawing.scalings(study, found, metrics)
+    figures = drawing.draw_all(found, metrics, scalings)
+    predictions = [scaling.predict() for scaling in scalings]
     folder = os.path.join(workdir, "figures")
     files.makedirs(folder)
     for name, image in figures.png.items():
@@ -125,7 +126,7 @@ def _table(study, found, metrics):
     for metric in metrics:
         values = [g.entries[metric].mean for g in found if metric in g.entries]
         if len(values) > 1:
-            lower = drawing.is_loss(metric)
+            lower = table.lower_is_better(metric)
             best[metric] = min(values) if lower else max(values)
     head = "".join(f"<th>{html.escape(m)}</th>" for m in metrics)
     lines = []
@@ -180,7 +181,9 @@ def _matched(study, found):
     lines = []
     for group in found:
         cell = group.rows[0].cell
-        seconds = [r.seconds["train"] for r in group.done if r.seconds]
+        seconds = [
+            r.seconds["train"] for r in group.done if "train" in r.seconds
+        ]
         time = f"{sum(seconds) / len(seconds) / 60:.1f} min" if seconds else ""
         flops = "" if group.flops is None else readable(group.flops)
         lines.append(

@@ -5,9 +5,11 @@ import os
 
 import pytest
 
+from cappa_tf.saving.run_lock import RunLock
 from cappa_tf.studies import cell as cells
 from cappa_tf.studies import comparison, runners
 from cappa_tf.studies.study import Method, Study, Transfer
+from cappa_tf.studies.table import lower_is_better
 from cappa_tf.utils import files
 
 pytest.importorskip("matplotlib", reason="pip install '.[study]'")
@@ -139,6 +141,52 @@ def test_a_cell_of_other_arguments_is_refused(tmp_path, programs):
     compare(tmp_path)
     with pytest.raises(ValueError, match="--again=ours-seed0"):
         compare(tmp_path, make(images=80))
+
+
+def test_another_evaluation_keeps_the_runs(tmp_path, programs):
+    compare(tmp_path)
+    programs.calls = []
+    compare(tmp_path, make(evaluation=["more.gin"]))
+    assert [tool for tool, _ in programs.calls] == ["evaluate"] * 4
+    programs.calls = []
+    other = Transfer(name="probe", gin_files=["other.gin"])
+    compare(tmp_path, make(evaluation=["more.gin"], transfer=[other]))
+    assert [tool for tool, _ in programs.calls] == ["train"] * 4
+
+
+def test_a_second_program_on_the_study_is_refused(tmp_path, programs):
+    with (
+        RunLock(str(tmp_path)),
+        pytest.raises(ValueError, match="another run is using"),
+    ):
+        compare(tmp_path)
+    assert not programs.calls
+
+
+def test_lengths_give_a_power_law(tmp_path, programs):
+    compare(tmp_path, make(images=[40, 80, 160], seeds=1))
+    content = json.loads((tmp_path / "report.json").read_text())
+    laws = {(p["method"], p["metric"]): p for p in content["predictions"]}
+    # The programs find the same whatever the length.
+    law = laws["ours", "fewshot/10_shot"]
+    assert law["exponent"] == pytest.approx(0.0, abs=1e-9)
+    assert law["predicted"] == pytest.approx(0.75)
+    assert law["flops"] == 4 * 160e9
+    assert (tmp_path / "figures" / "scaling_fewshot_10_shot.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        ("nll_per_token", True),
+        ("classification/calibration_error", True),
+        ("images until scenes/micro is 0.75", True),
+        ("fewshot/10_shot", False),
+        ("cider", False),
+    ],
+)
+def test_the_better_value_is_known_by_the_metric(metric, lower):
+    assert lower_is_better(metric) == lower
 
 
 def test_an_unknown_cell_is_refused(tmp_path, programs):
