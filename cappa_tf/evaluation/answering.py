@@ -123,7 +123,7 @@ class Answering:
         if isinstance(given, str | os.PathLike):
             try:
                 given = files.read_text(given).splitlines()
-            except Exception as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(
                     "The answers to choose from must be a list or a text file. "
                     f"Received: answers={self._choices!r} ({error})"
