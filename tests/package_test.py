@@ -115,17 +115,6 @@ def test_a_skipped_test_says_what_to_install():
                 assert any(x in y for x in known for y in reasons), where
 
 
-def test_what_the_readme_names_is_there():
-    readme = (ROOT / "README.md").read_text()
-    files = re.findall(r"(?:cappa_tf|gin|tests|tools)/[\w./]+\.\w+", readme)
-    assert len(files) > 40
-    assert not [name for name in files if not (ROOT / name).exists()]
-    extras = re.findall(r"pip install (?:-e )?'\.\[([\w,]+)\]'", readme)
-    named = {name for group in extras for name in group.split(",")}
-    assert "test" in named
-    assert named <= PROJECT["project"]["optional-dependencies"].keys()
-
-
 def test_versions_agree():
     module = (ROOT / "MODULE.bazel").read_text()
     assert f'version = "{cappa_tf.__version__}"' in module

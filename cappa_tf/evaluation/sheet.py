@@ -58,10 +58,11 @@ def write_sheet(path, rows, title=None, columns=4, marks=True):
     columns = min(columns, len(rows))
     tiles = [_tile(row, marks) for row in rows]
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    legend = "Under each caption: a reference"
+    below = ["a reference"] if any(row.references for row in rows) else []
     if any(row.pieces for row in rows):
-        legend += "; its tokens' probabilities in %"
-    sheet = _assemble(lines, columns, title, f"{legend}.")
+        below.append("its tokens' probabilities in %")
+    legend = f"Under each caption: {'; '.join(below)}." if below else None
+    sheet = _assemble(lines, columns, title, legend)
     with files.replacing(path) as unfinished:
         sheet.save(unfinished, "PNG", optimize=True)
 
@@ -139,10 +140,10 @@ def _assemble(lines, columns, title, legend, tile_width=_TILE):
 
 
 def _header(title, legend, width):
-    """The title and the legend."""
-    texts = [_paragraph(legend, _font(13), width, _GREY)]
-    if title:
-        texts.insert(0, _paragraph(title, _font(20), width))
+    """The title and the legend, if there are any."""
+    texts = [_paragraph(title, _font(20), width)] if title else []
+    if legend:
+        texts.append(_paragraph(legend, _font(13), width, _GREY))
     return _stack(texts, width)
 
 
