@@ -191,6 +191,22 @@ def test_every_macro_exists():
         assert not {*named} - macros - ENVIRONMENT, page.name
 
 
+def test_every_binding_in_the_text_can_be_parsed():
+    found = []
+    for page in PAGES:
+        text, _ = text_and_blocks(page)
+        for code in re.findall(r"`([^`]+)`", text):
+            if code.startswith("--gin_param="):
+                found.append(shlex.split(code)[0].partition("=")[2])
+            elif re.match(r"[a-z_/]+\.[A-Z]\w+\.\w+=", code):
+                found.append(code)
+    assert len(found) > 2
+    for binding in found:
+        config.parse(
+            ["gin/cappa_b16.gin"], ["DATA='here'", binding], workdir="runs/test"
+        )
+
+
 def test_python_examples_import_what_is_there():
     count = 0
     for page in PAGES:
