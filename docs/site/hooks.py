@@ -27,6 +27,7 @@ def on_files(files, config):
 def linked(text):
     """A page of the repository's root with links that hold in the site."""
     text = text.replace("](docs/", "](")
+    text = text.replace("](quickstart.ipynb)", "](quickstart.md)")
     for name, page in _ADDED.items():
         text = text.replace(f"]({name}", f"]({page}")
     # Files that are not pages are named without a link.
