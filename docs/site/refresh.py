@@ -1,11 +1,15 @@
-"""Makes the pictures of the documentation from the project's own scenes.
+"""Makes what the documentation shows: pictures, and the notebook's results.
 
-    python docs/site/images.py --model=scenes_mini --run=runs/quickstart
+    python docs/site/refresh.py --model=scenes_mini --run=runs/quickstart
 
-scenes.png shows held-out scenes: with --model its captions of them, otherwise
-the true ones. curve.png shows the losses of --run.
+images/scenes.png shows held-out scenes: with --model its captions of them,
+otherwise the true ones. images/curve.png shows the losses of --run. With
+--model the notebook is run, too, and what it prints is saved in it.
 """
 
+import contextlib
+import io
+import json
 import pathlib
 import sys
 
@@ -14,14 +18,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from absl import app, flags
 from PIL import Image
 
-_MODEL = flags.DEFINE_string("model", None, "Preset or run to caption with.")
-_RUN = flags.DEFINE_string("run", None, "Run whose losses to show.")
-_FOLDER = pathlib.Path(__file__).resolve().parents[1] / "images"
+FLAGS = flags.FLAGS
+_DOCS = pathlib.Path(__file__).resolve().parents[1]
+_FOLDER = _DOCS / "images"
+_NOTEBOOK = _DOCS / "quickstart.ipynb"
 _SCENES = 4
 _LOSSES = {
     "autoregressive/nll_per_token": "left to right (Cap)",
     "parallel/nll_per_token": "all at once (Pa)",
 }
+
+
+def define_flags():
+    """Defines the flags of this program."""
+    flags.DEFINE_string("model", None, "Preset or run to caption with.")
+    flags.DEFINE_string("run", None, "Run whose losses to show.")
 
 
 def rows(model):
@@ -81,18 +92,42 @@ def draw_curve(run, path):
     figure.savefig(path)
 
 
+def run_notebook(path=_NOTEBOOK):
+    """Runs a notebook's code in this process.
+
+    Args:
+        path: The notebook, as JSON.
+
+    Returns:
+        (dict of the notebook as it was after the run, dict of its variables).
+    """
+    notebook, names = json.loads(path.read_text()), {"__name__": "__main__"}
+    cells = [x for x in notebook["cells"] if x["cell_type"] == "code"]
+    for count, cell in enumerate(cells, 1):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec("".join(cell["source"]), names)
+        text = printed.getvalue().splitlines(keepends=True)
+        output = {"output_type": "stream", "name": "stdout", "text": text}
+        cell |= {"execution_count": count, "outputs": [output] if text else []}
+    return notebook, names
+
+
 def main(argv):
-    """Writes the pictures."""
+    """Writes the pictures, and the notebook with its results."""
     del argv
     from cappa_tf.evaluation.sheet import write_sheet
 
     title = "Compositions that training never shows"
-    write_sheet(_FOLDER / "scenes.png", rows(_MODEL.value), title)
+    write_sheet(_FOLDER / "scenes.png", rows(FLAGS.model), title)
     small(_FOLDER / "scenes.png")
-    if _RUN.value is not None:
-        draw_curve(_RUN.value, _FOLDER / "curve.png")
+    if FLAGS.run is not None:
+        draw_curve(FLAGS.run, _FOLDER / "curve.png")
         small(_FOLDER / "curve.png")
+    if FLAGS.model is not None:
+        notebook, _ = run_notebook()
+        _NOTEBOOK.write_text(json.dumps(notebook, indent=1) + "\n")
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
