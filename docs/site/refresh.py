@@ -76,7 +76,8 @@ def draw_curve(run, path):
     )
     from tensorboard.util import tensor_util
 
-    events = EventAccumulator(f"{run}/tensorboard")
+    every = {"tensors": 0}
+    events = EventAccumulator(f"{run}/tensorboard", size_guidance=every)
     events.Reload()
     figure, axes = pyplot.subplots(figsize=(6, 3), dpi=110)
     for name, label in _LOSSES.items():
