@@ -55,6 +55,38 @@ class CaptionRow:
         """Whether the normalized caption is one of the references."""
         return normalize(self.caption) in map(normalize, self.references)
 
+    @property
+    def words(self):
+        """(word, probability) of each word, the product of its pieces'."""
+        return [
+            (word, float(np.prod(self.probabilities[pieces])))
+            for word, pieces in word_slices(self.pieces)
+        ]
+
+    @property
+    def end_probability(self):
+        """Probability of the end of the caption; None if it was truncated."""
+        ended = self.pieces and self.pieces[-1] == "<eos>"
+        return self.probabilities[-1] if ended else None
+
+
+def word_slices(pieces):
+    """(word, slice of its pieces) of each word of a caption.
+
+    Args:
+        pieces: As of `CaptionRow`; the end of the caption is no word.
+    """
+    words = []
+    for i, piece in enumerate(pieces):
+        if piece == "<eos>":
+            break
+        if piece.startswith(" ") or not words:
+            words.append((piece.strip(), slice(i, i + 1)))
+        else:
+            before, some = words[-1]
+            words[-1] = (before + piece, slice(some.start, i + 1))
+    return words
+
 
 def normalize(caption):
     """Lower-cases a caption and collapses spaces, for exact match."""
