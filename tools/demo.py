@@ -160,6 +160,7 @@ def _connect():
     from cappa_tf.export import serving_clients
 
     names = _SERVED if FLAGS.model is None else (FLAGS.model,)
+    failures = []
     for name in names:
         client = serving_clients.CLIENTS[FLAGS.protocol](
             FLAGS.server, name, FLAGS.timeout
@@ -168,10 +169,10 @@ def _connect():
             client.connect()
             client.signatures()
         except serving_clients.NoServerError as error:
-            failure = error
+            failures.append(str(error))
         else:
             return client, f"{name} at {FLAGS.server}"
-    raise ValueError(str(failure))
+    raise ValueError("; ".join(failures))
 
 
 def _warm_up(server):
