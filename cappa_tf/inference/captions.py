@@ -210,8 +210,12 @@ class CaptionDecoder:
         return array.reshape(self.batch_size, -1, array.shape[-1])
 
     def _row(self, key, caption, tokens, log_probs, references, prompt):
-        ended = np.flatnonzero(tokens == self.tokenizer.eos_id)
-        count = ended[0] + 1 if ended.size else len(tokens)
+        eos, pad = self.tokenizer.eos_id, self.tokenizer.pad_id
+        # Behind a long prompt there may be no room for eos, only padding.
+        ends = np.flatnonzero((tokens == eos) | (tokens == pad))
+        count = len(tokens)
+        if ends.size:
+            count = ends[0] + (tokens[ends[0]] == eos)
         return CaptionRow(
             key=key,
             caption=caption,
