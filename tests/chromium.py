@@ -178,10 +178,12 @@ class Page:
     def choose_files(self, selector, paths):
         """Chooses files in an input, as a person does in its dialog."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call(
-            "DOM.querySelector", nodeId=root, selector=selector
-        )["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[*map(str, paths)])
+        found = self.call("DOM.querySelector", nodeId=root, selector=selector)
+        self.call(
+            "DOM.setFileInputFiles",
+            nodeId=found["nodeId"],
+            files=[*map(str, paths)],
+        )
 
     def press(self, key, code=None, text=None):
         """Presses and releases a key, such as "Tab" or "ArrowRight"."""

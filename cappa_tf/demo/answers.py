@@ -268,9 +268,7 @@ class ServedAnswers:
             if self._rank
             else None,
             # Which prompts it was trained with, only its errors tell.
-            "prompt": {"templates": (), "required": True}
-            if prompted
-            else None,
+            "prompt": {"templates": (), "required": True} if prompted else None,
         }
 
     def warm_up(self):

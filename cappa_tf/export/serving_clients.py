@@ -91,7 +91,10 @@ class RestClient:
                 for name, one in found.items()
             }
         except (
-            RequestFailedError, KeyError, TypeError, AttributeError
+            RequestFailedError,
+            KeyError,
+            TypeError,
+            AttributeError,
         ) as error:
             raise NoServerError(f"{self._url}/metadata: {error}") from None
 
@@ -197,7 +200,8 @@ class GrpcClient:
         found = self._metadata.SignatureDefMap()
         response.metadata["signature_def"].Unpack(found)
         return {
-            name: sorted(one.inputs) for name, one in found.signature_def.items()
+            name: sorted(one.inputs)
+            for name, one in found.signature_def.items()
         }
 
 
