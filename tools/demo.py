@@ -1,7 +1,7 @@
 """Shows what a trained model says about images, on a page of this machine.
 
     python tools/demo.py --checkpoint=runs/flickr8k
-    python tools/demo.py --preset=scenes_mini --port=8000
+    python tools/demo.py --preset=scenes_mini --scenes
     python tools/demo.py --server=localhost:8501
 
 Open the address that it prints in a browser and drop images on the page: it
@@ -17,6 +17,7 @@ import contextlib
 import pathlib
 import signal
 import sys
+import tempfile
 import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -30,6 +31,7 @@ FLAGS = flags.FLAGS
 _MODELS = ("checkpoint", "preset", "server")
 # What a server calls its models by default.
 _SERVED = ("captioner", "contrastive")
+_SCENES, _SCENE_PIXELS = 8, 96
 
 
 def define_flags():
@@ -94,6 +96,12 @@ def define_flags():
         "Maximum size of an image file.",
         lower_bound=0.001,
     )
+    flags.DEFINE_bool(
+        "scenes",
+        False,
+        "Offers a few rendered scenes on the page, of which scenes_mini was "
+        "trained to caption others.",
+    )
     flags.DEFINE_integer(
         "batch_size",
         8,
@@ -123,7 +131,10 @@ def _serve(flag):
 
     with console.naming("port", FLAGS.port):
         server = DemoServer(
-            FLAGS.port, FLAGS.host, int(1e6 * FLAGS.max_megabytes)
+            FLAGS.port,
+            FLAGS.host,
+            int(1e6 * FLAGS.max_megabytes),
+            _scenes() if FLAGS.scenes else (),
         )
     # Where Ctrl-C is not at hand.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -139,6 +150,14 @@ def _serve(flag):
     finally:
         server.stop()
     return 0
+
+
+def _scenes():
+    """Paths of rendered scenes, of compositions that no training shows."""
+    from cappa_tf.data.scenes import world
+
+    folder = tempfile.mkdtemp(prefix="cappa_demo_")
+    return world.write_pictures(folder, _SCENES, _SCENE_PIXELS)
 
 
 def _answers(flag):

@@ -2,6 +2,7 @@
 
     GET  /           the page, and its .css and .js files
     GET  /about      JSON: what the model can do
+    GET  /example/N  an example image, if there are any
     POST /caption    a request of `options.parse`; JSON of `caption`
     POST /rank       the same; JSON of `rank`
 
@@ -17,6 +18,8 @@ import http.server
 import importlib.resources
 import ipaddress
 import json
+import os
+import pathlib
 import socketserver
 import threading
 import urllib.parse
@@ -73,6 +76,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         port: Port; 0 for any that is free.
         host: Address to listen at, by default that of the loopback interface.
         max_bytes: Maximum size of an image file.
+        examples: Paths of PNG files that the page offers.
 
     Attributes:
         answers: `ModelAnswers` or `ServedAnswers`.
@@ -86,8 +90,9 @@ class DemoServer(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, port, host=LOOPBACK, max_bytes=20_000_000):
+    def __init__(self, port, host=LOOPBACK, max_bytes=20_000_000, examples=()):
         self.answers = None
+        self._examples = [os.path.basename(path) for path in examples]
         self.max_bytes = max_bytes
         self.host = host
         folder = importlib.resources.files("cappa_tf.demo") / "page"
@@ -95,6 +100,9 @@ class DemoServer(http.server.ThreadingHTTPServer):
             path: ((folder / name).read_bytes(), kind)
             for path, (name, kind) in _FILES.items()
         }
+        for i, path in enumerate(examples):
+            content = pathlib.Path(path).read_bytes()
+            self.files[f"/example/{i}"] = (content, "image/png")
         self._busy, self._changed = 0, threading.Condition()
         try:
             super().__init__((host, port), _Handler)
@@ -129,7 +137,11 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def about(self):
         """What the page has to know."""
-        return {**self.answers.about(), "max_bytes": self.max_bytes}
+        return {
+            **self.answers.about(),
+            "max_bytes": self.max_bytes,
+            "examples": self._examples,
+        }
 
     def begin(self):
         """Counts a request that is being answered."""

@@ -21,9 +21,12 @@ def pretrained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(pretrained):
+def url(pretrained, tmp_path_factory):
     chromium.executable()  # Skips before a model is served.
-    with running(ModelAnswers(pretrained)) as server:
+    example = tmp_path_factory.mktemp("examples") / "a red circle.png"
+    example.write_bytes(png())
+    answers = ModelAnswers(pretrained)
+    with running(answers, examples=[example]) as server:
         yield server.url
 
 
@@ -110,3 +113,10 @@ def test_a_bad_file_has_its_message_beside_good_ones(page, tmp_path):
     assert "cannot be decoded" in page.evaluate(error)
     rows = "[...document.querySelectorAll('th')].map(x => x.textContent)"
     assert {*page.evaluate(rows)} == {"red", "blue"}
+
+
+def test_examples_are_captioned_at_a_click(page):
+    page.evaluate("document.getElementById('examples').click()")
+    assert answers(page) == "Done: 1 image."
+    name = "document.querySelector('.card h2').textContent"
+    assert page.evaluate(name) == "a red circle.png"

@@ -73,6 +73,7 @@ function showControls() {
     const plain = prompt.templates.find((one) => !one.includes("{question}"));
     $("prompt").value = plain ?? "";
   }
+  $("examples").hidden = !about.examples.length;
   $("ranking").hidden = !rank?.labels;
   $("template").value = rank?.template ?? "{}";
   if (caption?.words) {
@@ -186,6 +187,14 @@ function drop(card) {
   const next = cards[Math.min(place, cards.length - 1)];
   (next?.item.querySelector(".remove") ?? $("files")).focus();
   $("legend").hidden = !cards.length || !$("legend").textContent;
+}
+
+async function addExamples() {
+  const fetched = about.examples.map(async (name, i) => {
+    const response = await fetch(`example/${i}`);
+    return new File([await response.blob()], name, { type: "image/png" });
+  });
+  add(await Promise.all(fetched));
 }
 
 // -- Answers -----------------------------------------------------------------
@@ -445,6 +454,9 @@ $("controls").addEventListener("submit", (event) => {
 $("more").addEventListener("click", () => {
   $("seed").value = Number($("seed").value) + 1;
   $("controls").requestSubmit();
+});
+$("examples").addEventListener("click", () => {
+  addExamples().catch(() => say("The demo does not answer."));
 });
 $("clear").addEventListener("click", () => {
   round += 1;
