@@ -167,11 +167,11 @@ def _answers(flag):
 
     if flag == "server":
         return ServedAnswers(*_connect())
-    return ModelAnswers(
-        presets.from_preset(
-            FLAGS[flag].value, FLAGS.weights, batch_size=FLAGS.batch_size
-        )
+    path = FLAGS[flag].value
+    pretrained = presets.from_preset(
+        path, FLAGS.weights, batch_size=FLAGS.batch_size
     )
+    return ModelAnswers(pretrained, path)
 
 
 def _connect():

@@ -43,14 +43,16 @@ class ModelAnswers:
     Args:
         pretrained: `presets.Pretrained`, with the largest batch as its
             predictor's batch size.
+        name: What the page calls the model, by default the predictor's name.
 
     Raises:
         ValueError: If the model neither captions nor ranks labels.
     """
 
-    def __init__(self, pretrained):
+    def __init__(self, pretrained, name=None):
         self._pretrained = pretrained
         predictor = self._predictor = pretrained.predictor
+        self._name = name or predictor.name
         self._captions = predictor.can(GENERATE)
         self._classifies = predictor.can(CLASSIFY)
         self._ranks = self._classifies or predictor.can(SCORE)
@@ -85,7 +87,7 @@ class ModelAnswers:
                 "required": "" not in predictor.prompts,
             }
         return {
-            "name": predictor.name,
+            "name": self._name,
             "caption": captions,
             "rank": rank,
             "prompt": prompt,

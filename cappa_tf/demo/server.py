@@ -18,6 +18,7 @@ import http.server
 import importlib.resources
 import ipaddress
 import json
+import mimetypes
 import os
 import pathlib
 import socketserver
@@ -76,7 +77,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         port: Port; 0 for any that is free.
         host: Address to listen at, by default that of the loopback interface.
         max_bytes: Maximum size of an image file.
-        examples: Paths of PNG files that the page offers.
+        examples: Paths of image files that the page offers.
 
     Attributes:
         answers: `ModelAnswers` or `ServedAnswers`.
@@ -102,7 +103,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
         }
         for i, path in enumerate(examples):
             content = pathlib.Path(path).read_bytes()
-            self.files[f"/example/{i}"] = (content, "image/png")
+            kind = mimetypes.guess_type(path)[0] or BODY_TYPE
+            self.files[f"/example/{i}"] = (content, kind)
         self._busy, self._changed = 0, threading.Condition()
         try:
             super().__init__((host, port), _Handler)

@@ -134,6 +134,9 @@ function add(files) {
   cards.push(...added);
   $("cards").append(...added.map((card) => card.item));
   if (added.length) {
+    if (matchMedia("(max-width: 62rem)").matches) {
+      $("status").scrollIntoView(); // It is below the form.
+    }
     run(added);
   }
 }
@@ -168,7 +171,7 @@ function makeCard(file) {
     const side = Math.max(naturalWidth, naturalHeight);
     photo.classList.toggle("tiny", side <= TINY);
     if (side <= SMALL) {
-      photo.style.width = `min(100%, ${(16 * naturalWidth) / naturalHeight}rem)`;
+      photo.style.width = `${(16 * naturalWidth) / naturalHeight}rem`;
     }
     frame.hidden = false;
   });
@@ -192,7 +195,8 @@ function drop(card) {
 async function addExamples() {
   const fetched = about.examples.map(async (name, i) => {
     const response = await fetch(`example/${i}`);
-    return new File([await response.blob()], name, { type: "image/png" });
+    const image = await response.blob();
+    return new File([image], name, { type: image.type });
   });
   add(await Promise.all(fetched));
 }
