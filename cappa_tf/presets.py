@@ -138,8 +138,7 @@ class Pretrained:
                     f"Received: {len(prompts)} for {len(images)} images"
                 )
         predictor = self._of_size(len(images))
-        key = (predictor.batch_size, *sorted(generation.items()))
-        decoder = self._keep(key, lambda: predictor.make_decoder(**generation))
+        decoder = self.decoder(len(images), **generation)
 
         def decode(pixels, numbers):
             rows = decoder.decode(
@@ -206,7 +205,42 @@ class Pretrained:
                 the labels do not fit.
         """
         images = _as_list(images)
-        predictor = self._of_size(len(images))
+        ranked = self.ranker(len(images), labels, templates, prompt)
+        return self._each(
+            images, self._of_size(len(images)), lambda pixels, _: ranked(pixels)
+        )
+
+    def decoder(self, count, **generation):
+        """What `caption` captions batches of preprocessed images with.
+
+        Args:
+            count: Number of images. Batches have as many, or the model's batch
+                size if that is less.
+            **generation: As of `caption`.
+
+        Returns:
+            A `CaptionDecoder`, the same one for calls with equal arguments.
+        """
+        predictor = self._of_size(count)
+        key = (predictor.batch_size, *sorted(generation.items()))
+        return self._keep(key, lambda: predictor.make_decoder(**generation))
+
+    def ranker(
+        self, count, labels=None, templates=DEFAULT_TEMPLATES, prompt=None
+    ):
+        """What `classify` ranks labels for batches of preprocessed images with.
+
+        Args:
+            count: As of `decoder`.
+            labels: As of `classify`, like the rest.
+            templates: Texts around a label.
+            prompt: What the labels answer.
+
+        Returns:
+            A function from float32 [at most B, H, W, 3] in [-1, 1] to a list of
+            dicts from label to score, the best first.
+        """
+        predictor = self._of_size(count)
         if predictor.can(CLASSIFY):
             labels = self._class_names(labels)
             scores = predictor.class_probabilities
@@ -223,14 +257,14 @@ class Pretrained:
                 ),
             )
 
-        def ranked(pixels, _):
+        def ranked(images):
             found = []
-            for row in np.asarray(scores(pixels), np.float64):
+            for row in np.asarray(scores(images), np.float64):
                 order = np.argsort(-row, kind="stable")
                 found.append({labels[i]: float(row[i]) for i in order})
             return found
 
-        return self._each(images, predictor, ranked)
+        return ranked
 
     def embed(self, images, kind=FEATURES):
         """Embeds images as vectors.

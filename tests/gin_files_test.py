@@ -437,6 +437,7 @@ def test_quickstart_runs_and_records_what_it_ran(tmp_path):
         "BATCH_SIZE=8",
         "trainer.train.final_evaluation=False",
         "trainer.train.sample_images=0",
+        "settings.EvaluationSettings.image_use_images=0",
         "EVALUATION_IMAGES=2",
     ]
     files = [

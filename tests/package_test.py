@@ -132,7 +132,7 @@ def test_gin_holds_no_python_and_every_folder_is_listed():
 def test_every_command_is_a_tool_that_travels_with_it():
     scripts = PROJECT["project"]["scripts"]
     shipped = PROJECT["tool"]["setuptools"]["py-modules"]
-    assert len(scripts) == len(shipped) == 9
+    assert len(scripts) == len(shipped) == 10
     for name, target in scripts.items():
         tool = name.removeprefix("cappa-").replace("-", "_")
         assert target == f"cappa_tf.commands:{tool}"

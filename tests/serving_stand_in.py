@@ -42,6 +42,7 @@ from serving_batching import INVALID_ARGUMENT, RequestError
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.client import pywrap_tf_session
 from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
     predict_pb2,
     prediction_log_pb2,
     prediction_service_pb2_grpc,
@@ -278,7 +279,7 @@ class Model:
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """The Predict method of the official service."""
+    """The methods of the official service that clients of this project call."""
 
     def __init__(self, model):
         self._model = model
@@ -289,6 +290,18 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         except RequestError as error:
             codes = {code.value[0]: code for code in grpc.StatusCode}
             context.abort(codes[error.code], str(error))
+
+    def GetModelMetadata(self, request, context):
+        try:
+            servable, _ = self._model.find(request.model_spec.name, None)
+        except RequestError as error:
+            context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        found = get_model_metadata_pb2.SignatureDefMap()
+        for name, signature in servable.signatures.items():
+            found.signature_def[name].CopyFrom(signature)
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        response.metadata["signature_def"].Pack(found)
+        return response
 
 
 def main(folder):

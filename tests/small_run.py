@@ -185,6 +185,7 @@ def run(folder, workdir, **overrides):
         "eval_steps": 10,
         "checkpoint_steps": 5,
         "sample_images": 3,
+        "image_use_images": 0,
         "sheet_images": 5,
         "deterministic": True,
         "strategy": "one",

@@ -163,6 +163,7 @@ def arguments(folder, **overrides):
         "log_steps": 2,
         "checkpoint_steps": 2,
         "sample_images": 0,
+        "image_use_images": 0,
         "final_evaluation": False,
         **overrides,
     }

@@ -110,6 +110,15 @@ def test_it_holds_the_presets(wheel):
     assert packed == wanted
 
 
+def test_it_holds_the_page_of_the_demo(wheel):
+    page = {path.name for path in ROOT.glob("cappa_tf/demo/page/*")}
+    prefix = "cappa_tf/demo/page/"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    packed = {x.removeprefix(prefix) for x in names if x.startswith(prefix)}
+    assert packed == page == {"page.html", "page.css", "page.js"}
+
+
 def test_the_gin_files_are_found_from_anywhere(command, tmp_path):
     code = (
         "import pathlib, cappa_tf; from cappa_tf import config; "

@@ -30,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
+from cappa_tf.inference import samplers
 from cappa_tf.utils import console, files
 
 FLAGS = flags.FLAGS
@@ -84,11 +85,8 @@ def define_flags():
 # The flags that each sampler uses. None of them has a default here, so that a
 # flag without effect is detected.
 _USES = {
-    "greedy": (),
-    "random": ("temperature", "seed"),
-    "top_k": ("top_k", "temperature", "seed"),
-    "top_p": ("top_p", "top_k", "temperature", "seed"),
-    "beam": ("beams", "length_penalty"),
+    name: (*uses, "seed") if name in samplers.RANDOM else uses
+    for name, uses in samplers.OPTIONS.items()
 }
 _OF_SAMPLERS = tuple(
     dict.fromkeys(name for uses in _USES.values() for name in uses)
@@ -175,25 +173,8 @@ def _options():
     if "seed" in given:
         options["seed"] = given.pop("seed")
     if FLAGS.sampler != "greedy":
-        options["sampler"] = _sampler(**given)
+        options["sampler"] = samplers.make_sampler(FLAGS.sampler, **given)
     return options
-
-
-def _sampler(
-    top_k=None, top_p=0.9, temperature=1.0, beams=4, length_penalty=0.6
-):
-    from keras_nlp import samplers
-
-    from cappa_tf.models import sampling
-
-    if FLAGS.sampler == "beam":
-        return sampling.BeamSearch(beams, length_penalty)
-    if FLAGS.sampler == "top_k":
-        top_k = 5 if top_k is None else top_k
-        return samplers.TopKSampler(k=top_k, temperature=temperature)
-    if FLAGS.sampler == "top_p":
-        return samplers.TopPSampler(p=top_p, k=top_k, temperature=temperature)
-    return samplers.RandomSampler(temperature=temperature)
 
 
 def main(argv):

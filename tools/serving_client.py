@@ -155,7 +155,7 @@ def ask(client, signature, items, texts, prompt=None):
         if prompt is not None:
             inputs["prompt"] = [prompt] * len(contents)
         start = time.perf_counter()
-        answers = _answers(client, signature, inputs, texts)
+        answers = serving_clients.ask(client, signature, inputs, texts)
         seconds = time.perf_counter() - start
         rows |= dict(zip(contents, answers))
     return [{name: item, **rows[i]} for i, item in enumerate(items)], seconds
@@ -172,39 +172,6 @@ def _read(paths, contents, rows):
             contents[i] = image_files.read(path)
         except image_files.UnusableError as error:
             rows[i] = {"error": error.reason}
-
-
-def _answers(client, signature, inputs, texts):
-    """A dict for each image or text of a request."""
-    count = len(next(iter(inputs.values())))
-    try:
-        outputs = client.predict(signature, inputs)
-        return [_row(signature, outputs, i, texts) for i in range(count)]
-    except serving_clients.RequestFailedError as error:
-        message = str(error)
-    except (KeyError, IndexError, TypeError) as error:
-        message = f"the answer does not fit signature {signature}: {error!r}"
-    return [{"error": message}] * count
-
-
-def _row(signature, outputs, i, texts):
-    if not outputs["ok"][i]:
-        return {"error": _text(outputs["error"][i])}
-    if signature.startswith("embed"):
-        return {"embedding": [float(x) for x in outputs["embedding"][i]]}
-    if signature == "caption":
-        return {
-            "caption": _text(outputs["caption"][i]),
-            "log_likelihood": float(outputs["log_likelihood"][i]),
-        }
-    scores = outputs["score" if signature == "zero_shot" else "log_likelihood"]
-    # A server that batches may have padded columns on the right.
-    numbers = [float(scores[i][j]) for j in range(len(texts))]
-    return {"scores": dict(zip(texts, numbers))}
-
-
-def _text(value):
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def send_all(client, options, items, texts):

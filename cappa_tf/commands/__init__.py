@@ -48,6 +48,7 @@ def with_commands(text):
 caption = functools.partial(run, "caption")
 compare = functools.partial(run, "compare")
 convert = functools.partial(run, "convert")
+demo = functools.partial(run, "demo")
 evaluate = functools.partial(run, "evaluate")
 export = functools.partial(run, "export")
 prepare_data = functools.partial(run, "prepare_data")

@@ -198,6 +198,28 @@ class ImagePreprocessing:
         top, left = (h - height) // 2, (w - width) // 2
         return image[top : top + height, left : left + width]
 
+    def used_part(self, height, width):
+        """The part of an image that the model sees.
+
+        Args:
+            height: Height of the image in pixels, after rotation.
+            width: Width.
+
+        Returns:
+            (left, top, width, height) as fractions of the image's width and
+            height.
+        """
+        if self.resize == "resize_small_central_crop":
+            scale = self.resize_small / min(height, width)
+            resized = (height * scale, width * scale)
+        else:
+            resized = self._resized
+        tall, wide = (
+            min(1.0, used / whole)
+            for used, whole in zip(self.image_size, resized)
+        )
+        return (1 - wide) / 2, (1 - tall) / 2, wide, tall
+
     def __call__(self, encoded):
         """Decodes an image file to float32 [H, W, 3] in [-1, 1]."""
         return decode_resize.to_model_range(self.decode(encoded))

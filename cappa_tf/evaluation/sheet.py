@@ -12,7 +12,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from cappa_tf.utils import files
 
@@ -33,6 +33,7 @@ _COLORS = ((244, 150, 140), (250, 226, 140), (158, 218, 160))
 # Of attention maps.
 _SMALL_TILE = 112
 _HEAT = (226, 30, 30)
+_HEAT_OPACITY = 0.75  # where a map is largest
 
 
 def write_sheet(path, rows, title=None, columns=4, marks=True):
@@ -106,21 +107,34 @@ def _titled(image, heat, text):
         Image.Resampling.BILINEAR,
     )
     if heat is not None:
-        share = np.asarray(heat, np.float32)
-        share = Image.fromarray(share / max(float(share.max()), 1e-12))
-        share = share.resize(tile.size, Image.Resampling.BICUBIC)
-        share = np.clip(np.asarray(share), 0, 1)[..., None]
-        base = np.asarray(tile, np.float32)
         # Pale where nothing was read, so that red stands out on any photo.
-        base = 0.55 * base.mean(-1, keepdims=True) + 0.45 * base
-        base = (1 - 0.75 * share) * base + 0.75 * share * np.array(_HEAT)
-        tile = Image.fromarray(base.astype("uint8"))
+        tile = ImageEnhance.Color(tile).enhance(0.45).convert("RGBA")
+        tile.alpha_composite(heat_layer(heat, tile.size))
     square = Image.new("RGB", (_SMALL_TILE, tile.height), _FRAME)
     square.paste(tile, ((_SMALL_TILE - tile.width) // 2, 0))
     text = text or "(empty caption)"
     return _stack(
         [square, _paragraph(text, _font(13), _SMALL_TILE)], _SMALL_TILE
     )
+
+
+def heat_layer(heat, size):
+    """An attention map as a layer over an image, red where it is large.
+
+    Args:
+        heat: float [rows, columns].
+        size: (width, height) of the image.
+
+    Returns:
+        An RGBA image of Pillow.
+    """
+    share = np.asarray(heat, np.float32)
+    share = Image.fromarray(share / max(float(share.max()), 1e-12))
+    share = np.asarray(share.resize(size, Image.Resampling.BICUBIC))
+    layer = Image.new("RGB", size, _HEAT)
+    opacity = np.clip(share, 0, 1) * (255 * _HEAT_OPACITY)
+    layer.putalpha(Image.fromarray(opacity.astype("uint8")))
+    return layer
 
 
 def _assemble(lines, columns, title, legend, tile_width=_TILE):

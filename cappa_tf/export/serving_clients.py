@@ -75,6 +75,29 @@ class RestClient:
             raise RequestFailedError("the answer has no outputs")
         return answer["outputs"]
 
+    def signatures(self):
+        """Inputs of each signature of the model, a dict of lists of names.
+
+        Raises:
+            NoServerError: If the server does not tell.
+        """
+        try:
+            found = self._ask(f"{self._url}/metadata")["metadata"]
+            found = found["signature_def"]
+            # What the server's JSON nests once more.
+            found = found.get("signature_def", found)
+            return {
+                name: sorted(one.get("inputs", {}))
+                for name, one in found.items()
+            }
+        except (
+            RequestFailedError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            raise NoServerError(f"{self._url}/metadata: {error}") from None
+
     def _ask(self, url, body=None):
         request = urllib.request.Request(
             url, body, {"Content-Type": "application/json"}
@@ -113,6 +136,7 @@ class GrpcClient:
         import grpc
         import tensorflow as tf
         from tensorflow_serving.apis import (
+            get_model_metadata_pb2,
             predict_pb2,
             prediction_service_pb2_grpc,
         )
@@ -121,6 +145,7 @@ class GrpcClient:
         self._make_tensor = tf.make_tensor_proto
         self._make_array = tf.make_ndarray
         self._request = predict_pb2.PredictRequest
+        self._metadata = get_model_metadata_pb2
         self._address = address
         self._model = model
         self._timeout = timeout
@@ -159,5 +184,70 @@ class GrpcClient:
             ) from None
         return {k: self._make_array(v) for k, v in response.outputs.items()}
 
+    def signatures(self):
+        """Inputs of each signature of the model, as `RestClient` gives them."""
+        request = self._metadata.GetModelMetadataRequest()
+        request.model_spec.name = self._model
+        request.metadata_field.append("signature_def")
+        try:
+            response = self._service.GetModelMetadata(
+                request, timeout=self._timeout
+            )
+        except self._grpc.RpcError as error:
+            raise NoServerError(
+                f"{self._address}: {error.code().name}: {error.details()}"
+            ) from None
+        found = self._metadata.SignatureDefMap()
+        response.metadata["signature_def"].Unpack(found)
+        return {
+            name: sorted(one.inputs)
+            for name, one in found.signature_def.items()
+        }
+
 
 CLIENTS = {"grpc": GrpcClient, "rest": RestClient}
+
+
+def ask(client, signature, inputs, texts=()):
+    """Sends a request, and answers each of its images or texts.
+
+    Args:
+        client: `RestClient` or `GrpcClient`.
+        signature: Name of the signature.
+        inputs: As of `RestClient.predict`.
+        texts: The texts to score of an image, for score and zero_shot.
+
+    Returns:
+        A dict for each image or text: `error`, or the answer (`caption` and
+        `log_likelihood`; `scores`, a dict from text to log-likelihood or
+        score; or `embedding`).
+    """
+    count = len(next(iter(inputs.values())))
+    try:
+        outputs = client.predict(signature, inputs)
+        return [_answer(signature, outputs, i, texts) for i in range(count)]
+    except RequestFailedError as error:
+        message = str(error)
+    except (KeyError, IndexError, TypeError) as error:
+        message = f"the answer does not fit signature {signature}: {error!r}"
+    return [{"error": message}] * count
+
+
+def _answer(signature, outputs, i, texts):
+    if not outputs["ok"][i]:
+        return {"error": _text(outputs["error"][i])}
+    if signature.startswith("embed"):
+        return {"embedding": [float(x) for x in outputs["embedding"][i]]}
+    if signature == "caption":
+        return {
+            "caption": _text(outputs["caption"][i]),
+            "log_likelihood": float(outputs["log_likelihood"][i]),
+        }
+    scores = outputs["score" if signature == "zero_shot" else "log_likelihood"]
+    # A server that batches may have padded columns on the right.
+    numbers = [float(scores[i][j]) for j in range(len(texts))]
+    return {"scores": dict(zip(texts, numbers))}
+
+
+def _text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from cappa_tf.inference import prompting
+from cappa_tf.inference.captions import word_slices
 
 
 def attention_maps(model, tokenizer, images, rows):
@@ -64,7 +65,10 @@ def attention_maps(model, tokenizer, images, rows):
     mean = mean[..., end - grid[0] * grid[1] : end]
     mean = mean.reshape(len(rows), length, *grid)
     return [
-        _by_word(row.pieces, mean[i, start:])
+        [
+            (word, mean[i, start:][pieces].mean(0))
+            for word, pieces in word_slices(row.pieces)
+        ]
         for i, (row, start) in enumerate(zip(rows, starts))
     ]
 
@@ -77,17 +81,3 @@ def has_attention_maps(model):
         and hasattr(model, "text_decoder")
         and model.feature_kind is None
     )
-
-
-def _by_word(pieces, maps):
-    """(word, mean map of its pieces), without the end of the caption."""
-    words = []
-    for piece, one in zip(pieces, maps):
-        if piece == "<eos>":
-            break
-        if piece.startswith(" ") or not words:
-            words.append((piece.strip(), [one]))
-        else:
-            before, several = words[-1]
-            words[-1] = (before + piece, [*several, one])
-    return [(word, np.mean(several, axis=0)) for word, several in words]

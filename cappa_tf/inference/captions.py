@@ -55,6 +55,38 @@ class CaptionRow:
         """Whether the normalized caption is one of the references."""
         return normalize(self.caption) in map(normalize, self.references)
 
+    @property
+    def words(self):
+        """(word, probability) of each word, the product of its pieces'."""
+        return [
+            (word, float(np.prod(self.probabilities[pieces])))
+            for word, pieces in word_slices(self.pieces)
+        ]
+
+    @property
+    def end_probability(self):
+        """Probability of the end of the caption; None if it was truncated."""
+        ended = self.pieces and self.pieces[-1] == "<eos>"
+        return self.probabilities[-1] if ended else None
+
+
+def word_slices(pieces):
+    """(word, slice of its pieces) of each word of a caption.
+
+    Args:
+        pieces: As of `CaptionRow`; the end of the caption is no word.
+    """
+    words = []
+    for i, piece in enumerate(pieces):
+        if piece == "<eos>":
+            break
+        if piece.startswith(" ") or not words:
+            words.append((piece.strip(), slice(i, i + 1)))
+        else:
+            before, some = words[-1]
+            words[-1] = (before + piece, slice(some.start, i + 1))
+    return words
+
 
 def normalize(caption):
     """Lower-cases a caption and collapses spaces, for exact match."""
@@ -178,8 +210,12 @@ class CaptionDecoder:
         return array.reshape(self.batch_size, -1, array.shape[-1])
 
     def _row(self, key, caption, tokens, log_probs, references, prompt):
-        ended = np.flatnonzero(tokens == self.tokenizer.eos_id)
-        count = ended[0] + 1 if ended.size else len(tokens)
+        eos, pad = self.tokenizer.eos_id, self.tokenizer.pad_id
+        # Behind a long prompt there may be no room for eos, only padding.
+        ends = np.flatnonzero((tokens == eos) | (tokens == pad))
+        count = len(tokens)
+        if ends.size:
+            count = ends[0] + (tokens[ends[0]] == eos)
         return CaptionRow(
             key=key,
             caption=caption,

@@ -152,6 +152,11 @@ class Captioner(Inference, Task):
         return not (self.samples_ratio and self.masked_pred_prob == 1.0)
 
     @property
+    def predicts_texts(self):
+        """Whether texts have a likelihood without images, too."""
+        return self.left_to_right
+
+    @property
     def selection_metric(self):
         """The name of the metric that selects the best weights."""
         return "nll_per_token" if self.left_to_right else "loss"
@@ -531,6 +536,24 @@ class Captioner(Inference, Task):
             parallel=kind == "parallel",
             prompt_lengths=prompt_lengths,
         )
+
+    def text_nll(self, batch, with_images=True):
+        """Negative log-likelihood of captions, left to right.
+
+        Defined by `Task`; a prompt is read and not counted.
+        """
+        lengths = batch.get("prompt_lengths")
+        if with_images:
+            losses = self.compute_losses(batch, training=False)
+            return losses["nll"], losses["predicted"]
+        scores = self.score_captions(
+            None, batch["labels"], prompt_lengths=lengths
+        )
+        scored = likelihood.scored_tokens(
+            batch["labels"], lengths, self._special_tokens.pad
+        )
+        tokens = tf.reduce_sum(tf.cast(scored, tf.float32), axis=[1, 2])
+        return -tf.reduce_sum(scores, axis=1), tokens
 
     # Serialization.
 

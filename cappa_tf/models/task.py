@@ -62,6 +62,9 @@ class Task(keras.Model):
             None omits the metric there.
         can_generate: Whether the model has `generate`, which captions images.
             A run then writes captions of sample images and of the test split.
+        predicts_texts: Whether the model predicts texts token by token from
+            images, so that `text_nll` is defined. A run then reports how much
+            the texts depend on the images.
         needs_whole_batch: Whether the loss of an example depends on the others
             of the global batch, as in a `WholeBatchTask`.
         frozen_parts: Names of the parts that `freeze` excludes from training.
@@ -76,6 +79,7 @@ class Task(keras.Model):
     selection_mode = "min"
     short_names = {}
     can_generate = False
+    predicts_texts = False
     needs_whole_batch = False
     frozen_parts = ()
     trained_parts = ()
@@ -365,6 +369,19 @@ class Task(keras.Model):
 
         Returns:
             float32 [B, K].
+        """
+        raise NotImplementedError
+
+    def text_nll(self, batch, with_images=True):
+        """Negative log-likelihood of the texts of each example.
+
+        Args:
+            batch: Dict of tensors as in evaluation, see `example_losses`.
+            with_images: False leaves the images out.
+
+        Returns:
+            (nats, tokens): float32 [B], summed over the tokens of an example,
+            and their number.
         """
         raise NotImplementedError
 

@@ -78,6 +78,16 @@ class EvaluationSettings:
     """Number of evaluation images to caption at every validation, if the model
     can generate captions."""
 
+    image_use_images: int = 64
+    """Number of evaluation images whose captions are scored with their own
+    image, with that of another example and with none at every validation, if
+    the model predicts texts from images; 0 for no such report."""
+
+    image_use_bound: float = 0.01
+    """Nats per token that the own image must be worth more than that of another
+    example; below, a warning says once that the decoder hardly uses the images.
+    It is not given in the first tenth of a run; 0 gives none."""
+
     final_evaluation: bool = True
     """Whether to caption the test split at the end. The validation metrics are
     computed on it if the metric that selects the best weights is not among the
@@ -101,6 +111,8 @@ class EvaluationSettings:
         )
         arguments.check_integer("sample_images", self.sample_images, 0)
         arguments.check_integer("sheet_images", self.sheet_images, 0)
+        arguments.check_integer("image_use_images", self.image_use_images, 0)
+        arguments.check_number("image_use_bound", self.image_use_bound)
         arguments.check_bool(
             final_evaluation=self.final_evaluation,
             caption_metrics=self.caption_metrics,

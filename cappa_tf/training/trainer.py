@@ -22,6 +22,7 @@ from cappa_tf.training.distribution.interruption import Interruption
 from cappa_tf.training.distribution.strategies import training_iterator, use_xla
 from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.optimizers.averaging import averaged_weights
+from cappa_tf.training.reporting.image_use import ImageUse
 from cappa_tf.training.reporting.metrics import Interval, Stopwatch
 from cappa_tf.training.reporting.progress import Progress
 from cappa_tf.training.reporting.samples import Samples
@@ -139,7 +140,7 @@ class Trainer:
             self.hosts,
         )
         self._evaluators.open()
-        self._validation = self._samples = None
+        self._validation = self._samples = self._image_use = None
         if self.data.eval is not None:
             self._validation = Validation(
                 self.strategy,
@@ -157,6 +158,15 @@ class Trainer:
                     self.hosts,
                 )
                 self._samples.open()
+            if self.model.predicts_texts and self.evaluation.image_use_images:
+                self._image_use = ImageUse(
+                    self.model,
+                    self.data.eval,
+                    self.evaluation.image_use_images,
+                    self.hosts,
+                    self.evaluation.image_use_bound,
+                )
+                self._image_use.open()
         chief = self.hosts.is_chief
         folder = self.workdir if chief else None
         self._progress = Progress(
@@ -365,8 +375,12 @@ class Trainer:
             return
         with averaged_weights(self.model, self.optimizer):
             figures = self._validation()
+            captions = []
             if self._samples is not None:
-                self._samples.write(self.step, self._summaries)
+                captions = self._samples.write(self.step, self._summaries)
+            use = {}
+            if self._image_use is not None:
+                use = self._image_use(captions)
             value = figures[self.model.selection_metric]
             if self.model.better(value, self._best):
                 self._best = value
@@ -374,6 +388,19 @@ class Trainer:
         self._summaries.scalars(self.step, figures, "validation/")
         named = {f"validation/{name}": v for name, v in figures.items()}
         self._progress.figures(self.step, named)
+        if use:
+            self._report_image_use(use)
+
+    def _report_image_use(self, figures):
+        """Logs what the images are worth; warns if that is too little."""
+        self._summaries.scalars(self.step, figures, "image_use/")
+        named = {f"image_use/{name}": v for name, v in figures.items()}
+        self._progress.figures(self.step, named)
+        warning = self._image_use.warning(
+            figures, self.step / self.settings.total_steps
+        )
+        if warning is not None:
+            self._progress.line(warning)
 
     def _evaluate(self):
         """Runs the evaluators; returns their metrics by name."""

@@ -10,6 +10,7 @@ from cappa_tf.data.schema import Example
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation import captioning
 from cappa_tf.inference import prompting
+from cappa_tf.inference.attention_maps import attention_maps
 from cappa_tf.inference.predictor import Predictor
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
@@ -166,3 +167,18 @@ def test_evaluation_asks_each_question_of_an_image(predictor, images):
     assert -np.concatenate(scores).sum() == pytest.approx(nll, rel=1e-4)
     texts = [c for example in examples for c in example.captions]
     assert tokens == predictor.count_tokens(texts).sum()
+
+
+def test_a_caption_without_room_for_its_end_has_no_padding(predictor, images):
+    prompt = "answer: " + " ".join(["red"] * 14)
+    (row,) = predictor.decoder.decode(images[:1], ["k"], prompts=[prompt])
+    asked = int(predictor.tokenizer.count_tokens([prompt])[0])
+    assert LENGTH - asked < 8
+    pad = predictor.tokenizer.pad_id
+    assert 0 < len(row.tokens) <= LENGTH - asked and pad not in row.tokens
+    assert len(row.pieces) == len(row.probabilities) == len(row.tokens)
+    assert max(row.probabilities) < 1.0
+    (words,) = attention_maps(
+        predictor.model, predictor.tokenizer, images[:1], [row]
+    )
+    assert [word for word, _ in words] == [word for word, _ in row.words]

@@ -100,6 +100,8 @@ def test_figures_reach_file_and_tensorboard(finished):
         "samples/captions",
         "samples/sheet",
     }
+    # `image_use_images` is 0 here.
+    assert not [tag for tag in tags if tag.startswith("image_use")]
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,11 @@ class Samples:
         self._references = [[text] for text in texts]
 
     def write(self, step, summaries):
-        """Captions the images with the current weights."""
+        """Captions the images with the current weights.
+
+        Returns:
+            The captions of all hosts' images, on each of them.
+        """
         keys = [str(i) for i in range(len(self._images))]
         rows = self._decoder.decode(
             self._images, keys, self._references, self._prompts
@@ -75,6 +79,7 @@ class Samples:
         rows = in_order(self._hosts.gather(list(zip(self._indices, rows))))
         if self._hosts.is_chief:
             self._show(step, summaries, rows)
+        return [row.caption for row in rows]
 
     def _show_attention(self, step, summaries, rows):
         """Shows the attention to the first images of the first host."""

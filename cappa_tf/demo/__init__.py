@@ -1,0 +1,1 @@
+"""Demo: a page on this machine that captions images with a trained model."""
