@@ -16,8 +16,14 @@ import dataclasses
 import tensorflow as tf
 
 from cappa_tf.models.special_tokens import SpecialTokens
-from cappa_tf.utils.arguments import check_counts, check_integer, check_number
+from cappa_tf.utils.arguments import (
+    check_choice,
+    check_counts,
+    check_integer,
+    check_number,
+)
 
+SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam")
 # Log-probability of a banned token. Finite, so that sums still have an order.
 BANNED = -1e9
 
@@ -139,6 +145,38 @@ class BeamSearch:
 
     def _penalty(self, lengths):
         return ((5.0 + tf.cast(lengths, tf.float32)) / 6) ** self.length_penalty
+
+
+def make_sampler(
+    name, top_k=None, top_p=0.9, temperature=1.0, beams=4, length_penalty=0.6
+):
+    """Makes a sampler by its name.
+
+    Args:
+        name: "greedy", "random", "top_k", "top_p" or "beam".
+        top_k: Number of the best tokens to sample from; 5 by default of
+            "top_k".
+        top_p: Total probability of the best tokens to sample from.
+        temperature: Temperature of sampling.
+        beams: Number of beams.
+        length_penalty: Length penalty of beams.
+
+    Returns:
+        What `search_of` takes.
+    """
+    check_choice(SAMPLERS, name=name)
+    if name == "greedy":
+        return None
+    if name == "beam":
+        return BeamSearch(beams, length_penalty)
+    from keras_nlp import samplers
+
+    if name == "top_k":
+        top_k = 5 if top_k is None else top_k
+        return samplers.TopKSampler(k=top_k, temperature=temperature)
+    if name == "top_p":
+        return samplers.TopPSampler(p=top_p, k=top_k, temperature=temperature)
+    return samplers.RandomSampler(temperature=temperature)
 
 
 def search_of(sampler):
