@@ -168,7 +168,8 @@ def _define_data_flags():
 
 # Flags that are only for data sets, and those that are only for images.
 _OF_DATA = (
-    "splits output write keep_captions labels kind shard_size runner overwrite"
+    "splits output write keep_captions labels kind shard_size runner overwrite "
+    "gin_param"
 ).split()
 _OF_IMAGES = ("demo", "attention")
 

@@ -5,6 +5,7 @@ Abbreviations for dimensions:
     T: texts of `labels`.     D: width of an embedding.
 """
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,11 @@ from cappa_tf.saving import weights
 from cappa_tf.utils import files
 from cappa_tf.utils.arguments import check_bool, check_choice, check_counts
 
+# A PNG file of one pixel.
+_SMALLEST = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAA"
+    "AABJRU5ErkJggg=="
+)
 WRITE = ("captions", "scores", "embeddings")
 FORMATS = ("tfrecord", "parquet")
 
@@ -139,6 +145,8 @@ class Annotator:
             check_choice((FEATURES, COSINE), kind=self.kind)
             predictor.require("Embedding", self.kind)
         self.key = model_key(predictor)
+        # Its graph is traced here, once, and not by each of the threads.
+        predictor.preprocessing.read_bytes(_SMALLEST)
 
     def _prepare_captions(self):
         generation = dict(self._options.generation)
@@ -147,6 +155,8 @@ class Annotator:
             generation["sampler"] = sampling.make_sampler(
                 **generation["sampler"]
             )
+        plan = {name: x for name, x in generation.items() if name != "seed"}
+        self._predictor.model.plan_generation(**plan)
         self._check_prompt(self._options.prompt)
         self._decoder = self._predictor.make_decoder(
             prompt=self._options.prompt, **generation
@@ -384,18 +394,35 @@ def model_key(predictor):
         predictor: The `Predictor`.
     """
     model, tokenizer = predictor.model, predictor.tokenizer
-    config = json.dumps(
-        model.get_config(),
-        default=keras.saving.serialize_keras_object,
-        sort_keys=True,
+    config = json.loads(
+        json.dumps(
+            model.get_config(), default=keras.saving.serialize_keras_object
+        )
     )
+    config = json.dumps(_without_names(config), sort_keys=True)
+    # By number, as names differ if a model is opened twice in a process.
+    values = {f"{i:06d}": weight for i, weight in enumerate(model.weights)}
     texts = None
     if tokenizer is not None:
         texts = {name: getattr(tokenizer, name) for name in tokenizer.settings}
         texts["vocabulary"] = files.sha256(tokenizer.path)
     return {
-        "weights": weights.digest(weights.variables_by_path(model)),
+        "weights": weights.digest(values),
         "config": hashlib.sha256(config.encode()).hexdigest(),
         "tokenizer": texts,
         "preprocessing": predictor.preprocessing.to_json(),
+    }
+
+
+def _without_names(config):
+    """A Keras config without the names of layers, which Keras may number."""
+    if isinstance(config, list):
+        return [_without_names(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    left_out = {"name"} if "trainable" in config else set()
+    return {
+        name: _without_names(value)
+        for name, value in config.items()
+        if name not in left_out
     }

@@ -4,6 +4,7 @@ Beam only distributes the elements. Its workers read and write files themselves,
 so all of them need access to these under the same names.
 """
 
+import logging
 import os
 import pathlib
 
@@ -11,6 +12,7 @@ import apache_beam as beam
 from apache_beam.options import pipeline_options
 
 COUNTED = "counted"
+_QUIET = "--default_sdk_harness_log_level=WARNING"
 
 
 def count(reason, number=1):
@@ -41,8 +43,10 @@ def run(elements, do_fn, runner, arguments, name):
             option. For other runners Beam only warns, as they may have options
             that its Python side does not know.
     """
+    # Beam reports each start and end of each of its channels.
+    logging.getLogger("apache_beam").setLevel(logging.WARNING)
     options = pipeline_options.PipelineOptions(
-        [f"--runner={runner}", *arguments]
+        [f"--runner={runner}", _QUIET, *arguments]
     )
     if runner == "DirectRunner":
         known = options.get_all_options(drop_default=True)
