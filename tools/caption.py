@@ -41,6 +41,7 @@ was killed resumes with the same command. Data that need a gin file to be read
 are given by --gin_file and --gin_param of their training in place of --data.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -234,19 +235,30 @@ def _generation(captioner):
 
     An invalid value ends the program with a line that names the given flags.
     """
-    from cappa_tf.models import sampling
-
-    try:
-        options = _options()
-        if "sampler" in options:
-            sampler = sampling.make_sampler(**options["sampler"])
-            options = {**options, "sampler": sampler}
+    with _naming_generation():
+        options = _with_sampler(_options())
         plan = {name: x for name, x in options.items() if name != "seed"}
         captioner.plan_generation(**plan)
+    return options
+
+
+@contextlib.contextmanager
+def _naming_generation():
+    try:
+        yield
     except ValueError as error:
         given = _given((*_PLAIN, "sampler", *_OF_SAMPLERS))
         raise SystemExit(f"caption: {_words(given)}: {error}") from None
-    return options
+
+
+def _with_sampler(options):
+    from cappa_tf.models import sampling
+
+    if "sampler" not in options:
+        return options
+    sampler = sampling.make_sampler(**options["sampler"])
+    sampling.search_of(sampler)  # Checks its options.
+    return {**options, "sampler": sampler}
 
 
 def _given(names):
@@ -328,13 +340,16 @@ def _annotate(beam_arguments):
     files.check_output("output", FLAGS.output, is_folder=True)
     from cappa_tf.inference import annotation
 
+    with _naming_generation():
+        generation = _options()
+        _with_sampler(generation)
     options = annotation.AnnotationOptions(
         write=FLAGS.write,
         file_format=FLAGS.format or "tfrecord",
         batch_size=FLAGS.batch_size or 32,
         keep_captions=FLAGS.keep_captions,
         prompt=FLAGS.prompt,
-        generation=_options(),
+        generation=generation,
         labels=_labels(),
         kind=FLAGS.kind,
     )

@@ -1,12 +1,16 @@
 """Annotation of whole data sets: the same bytes whatever does the work."""
 
 import io
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
+from conftest import ROOT
 from PIL import Image
 
 from cappa_tf.data import schema
@@ -21,6 +25,8 @@ from cappa_tf.inference.predictor import Predictor
 from cappa_tf.saving import run_folder
 
 BAD = "image cannot be decoded"
+# Records of a shard of "recaptioned", whose bytes are those of other jobs.
+SIZE = 3
 
 
 def write_run(folder, make=tiny.make_model, seed=1):
@@ -107,7 +113,7 @@ def one_graph(runs):
         yield
 
 
-def annotate(source, output, run, shard_size=3, **options):
+def annotate(source, output, run, shard_size=100, **options):
     given = {
         name: options.pop(name)
         for name in ("splits", "overwrite", "runner", "runner_arguments")
@@ -141,7 +147,7 @@ def examples_of(folder, split="train"):
 def recaptioned(data, runs, tmp_path_factory):
     """The output "out", and the report."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    return output, annotate(data, output, runs["captioner"])
+    return output, annotate(data, output, runs["captioner"], SIZE)
 
 
 def test_captions_are_those_of_each_image_alone(recaptioned, runs):
@@ -239,14 +245,14 @@ def test_a_killed_job_resumes(data, recaptioned, runs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         with pytest.raises(Stop):
-            annotate(data, output, runs["captioner"])
+            annotate(data, output, runs["captioner"], SIZE)
     assert [path.name for path in output.iterdir()] == [annotation.FOLDER]
     # Of a process that was killed while it wrote a shard.
     (output / annotation.FOLDER / ".incomplete-x-1.tfrecord").write_text("half")
     # A damaged shard is written again.
     (shard,) = (output / annotation.FOLDER).glob("train-00001-*.tfrecord")
     shard.write_bytes(shard.read_bytes()[:-1])
-    report = annotate(data, output, runs["captioner"])
+    report = annotate(data, output, runs["captioner"], SIZE)
     assert report.reused == 1
     assert contents(output) == contents(recaptioned[0])
 
@@ -254,7 +260,7 @@ def test_a_killed_job_resumes(data, recaptioned, runs, tmp_path, monkeypatch):
 def test_a_complete_output_is_left_as_it_is(recaptioned, data, runs):
     output, report = recaptioned
     before = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
-    again = annotate(data, output, runs["captioner"])
+    again = annotate(data, output, runs["captioner"], SIZE)
     assert again.was_complete
     assert (again.splits, again.skipped.counts) == (
         report.splits,
@@ -269,24 +275,24 @@ def test_the_output_of_another_job_is_refused(
     output, _ = recaptioned
     before = contents(output)
     with pytest.raises(ValueError, match="differs .* in: weights. Write to"):
-        annotate(data, output, runs["other"])
+        annotate(data, output, runs["other"], SIZE)
     with pytest.raises(ValueError, match="differs .* in: keep_captions"):
-        annotate(data, output, runs["captioner"], keep_captions=True)
+        annotate(data, output, runs["captioner"], SIZE, keep_captions=True)
     with pytest.raises(ValueError, match="differs .* in: data"):
-        annotate(data, output, runs["captioner"], splits=["train"])
+        annotate(data, output, runs["captioner"], SIZE, splits=["train"])
     with pytest.raises(ValueError, match="differs .* in: origin"):
-        annotate(recaptioned[0], data, runs["captioner"])
+        annotate(recaptioned[0], data, runs["captioner"], SIZE)
     with pytest.raises(ValueError, match="another folder than the data"):
-        annotate(data, data, runs["captioner"], overwrite=True)
+        annotate(data, data, runs["captioner"], SIZE, overwrite=True)
     assert contents(output) == before
     unfinished = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         with pytest.raises(Stop):
-            annotate(data, unfinished, runs["other"])
+            annotate(data, unfinished, runs["other"], SIZE)
     with pytest.raises(ValueError, match="unfinished job, .* in: weights"):
-        annotate(data, unfinished, runs["captioner"])
-    report = annotate(data, unfinished, runs["captioner"], overwrite=True)
+        annotate(data, unfinished, runs["captioner"], SIZE)
+    report = annotate(data, unfinished, runs["captioner"], SIZE, overwrite=True)
     assert report.reused == 0
     assert contents(unfinished) == before
 
@@ -404,7 +410,7 @@ def test_parquet_has_a_row_for_each_record(data, recaptioned, runs, tmp_path):
     output = tmp_path / "out"
     given = {"file_format": "parquet"}
     report = annotate(data, output, runs["captioner"], **given)
-    assert report.splits == {"train": (8, 4), "test": (3, 1)}
+    assert report.splits == {"train": (8, 2), "test": (3, 1)}
     rows = {
         row["key"]: row
         for path in output.glob("out-train-*.parquet")
@@ -516,7 +522,7 @@ def test_two_workers_of_beam_write_the_same_bytes(
     data, recaptioned, runs, tmp_path, mode
 ):
     output = tmp_path / "out"
-    report = annotate(data, output, runs["captioner"], **beam(mode))
+    report = annotate(data, output, runs["captioner"], SIZE, **beam(mode))
     assert contents(output) == contents(recaptioned[0])
     assert report.skipped.lines == recaptioned[1].skipped.lines
 
@@ -530,3 +536,28 @@ def test_an_error_of_a_worker_is_one_line(data, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(annotation.Worker, "write", fail)
     with pytest.raises(ValueError, match="^of this worker.*$"):
         annotate(data, tmp_path / "out", runs["captioner"], **given)
+
+
+@pytest.mark.slow
+def test_kill_9_costs_at_most_a_shard(data, runs, tmp_path):
+    """A process of its own is killed as soon as it has written a shard."""
+    job = (data, tmp_path / "out", runs["captioner"], 1)
+    code = (
+        "import sys; from cappa_tf.inference import annotation; "
+        "annotation.annotate(*sys.argv[1:4], "
+        "annotation.AnnotationOptions(batch_size=2), shard_size=1)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, job[:3])], cwd=ROOT
+    )
+    folder = job[1] / annotation.FOLDER
+    while not list(folder.glob("*.result")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    written = len(list(folder.glob("*.result")))
+    assert 1 <= written < 11
+    assert annotate(*job).reused == written
+    annotate(data, tmp_path / "whole" / "out", *job[2:])
+    assert contents(job[1]) == contents(tmp_path / "whole" / "out")
