@@ -51,6 +51,8 @@ FOLDER = ".annotation"
 LOG_NAME = "annotation.log"
 _VERSION = 1
 _THREADS = 8
+# Fraction of bad records, of which truncated shards may have more than 1.
+_ANY_NUMBER = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,14 +390,14 @@ def _splits(source, splits):
 
 def _check_apart(source, output):
     """Refuses to write into the source, which publishing would delete."""
-    inside = os.path.join(os.path.realpath(output), "")
-    if not files.is_remote(source):
-        source = os.path.realpath(source)
-    if os.path.join(source, "").startswith(
-        output if files.is_remote(output) else inside
-    ):
+
+    def resolved(path):
+        path = path if files.is_remote(path) else os.path.realpath(path)
+        return os.path.join(path, "")
+
+    if resolved(source).startswith(resolved(output)):
         raise ValueError(
-            f"The output must be another folder than the data. Received: "
+            "The output must be another folder than the data. Received: "
             f"{output}"
         )
 
@@ -406,8 +408,10 @@ def _plan(worker, key, splits, shard_size):
     for split in splits:
         records = worker._open(split)
         worker._annotator.check(records)
-        # All may be bad: each of them is counted, and named in the log.
-        counter = bad_records.SkipCounter(1.0, records.num_examples, split)
+        # They are counted and named, however many are bad.
+        counter = bad_records.SkipCounter(
+            _ANY_NUMBER, records.num_examples, split
+        )
         records.check(counter)
         for reason, number in counter.counts.items():
             for _ in range(number):
@@ -596,11 +600,14 @@ def _run_here(worker, pieces, on_record):
 
 def _serialized(records, piece):
     """Yields the serialized records of a piece."""
-    shard, skip, count = (
-        tf.constant(x, tf.int64) for x in (piece.shard, piece.skip, piece.count)
-    )
     part = records.parts[piece.part]
-    yield from part.read(shard, skip, count).prefetch(16).as_numpy_iterator()
+    with tf.device("CPU:0"):
+        place = [
+            tf.constant(x, tf.int64)
+            for x in (piece.shard, piece.skip, piece.count)
+        ]
+        found = part.read(*place).prefetch(16)
+    yield from found.as_numpy_iterator()
 
 
 def _batches(items, size):
