@@ -164,8 +164,7 @@ class Annotator:
 
     def _check_prompt(self, prompt):
         model, tokenizer = self._predictor.model, self._predictor.tokenizer
-        if getattr(model, "parts", {}).get("text_decoder") is not None:
-            prompting.check(model, tokenizer, prompt)
+        prompting.check(model, tokenizer, prompt)
 
     def check(self, records):
         """Checks that the model can read the texts of records.
@@ -211,22 +210,16 @@ class Annotator:
                 example.image, min_side=records.min_side
             )
         except ValueError as error:
-            return self._bad(records, serialized, key, example, error), None
-        return Annotation(example.key, example, {}), image
-
-    def _bad(self, records, serialized, key, example, error):
-        """The `Annotation` of a record that could not be read."""
-        if isinstance(error, image_files.UnusableError):
-            reason, name = error.reason, error.name or key
-        else:
-            reason, found = decoding.RecordDecoder(
+            if example is not None:
+                key = example.key
+            if isinstance(error, image_files.UnusableError):
+                key = error.name or key
+                return Annotation(key, None, {}, error.reason, key), None
+            reason, name = decoding.RecordDecoder(
                 self._predictor.preprocessing, 0, None, records=records
             ).diagnose(serialized)
-            name = f"{key}: {found}"
-        if example is not None:
-            name = example.key
-        key = key if name.startswith(f"{key}: ") else name
-        return Annotation(key, None, {}, reason, name)
+            return Annotation(key, None, {}, reason, f"{key}: {name}"), None
+        return Annotation(example.key, example, {}), image
 
     # Annotation.
 
@@ -237,13 +230,12 @@ class Annotator:
             batch: List of what `read` returned. A record keeps its place in
                 the batch whichever others are bad.
         """
-        good = [one for one, image in batch if image is not None]
-        if not good:
+        if all(image is None for _, image in batch):
             return
         images = np.zeros(
             (len(batch), *self._predictor.image_size, 3), np.float32
         )
-        for place, image in zip(images, (image for _, image in batch)):
+        for place, (_, image) in zip(images, batch):
             if image is not None:
                 place[:] = image
         annotations = [one for one, _ in batch]
