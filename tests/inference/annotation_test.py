@@ -537,11 +537,16 @@ def start(data, output, run):
     """A process of its own, which writes a shard for each record."""
     code = (
         "import sys; from cappa_tf.inference import annotation; "
-        "annotation.annotate(*sys.argv[1:], "
-        "annotation.AnnotationOptions(batch_size=2), shard_size=1)"
+        "print(annotation.annotate(*sys.argv[1:], "
+        "annotation.AnnotationOptions(batch_size=2), shard_size=1).reused)"
     )
     arguments = map(str, (data, output, run))
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -552,7 +557,7 @@ def elsewhere(data, runs, tmp_path_factory):
     the last bits may be others than in this process.
     """
     output = tmp_path_factory.mktemp("elsewhere") / "out"
-    assert start(data, output, runs["captioner"]).wait() == 0
+    assert start(data, output, runs["captioner"]).communicate()[0] == "0\n"
     return output
 
 
@@ -576,7 +581,7 @@ def test_kill_9_costs_at_most_a_shard(data, elsewhere, runs, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    written = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.tfrecord")}
-    assert 1 <= len(written) < 11
-    assert start(*job).wait() == 0
+    written = len(list(folder.glob("*.result")))
+    assert 1 <= written < 11
+    assert start(*job).communicate()[0] == f"{written}\n"
     assert contents(job[1]) == contents(elsewhere)
