@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
     "gin": "gin-config",
     "google": "tensorflow",
     "grpc": "tensorflow-serving-api",
+    "keras_hub": "keras-nlp",
     "ml_dtypes": "tensorflow",
     "packaging": "pytest",
     "tensorflow_serving": "tensorflow-serving-api",

@@ -38,6 +38,7 @@ h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: Canvas; }
 td small { display: block; color: GrayText; }
@@ -128,7 +129,8 @@ def _table(study, found, metrics):
         if len(values) > 1:
             lower = table.lower_is_better(metric)
             best[metric] = min(values) if lower else max(values)
-    head = "".join(f"<th>{html.escape(m)}</th>" for m in metrics)
+    names = [html.escape(metric).replace("/", "/<wbr>") for metric in metrics]
+    head = "".join(f"<th>{name}</th>" for name in names)
     lines = []
     for group in found:
         cells = []

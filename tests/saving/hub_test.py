@@ -13,7 +13,6 @@ from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.saving import hub, preset_folder
 
 pytest.importorskip("huggingface_hub", reason="pip install '.[hub]'")
-import httpx2
 import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
@@ -76,9 +75,9 @@ def test_malformed_names(cache, name):
 
 
 def failure(kind, status):
-    request = httpx2.Request("GET", "https://huggingface.co/api")
-    response = httpx2.Response(status, request=request)
-    return kind("no", response=response)
+    # Of the client that this version of the library uses.
+    request = huggingface_hub.get_session().build_request("GET", "https://a.b")
+    return kind("no", response=errors.Response(status, request=request))
 
 
 @pytest.mark.parametrize(
