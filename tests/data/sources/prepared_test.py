@@ -48,9 +48,9 @@ def test_shards_are_read_in_place(tmp_path):
         assert prepared.Folder(tmp_path / str(number)).splits is None
     assert kind(tmp_path / "{split}-*.tar") == "WebDataset"
     assert kind(tmp_path / "{split}" / "*.tfrecord") == "TFRecords"
-    path = tmp_path / "train-00000.tfrecord"
-    path.touch()
-    assert kind(tmp_path) == "TFRecords"
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "train-00000.tfrecord").touch()
+    assert kind(tmp_path / "3") == "TFRecords"
 
 
 def test_an_archive_beside_images_changes_nothing(tmp_path):
