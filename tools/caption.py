@@ -18,9 +18,32 @@ caption, and the caption; jsonl also has the log-probability of each token. An
 image that cannot be read is reported on stderr (and as an `error` row of
 jsonl), and the others are still captioned. The exit code is 0 if all were
 captioned, 1 if some could not be read, 2 if there was nothing to caption.
+
+Whole data sets: --data reads any data that training reads, and --output is a
+data set to train on (DATA='data/recaptioned'): the same images, keys, labels
+and splits with the new captions. --write=scores writes scores of the captions
+that are there, or of --labels; --write=embeddings those of the images; and
+--format=parquet a table without images. Shards are written by this process or,
+with --runner, on Apache Beam, whose own options follow --:
+
+    python tools/caption.py --checkpoint=runs/mine --data=data/mine \
+        --output=data/recaptioned
+    python tools/caption.py --checkpoint=runs/mine \
+        --data="cc3m/{split}-*.tar" --splits=train --output=data/cc3m \
+        --runner=DirectRunner -- --direct_running_mode=multi_processing \
+        --direct_num_workers=8
+    python tools/caption.py --preset=hf://user/name --data=tfds:coco_captions \
+        --output=scores --write=scores --format=parquet
+
+Images that cannot be read are left out (a row with `error` in Parquet), counted
+by reason, and listed in OUTPUT/annotation.log; the exit code is 0. A job that
+was killed resumes with the same command. Data that need a gin file to be read
+are given by --gin_file and --gin_param of their training in place of --data.
 """
 
+import contextlib
 import math
+import os
 import pathlib
 import sys
 import tempfile
@@ -30,8 +53,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import app, flags
 
+from cappa_tf import config
 from cappa_tf.inference import samplers
 from cappa_tf.utils import console, files
+from cappa_tf.utils.arguments import check_extra
 
 FLAGS = flags.FLAGS
 
@@ -65,12 +90,18 @@ def define_flags():
         "Weights of the run: at its end, best by validation, those of the "
         "newest checkpoint, or the first of these that exists.",
     )
-    flags.DEFINE_enum("format", "table", ["table", "jsonl"], "Output format.")
+    flags.DEFINE_enum(
+        "format",
+        None,
+        ["table", "jsonl", "tfrecord", "parquet"],
+        "Output format: table (the default) or jsonl of images, tfrecord (the "
+        "default) or parquet of --data.",
+    )
     flags.DEFINE_integer(
         "batch_size",
         None,
-        "Images per batch; 32 by default, fewer for few images, so that "
-        "results appear gradually.",
+        "Images per batch; 32 by default, fewer for few images on the command "
+        "line, so that results appear gradually.",
         lower_bound=1,
     )
     flags.DEFINE_string(
@@ -80,6 +111,69 @@ def define_flags():
         f"{_ATTENTION_IMAGES} images.",
     )
     _define_generation_flags()
+    _define_data_flags()
+
+
+def _define_data_flags():
+    config.define_flags(runs=False)
+    flags.DEFINE_string(
+        "data",
+        None,
+        "Data set in place of images: the folder of one (prepare_data's, of "
+        "images, of tar or TFRecord shards or of TFDS), a pattern such as "
+        "'cc3m/{split}-*.tar', or tfds:NAME.",
+    )
+    flags.DEFINE_list(
+        "splits", None, "Splits of --data; by default all that it names."
+    )
+    flags.DEFINE_string("output", None, "Folder to write, for --data.")
+    flags.DEFINE_enum(
+        "write",
+        "captions",
+        ["captions", "scores", "embeddings"],
+        "What to write about the images of --data.",
+    )
+    flags.DEFINE_bool(
+        "keep_captions",
+        False,
+        "Keep the captions of --data, before the new ones.",
+    )
+    flags.DEFINE_string(
+        "labels",
+        None,
+        "Text file with a text on each line, to score for each image; by "
+        "default its own captions are scored.",
+    )
+    flags.DEFINE_string(
+        "kind",
+        None,
+        "Kind of --write=scores: autoregressive, parallel, blind, minus_blind "
+        "or cosine, by default the first that the model has; of "
+        "--write=embeddings: features (the default) or cosine.",
+    )
+    flags.DEFINE_integer(
+        "shard_size",
+        1024,
+        "Maximum number of images of a shard, which a kill loses at most.",
+        lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "runner",
+        None,
+        "Apache Beam's DirectRunner, DataflowRunner, FlinkRunner, SparkRunner "
+        "or PortableRunner (the extra 'beam'). By default this process writes.",
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace what --output holds of another job."
+    )
+
+
+# Flags that are only for data sets, and those that are only for images.
+_OF_DATA = (
+    "splits output write keep_captions labels kind shard_size runner overwrite "
+    "gin_param"
+).split()
+_OF_IMAGES = ("demo", "attention")
 
 
 # The flags that each sampler uses. None of them has a default here, so that a
@@ -139,22 +233,47 @@ def _generation(captioner):
 
     An invalid value ends the program with a line that names the given flags.
     """
-    given = {
-        name: FLAGS[name].value
-        for name in (*_PLAIN, "sampler", *_OF_SAMPLERS)
-        if FLAGS[name].value != FLAGS[name].default
-    }
-    try:
-        options = _options()
+    with _naming_generation():
+        options = _with_sampler(_options())
         plan = {name: x for name, x in options.items() if name != "seed"}
         captioner.plan_generation(**plan)
-    except ValueError as error:
-        words = " ".join(f"--{name}={value}" for name, value in given.items())
-        raise SystemExit(f"caption: {words}: {error}") from None
     return options
 
 
+@contextlib.contextmanager
+def _naming_generation():
+    try:
+        yield
+    except ValueError as error:
+        given = _given((*_PLAIN, "sampler", *_OF_SAMPLERS))
+        raise SystemExit(f"caption: {_words(given)}: {error}") from None
+
+
+def _with_sampler(options):
+    from cappa_tf.models import sampling
+
+    if "sampler" not in options:
+        return options
+    sampler = samplers.make_sampler(**options["sampler"])
+    sampling.search_of(sampler)  # Checks its options.
+    return {**options, "sampler": sampler}
+
+
+def _given(names):
+    """Dict of the flags among some names that have other values than usual."""
+    return {
+        name: FLAGS[name].value
+        for name in names
+        if FLAGS[name].value != FLAGS[name].default
+    }
+
+
+def _words(given):
+    return " ".join(f"--{name}={value}" for name, value in given.items())
+
+
 def _options():
+    """The flags of generation as JSON values, with a dict for a sampler."""
     given = {
         name: FLAGS[name].value
         for name in _OF_SAMPLERS
@@ -165,22 +284,134 @@ def _options():
         raise app.UsageError(
             f"--sampler={FLAGS.sampler} does not use --{', --'.join(vain)}"
         )
-    options = {
-        name: FLAGS[name].value
-        for name in _PLAIN
-        if FLAGS[name].value != FLAGS[name].default
-    }
+    options = _given(_PLAIN)
     if "seed" in given:
         options["seed"] = given.pop("seed")
     if FLAGS.sampler != "greedy":
-        options["sampler"] = samplers.make_sampler(FLAGS.sampler, **given)
+        options["sampler"] = {"name": FLAGS.sampler, **given}
     return options
 
 
 def main(argv):
     """Loads the model and captions the images."""
     with console.errors_as_lines("caption"):
+        is_data = FLAGS.data is not None or FLAGS.gin_file
+        _check_flags(is_data)
+        if is_data:
+            return _annotate(argv[1:])
         return _caption_all(argv[1:])
+
+
+def _check_flags(is_data):
+    """Refuses flags without effect."""
+    vain = _given(_OF_IMAGES if is_data else _OF_DATA)
+    if vain:
+        other = "images on the command line" if is_data else "--data"
+        raise app.UsageError(f"{_words(vain)} is for {other}.")
+    kinds = ("tfrecord", "parquet") if is_data else ("table", "jsonl")
+    if FLAGS.format not in (None, *kinds):
+        raise app.UsageError(
+            f"--format={FLAGS.format} is not one of {', '.join(kinds)}, those "
+            f"of {'data sets' if is_data else 'images on the command line'}."
+        )
+
+
+# -- Data sets -----------------------------------------------------------------
+
+
+def _annotate(beam_arguments):
+    """Annotates a data set according to the flags; returns the exit code."""
+    if beam_arguments and FLAGS.runner is None:
+        raise app.UsageError(
+            "Images are captioned without --data, and Beam's options need "
+            f"--runner. Received: {beam_arguments}"
+        )
+    if not FLAGS.output:
+        raise app.UsageError("--data needs --output, a folder to write.")
+    if FLAGS.data is not None and (FLAGS.gin_file or FLAGS.gin_param):
+        raise app.UsageError("Give either --data or --gin_file.")
+    if FLAGS.runner is not None:
+        check_extra("--runner", "beam", "apache_beam")
+    if FLAGS.format == "parquet":
+        check_extra("--format=parquet", "parquet", "pyarrow")
+    flag = _model_flag()
+    files.check_output("output", FLAGS.output, is_folder=True)
+    from cappa_tf.inference import annotation
+
+    with _naming_generation():
+        generation = _options()
+        _with_sampler(generation)
+    options = annotation.AnnotationOptions(
+        write=FLAGS.write,
+        file_format=FLAGS.format or "tfrecord",
+        batch_size=FLAGS.batch_size or 32,
+        keep_captions=FLAGS.keep_captions,
+        prompt=FLAGS.prompt,
+        generation=generation,
+        labels=_labels(),
+        kind=FLAGS.kind,
+    )
+    with tqdm.tqdm(unit="image", disable=FLAGS.runner is not None) as bar:
+
+        def show(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = annotation.annotate(
+            _source(),
+            FLAGS.output,
+            FLAGS[flag].value,
+            options,
+            splits=FLAGS.splits,
+            weights=FLAGS.weights,
+            shard_size=FLAGS.shard_size,
+            runner=FLAGS.runner,
+            runner_arguments=beam_arguments,
+            overwrite=FLAGS.overwrite,
+            on_record=show,
+        )
+    _print_report(report)
+    return 0
+
+
+def _source():
+    if FLAGS.data is not None:
+        return FLAGS.data
+    # No run is started, so nothing is written to the workdir.
+    config.parse(FLAGS.gin_file, list(FLAGS.gin_param), workdir="unused")
+    return config.arguments()["train_data"].source
+
+
+def _labels():
+    """The lines of --labels, or None."""
+    if FLAGS.labels is None:
+        return None
+    from cappa_tf.data import text
+
+    with console.naming("labels", FLAGS.labels):
+        content = text.decode(files.read_bytes(FLAGS.labels))
+        return [line.strip() for line in text.lines(content) if line.strip()]
+
+
+def _print_report(report):
+    """Prints the splits written, and the images left out by reason."""
+    rows = "rows" if FLAGS.format == "parquet" else "images"
+    print(f"{'split':<24}{rows:>10}{'shards':>8}")
+    for split, (examples, shards) in report.splits.items():
+        print(f"{split:<24}{examples:>10}{shards:>8}")
+    for reason, count in report.skipped.counts.most_common():
+        print(f"bad: {reason:<49}{count:>7}")
+    if report.skipped.counts:
+        print(f"all names: {os.path.join(FLAGS.output, 'annotation.log')}")
+    else:
+        print("no bad images")
+    if report.reused:
+        print(f"{report.reused} shards reused from an interrupted job")
+    if report.was_complete:
+        print(f"{FLAGS.output} was complete; nothing was done")
+
+
+# -- Images --------------------------------------------------------------------
 
 
 def _caption_all(arguments):
@@ -213,7 +444,7 @@ def _caption_all(arguments):
         batch_size=_batch_size(len(paths)), prompt=FLAGS.prompt, **generation
     )
     rows = decoder.caption_files(paths, predictor.preprocessing)
-    if FLAGS.format == "table":
+    if FLAGS.format != "jsonl":
         print(f"{'log-lik.':>9} {'tok.':>4}  image  caption")
     unreadable, shown = 0, []
     with tqdm.tqdm(total=len(paths), unit="image", miniters=1) as bar:

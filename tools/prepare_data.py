@@ -190,9 +190,6 @@ def convert(plans, beam_arguments):
         return
     from cappa_tf.data.prepare import beam
 
-    # Lets worker processes that Beam starts on this machine find the package.
-    paths = [sys.path[0], os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     beam.convert(plans, FLAGS.runner, beam_arguments, FLAGS.workers)
 
 

@@ -240,15 +240,25 @@ class ImagePreprocessing:
         """
         return self.read_bytes(image_files.read_bytes(path), box)
 
-    def read_bytes(self, content, box=None):
-        """Does the same as `read` with the bytes of an image file."""
+    def read_bytes(self, content, box=None, min_side=1):
+        """Does the same as `read` with the bytes of an image file.
+
+        Args:
+            content: The bytes.
+            box: As in `read`.
+            min_side: Minimum length of the shorter side; not with `box`.
+        """
         try:
             with tf.device("CPU:0"):
                 if box is None:
-                    pixels = image_files.decode_rare(content, self.max_pixels)
+                    pixels = image_files.decode_rare(
+                        content, self.max_pixels, min_side
+                    )
                     if pixels is not None:
                         fitted = self.fit(tf.constant(pixels))
                         return decode_resize.to_model_range(fitted).numpy()
+                    if min_side > 1:
+                        image_files.check_side(content, min_side)
                     return self._compiled(content).numpy()
                 image = decode_resize.decode(
                     content, self.max_pixels, None, image_files.decode_other

@@ -98,8 +98,13 @@ def questions(example):
     return list(found.values())
 
 
-def serialize(example):
+def serialize(example, further=None):
     """Turns an `Example` into the bytes of one record (tf.train.Example).
+
+    Args:
+        example: The `Example`.
+        further: Dict of further features, name -> bytes or list of floats,
+            which `parse` and `deserialize` ignore.
 
     Raises:
         ValueError: If there is not one prompt, or one question type, for each
@@ -121,6 +126,8 @@ def serialize(example):
             feature[name] = _bytes_feature(
                 [value.encode() for value in getattr(example, name)]
             )
+    for name, value in (further or {}).items():
+        feature[name] = _feature(value)
     features = tf.train.Features(feature=feature)
     # Maps have no order in a protocol buffer: deterministic=True sorts them,
     # so that the same input gives the same shards, byte for byte.
@@ -257,9 +264,9 @@ class ShardWriter(contextlib.AbstractContextManager):
         self._num_prompts = 0
         self._num_types = 0
 
-    def write(self, example):
-        """Appends an `Example`."""
-        self._writer.write(serialize(example))
+    def write(self, example, further=None):
+        """Appends an `Example`; `further` is that of `serialize`."""
+        self._writer.write(serialize(example, further))
         self._num_examples += 1
         self._num_captions += len(example.captions)
         self._max_captions = max(self._max_captions, len(example.captions))
@@ -362,6 +369,12 @@ def _texts(feature, name):
         value.decode(errors="replace")
         for value in feature[name].bytes_list.value
     ]
+
+
+def _feature(value):
+    if isinstance(value, bytes):
+        return _bytes_feature([value])
+    return tf.train.Feature(float_list=tf.train.FloatList(value=value))
 
 
 def _bytes_feature(values):

@@ -40,8 +40,8 @@ import tensorflow as tf
 import tqdm
 
 from cappa_tf.data.stream import features as stream_features
+from cappa_tf.saving import weights
 from cappa_tf.saving.run_lock import RunLock, WorkdirInUseError
-from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import arguments, files
 
 KINDS = ("pre_logits", "encoded")
@@ -552,7 +552,7 @@ def cache_key(encoder, data, kind, dtype):
         for name, value in encoder.get_config().items()
         if name not in _WITHOUT_EFFECT
     }
-    variables = variables_by_path(encoder)
+    variables = weights.variables_by_path(encoder)
     if kind == "encoded" and encoder.pooling != "tok":
         # How these are pooled, and by which weights, has no part in it.
         del config["pooling"]
@@ -561,17 +561,12 @@ def cache_key(encoder, data, kind, dtype):
             for name, variable in variables.items()
             if not name.startswith("pool/")
         }
-    digest = hashlib.sha256()
-    for name in sorted(variables):
-        value = to_numpy(variables[name])
-        digest.update(f"{name} {value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value))
     key = {
         "version": _VERSION,
         "kind": kind,
         "dtype": dtype,
         "encoder": config,
-        "weights": digest.hexdigest(),
+        "weights": weights.digest(variables),
         **data.identity,
     }
     # As it is read from a file: without tuples.

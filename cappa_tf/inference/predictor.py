@@ -360,6 +360,15 @@ class Predictor:
         table, rows = self._text_embeddings.find(texts)
         return table[rows]
 
+    def forget_texts(self):
+        """Drops the embeddings of texts that `embed_texts` keeps.
+
+        A text is embedded in a batch with others, so its last bits may depend
+        on what was asked for before.
+        """
+        if self.can(COSINE):
+            self._text_embeddings.forget()
+
     @functools.cached_property
     def _text_embeddings(self):
         self.require("Embedding texts", COSINE)

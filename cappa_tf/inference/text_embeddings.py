@@ -35,9 +35,10 @@ class TextEmbeddings:
         )
         self._sums = tf.function(self._sums_of_weights, autograph=False)
         self._weights = None
-        self._forget()
+        self.forget()
 
-    def _forget(self):
+    def forget(self):
+        """Drops all embeddings."""
         self._row_of_text, self._row_of_tokens = {}, {}
         self._table = None
 
@@ -56,12 +57,12 @@ class TextEmbeddings:
         """
         weights = self._sums().numpy()
         if not np.array_equal(weights, self._weights):
-            self._forget()
+            self.forget()
             self._weights = weights
         distinct = dict.fromkeys(texts)
         missing = [text for text in distinct if text not in self._row_of_text]
         if len(self._row_of_text) + len(missing) > _MOST_TEXTS:
-            self._forget()
+            self.forget()
             missing = list(distinct)
         if missing:
             self._add(missing)

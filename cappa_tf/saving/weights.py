@@ -1,5 +1,6 @@
 """Weights of a model by name, under any Keras backend."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -37,6 +38,20 @@ def variables_by_path(model):
 def to_numpy(variable):
     """Converts a variable to a float32 NumPy array."""
     return ops.convert_to_numpy(variable).astype(np.float32)
+
+
+def digest(variables):
+    """Hexadecimal SHA-256 of names, shapes and float32 values.
+
+    Args:
+        variables: Dict as `variables_by_path` returns it.
+    """
+    found = hashlib.sha256()
+    for name in sorted(variables):
+        value = to_numpy(variables[name])
+        found.update(f"{name} {value.shape}\n".encode())
+        found.update(np.ascontiguousarray(value))
+    return found.hexdigest()
 
 
 def rebuilt(encoder, **changes):

@@ -9,7 +9,7 @@ from cappa_tf.data.preprocessing import ImagePreprocessing
 from cappa_tf.data.schema import Example
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation import captioning
-from cappa_tf.inference import prompting
+from cappa_tf.inference import annotator, prompting
 from cappa_tf.inference.attention_maps import attention_maps
 from cappa_tf.inference.predictor import Predictor
 from cappa_tf.models.captioner import Captioner
@@ -182,3 +182,34 @@ def test_a_caption_without_room_for_its_end_has_no_padding(predictor, images):
         predictor.model, predictor.tokenizer, images[:1], [row]
     )
     assert [word for word, _ in words] == [word for word, _ in row.words]
+
+
+def test_annotated_captions_answer_the_questions_of_their_records(
+    predictor, images
+):
+    """A question that leaves no room has no score; a record of none is bad."""
+    long = "what " * LENGTH
+    examples = [
+        Example("a", b"", ["red", "blue"], None, ["what", "red or green"]),
+        Example("b", b"", ["red", "blue"], None, [long, "what"]),
+        Example("c", b"", ["red"], None, [long]),
+        Example("d", b"", [" "], None, ["what"]),
+    ]
+    options = annotator.AnnotationOptions(
+        write="scores", batch_size=4, prompt="answer: {question}"
+    )
+    batch = [
+        (annotator.Annotation(example.key, example, {}), image)
+        for example, image in zip(examples, [*images, images[0]])
+    ]
+    annotator.Annotator(predictor, options).annotate(batch)
+    (a, b, c, d), _ = zip(*batch)
+    (expected,) = predictor.score_captions(
+        images[:1],
+        [["red", "blue"]],
+        prompts=[["answer: what", "answer: red or green"]],
+    )
+    np.testing.assert_allclose(a.values["scores"], expected, rtol=1e-4)
+    assert np.isfinite(b.values["scores"]).tolist() == [False, True]
+    assert (c.example, c.error) == (None, "no prompt that the model answers")
+    assert (d.example, d.error, d.name) == (None, "no caption", "d")

@@ -58,8 +58,9 @@ def tool():
 
 def _run(tool, capsys, *arguments):
     flags.FLAGS.unparse_flags()
-    others = ("sampler", "format", "checkpoint", "preset", "demo")
-    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, *others):
+    others = ("sampler", "format", "checkpoint", "preset", "demo", "data")
+    others += ("batch_size", "gin_file")
+    for name in (*tool._PLAIN, *tool._OF_SAMPLERS, *others, *tool._OF_DATA):
         flags.FLAGS[name].unparse()
     rest = flags.FLAGS(["caption.py", *arguments])
     code = tool.main(rest)
@@ -272,3 +273,89 @@ def test_wrong_generation_is_one_line(
     assert arguments[-1] in str(error.value)
     assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def some_data(tmp_path_factory):
+    """A folder of three captioned images; one is not an image."""
+    folder = tmp_path_factory.mktemp("some") / "photos"
+    folder.mkdir()
+    for i, word in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (16, 16), word).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{word} circle")
+    (folder / "1.png").write_bytes(b"no image")
+    return folder
+
+
+def test_a_data_set_is_scored(tool, capsys, run_folder, some_data, tmp_path):
+    parquet = pytest.importorskip(
+        "pyarrow.parquet", reason="pip install '.[parquet]'"
+    )
+    (tmp_path / "labels.txt").write_text("red circle\n\nblue circle\n")
+    code, out, err = _run(
+        tool,
+        capsys,
+        f"--checkpoint={run_folder}",
+        f"--data={some_data}",
+        f"--output={tmp_path / 'out'}",
+        "--write=scores",
+        f"--labels={tmp_path / 'labels.txt'}",
+        "--format=parquet",
+    )
+    assert code == 0 and "3/3 [" in err
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["split", "rows", "shards"]
+    assert sum(int(line[1]) for line in lines[1:-2]) == 3
+    assert lines[-2] == "bad: image cannot be decoded 1".split()
+    rows = {
+        row["key"]: row
+        for path in (tmp_path / "out").glob("*.parquet")
+        for row in parquet.read_table(path).to_pylist()
+    }
+    assert rows.pop("1.png")["error"] == "image cannot be decoded"
+    for row in rows.values():
+        best = ("red circle", "blue circle")[np.argmax(row["scores"])]
+        assert row["best"] == best
+
+
+def test_a_data_set_by_its_gin_file(tool, capsys, some_data):
+    """As it would be trained on."""
+    flags.FLAGS.unparse_flags()
+    files = ("gin/cappa_s16.gin", "gin/data/folder.gin")
+    flags.FLAGS(
+        [
+            "caption.py",
+            *[f"--gin_file={path}" for path in files],
+            f"--gin_param=DATA='{some_data}'",
+            "--gin_param=TOKENIZER='none'",
+        ]
+    )
+    source = tool._source()
+    assert (type(source).__name__, source.name) == (
+        "ImageFolder",
+        str(some_data),
+    )
+
+
+def test_flags_of_images_and_of_data_sets(tool, capsys, run_folder, some_data):
+    one = (f"--checkpoint={run_folder}",)
+    data = (*one, f"--data={some_data}")
+    for arguments, message in (
+        ([*one, "--overwrite", "a.jpg"], "--overwrite=True is for --data"),
+        ([*one, "--format=parquet", "a.jpg"], "not one of table, jsonl"),
+        ([*data, "--format=jsonl"], "not one of tfrecord, parquet"),
+        ([*data, "--demo"], "is for images"),
+        ([*data], "needs --output"),
+        ([*data, "--output=x", "a.jpg"], "need --runner. .*'a.jpg'"),
+    ):
+        with pytest.raises(app.UsageError, match=message):
+            _run(tool, capsys, *arguments)
+    with pytest.raises(SystemExit, match="--top_k=0: "):
+        _run(
+            tool,
+            capsys,
+            *data,
+            "--output=x",
+            "--sampler=top_k",
+            "--top_k=0",
+        )

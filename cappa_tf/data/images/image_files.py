@@ -195,7 +195,23 @@ def decode_other(encoded, max_pixels):
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def decode_rare(content, max_pixels=None):
+def check_side(content, min_side):
+    """Checks the size of an image that TensorFlow reads, by its header.
+
+    Args:
+        content: Bytes of the file.
+        min_side: Minimum length of the shorter side.
+
+    Raises:
+        UnusableError: If the image is smaller.
+        tf.errors.OpError: If the header cannot be read.
+    """
+    with tf.device("CPU:0"):
+        size = decode_resize.header_size(content).numpy().tolist()
+    _check_size(size, 0, None, min_side, None)
+
+
+def decode_rare(content, max_pixels=None, min_side=1):
     """Decodes the bytes of a file of a format that only Pillow reads.
 
     Outside of any graph: an error in a Python function of a graph is logged
@@ -204,6 +220,7 @@ def decode_rare(content, max_pixels=None):
     Args:
         content: Bytes of the file.
         max_pixels: Maximum number of pixels, as in `read`.
+        min_side: Minimum length of the shorter side.
 
     Returns:
         uint8 [h, w, 3], or None if TensorFlow reads the format.
@@ -214,7 +231,7 @@ def decode_rare(content, max_pixels=None):
     kind, name = formats.kind_of_bytes(content)
     if kind != formats.OTHER:
         return None
-    return np.array(_decode_other(content, name, None, 1, max_pixels))
+    return np.array(_decode_other(content, name, None, min_side, max_pixels))
 
 
 def decode_pillow(image, max_pixels=None):

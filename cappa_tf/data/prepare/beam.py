@@ -6,11 +6,9 @@ the output folder under the same names.
 """
 
 import apache_beam as beam
-from apache_beam.options import pipeline_options
 
 from cappa_tf.data.prepare import conversion
-
-_PICTURES = "pictures"
+from cappa_tf.utils import beam_pipeline
 
 
 class _Convert(beam.DoFn):
@@ -21,10 +19,9 @@ class _Convert(beam.DoFn):
 
     def process(self, plan_path):
         result = conversion.convert(plan_path, self._workers)
-        counter = beam.metrics.Metrics.counter
-        counter(_PICTURES, "usable").inc(result.shard.num_examples)
+        beam_pipeline.count("usable", result.shard.num_examples)
         for _, reason, _ in result.skipped:
-            counter("skipped", reason).inc()
+            beam_pipeline.count(reason)
         yield plan_path
 
 
@@ -33,8 +30,8 @@ def convert(plans, runner, arguments, workers=None):
 
     Args:
         plans: A list of `conversion.Plan`s.
-        runner: Name of a Beam runner: DirectRunner, DataflowRunner, ...
-        arguments: Beam's own pipeline options, as on a command line.
+        runner: As of `beam_pipeline.run`.
+        arguments: As of `beam_pipeline.run`.
         workers: Number of threads per shard; by default one per core of the
             worker.
 
@@ -43,35 +40,9 @@ def convert(plans, runner, arguments, workers=None):
         none.
 
     Raises:
-        ValueError: If the DirectRunner does not know an option. For other
-            runners Beam only warns, as they may have options that its Python
-            side does not know.
+        ValueError: As `beam_pipeline.run`.
     """
-    options = pipeline_options.PipelineOptions(
-        [f"--runner={runner}", *arguments]
+    paths = [plan.path for plan in plans]
+    return beam_pipeline.run(
+        paths, _Convert(workers), runner, arguments, "Convert"
     )
-    if runner == "DirectRunner":
-        known = options.get_all_options(drop_default=True)
-        given = options.get_all_options(
-            drop_default=True, retain_unknown_options=True
-        )
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(
-                "Options after -- must be Beam's. Received: "
-                + ", ".join(f"--{name}" for name in unknown)
-            )
-    pipeline = beam.Pipeline(options=options)
-    # Without Reshuffle one worker would write all shards.
-    _ = (
-        pipeline
-        | "Plans" >> beam.Create([plan.path for plan in plans])
-        | "Deal" >> beam.Reshuffle()
-        | "Convert" >> beam.ParDo(_Convert(workers))
-    )
-    result = pipeline.run()
-    result.wait_until_finish()
-    return {
-        counter.key.metric.name: counter.result
-        for counter in result.metrics().query()["counters"]
-        if counter.key.metric.namespace in (_PICTURES, "skipped")
-    }

@@ -120,7 +120,8 @@ def plan(rows, output_dir, num_shards, options, skipped):
             plans.append(
                 _write_plan(stem, split, header, numbered[shard::count])
             )
-    _remove_others(folder, plans)
+    kept = [(one.path, *_beside(one.path)) for one in plans]
+    remove_others(folder, [path for paths in kept for path in paths])
     return plans
 
 
@@ -147,7 +148,7 @@ def convert(plan_path, workers=None, on_row=None):
             return found
         options = image_rows.Options(**header["options"])
         classes = {name: i for i, name in enumerate(header["classes"])}
-        read = _ordered_map(
+        read = ordered_map(
             pool,
             lambda numbered: (
                 numbered[0],
@@ -290,17 +291,20 @@ def _beside(plan_path):
     return f"{stem}.tfrecord", f"{stem}.result"
 
 
-def _remove_others(folder, plans):
-    """Removes files of no plan: unfinished ones, and other conversions'."""
-    kept = set()
-    for plan_ in plans:
-        kept.update(map(os.path.basename, (plan_.path, *_beside(plan_.path))))
+def remove_others(folder, kept):
+    """Removes what another or an unfinished conversion left in a folder.
+
+    Args:
+        folder: The folder.
+        kept: Paths of the files that remain if they exist.
+    """
+    names = {*map(os.path.basename, kept)}
     for file in tf.io.gfile.listdir(folder):
-        if file not in kept:
+        if file not in names:
             tf.io.gfile.remove(os.path.join(folder, file))
 
 
-def _ordered_map(pool, function, items, ahead):
+def ordered_map(pool, function, items, ahead):
     """Yields results in order, with at most `ahead` items in progress."""
     items = iter(items)
     waiting = collections.deque(

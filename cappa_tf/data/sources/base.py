@@ -122,6 +122,27 @@ class Records:
         return [
             type(self).__name__,
             [_file_identity(shard) for shard in self.shards],
+            *self.settings,
+        ]
+
+    @property
+    def settings(self):
+        """What else the contents of the records depend on: JSON values."""
+        return []
+
+    def range_identity(self, shard, skip, count):
+        """As `identity`, of a range of records of one shard.
+
+        Args:
+            shard: Index of the shard.
+            skip: Number of records before the range.
+            count: Number of records in it.
+        """
+        return [
+            type(self).__name__,
+            _file_identity(self.shards[shard]),
+            [skip, count],
+            *self.settings,
         ]
 
     def read(self, shard, skip, count):

@@ -79,6 +79,11 @@ class _Captioned(Records):
         """As `Records.identity`, with the captions."""
         return [type(self).__name__, self._records.identity, self._captions]
 
+    def range_identity(self, shard, skip, count):
+        """As `Records.range_identity`, with the captions."""
+        own = self._records.range_identity(shard, skip, count)
+        return [type(self).__name__, own, self._captions]
+
     def read(self, shard, skip, count):
         """Reads records of a shard, as in `Records`."""
         return self._records.read(shard, skip, count)

@@ -67,6 +67,11 @@ class ImageFolder:
         rows, _, names = self._listed
         return names or image_rows.named_classes(rows)
 
+    @property
+    def splits(self):
+        """Names of the splits, sorted."""
+        return sorted({image_rows.choose_split(row) for row in self._listed[0]})
+
     def split(self, split):
         """Returns the `Records` of a split.
 
@@ -76,9 +81,8 @@ class ImageFolder:
         rows, skipped, names = self._listed
         chosen = [row for row in rows if image_rows.choose_split(row) == split]
         if not chosen:
-            splits = sorted({image_rows.choose_split(row) for row in rows})
             raise ValueError(
-                f"`split` must be one of {splits} of {self.name}. "
+                f"`split` must be one of {self.splits} of {self.name}. "
                 f"Received: split={split!r}"
             )
         left_out = [
@@ -152,10 +156,16 @@ class _FolderRecords(Records):
     @property
     def identity(self):
         """As `Records.identity`: of each image file, and of all captions."""
+        return self.range_identity(0, 0, self.num_examples)
+
+    def range_identity(self, shard, skip, count):
+        """As `Records.range_identity`: of image files, and of captions."""
+        del shard
+        chosen = slice(skip, skip + count)
         digest = hashlib.sha256()
-        for reference in self._references.numpy():
+        for reference in self._references[chosen].numpy():
             digest.update(len(reference).to_bytes(8, "little") + reference)
-        for path in sorted({row.path for row in self._rows}):
+        for path in sorted({row.path for row in self._rows[chosen]}):
             with contextlib.suppress(tf.errors.OpError):
                 found = tf.io.gfile.stat(path)
                 digest.update(f"{found.length} {found.mtime_nsec}\n".encode())

@@ -209,8 +209,12 @@ class MixedRecords(Records):
     def identity(self):
         """As `Records.identity`, of all members."""
         members = [records.identity for records in self._members]
-        prompts = [self._prompts] if any(self._prompts) else []
-        return [type(self).__name__, members, *prompts]
+        return [type(self).__name__, members, *self.settings]
+
+    @property
+    def settings(self):
+        """As `Records.settings`: the templates of prompts."""
+        return [self._prompts] if any(self._prompts) else []
 
     @property
     def prompts(self):
@@ -357,6 +361,9 @@ class _Tagged(Records):
     def __init__(self, part, number):
         super().__init__(part.name, part.shards)
         self._part, self._number = part, number
+
+    def range_identity(self, shard, skip, count):
+        return [self._number, *self._part.range_identity(shard, skip, count)]
 
     def read(self, shard, skip, count):
         return self._part.read(shard, skip, count).map(

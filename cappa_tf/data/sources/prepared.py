@@ -6,9 +6,15 @@ import os
 import tensorflow as tf
 
 from cappa_tf.data import description as description_lib
-from cappa_tf.data.sources import image_folder
+from cappa_tf.data.sources import image_folder, shard_index
 from cappa_tf.data.sources.base import TFRecordFiles
+from cappa_tf.data.sources.tfds_source import TFDS
+from cappa_tf.data.sources.tfrecords import TFRecords
+from cappa_tf.data.sources.webdataset import WebDataset
 from cappa_tf.data.stream import bad_records
+
+# Prefix of the name of a TFDS data set, which is not a path.
+TFDS_PREFIX = "tfds:"
 
 
 class PreparedData:
@@ -20,6 +26,11 @@ class PreparedData:
 
     def __init__(self, path: str | os.PathLike):
         self.name = os.fspath(path)
+
+    @property
+    def splits(self):
+        """Names of the splits."""
+        return description_lib.DatasetDescription.load(self.name).splits
 
     @property
     def class_names(self):
@@ -35,13 +46,20 @@ class PreparedData:
 
 
 class Folder:
-    """A folder of either kind, which is determined when it is first opened.
+    """Data of any kind, which is determined when they are first opened.
 
-    The folder may be written after this object is created. One with a
-    dataset.json is `PreparedData`, any other an `image_folder.ImageFolder`.
+    The folder may be written after this object is created.
+
+        "data/mine"               `PreparedData`, if it has a dataset.json
+        "tfds:coco_captions"      `tfds_source.TFDS`; also a folder of it
+        "cc3m/{split}-*.tar"      `webdataset.WebDataset`; also a folder with
+                                  train-*.tar or train/*.tar
+        "laion/{split}/*.tfrecord"    `tfrecords.TFRecords`, likewise
+        "photos"                  `image_folder.ImageFolder`; any other folder,
+                                  or a table of images
 
     Args:
-        path: Path of the folder, or of a table of images.
+        path: One of these.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -50,19 +68,38 @@ class Folder:
     @functools.cached_property
     def source(self):
         """The source that the folder holds."""
-        described = os.path.join(self.name, "dataset.json")
+        if self.name.startswith(TFDS_PREFIX):
+            return TFDS.found(self.name.removeprefix(TFDS_PREFIX))
+        for suffix, kind in SHARDS.items():
+            if self.name.endswith(suffix) and "{split}" in self.name:
+                return kind(self.name)
+        described = os.path.join(self.name, description_lib.FILE_NAME)
         if tf.io.gfile.exists(described) or not tf.io.gfile.exists(self.name):
             return PreparedData(self.name)
+        if tf.io.gfile.exists(os.path.join(self.name, "dataset_info.json")):
+            return TFDS.found(self.name)
+        for suffix, kind in SHARDS.items():
+            if shard_index.has_shards(self.name, suffix):
+                return kind(self.name)
         return image_folder.ImageFolder(self.name)
+
+    @property
+    def splits(self):
+        """Names of the splits; None if the source does not tell them."""
+        return getattr(self.source, "splits", None)
 
     @property
     def class_names(self):
         """Names of the classes by number; empty if there are none."""
-        return self.source.class_names
+        return getattr(self.source, "class_names", [])
 
     def split(self, split):
         """Returns the `Records` of a split."""
         return self.source.split(split)
+
+
+# Suffixes of shards that are read in place.
+SHARDS = {".tar": WebDataset, ".tfrecord": TFRecords}
 
 
 class _PreparedRecords(TFRecordFiles):

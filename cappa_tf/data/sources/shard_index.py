@@ -34,6 +34,8 @@ DAMAGED = "damaged shard"
 # Problem of a tar that ends after a complete file, without the final zeros.
 NO_MARK = "ends without a mark"
 _FOLDER = ".cappa_index"
+# Suffixes of tables of images (`tables.SUFFIXES`), and of lists.
+_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 _VERSION = 2
 _THREADS = 8
 _SECONDS_BETWEEN_SAVES = 30
@@ -364,6 +366,27 @@ def find_files(path, split, suffix):
         else os.path.dirname(folder + re.split(r"[*?\[{]", rest)[0])
     )
     return Files(root, patterns[0].removeprefix(root), found)
+
+
+def has_shards(path, suffix):
+    """Whether a folder holds numbered shards, and no images or tables itself.
+
+    Args:
+        path: The folder.
+        suffix: Suffix of a shard: <split>-00000SUFFIX or <split>/*SUFFIX.
+    """
+    if not tf.io.gfile.isdir(path):
+        return False
+    names = tf.io.gfile.listdir(path)
+    if any(map(folder_listing.is_image, names)) or any(
+        name.lower().endswith(_TABLES) for name in names
+    ):
+        return False
+    numbered = re.compile(rf".+-\d+(-of-\d+)?{re.escape(suffix)}")
+    if any(map(numbered.fullmatch, names)):
+        return True
+    below = folder_listing.escape_glob(os.fspath(path))
+    return bool(tf.io.gfile.glob(f"{below}/*/*{suffix}"))
 
 
 def _literal_folder(pattern):

@@ -5,6 +5,7 @@ shuffled and resumed in the same way. TFDS only provides the list of files,
 their record counts and the parser. Images remain encoded.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -14,6 +15,14 @@ import tensorflow as tf
 from cappa_tf.data import description, schema
 from cappa_tf.data.sources.base import TFRecordFiles
 from cappa_tf.data.stream import bad_records
+
+# Usual names of features, the first that is there.
+_USUAL = {
+    "image": ("image", "image/encoded", "jpg"),
+    "captions": ("captions/text", "captions", "caption", "text"),
+    "label": ("label",),
+    "key": ("key", "image/filename", "file_name", "filename"),
+}
 
 
 class TFDS:
@@ -50,6 +59,32 @@ class TFDS:
         }
         self._data_dir = data_dir
 
+    @classmethod
+    def found(cls, path):
+        """The source whose features are found by their usual names.
+
+        Captions, label and key are left out if no feature is called so.
+
+        Args:
+            path: Name or folder, as of the class.
+        """
+        features = cls(path).builder.info.features
+
+        def first(what, default=None):
+            for name in _USUAL[what]:
+                with contextlib.suppress(ValueError):
+                    _find(path, features, what, name)
+                    return name
+            return default
+
+        return cls(
+            path,
+            image=first("image", "image"),
+            captions=first("captions"),
+            label=first("label"),
+            key=first("key"),
+        )
+
     @functools.cached_property
     def builder(self):
         """The TFDS builder."""
@@ -64,6 +99,11 @@ class TFDS:
                 "`path` must be a data set of TFDS or the folder of one. "
                 f"Received: path={self.name!r} ({str(error).splitlines()[0]})"
             ) from None
+
+    @property
+    def splits(self):
+        """Names of the splits."""
+        return list(self.builder.info.splits)
 
     def split(self, split):
         """Returns the `Records` of a split."""
@@ -115,10 +155,10 @@ class _TFDSRecords(TFRecordFiles):
         self._features, self._decoders = _partial(features, self._keys)
 
     @property
-    def identity(self):
-        """As `Records.identity`, with the part of each file and its keys."""
+    def settings(self):
+        """As `Records.settings`: the part of each file, and its keys."""
         keys = {what: list(path) for what, path in self._keys.items()}
-        return [*super().identity, self._first.numpy().tolist(), keys]
+        return [self._first.numpy().tolist(), keys]
 
     def check(self, counter):
         """Checks that all shards exist; TFDS does not record their sizes."""

@@ -73,9 +73,9 @@ class _NamedRecords(TFRecordFiles):
         self._features = features
 
     @property
-    def identity(self):
-        """As `Records.identity`, with the names of the features."""
-        return [*super().identity, self._features]
+    def settings(self):
+        """As `Records.settings`: the names of the features."""
+        return [self._features]
 
     def check(self, counter):
         """Checks the files, as in `Records`."""

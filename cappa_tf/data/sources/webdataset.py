@@ -330,9 +330,9 @@ class _TarRecords(Records):
             )
 
     @property
-    def identity(self):
-        """As `Records.identity`, with what is read of a sample."""
-        return [*super().identity, self._index.digest]
+    def settings(self):
+        """As `Records.settings`: what is read of a sample."""
+        return [self._index.digest]
 
     def check(self, counter):
         """Checks the files, as in `Records`."""
