@@ -155,7 +155,7 @@ def run():
             "--ways must have encode and greedy, which the others are compared "
             f"with. Received: --ways={','.join(values.ways)}"
         )
-    options = models.given()
+    options, with_peers = models.given(), models.check_peers()
     captioner = _make_model(options)
     trained = values.checkpoint is not None
     ways = make_ways(
@@ -170,11 +170,11 @@ def run():
         for name, way in ways.items()
     }
     with contextlib.ExitStack() as stack:
-        if values.peers:
+        if with_peers:
             contenders |= _peers(captioner, options, stack)
         found = benchmarks.compete(contenders, values.rounds, values.steps)
     rows = benchmarks.speeds(found, contenders, "encode", options["batch_size"])
-    if values.peers:
+    if with_peers:
         for name in ("greedy", "peers bfloat16"):
             share = benchmarks.ratio(found, "peers float32", name, "wall")
             rate = options["batch_size"] / benchmarks.median(

@@ -87,7 +87,7 @@ def run():
     options = {**models.given(), **_DECODER}
     known = [f"{way}{xla}" for way in WAYS for xla in ("", "-xla")]
     models.check_ways(values.ways, known)
-    reference = references.check()
+    reference, peers = references.check(), models.check_peers()
     contenders, baseline = {}, values.ways[0]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -99,7 +99,7 @@ def run():
         for way in values.ways:
             enter(way, benchmarks.own("embed", {**options, "way": way}))
         captioner = models.make_scorer(options)
-        if values.peers:
+        if peers:
             sizes = {**options, **models.encoder_sizes(options)}
             for dtype in ("float32", "bfloat16"):
                 asked = {**sizes, "benchmark": "embed", "dtype": dtype}

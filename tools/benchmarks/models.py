@@ -2,6 +2,8 @@
 
 from absl import flags
 
+from cappa_tf.utils import arguments
+
 # Options that decide the shapes of model and inputs, as JSON can hold them.
 SIZES = (
     "variant encoder_layers image_size decoder_layers length tokens "
@@ -107,6 +109,17 @@ def check_ways(names, known):
             f"Received: --ways={','.join(names)}"
         )
     return names
+
+
+def check_peers():
+    """Returns --peers.
+
+    Raises:
+        ImportError: If the packages that it needs are missing.
+    """
+    if flags.FLAGS.peers:
+        arguments.check_extra("--peers", "interop", "torch", "transformers")
+    return flags.FLAGS.peers
 
 
 def encoder_sizes(options):
