@@ -52,9 +52,9 @@ def define_flags():
 
 def run():
     """Returns rows of all devices, or of the check."""
-    # As tools/train.py does, before TensorFlow is loaded.
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
     devices = [] if flags.FLAGS.check else _devices()
+    if flags.FLAGS.check:  # As tools/train.py, before TensorFlow is loaded.
+        os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
     try:
         config.parse(
             flags.FLAGS.gin_file, flags.FLAGS.gin_param, workdir="plan"
