@@ -180,12 +180,12 @@ def parse(gin_files, gin_params=(), workdir=None, root=None):
     if workdir is not None:
         params.append(f"WORKDIR = {str(workdir)!r}")
     given = [_parse_param(param) for param in params]
-    _check(root or _bound_root(), used, given)
+    _check(root or bound_root(), used, given)
     gin.finalize()
 
 
-def _bound_root():
-    """The root function of training that is bound."""
+def bound_root():
+    """Full name of the root function of training that is bound."""
     # An evaluation's file binds arguments of `train.train` in any case.
     return PROBE_ROOT if ("", PROBE_ROOT) in _BINDINGS else ROOT
 
@@ -200,7 +200,7 @@ def run(root=None, **kwargs):
     Returns:
         The result of the root function.
     """
-    return gin.get_configurable(root or _bound_root())(**kwargs)
+    return gin.get_configurable(root or bound_root())(**kwargs)
 
 
 def arguments(root=None):
@@ -210,7 +210,7 @@ def arguments(root=None):
         A dict including defaults. Arguments that the files reference without
         "()" (`model`, `optimizer`) are constructors that must still be called.
     """
-    root = root or _bound_root()
+    root = root or bound_root()
     function = gin.config._REGISTRY[root].wrapped
     named, _ = config_checks.parameters(function)
     defaults = {

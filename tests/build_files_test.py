@@ -36,6 +36,12 @@ DISTRIBUTIONS = {
     "tensorflow_serving": "tensorflow-serving-api",
 }
 
+# Programs that benchmarks start with packages that nothing else needs.
+OTHER_ENVIRONMENTS = [
+    ROOT / "tools/benchmarks/workers" / name
+    for name in ("peers.py", "reference.py")
+]
+
 
 def evaluate(path):
     """{name: (rule, attributes)} of one BUILD or MODULE.bazel file."""
@@ -96,6 +102,8 @@ def third_party(folder):
     found = set()
     own = {"cappa_tf", "tools", *(x.stem for x in ROOT.glob("tests/*.py"))}
     for path in (ROOT / folder).rglob("*.py"):
+        if path in OTHER_ENVIRONMENTS:
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}

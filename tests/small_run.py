@@ -288,6 +288,7 @@ def logged(workdir, tag):
     return {
         event.step: float(tf.make_ndarray(value.tensor))
         for name in sorted(os.listdir(folder))
+        if "tfevents" in name  # A profile is a folder beside it.
         for event in tf.compat.v1.train.summary_iterator(
             os.path.join(folder, name)
         )

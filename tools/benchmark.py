@@ -1,27 +1,39 @@
 """Runs the benchmarks behind this project's claims about cost.
 
-    python tools/benchmark.py memory
+    python tools/benchmark.py train
+    python tools/benchmark.py train --json > train.json
 
 Each benchmark is a module of tools/benchmarks with its own flags, shown by
-`python tools/benchmark.py memory --help`. It has two functions: define_flags()
-and run().
+`python tools/benchmark.py train --help`. It has two functions: define_flags(),
+and run(), which returns a list of `benchmarks.Row`. Printed is a table of
+figures, each with its unit and, after "x", what it is a multiple of; with
+--json one object, {benchmark, machine, rows: [{name, value, unit, baseline,
+ratio}]}. What is being measured is told on stderr.
 """
 
+import dataclasses
 import importlib
+import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from absl import flags
+
 from cappa_tf.utils import console
 from tools import benchmarks
 
 BENCHMARKS = {
+    "caption": "time of different ways to caption",
     "data": "images per second and memory from shards to batches",
+    "embed": "images per second of the encoder",
     "features": "images per second of LiT, with and without cached features",
-    "generate": "time of different ways to caption",
     "memory": "peak memory and time of the loss, and of a training step",
+    "plan": "expected time, memory and cost of a gin file on accelerators",
     "score": "time of the likelihoods of many labels",
+    "start": "seconds from the command to the first step",
+    "train": "images per second of a training step",
 }
 
 
@@ -49,6 +61,7 @@ def load(arguments):
 
 def define_flags():
     """Defines the flags of the benchmark that the command line names."""
+    flags.DEFINE_bool("json", False, "Prints one JSON object.")
     with console.errors_as_lines("benchmark"):
         load(sys.argv[1:]).define_flags()
 
@@ -56,7 +69,30 @@ def define_flags():
 def main(argv):
     """Runs the benchmark named by the first argument."""
     with console.errors_as_lines("benchmark"):
-        load(argv[1:]).run()
+        machine = benchmarks.machine()
+        rows = load(argv[1:]).run()
+        if rows is not None:  # None: it was a part of another one.
+            print(report(argv[1], machine, rows, flags.FLAGS.json))
+
+
+def report(name, machine, rows, as_json):
+    """What is printed of a benchmark.
+
+    Args:
+        name: Of the benchmark.
+        machine: `benchmarks.machine()`.
+        rows: List of `benchmarks.Row`.
+        as_json: Whether to print a JSON object.
+    """
+    if as_json:
+        found = {
+            "benchmark": name,
+            "machine": machine,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        return json.dumps(found, allow_nan=False)
+    about = ", ".join(f"{k} {v}" for k, v in machine.items())
+    return f"{name}: {about}\n{benchmarks.table(rows)}"
 
 
 if __name__ == "__main__":

@@ -12,21 +12,36 @@ import keras
 from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving import preset_folder
 from cappa_tf.saving.weights import PLAIN, rebuilt
+from cappa_tf.utils import arguments
 from cappa_tf.utils.files import replacing
 
+# How a saved encoder keeps its weights and computes.
+PRECISIONS = ("float32", "bfloat16", "int8")
 
-def save_backbone(encoder, path):
+
+def save_backbone(encoder, path, precision="float32"):
     """Writes an encoder without the options of its pretraining.
 
-    The saved encoder computes in float32 and has no dropout, whatever the
-    given encoder does: mixed precision and dropout belong to the run that used
-    them.
+    The saved encoder has no dropout, and computes in the given precision,
+    whatever the given encoder does: mixed precision and dropout belong to the
+    run that used them.
 
     Args:
         encoder: A built `VisionEncoder`.
         path: Path of the file to write; must end in `.keras`.
+        precision: "float32"; "bfloat16", for half the size; or "int8", for
+            about a quarter: products of integers, all else in float32.
+
+    Raises:
+        ValueError: If the precision is not one of these.
     """
-    plain = rebuilt(encoder, **PLAIN)
+    arguments.check_choice(PRECISIONS, precision=precision)
+    changes = dict(PLAIN)
+    if precision == "bfloat16":
+        changes["dtype"] = "bfloat16"
+    plain = rebuilt(encoder, **changes)
+    if precision == "int8":
+        plain.quantize("int8")
     with replacing(path) as unfinished:
         plain.save(unfinished)
 
@@ -64,4 +79,32 @@ def load_backbone(path, image_size=None, dtype=None):
         )
     changes = {"image_size": image_size, "dtype": dtype}
     changes = {k: v for k, v in changes.items() if v is not None}
+    if changes and encoder.quantization is not None:
+        raise ValueError(
+            "A quantized encoder keeps the size and dtype that it was exported "
+            f"with. Received: {changes}, {path} in {encoder.quantization}"
+        )
     return rebuilt(encoder, **changes) if changes else encoder
+
+
+def agreement(encoder, other, images):
+    """How much the pooled features of two encoders agree.
+
+    Args:
+        encoder: A built `VisionEncoder`.
+        other: Another one for images of the same size.
+        images: float [B, H, W, 3] in [-1, 1].
+
+    Returns:
+        (mean, least) cosine of the features of an image.
+    """
+    found = []
+    for one in (encoder, other):
+        outputs = one(images, training=False)
+        pooled = outputs.get("pre_logits")
+        if pooled is None:
+            pooled = keras.ops.mean(outputs["encoded"], axis=1)
+        pooled = keras.ops.cast(pooled, "float32")
+        found.append(keras.ops.normalize(pooled, axis=-1))
+    cosines = keras.ops.sum(found[0] * found[1], axis=-1)
+    return float(keras.ops.mean(cosines)), float(keras.ops.min(cosines))

@@ -6,6 +6,7 @@ Abbreviations for dimensions:
 """
 
 import functools
+import warnings
 
 import keras
 from keras import ops
@@ -85,6 +86,9 @@ class VisionEncoder(keras.Model):
     are this project's own (the reference's captioner documents the former but
     never reads it).
     """
+
+    # Mode of `quantize`.
+    quantization = None
 
     def __init__(
         self,
@@ -231,7 +235,26 @@ class VisionEncoder(keras.Model):
     def build_from_config(self, config):
         """Builds a model that is being loaded."""
         del config
-        self.build()
+        if not self.built:
+            self.build()
+
+    def quantize(self, mode, **kwargs):
+        """Quantizes the weights of products: `quantize("int8")`.
+
+        Keras quantizes an input when it is called, and computes the product of
+        integers. What has no such product is left in float32.
+
+        Args:
+            mode: As in `keras.Model.quantize`, like all other arguments.
+            **kwargs: Further arguments.
+        """
+        # Keras wants each layer to have been called.
+        self(ops.zeros((1, *self.image_size, 3)), training=False)
+        with warnings.catch_warnings():
+            # Of layers that have nothing to quantize.
+            warnings.filterwarnings("ignore", message=".*`quantize` method")
+            super().quantize(mode, **kwargs)
+        self.quantization = mode
 
     def call(self, images, seeds=None, training=False):
         """Encodes images [B, H, W, 3]; the class describes the outputs."""
@@ -342,6 +365,7 @@ class VisionEncoder(keras.Model):
         dtype = keras.saving.serialize_keras_object(self.dtype_policy)
         # Left out if it is the default, like `style`.
         special = {
+            "quantization": (self.quantization, None),
             "position_grid": (self.position_grid, None),
             "num_registers": (self.num_registers, 0),
             "keep_registers": (self.keep_registers, True),
@@ -365,6 +389,12 @@ class VisionEncoder(keras.Model):
             for name, value in config.items()
             if name not in ("rep_size", "num_classes")
         }
+        mode = config.pop("quantization", None)
+        if mode is not None:
+            encoder = cls.from_config({**config, **heads})
+            encoder.build()
+            encoder.quantize(mode)
+            return encoder
         if heads and cls is VisionEncoder:
             # Imported here because that module imports this one.
             from cappa_tf.models.classification_head import EncoderWithHead

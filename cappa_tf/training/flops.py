@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework import op_callbacks
 
 
-def training_flops(model, captions=1):
+def training_flops(model, captions=1, tokens=None):
     """FLOPs of forward and backward pass of one example.
 
     A loss that compares the examples of a batch is computed for a batch of
@@ -22,39 +22,74 @@ def training_flops(model, captions=1):
     Args:
         model: Built `Task`.
         captions: Captions per image.
+        tokens: Real tokens of a caption, for whose positions alone a
+            captioner's loss computes logits; all positions by default.
 
     Returns:
         Number of floating-point operations.
     """
+    state = [(v, tf.identity(v.value)) for v in model.non_trainable_variables]
+    chunk_size = getattr(model, "chunk_size", None)
     batch = {
         name: tf.zeros(spec.shape, spec.dtype)
         for name, spec in model.batch_spec(1, captions).items()
     }
     if "labels" in batch:
-        # Full length: padding costs nothing in the loss.
-        batch["labels"] += 1
+        # Padding costs nothing in the loss, everything in the decoder.
+        length = batch["labels"].shape[-1]
+        real = tf.range(length) < (length if tokens is None else tokens)
+        batch["labels"] += tf.cast(real, tf.int32)
+    try:
+        if tokens is not None and chunk_size is not None:
+            # The loss pads its last chunk.
+            model.chunk_size = tokens * captions
+        return count(lambda: gradients(model, batch))
+    finally:
+        if chunk_size is not None:
+            model.chunk_size = chunk_size
+        for variable, value in state:
+            variable.assign(value)  # Such as the statistics of a batch.
+
+
+def gradients(model, batch):
+    """Runs forward and backward pass of a batch; returns the gradients."""
     values = [v.value for v in model.trainable_variables]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        loss = tf.reduce_sum(model.example_losses(batch, True).loss)
+    return tape.gradient(loss, values)
+
+
+def count(function):
+    """FLOPs of a function without arguments, which is run eagerly."""
     counted = []
 
-    def count(op_type, inputs, attrs, outputs, op_name=None, graph=None):
+    def add(op_type, inputs, attrs, outputs, op_name=None, graph=None):
         del op_name, graph
-        # Bytes if TensorFlow ran the operation by its fast path.
-        op_type = tf.compat.as_str(op_type)
-        if op_type in _COUNTS:
-            names = [tf.compat.as_str(name) for name in attrs[::2]]
-            options = dict(zip(names, attrs[1::2], strict=True))
-            shapes = [tuple(x.shape) for x in (*inputs, *outputs)]
-            counted.append(_COUNTS[op_type](shapes, options))
+        counted.append(of_operation(op_type, inputs, attrs, outputs))
 
-    op_callbacks.add_op_callback(count)
+    op_callbacks.add_op_callback(add)
     try:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            loss = tf.reduce_sum(model.example_losses(batch, True).loss)
-        tape.gradient(loss, values)
+        function()
     finally:
-        op_callbacks.remove_op_callback(count)
+        op_callbacks.remove_op_callback(add)
     return sum(counted)
+
+
+def of_operation(op_type, inputs, attrs, outputs):
+    """FLOPs of an operation, as an op callback gets it; 0 if not counted."""
+    # Bytes if TensorFlow ran the operation by its fast path.
+    op_type = tf.compat.as_str(op_type)
+    if op_type not in _COUNTS:
+        return 0
+    shapes = [tuple(x.shape) for x in (*inputs, *outputs)]
+    return _COUNTS[op_type](shapes, options_of(attrs))
+
+
+def options_of(attrs):
+    """Attributes of an operation, as an op callback gets them, as a dict."""
+    names = [tf.compat.as_str(name) for name in attrs[::2]]
+    return dict(zip(names, attrs[1::2], strict=True))
 
 
 def _product(shapes, options):

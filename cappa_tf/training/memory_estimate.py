@@ -15,7 +15,7 @@ import tensorflow as tf
 from cappa_tf.training.gradients import TaskGradients, function
 
 # Operations whose output shares the memory of their input.
-_ALIASES = {
+ALIASES = {
     "EnsureShape",
     "ExpandDims",
     "Identity",
@@ -105,7 +105,7 @@ def peak_bytes(graph, unknown=1):
     for position, op in enumerate(operations):
         for tensor in op.inputs:
             last_use[_root(base, tensor)] = position
-        if op.type in _ALIASES:
+        if op.type in ALIASES:
             for source, output in zip(op.inputs, op.outputs):
                 base[output.ref()] = _root(base, source)
     ends = {}
@@ -114,7 +114,7 @@ def peak_bytes(graph, unknown=1):
     results = {_root(base, t) for t in getattr(graph, "outputs", [])}
     alive, total, peak = {}, 0, 0
     for position, op in enumerate(operations):
-        if op.type not in _FREE and op.type not in _ALIASES:
+        if op.type not in _FREE and op.type not in ALIASES:
             for tensor in op.outputs:
                 ref = tensor.ref()
                 if ref in last_use or ref in results:

@@ -157,8 +157,18 @@ class ComputeSettings:
     """Whether to use deterministic kernels only: the same run then gives
     bitwise the same weights on the same kind of device."""
 
+    peak_flops: int | float | str | None = None
+    """Peak of one device in FLOP/s, of which log lines and TensorBoard show the
+    share that training reaches: a number, "auto" (known GPUs: the maker's
+    figure; CPUs: measured once, in 0.2 s), or None to show neither this share
+    nor model FLOP/s."""
+
     def __post_init__(self):
         arguments.check_choice((None, *PRECISIONS), precision=self.precision)
+        if self.peak_flops not in (None, "auto"):
+            arguments.check_number(
+                "peak_flops", self.peak_flops, exclusive=True
+            )
         arguments.check_choice(
             (True, False, "auto"), jit_compile=self.jit_compile
         )

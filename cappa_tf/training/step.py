@@ -83,6 +83,17 @@ class TrainLoop:
         waited = float(waited) if self._measure_wait else None
         return sums, int(done), waited, float(norm), bool(stopped)
 
+    def count_nodes(self, iterator):
+        """Nodes of the graph of the loop, with those of all functions in it.
+
+        Args:
+            iterator: As in a call.
+        """
+        traced = self._loop.get_concrete_function(iterator, tf.constant(1))
+        graph = traced.graph.as_graph_def()
+        functions = graph.library.function
+        return len(graph.node) + sum(len(f.node_def) for f in functions)
+
     def _run_steps(self, iterator, steps):
         def unfinished(done, stopping, totals, waited):
             return tf.logical_and(done < steps, tf.logical_not(stopping))

@@ -67,6 +67,7 @@ def train(
     evaluators: list | tuple = (),
     prepare=None,
     dry_run=False,
+    profile: tuple | list | None = None,
     on_start=None,
     on_first_step=None,
 ):
@@ -94,6 +95,8 @@ def train(
             the first host only.
         dry_run: Builds everything, prints shapes, parameter counts and a
             memory estimate, and stops without reading any data.
+        profile: (first, last) of the steps, counted from 1, of which the first
+            host writes a profile for TensorBoard.
         on_start: Called with `workdir` before the first step of this process,
             on the first host only.
         on_first_step: Called with `workdir` and the number of finished steps
@@ -110,6 +113,7 @@ def train(
         WorkerLostError: If another process of the run has ended.
     """
     _check_arguments(workdir, evaluators, dry_run)
+    _check_profile(profile, settings.total_steps)
     arguments.check_callable(
         prepare=prepare, on_start=on_start, on_first_step=on_first_step
     )
@@ -155,6 +159,7 @@ def train(
                 hosts=hosts,
                 check_claim=check_claim,
                 origin=origin,
+                profile=profile and tuple(profile),
             )
             with plain_data_errors(*data), trainer:
                 # Only now is it certain that the folder belongs to this run.
@@ -171,6 +176,19 @@ def _check_arguments(workdir, evaluators, dry_run):
         )
     arguments.check_bool(dry_run=dry_run)
     check_evaluators(evaluators)
+
+
+def _check_profile(profile, total_steps):
+    """Checks that the steps to profile are steps of the run."""
+    if profile is None:
+        return
+    for step in profile:
+        arguments.check_integer("profile", step, 1)
+    if len(profile) != 2 or not profile[0] <= profile[1] <= total_steps:
+        raise ValueError(
+            "`profile` must be (first, last) with 1 <= first <= last <= "
+            f"total_steps={total_steps}. Received: profile={tuple(profile)}"
+        )
 
 
 def _check_captions(model, evaluation):

@@ -24,9 +24,11 @@ from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.optimizers.averaging import averaged_weights
 from cappa_tf.training.reporting.image_use import ImageUse
 from cappa_tf.training.reporting.metrics import Interval, Stopwatch
+from cappa_tf.training.reporting.profile import Profile
 from cappa_tf.training.reporting.progress import Progress
 from cappa_tf.training.reporting.samples import Samples
 from cappa_tf.training.reporting.summaries import Summaries
+from cappa_tf.training.reporting.utilization import Utilization
 from cappa_tf.training.settings import (
     ComputeSettings,
     EvaluationSettings,
@@ -92,6 +94,7 @@ class Trainer:
         check_claim: Called between loops; raises an error once another run
             has taken over the folder.
         origin: Log line about the source of the initial weights, or None.
+        profile: (first, last) of the steps to profile, or None.
     """
 
     model: Task
@@ -107,6 +110,7 @@ class Trainer:
     evaluators: list | tuple = ()
     check_claim: Callable = lambda: None
     origin: str | None = None
+    profile: tuple | None = None
 
     @property
     def step(self):
@@ -177,9 +181,18 @@ class Trainer:
             short_names=self.model.short_names,
         )
         self._summaries = Summaries(folder)
+        self._profile = Profile(self.workdir, self.profile if chief else None)
+        self._utilization = Utilization(
+            self.model,
+            getattr(self.data.train, "captions_per_image", 1),
+            self.strategy.num_replicas_in_sync,
+            self.model.dtype_policy.name,
+            self.compute.peak_flops if chief else None,
+        )
         return self
 
     def __exit__(self, *exception):
+        self._profile.close()
         self._progress.close()
         self._summaries.close()
 
@@ -270,7 +283,11 @@ class Trainer:
         while self.step < settings.total_steps and not stopped:
             # The first call traces and compiles, so it is one untimed step.
             steps = 1 if first else self._steps_to_next_event()
+            self._profile.before(self.step)
             stopped = self._run_loop(loop, iterator, steps, interval, not first)
+            line = self._profile.after(self.step)
+            if line is not None:
+                self._progress.line(line)
             if first and on_first_step is not None and self.hosts.is_chief:
                 on_first_step(self.workdir, self.step)
             first = False
@@ -313,6 +330,7 @@ class Trainer:
             self.evaluation.evaluator_steps,
         ]
         ahead = [period - step % period for period in periods if period]
+        ahead += self._profile.ahead(step)
         return min(s.steps_per_loop, s.total_steps - step, *ahead)
 
     def _run_loop(self, loop, iterator, steps, interval, timed):
@@ -361,6 +379,7 @@ class Trainer:
     def _log(self, figures):
         figures["weight_norm"] = self._weight_norm
         figures["learning_rate"] = float(self.optimizer.learning_rate)
+        figures |= self._utilization.figures(figures)
         skipped = collections.Counter()
         for part in self.hosts.gather(dict(self.data.train.skipped)):
             skipped.update(part)

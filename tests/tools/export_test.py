@@ -1,6 +1,7 @@
 """tools/export.py: from a run's folder to files for other programs."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -13,6 +14,8 @@ from harness import randomize
 from random_contrastive import make_contrastive
 
 import cappa_tf
+from cappa_tf.export import keras_backbone
+from cappa_tf.models.vision_encoder import VisionEncoder
 from cappa_tf.saving import run_folder as saving
 from cappa_tf.saving import siglip
 from cappa_tf.utils import files
@@ -55,6 +58,45 @@ def test_backbone_is_the_encoder_of_the_run(captioner, run_folder, tmp_path):
     expected = captioner.vision_encoder(images())
     for name, value in encoder(images()).items():
         np.testing.assert_array_equal(value, expected[name])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_backbone_of_another_precision(
+    captioner, run_folder, tmp_path, precision
+):
+    path = tmp_path / "encoder.keras"
+    said = run(
+        what="backbone",
+        checkpoint=run_folder,
+        output=path,
+        precision=precision,
+    )
+    found = re.search(
+        r"in (\w+): cosine .* ([\d.]+) on average, ([\d.]+)", said
+    )
+    assert found[1] == precision
+    mean, least = float(found[2]), float(found[3])
+    assert 0.99 < least <= mean < 1.0
+    encoder = keras_backbone.load_backbone(path)
+    expected = captioner.vision_encoder(images())["pre_logits"]
+    actual = keras.ops.cast(encoder(images())["pre_logits"], "float32")
+    np.testing.assert_allclose(actual, expected, atol=0.1)
+    assert any(precision in str(w.dtype) for w in encoder.weights)
+    if precision == "int8":
+        with pytest.raises(ValueError, match="A quantized encoder keeps"):
+            keras_backbone.load_backbone(path, image_size=32)
+        again = VisionEncoder.from_config(encoder.get_config())
+        assert again.quantization == "int8"
+
+
+def test_precision_is_for_backbones(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="--precision does not go with"):
+        run(
+            what="timm",
+            checkpoint=run_folder,
+            output=tmp_path / "timm",
+            precision="int8",
+        )
 
 
 def test_another_size_at_export_or_on_load(run_folder, tmp_path):

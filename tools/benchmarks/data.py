@@ -20,6 +20,7 @@ memory for two numbers of records. As in training, freed memory is kept
 (`keep_freed_memory`).
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -38,6 +39,7 @@ from cappa_tf.data.stream import caching, shuffling
 from tools import benchmarks
 
 _ENLARGED = (1024, 768)
+_READ = 3000  # Records of 100 kB that are read without decoding.
 _CAPTIONS = (
     "a young girl in a pink dress climbs the stairs of a wooden playhouse",
     "two dogs of different breeds look at each other on the road",
@@ -77,11 +79,11 @@ def define_flags():
 
 
 def run():
-    """Prints all tables, or reads one data set and prints its memory."""
+    """Returns rows of all methods, or reads a data set, prints its memory."""
     caching.keep_freed_memory()
     if flags.FLAGS.read:
         print(json.dumps(read_everything(flags.FLAGS.read)))
-        return
+        return None
     photos = load_photos(flags.FLAGS.data)
     enlarged = enlarge(photos, flags.FLAGS.quality)
     side = round(flags.FLAGS.image_size * 256 / 224)
@@ -93,10 +95,10 @@ def run():
     with tempfile.TemporaryDirectory() as folder:
         for name, encoded in sets.items():
             write(os.path.join(folder, name), encoded)
-        _print_speed(sets, folder)
-        _print_difference(sets)
-        _print_reading(folder)
-    _print_memory()
+        rows = _speed_rows(sets, folder)
+        rows += _difference_rows(sets)
+        rows += _reading_rows(folder)
+    return rows + _memory_rows()
 
 
 def load_photos(folder):
@@ -118,7 +120,7 @@ def _synthetic_photo(random):
         fine = Image.fromarray(rough).resize((500, 375), Image.BICUBIC)
         pixels += (np.asarray(fine) - 127.5) * side**-0.35
     pixels = np.clip(pixels + 127.5, 0, 255).astype(np.uint8)
-    return _jpeg(Image.fromarray(pixels), 90)
+    return jpeg(Image.fromarray(pixels), 90)
 
 
 def enlarge(photos, quality):
@@ -128,7 +130,7 @@ def enlarge(photos, quality):
         image = Image.open(io.BytesIO(photo)).convert("RGB")
         upright = image.height > image.width
         size = _ENLARGED[::-1] if upright else _ENLARGED
-        result.append(_jpeg(image.resize(size, Image.BICUBIC), quality))
+        result.append(jpeg(image.resize(size, Image.BICUBIC), quality))
     return result
 
 
@@ -143,7 +145,8 @@ def shrink(photos, side):
     return result
 
 
-def _jpeg(image, quality):
+def jpeg(image, quality):
+    """Contents of a JPEG file."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -163,11 +166,17 @@ def write(folder, encoded, shards=4):
     )
 
 
-def _dataset(folder, size, **options):
+def dataset(folder, size, **options):
+    """The data set in a folder that `write` wrote, its images of that size."""
     return caption_dataset.CaptionDataset(
+        folder, "train", tokenizer.Tokenizer(folder, 64), size, **options
+    )
+
+
+def _dataset(folder, size, **options):
+    """The same, with batches and threads as the flags say."""
+    return dataset(
         folder,
-        "train",
-        tokenizer.Tokenizer(folder, 64),
         size,
         batch_size=flags.FLAGS.batch_size,
         num_parallel_calls=flags.FLAGS.threads,
@@ -211,8 +220,8 @@ def _batches(way, encoded, folder):
     )
 
 
-def _print_speed(sets, folder):
-    """Prints images per second of each method on each set, and ratios."""
+def _speed_rows(sets, folder):
+    """Images per second of each method on each set, and ratios."""
     streams = {
         (name, way): _batches(way, encoded, os.path.join(folder, name))
         for name, encoded in sets.items()
@@ -235,23 +244,35 @@ def _print_speed(sets, folder):
             "ms": (time.process_time() - used) / count * 1e3,
         }
 
-    found = benchmarks.in_turns(streams, flags.FLAGS.rounds, measure)
-    print(f"{'images':12}{'method':12}{'images/s':>10}{'CPU ms':>10}")
-    for (name, way), result in found.items():
-        print(f"{name:12}{way:12}{result['speed']:10.0f}{result['ms']:10.2f}")
-    for one, other, comment in _RATIOS:
-        ratio = found[one]["speed"] / found[other]["speed"]
-        cpu = found[other]["ms"] / found[one]["ms"]
-        print(
-            f"{' '.join(one)} / {' '.join(other)}: {ratio:.2f} "
-            f"(by CPU time {cpu:.2f}; {comment})"
+    found = benchmarks.turns_of(streams, flags.FLAGS.rounds, measure)
+    rows = []
+    for key in found:
+        name = " ".join(key)
+        speed, used = (
+            benchmarks.median(found, key, x) for x in ("speed", "ms")
         )
+        rows += [
+            benchmarks.Row(name, speed, "images/s"),
+            benchmarks.Row(name, used, "CPU ms/image"),
+        ]
+    for one, other, comment in _RATIOS:
+        name, base = " ".join(one), " ".join(other)
+        rows += [
+            benchmarks.Row(
+                f"{name} ({comment})",
+                benchmarks.median(found, one, key),
+                unit,
+                base,
+                benchmarks.ratio(found, one, other, key),
+            )
+            for key, unit in (("speed", "images/s"), ("ms", "CPU ms/image"))
+        ]
+    return rows
 
 
-def _print_difference(sets):
-    """Prints how far each method is from a full antialiased resize."""
-    size = flags.FLAGS.image_size
-    print(f"{'images':12}{'method':12}{'mean':>8}{'99%':>8} gray levels off")
+def _difference_rows(sets):
+    """How far each method is from a full antialiased resize."""
+    size, rows = flags.FLAGS.image_size, []
     for name, encoded in sets.items():
         exact = np.array(
             [
@@ -267,15 +288,20 @@ def _print_difference(sets):
             off = np.abs(
                 [decoder(way, size)(e).numpy() for e in encoded[:20]] - exact
             )
-            mean, most = off.mean(), np.quantile(off, 0.99)
-            print(f"{name:12}{way:12}{mean:8.2f}{most:8.1f}")
+            for value, which in (
+                (off.mean(), "on average"),
+                (np.quantile(off, 0.99), "at most in 99%"),
+            ):
+                unit = f"gray levels off {which}"
+                rows.append(benchmarks.Row(f"{name} {way}", float(value), unit))
+    return rows
 
 
-def _print_reading(folder):
-    """Prints bytes per second of the shuffled stream and of the bare files."""
+def _reading_rows(folder):
+    """Bytes per second of the shuffled stream and of the bare files."""
     path = os.path.join(folder, "large")
     rng = np.random.default_rng(0)
-    write(path, (rng.bytes(100_000) for _ in range(3000)), shards=8)
+    write(path, (rng.bytes(100_000) for _ in range(_READ)), shards=8)
     shards = _dataset(path, 8).records
     size = sum(shard.num_bytes for shard in shards)
 
@@ -289,7 +315,7 @@ def _print_reading(folder):
         if way in streams:
             # A new stream each time, as above; an epoch fills its buffers.
             batches = iter(streams[way].map(tf.strings.length).batch(100))
-            _ = [next(batches) for _ in range(30)]
+            _ = [next(batches) for _ in range(_READ // 100)]
         start, used = time.perf_counter(), time.process_time()
         if way == "files":
             for path in paths:
@@ -297,18 +323,28 @@ def _print_reading(folder):
                     while file.read(1 << 20):
                         pass
         else:
-            _ = [next(batches) for _ in range(30)]
+            _ = [next(batches) for _ in range(_READ // 100)]
         return {
             "speed": size / (time.perf_counter() - start),
             "cpu": size / (time.process_time() - used),
         }
 
-    found = benchmarks.in_turns(("files", *streams), 3, measure)
-    for way, result in found.items():
-        print(
-            f"reading without decoding, {way}: {result['speed'] / 1e9:.2f} "
-            f"GB/s, {result['cpu'] / 1e9:.2f} GB per CPU second"
-        )
+    found = benchmarks.turns_of(("files", *streams), 3, measure)
+    rows = []
+    for way in found:
+        name = f"reading without decoding, {way}"
+        for key, unit in (("speed", "GB/s"), ("cpu", "GB per CPU second")):
+            row = benchmarks.Row(
+                name, benchmarks.median(found, way, key) / 1e9, unit
+            )
+            if way != "files":
+                row = dataclasses.replace(
+                    row,
+                    baseline="files",
+                    ratio=benchmarks.ratio(found, way, "files", key),
+                )
+            rows.append(row)
+    return rows
 
 
 def read_everything(path):
@@ -322,16 +358,23 @@ def read_everything(path):
     return {"bytes": resident, "peak": benchmarks.peak_bytes()}
 
 
-def _print_memory():
-    """Prints resident memory after an epoch over few and many records."""
-    image = _jpeg(Image.new("RGB", (16, 16), (90, 30, 200)), 75)
-    found = []
+def _memory_rows():
+    """Resident memory after an epoch over few and many records."""
+    image = jpeg(Image.new("RGB", (16, 16), (90, 30, 200)), 75)
+    rows, first = [], None
     for count in map(int, flags.FLAGS.records):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "generated")
             write(path, (image for _ in range(count)), shards=16)
-            found.append(benchmarks.in_a_process("data", read=path))
-        resident, peak = (found[-1][k] / 2**20 for k in ("bytes", "peak"))
-        print(f"{count:9,} records: {resident:.0f} MiB, peak {peak:.0f} MiB")
-    ratio = found[-1]["bytes"] / found[0]["bytes"]
-    print(f"resident memory, most / fewest records: {ratio:.2f}")
+            found = benchmarks.in_a_process("data", read=path)
+        name = f"after {count:,} records"
+        row = benchmarks.Row(name, found["bytes"] / 2**20, "MiB resident")
+        if first is not None:
+            ratio = found["bytes"] / first["bytes"]
+            row = dataclasses.replace(row, baseline=rows[0].name, ratio=ratio)
+        first = first or found
+        rows += [
+            row,
+            benchmarks.Row(name, found["peak"] / 2**20, "MiB at most"),
+        ]
+    return rows

@@ -143,7 +143,7 @@ def make_model(given, tokenizer):
 
 
 def run():
-    """Prints images a second of both ways, and their ratio."""
+    """Returns rows of both ways, and of computing the cache."""
     from cappa_tf.data.caption_dataset import CaptionDataset
     from cappa_tf.data.tokenizer import Tokenizer
 
@@ -155,25 +155,21 @@ def run():
         streams, seconds = make_streams(
             data, model.vision_encoder, folder, KINDS[given.model]
         )
-        print(
-            f"cache: {data.num_examples:,} images in {seconds:.0f} s "
-            f"({data.num_examples / seconds:,.0f} images/s), once"
+        once = benchmarks.Row(
+            "computing the cache, once", data.num_examples / seconds, "images/s"
         )
         steps = {
             way: make_steps(model, stream, given.batch_size)
             for way, stream in streams.items()
         }
-        for way in WAYS:
-            steps[way](given.steps)  # Traces, and fills buffers.
+        contenders = {
+            way: benchmarks.Here(lambda way=way: _run(steps[way], given.steps))
+            for way in WAYS
+        }
+        found = benchmarks.compete(contenders, given.rounds)
+    items = given.steps * given.batch_size
+    return [once, *benchmarks.speeds(found, contenders, WAYS[0], items)]
 
-        def measure(way):
-            start = time.perf_counter()
-            steps[way](given.steps)
-            seconds = time.perf_counter() - start
-            return {"speed": given.steps * given.batch_size / seconds}
 
-        found = benchmarks.in_turns(WAYS, given.rounds, measure)
-    for way, result in found.items():
-        print(f"{way:8} {result['speed']:8,.1f} images/s")
-    ratio = found["cached"]["speed"] / found["images"]["speed"]
-    print(f"cached / images: {ratio:.2f}")
+def _run(step, count):
+    step(count)

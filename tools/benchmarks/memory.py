@@ -11,17 +11,24 @@
    batch doubles.
 3. The step: all four combinations of PRECISION and REMAT; by default for S/16
    at 224 px and 16 images, beside the estimate of `--dry_run`.
+4. Growth: the step of --growth_way with the numbers of images of --batches.
+   The memory of a further image is the slope of the line from the first to the
+   last of them, and the others are compared with that line; the time of an
+   image is compared with that in the first batch.
 
 Each method runs in processes of its own, in turn.
 """
 
+import dataclasses
 import json
 import pathlib
+import statistics
 import time
 
 from absl import flags
 
 from tools import benchmarks
+from tools.benchmarks import models
 
 _WAYS = ("plain", "chunked")
 # Loss and rows of the logits that are held at once (None: all), by name.
@@ -54,8 +61,15 @@ def define_flags():
     )
     flags.DEFINE_integer("embedding", 768, "Width of embeddings.", **count)
     flags.DEFINE_string("variant", "S/16", "Model of the training step.")
+    flags.DEFINE_integer(
+        "encoder_layers", None, "Its blocks; the variant's by default.", **count
+    )
     flags.DEFINE_integer("image_size", 224, "Side of its images.", **count)
     flags.DEFINE_integer("images", 16, "Images of its batch.", **count)
+    flags.DEFINE_list("batches", ["8", "16", "32", "64"], "Sizes of batches.")
+    flags.DEFINE_enum(
+        "growth_way", "mixed_bfloat16", [*_STEPS], "How they are trained."
+    )
     ways = (*_WAYS, *_CONTRASTIVE, *_STEPS)
     flags.DEFINE_enum("way", None, ways, "Measure one method in this process.")
 
@@ -146,33 +160,22 @@ def _measured(function, values):
     step()[0].numpy()
     seconds = time.perf_counter() - start
     return {
-        "bytes": benchmarks.peak_bytes() - before,
+        # At least one, as others are divided by it.
+        "bytes": max(1, benchmarks.peak_bytes() - before),
         "seconds": seconds,
         "loss": float(loss),
     }
 
 
-def make_captioner(variant, image_size, length, vocabulary_size, remat):
-    """A captioner with the sizes of a variant."""
-    from cappa_tf.models import captioner, sizes, text_decoder, vision_encoder
-
-    chosen = sizes.variant(variant)
-    encoder = vision_encoder.VisionEncoder(
-        **chosen, image_size=image_size, remat=remat
-    )
-    shared = ("hidden_dim", "num_heads", "mlp_dim")
-    decoder = text_decoder.TextDecoder(
-        vocabulary_size,
-        length,
-        num_layers=max(1, encoder.num_layers // 2),
-        remat=remat,
-        **{name: chosen[name] for name in shared},
-    )
-    return captioner.Captioner(encoder, decoder)
-
-
 def measure_step(
-    way, variant, image_size, images, length, tokens, vocabulary_size
+    way,
+    variant,
+    encoder_layers,
+    image_size,
+    images,
+    length,
+    tokens,
+    vocabulary_size,
 ):
     """Measures training steps on one device, without XLA.
 
@@ -188,11 +191,16 @@ def measure_step(
     from cappa_tf.training.optimizers import adafactor
 
     precision, remat = _STEPS[way]
+    sizes = {
+        "variant": variant,
+        "encoder_layers": encoder_layers,
+        "image_size": image_size,
+        "length": length,
+        "vocabulary_size": vocabulary_size,
+    }
     strategy = tf.distribute.get_strategy()
     model, optimizer = construct.build_model(
-        lambda: make_captioner(
-            variant, image_size, length, vocabulary_size, remat
-        ),
+        lambda: models.make_captioner(sizes, remat),
         adafactor.Adafactor,
         strategy,
         precision=precision,
@@ -247,12 +255,18 @@ def _pair_arguments():
 
 def _step_arguments():
     return _arguments(
-        "variant", "image_size", "images", "length", "tokens", "vocabulary_size"
+        "variant",
+        "encoder_layers",
+        "image_size",
+        "images",
+        "length",
+        "tokens",
+        "vocabulary_size",
     )
 
 
 def run():
-    """Prints peak and time of all methods, and the ratios."""
+    """Returns rows of all methods, or prints what was measured of --way."""
     way = flags.FLAGS.way
     if way in _WAYS:
         print(json.dumps(measure_loss(way, **_loss_arguments())))
@@ -261,61 +275,131 @@ def run():
     elif way:
         print(json.dumps(measure_step(way, **_step_arguments())))
     else:
-        _print_losses(_measure(_WAYS, _loss_arguments()))
-        print()
-        _print_contrastive()
-        print()
-        _print_steps(_measure(_STEPS, _step_arguments()))
+        sizes = _batches()
+        losses = _measure(_WAYS, _loss_arguments())
+        return [
+            *_rows("loss, ", losses, "plain"),
+            *_contrastive_rows(),
+            *_step_rows(),
+            *_growth_rows(sizes),
+        ]
+    return None
 
 
-def _measure(ways, arguments):
-    return benchmarks.in_turns(
+def _batches():
+    """The sizes of --batches, in increasing order."""
+    given = flags.FLAGS.batches
+    sizes = [int(size) for size in given if size.isdigit()]
+    if len(sizes) != len(given) or sorted(set(sizes) - {0}) != sizes:
+        raise ValueError(
+            "--batches must be increasing numbers. "
+            f"Received: --batches={','.join(given)}"
+        )
+    return sizes
+
+
+def _measure(ways, arguments, **more):
+    return benchmarks.turns_of(
         ways,
         flags.FLAGS.rounds,
-        lambda way: benchmarks.in_a_process("memory", way=way, **arguments),
+        lambda way: benchmarks.in_a_process(
+            "memory", way=way, **{**arguments, **more}
+        ),
     )
 
 
-def _print_losses(found):
-    print(f"{'loss':10}{'peak MiB':>10}{'seconds':>10}{'loss':>14}")
-    for way, result in found.items():
-        size = result["bytes"] / 2**20
-        seconds, loss = result["seconds"], result["loss"]
-        print(f"{way:10}{size:10.0f}{seconds:10.2f}{loss:14.2f}")
-    memory, speed = (
-        found["plain"][key] / found["chunked"][key]
-        for key in ("bytes", "seconds")
-    )
-    print(f"plain / chunked: memory {memory:.1f}, time {speed:.1f}")
+def _rows(prefix, found, baseline):
+    """Rows of memory and time of each way, compared with one of them."""
+    rows = []
+    for way in found:
+        for key, unit, scale in (
+            ("bytes", "MiB at most", 2.0**-20),
+            ("seconds", "s", 1.0),
+        ):
+            value = benchmarks.median(found, way, key) * scale
+            row = benchmarks.Row(prefix + way, value, unit)
+            if way != baseline:
+                row = dataclasses.replace(
+                    row,
+                    baseline=prefix + baseline,
+                    ratio=benchmarks.ratio(found, way, baseline, key),
+                )
+            rows.append(row)
+    return rows
 
 
-def _print_contrastive():
+def _contrastive_rows():
+    """Memory of each loss beside that of half as many pairs."""
     arguments = _pair_arguments()
-    pairs = arguments.pop("pairs")
-    halved = _measure(_CONTRASTIVE, {"pairs": pairs // 2, **arguments})
-    found = _measure(_CONTRASTIVE, {"pairs": pairs, **arguments})
-    print(
-        f"{'contrastive loss':18}{f'MiB, {pairs // 2} pairs':>18}"
-        f"{f'MiB, {pairs} pairs':>18}{'ratio':>7}{'seconds':>9}{'loss':>10}"
-    )
-    for way, result in found.items():
-        half, whole = (x[way]["bytes"] / 2**20 for x in (halved, found))
-        print(
-            f"{way:18}{half:18.0f}{whole:18.0f}{whole / half:7.1f}"
-            f"{result['seconds']:9.2f}{result['loss']:10.4f}"
-        )
+    pairs = arguments["pairs"]
+    halved = _measure(_CONTRASTIVE, arguments, pairs=pairs // 2)
+    found = _measure(_CONTRASTIVE, arguments)
+    rows = []
+    for way in found:
+        both = {"half": halved[way], "whole": found[way]}
+        half = benchmarks.median(both, "half", "bytes") / 2**20
+        whole = benchmarks.median(both, "whole", "bytes") / 2**20
+        few = f"{way}, {pairs // 2} pairs"
+        rows += [
+            benchmarks.Row(few, half, "MiB at most"),
+            benchmarks.Row(
+                f"{way}, {pairs} pairs",
+                whole,
+                "MiB at most",
+                few,
+                benchmarks.ratio(both, "whole", "half", "bytes"),
+            ),
+        ]
+    return rows
 
 
-def _print_steps(found):
-    sizes = f"{flags.FLAGS.variant}, {flags.FLAGS.images} images"
-    print(
-        f"{'step of ' + sizes:30}{'peak MiB':>10}{'estimate':>10}"
-        f"{'seconds':>10}{'loss':>10}{'saved':>8}"
-    )
-    most = found["float32"]["bytes"]
-    for way, result in found.items():
-        peak, estimate = (result[k] / 2**20 for k in ("bytes", "estimate"))
-        print(
-            f"{way:30}{peak:10.0f}{estimate:10.0f}{result['seconds']:10.2f}"
-            f"{result['loss']:10.3f}{1 - result['bytes'] / most:8.0%}"
+def _step_rows():
+    """Memory of a step with each setting, and how good its estimate is."""
+    prefix = f"step of {flags.FLAGS.images} images, "
+    found = _measure(_STEPS, _step_arguments())
+    estimates = [
+        benchmarks.Row(
+            f"{prefix}{way}, estimated",
+            benchmarks.median(found, way, "estimate") / 2**20,
+            "MiB",
+            prefix + way,
+            statistics.median(x["estimate"] / x["bytes"] for x in turns),
         )
+        for way, turns in found.items()
+    ]
+    return [*_rows(prefix, found, "float32"), *estimates]
+
+
+def _growth_rows(sizes):
+    """Memory and time of a step by the size of the batch."""
+    way, arguments = flags.FLAGS.growth_way, _step_arguments()
+    found = benchmarks.turns_of(
+        sizes,
+        flags.FLAGS.rounds,
+        lambda images: benchmarks.in_a_process(
+            "memory", way=way, **{**arguments, "images": images}
+        ),
+    )
+    first, last = sizes[0], sizes[-1]
+    memory = {n: benchmarks.median(found, n, "bytes") / 2**20 for n in sizes}
+    slope = (memory[last] - memory[first]) / max(1, last - first)
+    rows = [benchmarks.Row(f"a further image, {way}", slope, "MiB")]
+    for size in sizes:
+        name = f"step of {size}, {way}"
+        line = memory[first] + slope * (size - first)
+        rows.append(
+            benchmarks.Row(
+                name, memory[size], "MiB at most", "line", memory[size] / line
+            )
+        )
+        seconds = benchmarks.median(found, size, "seconds")
+        rows.append(
+            benchmarks.Row(
+                name,
+                1e3 * seconds / size,
+                "ms/image",
+                f"step of {first}",
+                benchmarks.ratio(found, size, first, "seconds") * first / size,
+            )
+        )
+    return rows

@@ -1,20 +1,26 @@
 """Time of the likelihoods of many labels for each image.
 
     python tools/benchmark.py score
+    python tools/benchmark.py score --reference=big_vision \
+        --reference_python=venv/bin/python
 
-Compares one decoder pass over all 64 positions for every label (as in the
-reference), the same with labels cut to the longest of them, the prefix trees
-of `captioner.score`, and parallel prediction, which is a different score. The
-model is S/16 with random weights; labels are a shared prompt and 1 to 8 random
-tokens. The first two methods run on a part of the labels, and their time is
-scaled up.
+Compares, in turns, one decoder pass over all --length positions for every label
+(as in the reference), the same with labels cut to the longest of them, the
+prefix trees of `captioner.score`, and parallel prediction, which is a different
+score. Labels are a shared prompt and 1 to 8 random tokens; weights are random.
+The methods without sharing run on --part of the labels, and their time is
+scaled up. The authors' implementation in JAX does so, too, with the same
+weights, with labels of --length positions and with labels that are cut. It is
+the baseline if it is given, else the first method is.
 """
 
-import time
+import contextlib
+import tempfile
 
 from absl import flags
 
 from tools import benchmarks
+from tools.benchmarks import models, references
 
 _PROMPT = 4  # number of tokens of "a photo of a"
 
@@ -22,40 +28,13 @@ _PROMPT = 4  # number of tokens of "a photo of a"
 def define_flags():
     """Defines the flags of this benchmark."""
     count = {"lower_bound": 1}
-    flags.DEFINE_integer("batch_size", 8, "Number of images.", **count)
+    models.define_flags(tokens=None)
+    models.define_turns(rounds=1, steps=1)
+    models.define_peers("reference")
     flags.DEFINE_integer("labels", 1000, "Number of labels.", **count)
     flags.DEFINE_integer(
         "part", 8, "Labels scored by the methods without sharing.", **count
     )
-    flags.DEFINE_integer("image_size", 224, "Side of the images.", **count)
-    flags.DEFINE_integer("length", 64, "Positions of the decoder.", **count)
-    flags.DEFINE_integer("vocabulary_size", 32_000, "Token ids.", **count)
-    flags.DEFINE_string("variant", "S/16", "Size of the encoder.")
-    flags.DEFINE_integer("decoder_layers", 6, "Blocks of the decoder.", **count)
-    flags.DEFINE_integer("rounds", 1, "Runs of each method.", **count)
-
-
-def make_captioner(variant, image_size, length, vocabulary_size, layers):
-    """A captioner with random weights, including those of the head."""
-    import keras
-
-    from cappa_tf.models.captioner import Captioner
-    from cappa_tf.models.sizes import variant as sizes_of
-    from cappa_tf.models.text_decoder import TextDecoder
-    from cappa_tf.models.vision_encoder import VisionEncoder
-
-    keras.utils.set_random_seed(0)
-    sizes = sizes_of(variant)
-    encoder = VisionEncoder(**sizes, image_size=image_size)
-    sizes = {**sizes, "num_layers": layers}
-    del sizes["patch_size"]
-    captioner = Captioner(
-        encoder, TextDecoder(vocabulary_size, length, **sizes)
-    )
-    captioner.build()
-    kernel = captioner.text_decoder.head_weights[0]
-    kernel.assign(keras.random.normal(kernel.shape, stddev=0.05, seed=1))
-    return captioner
 
 
 def make_labels(count, length, vocabulary_size, seed=0):
@@ -77,12 +56,9 @@ def make_ways(captioner, labels, part):
     import numpy as np
     import tensorflow as tf
 
-    from cappa_tf.models import likelihood
-
     decoder = captioner.text_decoder
     few = labels[:part]
-    pad = decoder.special_tokens.pad
-    short = likelihood.cut_padding(labels, pad).numpy()[:part]
+    short = cut(labels, decoder.special_tokens.pad)[:part]
 
     @tf.function(autograph=False)
     def one(encoded, label):
@@ -112,61 +88,54 @@ def make_ways(captioner, labels, part):
     }
 
 
-def measure(ways, images, rounds):
-    """Times the methods in turn.
-
-    Returns:
-        Dict method -> dict of `seconds` for one image and all labels; and the
-        largest difference between the scores of the first three methods.
-    """
-    import numpy as np
-
-    scores = {name: way(images) for name, (way, _) in ways.items()}
-    plain, cut, trees, _ = scores.values()
-    part = plain.shape[1]
-    difference = max(
-        float(np.abs(found[:, :part] - plain).max()) for found in (cut, trees)
-    )
-    most = max(count for _, count in ways.values())
-
-    def once(name):
-        way, count = ways[name]
-        start = time.perf_counter()
-        way(images)
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds * most / count / len(images)}
-
-    return benchmarks.in_turns(ways, rounds, once), difference
-
-
 def run():
-    """Prints seconds per image of each method, and ratios to the first."""
+    """Returns rows of all methods, and how far their scores are apart."""
     import tensorflow as tf
 
     values = flags.FLAGS
-    captioner = make_captioner(
-        values.variant,
-        values.image_size,
-        values.length,
-        values.vocabulary_size,
-        values.decoder_layers,
-    )
+    options = models.given()
+    reference = references.check()
+    captioner = models.make_scorer(options)
+    pad = captioner.text_decoder.special_tokens.pad
     labels = make_labels(values.labels, values.length, values.vocabulary_size)
-    images = tf.random.stateless_uniform(
-        [values.batch_size, *captioner.vision_encoder.image_size, 3],
-        [0, 1],
-        -1,
-        1,
-    )
-    ways = make_ways(captioner, labels, min(values.part, values.labels))
-    found, difference = measure(ways, images, values.rounds)
-    first = next(iter(found.values()))["seconds"]
-    print(
-        f"{'method':15}{'labels run':>11}{'s / image':>11}{'times faster':>14}"
-        f"   (seconds are for {values.labels} labels)"
-    )
-    for name, result in found.items():
-        seconds = result["seconds"]
-        count = ways[name][1]
-        print(f"{name:15}{count:11}{seconds:11.3f}{first / seconds:14.1f}")
-    print(f"largest difference of left-to-right scores: {difference:.1e}")
+    part = min(values.part, values.labels)
+    images = tf.constant(models.make_images(options))
+    ways = make_ways(captioner, labels, part)
+    # Labels that each contender scores.
+    counts = {name: count for name, (_, count) in ways.items()}
+    contenders = {
+        name: benchmarks.Here(lambda way=way: way(images))
+        for name, (way, _) in ways.items()
+    }
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if reference:
+            texts = {"": labels[:part], ", cut": cut(labels, pad)[:part]}
+            for what, some in texts.items():
+                worker = references.start(
+                    "score", options, reference, folder, captioner, some
+                )
+                stack.callback(worker.close)
+                contenders[references.NAME + what] = worker
+                counts[references.NAME + what] = part
+        found = benchmarks.compete(
+            contenders, values.rounds, values.steps, folder
+        )
+        first = references.NAME if reference else next(iter(ways))
+        # Parallel prediction gives other scores.
+        same = [name for name in contenders if name != "parallel"]
+        apart = benchmarks.differences(folder, same, first)
+    # Seconds for all labels.
+    for name, turns in found.items():
+        for turn in turns:
+            for key in ("wall", "cpu"):
+                turn[key] *= len(labels) / counts[name]
+    rows = benchmarks.speeds(found, contenders, first, options["batch_size"])
+    return rows + apart
+
+
+def cut(labels, pad):
+    """Labels without the positions that are padding in all of them."""
+    from cappa_tf.models import likelihood
+
+    return likelihood.cut_padding(labels, pad).numpy()

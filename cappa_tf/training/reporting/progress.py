@@ -16,6 +16,8 @@ _SHORT = {
     "images_per_second": "img/s",
     "tokens_per_second": "tok/s",
     "data_wait_share": "wait",
+    "gflops_per_second": "GFLOP/s",
+    "peak_share": "of peak",
 }
 
 

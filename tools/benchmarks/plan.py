@@ -1,0 +1,369 @@
+"""Expected time, memory and cost of a gin file's training, before renting.
+
+    python tools/benchmark.py plan --gin_file=gin/cappa_l16.gin \
+        --gin_param="DATA='data'" --count=64
+    python tools/benchmark.py plan --gin_file=gin/flickr8k.gin --check
+
+For --count devices of each of --devices (or of --device, with figures of your
+own): the time of a step and its parts, the images per second, the share of the
+peak, the memory of a device, the largest batch that would fit, and the time and
+cost of the whole run. No data is read. cappa_tf/training/plan.py describes the
+arithmetic, cappa_tf/training/accelerators.py the devices; what of the peak and
+of the bandwidth is reached, and prices, are assumptions printed first.
+
+--check plans a step on this machine and compares it with the measured one. In
+the same turns it measures the peak; what the step's own largest products reach
+of it, in place of an assumption; the bandwidth; and how much longer than a copy
+a tanh, a sum and a transposition take on a CPU. XLA fuses these.
+"""
+
+import os
+
+from absl import flags
+
+from cappa_tf import config
+from tools import benchmarks
+
+_DEFAULT = ("A100", "H100", "v4", "v5e", "v6e")
+
+
+def define_flags():
+    """Defines the flags of this benchmark."""
+    config.define_flags(runs=False)
+    flags.DEFINE_list("devices", list(_DEFAULT), "Known devices to plan for.")
+    flags.DEFINE_multi_string(
+        "device",
+        [],
+        "A device in place of these: "
+        "name=mine,bfloat16=4e14,bandwidth=2e12,memory=48e9, and optionally "
+        "float32, interconnect, group, network, price, product_efficiency and "
+        "memory_efficiency; FLOP/s, bytes, bytes/s and dollars an hour.",
+    )
+    flags.DEFINE_integer("count", 8, "Number of devices.", lower_bound=1)
+    flags.DEFINE_bool("check", False, "Compares with this machine's step.")
+    flags.DEFINE_integer(
+        "matmul", 1024, "--check: side of the matrices of the peak.", 1
+    )
+    flags.DEFINE_integer(
+        "copy", 128, "--check: tensors of the bandwidth, in 8,192 numbers.", 1
+    )
+    flags.DEFINE_integer("rounds", 5, "--check: turns.", lower_bound=1)
+
+
+def run():
+    """Returns rows of all devices, or of the check."""
+    devices = [] if flags.FLAGS.check else _devices()
+    if flags.FLAGS.check:  # As tools/train.py, before TensorFlow is loaded.
+        os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
+    try:
+        config.parse(
+            flags.FLAGS.gin_file, flags.FLAGS.gin_param, workdir="plan"
+        )
+        given = config.arguments()
+    except config.ConfigError as error:
+        raise ValueError(f"Configuration error: {error}") from None
+    if "optimizer" not in given:
+        raise ValueError(
+            "--gin_file must bind cappa_tf.training.train.train. "
+            f"Received: --gin_file={','.join(flags.FLAGS.gin_file)}"
+        )
+    if flags.FLAGS.check:
+        return check(given)
+    return plan(given, devices, flags.FLAGS.count)
+
+
+def _devices():
+    from cappa_tf.training import accelerators
+
+    if flags.FLAGS.device:
+        try:
+            return [accelerators.parse(text) for text in flags.FLAGS.device]
+        except ValueError as error:
+            raise ValueError(f"--device: {error}") from None
+    unknown = [x for x in flags.FLAGS.devices if x not in accelerators.DEVICES]
+    if unknown or not flags.FLAGS.devices:
+        raise ValueError(
+            f"--devices must be among {', '.join(accelerators.DEVICES)}. "
+            f"Received: --devices={','.join(flags.FLAGS.devices)}"
+        )
+    return [accelerators.DEVICES[name] for name in flags.FLAGS.devices]
+
+
+def _build(given):
+    import tensorflow as tf
+
+    from cappa_tf.training import construct
+
+    return construct.build_model(
+        given["model"],
+        given["optimizer"],
+        tf.distribute.get_strategy(),
+        given["settings"].seed,
+        given["compute"].precision,
+        given["weights"].frozen_parts,
+        given["weights"].trained_parts,
+    )
+
+
+def _products(given):
+    """Type of the products."""
+    return "float32" if given["compute"].precision == "float32" else "bfloat16"
+
+
+def _captions(given):
+    captions = getattr(given["train_data"], "captions_per_image", 1)
+    return 1 if captions == "all" else captions
+
+
+def plan(given, devices, count):
+    """Rows of a run on each of some devices.
+
+    Args:
+        given: `config.arguments()`.
+        devices: List of `accelerators.Device`.
+        count: Number of devices.
+
+    Raises:
+        ValueError: If the batch cannot be divided among them.
+    """
+    from cappa_tf.training import plan as plans
+
+    settings = given["settings"]
+    parts = count * settings.accumulation_steps
+    if settings.batch_size % parts:
+        raise ValueError(
+            "BATCH_SIZE must be divisible by --count times ACCUMULATION_STEPS. "
+            f"Received: {settings.batch_size}, --count={count}, "
+            f"{settings.accumulation_steps}"
+        )
+    benchmarks.note("counting the operations of a step")
+    model, optimizer = _build(given)
+    work = plans.count_work(
+        model,
+        optimizer,
+        captions=_captions(given),
+        accumulation_steps=settings.accumulation_steps,
+        fused=given["compute"].jit_compile is not False,
+    )
+    rows = _assumptions(devices)
+    first = None
+    for device in devices:
+        step = plans.step(
+            work,
+            device,
+            count,
+            settings.batch_size,
+            _products(given),
+            settings.accumulation_steps,
+        )
+        name = f"{count} x {device.name}"
+        rows += _rows(name, step, device, count, settings, first)
+        first = first or (name, step)
+    return rows
+
+
+def _assumptions(devices):
+    rows = []
+    for device in devices:
+        rows += [
+            benchmarks.Row(
+                f"assumed of {device.name}: products",
+                device.product_efficiency,
+                "of the peak",
+            ),
+            benchmarks.Row(
+                f"assumed of {device.name}: memory",
+                device.memory_efficiency,
+                "of the bandwidth",
+            ),
+            benchmarks.Row(
+                f"assumed of {device.name}: price",
+                device.price,
+                f"$/h ({device.price_of})",
+            ),
+        ]
+    return rows
+
+
+def _rows(name, step, device, count, settings, first):
+    size = settings.batch_size
+    seconds = step.seconds
+    hours = seconds * settings.total_steps / 3600
+    whole = f"{name}: step, bound by {step.bound}"
+
+    def compared(what, value, unit, base):
+        if first is None:
+            return benchmarks.Row(f"{name}: {what}", value, unit)
+        other, ratio = first[0], value / base(first[1])
+        return benchmarks.Row(f"{name}: {what}", value, unit, other, ratio)
+
+    fits = "fits" if step.bytes <= device.memory else "does not fit"
+    return [
+        compared(
+            f"step, bound by {step.bound}", seconds, "s", lambda x: x.seconds
+        ),
+        *(
+            benchmarks.Row(
+                f"{name}: {part}", value, "s", whole, value / seconds
+            )
+            for part, value in (
+                ("products", step.products),
+                ("memory traffic", step.memory),
+                ("network", step.network),
+            )
+        ),
+        compared(
+            "speed", size / seconds, "images/s", lambda x: size / x.seconds
+        ),
+        benchmarks.Row(f"{name}: share of the peak", step.share, "of FLOP/s"),
+        benchmarks.Row(
+            f"{name}: memory of a device, {fits}",
+            step.bytes / 2**30,
+            "GiB",
+            "its memory",
+            step.bytes / device.memory,
+        ),
+        benchmarks.Row(f"{name}: largest batch", step.largest, "images"),
+        benchmarks.Row(f"{name}: run", hours / 24, "days"),
+        benchmarks.Row(f"{name}: cost", hours * count * device.price, "$"),
+    ]
+
+
+# -- Check ---------------------------------------------------------------------
+
+
+def check(given):
+    """Rows of a step on this machine: planned and measured, in turns.
+
+    By wall time and by CPU time, in which the rates of products and copies are
+    taken, too.
+
+    Args:
+        given: `config.arguments()`.
+    """
+    import tensorflow as tf
+
+    from cappa_tf.training import accelerators, peak, step
+    from cappa_tf.training import plan as plans
+    from cappa_tf.training.distribution import strategies
+
+    settings, compute = given["settings"], given["compute"]
+    xla = strategies.use_xla(compute.jit_compile)
+    benchmarks.note("counting the operations of a step")
+    model, optimizer = _build(given)
+    steps = plans.record(model, _captions(given))
+    batch = {
+        name: tf.zeros(spec.shape, spec.dtype)
+        for name, spec in model.batch_spec(
+            settings.batch_size, _captions(given)
+        ).items()
+    }
+    if "labels" in batch:
+        batch["labels"] += 1
+    loop = step.TrainLoop(
+        tf.distribute.get_strategy(),
+        model,
+        optimizer,
+        settings.batch_size,
+        settings.accumulation_steps,
+        jit_compile=xla,
+    )
+    iterator = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    products, size = _products(given), flags.FLAGS.matmul
+    peak_name = f"matmul {products}"
+    contenders = {
+        "step": benchmarks.Here(lambda: loop(iterator, 1)),
+        peak_name: benchmarks.Here(
+            peak.product(products, size), flops=2 * size**3
+        ),
+    }
+    heaviest = plans.heaviest_products(steps, settings.microbatch)
+    for total, one, shapes, options in heaviest:
+        a, b = (
+            "x".join(map(str, shape)) + " transposed" * transposed
+            for shape, transposed in zip(shapes, options.values())
+        )
+        times = min(16, 1 + int(2e9 / one))
+        contenders[f"{a} by {b}"] = benchmarks.Here(
+            peak.product_of(products, shapes, times, **options),
+            flops=one * times,
+            total=total,
+        )
+    own = list(contenders)[2:]
+    for kind in ("copy", *plans.COSTLY):
+        moved, run_kind = peak.elementwise(kind, flags.FLAGS.copy * 8192)
+        contenders[kind] = benchmarks.Here(run_kind, moved=moved)
+    found = benchmarks.compete(contenders, flags.FLAGS.rounds)
+
+    def rate(name, fact, key):
+        per_run = contenders[name].facts[fact]
+        return per_run / benchmarks.median(found, name, key)
+
+    rows = []
+    for key, second in (("wall", "s"), ("cpu", "CPU s")):
+        totals = {name: contenders[name].facts["total"] for name in own}
+        seconds = [totals[name] / rate(name, "flops", key) for name in own]
+        reached = sum(totals.values()) / sum(seconds)
+        bandwidth = rate("copy", "moved", key)
+        work = plans.count_work(
+            model,
+            optimizer,
+            captions=_captions(given),
+            accumulation_steps=settings.accumulation_steps,
+            fused=xla,
+            memory=False,
+            steps=steps,
+            costs={
+                kind: bandwidth / rate(kind, "moved", key)
+                for kind in plans.COSTLY
+            },
+        )
+        highest = rate(peak_name, "flops", key)
+        device = accelerators.Device(
+            "this machine",
+            float32=highest,
+            bfloat16=highest,
+            bandwidth=bandwidth,
+            memory=0.0,
+            product_efficiency=reached / highest,
+            memory_efficiency=1.0,
+        )
+        planned = plans.step(
+            work,
+            device,
+            1,
+            settings.batch_size,
+            products,
+            settings.accumulation_steps,
+        )
+        measured = benchmarks.median(found, "step", key)
+        rows += [
+            benchmarks.Row(peak_name, highest / 1e9, f"GFLOP/{second}"),
+            *(
+                benchmarks.Row(
+                    name,
+                    rate(name, "flops", key) / 1e9,
+                    f"GFLOP/{second}",
+                    peak_name,
+                    rate(name, "flops", key) / highest,
+                )
+                for name in own
+            ),
+            *(
+                benchmarks.Row(
+                    kind, rate(kind, "moved", key) / 1e9, f"GB/{second}"
+                )
+                for kind in ("copy", *plans.COSTLY)
+            ),
+            benchmarks.Row("planned: products", planned.products, second),
+            benchmarks.Row("planned: memory traffic", planned.memory, second),
+            benchmarks.Row("measured step", measured, second),
+            benchmarks.Row(
+                f"planned step, bound by {planned.bound}",
+                planned.seconds,
+                second,
+                "measured step",
+                planned.seconds / measured,
+            ),
+        ]
+    return rows

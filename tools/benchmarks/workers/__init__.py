@@ -1,0 +1,1 @@
+"""Programs that benchmarks run in a process, or environment, of their own."""
