@@ -73,18 +73,27 @@ class CaptionRow:
 def word_slices(pieces):
     """(word, slice of its pieces) of each word of a caption.
 
+    word_slices([" a", " ", "do", "g", " ", "<eos>"])
+        -> [("a", slice(0, 1)), ("dog", slice(1, 5))]
+
     Args:
-        pieces: As of `CaptionRow`; the end of the caption is no word.
+        pieces: As of `CaptionRow`; the end of the caption is no word. Spaces
+            that begin none belong to the word before.
     """
     words = []
     for i, piece in enumerate(pieces):
         if piece == "<eos>":
             break
-        if piece.startswith(" ") or not words:
-            words.append((piece.strip(), slice(i, i + 1)))
-        else:
+        if words and (not piece.startswith(" ") or not words[-1][0]):
             before, some = words[-1]
-            words[-1] = (before + piece, slice(some.start, i + 1))
+            words[-1] = (before + piece.strip(), slice(some.start, i + 1))
+        else:
+            words.append((piece.strip(), slice(i, i + 1)))
+    if words and not words[-1][0]:
+        _, spaces = words.pop()
+        if words:
+            word, some = words[-1]
+            words[-1] = (word, slice(some.start, spaces.stop))
     return words
 
 

@@ -1,6 +1,7 @@
 """The page in headless Chromium: images in, captions read from it."""
 
 import chromium
+import keras
 import pytest
 import scoring
 from conftest import shared_data
@@ -17,6 +18,7 @@ HEAT = "document.querySelector('.heat')"
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     vocabulary = tmp_path_factory.mktemp("vocabulary")
+    keras.utils.set_random_seed(0)
     return Pretrained(scoring.tiny_predictor(vocabulary, batch_size=1))
 
 

@@ -5,7 +5,9 @@ import concurrent.futures
 import dataclasses
 import io
 import re
+import time
 
+import keras
 import numpy as np
 import pytest
 import scoring
@@ -31,6 +33,7 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioner(vocabulary):
+    keras.utils.set_random_seed(0)
     return Pretrained(scoring.tiny_predictor(vocabulary, batch_size=8))
 
 
@@ -186,9 +189,12 @@ def test_too_large_a_file_is_refused(server):
 
 def test_many_at_once_are_answered_in_batches(captioner, server, monkeypatch):
     batches = []
-    decoder = captioner.decoder
+    decoder, waiting = captioner.decoder, server.answers._batches
 
     def counted(count, **options):
+        # The first batch takes so long that others wait.
+        while not batches and len(waiting._waiting) < 32 - count:
+            time.sleep(0.01)
         batches.append(count)
         return decoder(count, **options)
 

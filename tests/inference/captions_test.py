@@ -11,7 +11,11 @@ from cappa_tf.data.scenes import world
 from cappa_tf.data.schema import Example, write_dataset
 from cappa_tf.data.tokenizer import Tokenizer, train_tokenizer
 from cappa_tf.evaluation import captioning
-from cappa_tf.inference.captions import CaptionDecoder, CaptionRow
+from cappa_tf.inference.captions import (
+    CaptionDecoder,
+    CaptionRow,
+    word_slices,
+)
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.vision_encoder import VisionEncoder
@@ -251,3 +255,24 @@ def test_nothing_to_caption(captioner, tokenizer, decoder, dataset):
         captioning.evaluate_captions(decoder, dataset, limit=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         CaptionDecoder(captioner, tokenizer, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "pieces, words",
+    [
+        (
+            [" a", " ", "do", "g", " ", "<eos>"],
+            [("a", slice(0, 1)), ("dog", slice(1, 5))],
+        ),
+        ([" ", " ", " red"], [("red", slice(0, 3))]),
+        (
+            [" red", " ", " ", " sea"],
+            [("red", slice(0, 1)), ("sea", slice(1, 4))],
+        ),
+        (["re", "d"], [("red", slice(0, 2))]),
+        ([" ", " "], []),
+        (["<eos>"], []),
+    ],
+)
+def test_words_of_pieces(pieces, words):
+    assert word_slices(pieces) == words
