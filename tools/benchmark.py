@@ -61,9 +61,9 @@ def load(arguments):
 
 def define_flags():
     """Defines the flags of the benchmark that the command line names."""
-    flags.DEFINE_bool("json", False, "Prints one JSON object.")
     with console.errors_as_lines("benchmark"):
         load(sys.argv[1:]).define_flags()
+    flags.DEFINE_bool("json", False, "Prints one JSON object.")
 
 
 def main(argv):
