@@ -7,6 +7,9 @@ so all of them need access to these under the same names.
 import logging
 import os
 import pathlib
+import tempfile
+import traceback
+import uuid
 
 import apache_beam as beam
 from apache_beam.options import pipeline_options
@@ -58,6 +61,43 @@ def run(elements, do_fn, runner, arguments, name):
                 "Options after -- must be Beam's. Received: "
                 + ", ".join(f"--{option}" for option in unknown)
             )
+        return _run_here(elements, do_fn, options, name)
+    return _run(elements, do_fn, options, name)
+
+
+class _Reporting(beam.DoFn):
+    """Another DoFn, whose first error goes to a file and ends the work.
+
+    The DirectRunner waits forever for a process (of its `multi_processing`) in
+    which an element has failed.
+    """
+
+    def __init__(self, do_fn, folder):
+        self._do_fn, self._folder = do_fn, folder
+
+    def process(self, element):
+        """Yields what the other one does, or nothing after an error."""
+        if os.listdir(self._folder):
+            return
+        try:
+            yield from self._do_fn.process(element)
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError):
+                traceback.print_exc()
+            path = pathlib.Path(self._folder, uuid.uuid4().hex)
+            path.write_text(str(error) or type(error).__name__)
+
+
+def _run_here(elements, do_fn, options, name):
+    """Runs on the processes or threads of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = _run(elements, _Reporting(do_fn, folder), options, name)
+        for path in sorted(pathlib.Path(folder).iterdir()):
+            raise ValueError(path.read_text())
+    return counts
+
+
+def _run(elements, do_fn, options, name):
     _let_workers_find_the_package()
     pipeline = beam.Pipeline(options=options)
     # Without Reshuffle one worker would get all elements.
