@@ -209,8 +209,15 @@ def _as_one_product(layer, x):
     """Applies a projection to all positions of a batch at once.
 
     Given [B, T, ...], TensorFlow multiplies B matrices, one after the other,
-    and sums B gradients of the kernel; that takes two to three times as long on
-    a CPU at the width of a small model.
+    and sums B gradients of the kernel, which is slower on a CPU, the more so
+    the narrower the model.
+
+    Args:
+        layer: One of the projections.
+        x: [B, T, D], or [B, T, H, C] for the output's.
+
+    Returns:
+        `layer(x)`, but for rounding.
     """
     batch, length, *rest = ops.shape(x)
     y = layer(ops.reshape(x, (1, batch * length, *rest)))

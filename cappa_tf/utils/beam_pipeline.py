@@ -92,8 +92,9 @@ def _run_here(elements, do_fn, options, name):
     """Runs on the processes or threads of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         counts = _run(elements, _Reporting(do_fn, folder), options, name)
-        for path in sorted(pathlib.Path(folder).iterdir()):
-            raise ValueError(path.read_text())
+        errors = sorted(pathlib.Path(folder).iterdir())
+        if errors:
+            raise ValueError(errors[0].read_text())
     return counts
 
 
