@@ -13,6 +13,7 @@ from cappa_tf.presets import Pretrained
 STATUS = "document.getElementById('status').textContent"
 WORDS = "[...document.querySelectorAll('.word span')].map(x => x.textContent)"
 HEAT = "document.querySelector('.heat')"
+ERRORS = "[...document.querySelectorAll('.error')].map(x => x.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def answers(page):
 def test_a_real_photo_is_captioned(page, pretrained, url):
     photos = sorted(shared_data("flickr8k_originals").glob("*.jpg"))[:1]
     page.choose_files("#files", photos)
-    assert answers(page) == "Done: 1 image."
+    assert answers(page) == "Done: 1 image.", page.evaluate(ERRORS)
     (caption,) = pretrained.caption(photos)
     assert page.evaluate(WORDS) == caption.split()
     label = "document.querySelector('.words').getAttribute('aria-label')"
