@@ -18,12 +18,17 @@ from cappa_tf.models.data_checks import check_image_size, check_texts
 from cappa_tf.models.inference import Inference
 from cappa_tf.models.losses import cross_entropy
 from cappa_tf.models.task import ExampleLosses, Task
-from cappa_tf.utils.arguments import check_counts, check_fraction
+from cappa_tf.utils.arguments import (
+    check_counts,
+    check_fraction,
+    check_number,
+)
 
 _PARALLEL_SALT = stateless_random.salt_of("captioner/parallel")
 _MASKING_SALT = stateless_random.salt_of("captioner/masking")
 _RATIO_SALT = stateless_random.salt_of("captioner/ratio")
 _CAPTION_SALT = stateless_random.salt_of("captioner/caption")
+_TOKENS_SALT = stateless_random.salt_of("captioner/tokens")
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -57,6 +62,10 @@ class Captioner(Inference, Task):
             each caption.
         label_smoothing: Fraction of the target's probability that is spread
             over the whole vocabulary.
+        visual_tokens_kept: Fraction of an image's tokens that the decoder
+            attends to in training, sampled for each image from what the
+            encoder returns (after its `patch_dropout`); a class token and
+            registers always stay. Not used in inference.
         seed: Seed of all random choices, together with each example's `index`.
         chunk_size: Positions whose logits are held in memory at a time.
         prompts: Templates of the prompts that the decoder is trained with, such
@@ -65,7 +74,8 @@ class Captioner(Inference, Task):
 
     Reference: arXiv 2306.07915, section 3; big_vision
     models/proj/cappa/cappa.py `Model`, trainers/proj/cappa/generative.py.
-    arXiv 2510.26799 for the sampled ratio.
+    arXiv 2510.26799 for the sampled ratio; arXiv 2509.01644 (OpenVision 2,
+    which keeps about a third) for the visual tokens.
     """
 
     can_generate = True
@@ -84,6 +94,7 @@ class Captioner(Inference, Task):
         "masked_pred_prob",
         "masking_ratio",
         "label_smoothing",
+        "visual_tokens_kept",
         "seed",
         "chunk_size",
         "prompts",
@@ -97,6 +108,7 @@ class Captioner(Inference, Task):
         masked_pred_prob=0.75,
         masking_ratio=1.0,
         label_smoothing=0.0,
+        visual_tokens_kept=1.0,
         seed=0,
         chunk_size=cross_entropy.DEFAULT_CHUNK_SIZE,
         prompts: list | tuple = (),
@@ -106,6 +118,7 @@ class Captioner(Inference, Task):
         check_fraction(
             masked_pred_prob=masked_pred_prob, label_smoothing=label_smoothing
         )
+        check_number("visual_tokens_kept", visual_tokens_kept, 0.0, 1.0, True)
         check_counts(chunk_size=chunk_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"`seed` must be an int. Received: seed={seed!r}")
@@ -124,6 +137,7 @@ class Captioner(Inference, Task):
         self.masked_pred_prob = masked_pred_prob
         self.masking_ratio = _checked_ratio(masking_ratio)
         self.label_smoothing = label_smoothing
+        self.visual_tokens_kept = visual_tokens_kept
         self.seed = seed
         self.chunk_size = chunk_size
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -262,6 +276,9 @@ class Captioner(Inference, Task):
                 "`labels` must be [B, K, L], K captions of each image. "
                 f"Received: labels of shape {labels.shape}"
             )
+        training_decoder = self.trains("text_decoder", training)
+        if training_decoder and self.visual_tokens_kept < 1.0:
+            encoded = self._keep_tokens(encoded, seeds)
         count, captions = tf.shape(labels)[0], labels.shape[1]
         flat = tf.reshape(labels, [-1, labels.shape[2] or tf.shape(labels)[2]])
         pad = self.text_decoder.special_tokens.pad
@@ -283,7 +300,7 @@ class Captioner(Inference, Task):
             self.text_decoder.project_memory(encoded),
             parallel=repeated,
             seeds=caption_seeds,
-            training=self.trains("text_decoder", training),
+            training=training_decoder,
         )
         if prompt_lengths is not None:  # From here on without prompts.
             real = likelihood.scored_tokens(flat, prompt_lengths, pad)
@@ -312,6 +329,21 @@ class Captioner(Inference, Task):
             "tokens": tokens,
             "parallel": tf.cast(parallel, tf.float32),
         }
+
+    def _keep_tokens(self, encoded, seeds):
+        """A random subset of the patches in `encoded` [B, P, D].
+
+        Args:
+            encoded: Class token first and registers last, if there are any.
+            seeds: uint32 [B].
+        """
+        encoder = self.vision_encoder
+        first = int(encoder.pooling == "tok")
+        end = encoded.shape[1] - getattr(encoder, "kept_registers", 0)
+        kept = stateless_random.keep_tokens(
+            encoded[:, first:end], self.visual_tokens_kept, seeds, _TOKENS_SALT
+        )
+        return tf.concat([encoded[:, :first], kept, encoded[:, end:]], axis=1)
 
     def example_losses(self, batch, training):
         """Losses of a batch of `compute_losses`, for the trainer.

@@ -120,6 +120,29 @@ def uniform(seeds, shape, salt):
     return ops.reshape(values, (-1, *shape))
 
 
+def keep_tokens(x, share, seeds, salt):
+    """Keeps a random subset of each example's tokens, in their order.
+
+    Args:
+        x: [B, P, D], P static.
+        share: Fraction of the tokens to keep; at least one is.
+        seeds: uint32 [B].
+        salt: As of `uniform`.
+
+    Returns:
+        [B, `num_kept(P, share)`, D].
+    """
+    order = uniform(seeds, (x.shape[1],), salt)
+    kept = ops.argsort(order, axis=1)[:, : num_kept(x.shape[1], share)]
+    kept = ops.sort(kept, axis=1)
+    return ops.take_along_axis(x, ops.expand_dims(kept, -1), axis=1)
+
+
+def num_kept(tokens, share):
+    """Number of tokens that `keep_tokens` keeps, at least 1."""
+    return max(1, round(tokens * share))
+
+
 def dropout(x, rate, seeds, salt):
     """Zeroes a fraction `rate` of x [B, ...] and scales up the rest."""
     keep = uniform(seeds, tuple(ops.shape(x)[1:]), salt) >= rate

@@ -17,10 +17,11 @@ from cappa_tf.models.patch_embedding import PatchEmbedding
 from cappa_tf.models.positions import PositionEmbedding
 from cappa_tf.models.stateless_random import (
     StatelessDropout,
+    keep_tokens,
     next_seeds,
+    num_kept,
     salt_of,
     seed_generator,
-    uniform,
 )
 from cappa_tf.utils.arguments import (
     check_bool,
@@ -264,7 +265,8 @@ class VisionEncoder(keras.Model):
         if training and seeds is None and self.seed_generator is not None:
             seeds = next_seeds(self.seed_generator, ops.shape(x)[0])
         if training and self.patch_dropout > 0.0:
-            x = self._drop_patches(x, seeds)
+            share = 1.0 - self.patch_dropout
+            x = keep_tokens(x, share, seeds, self._patch_salt)
         if self.pooling == "tok":
             token = ops.cast(self.class_token, x.dtype)
             token = ops.broadcast_to(token, (ops.shape(x)[0], 1, x.shape[-1]))
@@ -301,14 +303,7 @@ class VisionEncoder(keras.Model):
     def num_kept_patches(self):
         """Number of patches of an image encoded in training, at least 1."""
         patches = self.grid[0] * self.grid[1]
-        return max(1, round(patches * (1.0 - self.patch_dropout)))
-
-    def _drop_patches(self, x, seeds):
-        """Keeps a random subset of the patches, in their original order."""
-        order = uniform(seeds, (x.shape[1],), self._patch_salt)
-        kept = ops.argsort(order, axis=1)[:, : self.num_kept_patches()]
-        kept = ops.sort(kept, axis=1)
-        return ops.take_along_axis(x, ops.expand_dims(kept, -1), axis=1)
+        return num_kept(patches, 1.0 - self.patch_dropout)
 
     def _outputs(self, encoded):
         if self.pooling == "none":

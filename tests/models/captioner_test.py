@@ -125,6 +125,54 @@ def test_draws_and_drops_do_not_depend_on_the_split(batch):
         np.testing.assert_allclose(value, joined, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def keeping():
+    """One of two layers of an encoder with a class token and a register."""
+    return make_captioner(
+        {"pooling": "tok", "num_registers": 1}, visual_tokens_kept=0.5
+    )
+
+
+def test_the_decoder_trains_on_some_tokens_of_each_image(keeping, batch):
+    """Those of (seed, index), whatever the batch; all others change nothing."""
+    encoded = keeping.encode(batch["image"])  # [B, 1 + 4 + 1, D]
+    seeds = stateless_random.example_seeds(keeping.seed, batch["index"])
+    kept = keeping._keep_tokens(encoded, seeds)
+    assert kept.shape == (B, 1 + 2 + 1, 16)
+    every = stateless_random.keep_tokens(encoded, 1.0, seeds, 0)
+    np.testing.assert_array_equal(every, encoded)
+    own = tf.reduce_all(kept[:, :, None] == encoded[:, None], axis=-1)
+    places = [tuple(np.flatnonzero(row)) for row in own.numpy().any(1)]
+    assert all(p[0] == 0 and p[-1] == 5 and len(p) == 4 for p in places)
+    assert len(set(places)) > 1
+    # Of the image alone, and without the tokens that are left out.
+    losses = keeping.compute_losses(batch)
+    alone = {name: value[2:3] for name, value in batch.items()}
+    one = keeping.compute_losses(alone)
+    np.testing.assert_allclose(one["loss"], losses["loss"][2:3], rtol=1e-5)
+    chosen = own.numpy().any(1)[..., None]
+    features = {**batch, "image_features": tf.where(chosen, encoded, 1e3)}
+    found = keeping.compute_losses(features)
+    np.testing.assert_array_equal(found["loss"], losses["loss"])
+
+
+def test_all_tokens_are_kept_by_default_and_in_inference(keeping, batch):
+    plain = make_captioner({"pooling": "tok", "num_registers": 1})
+    config = keeping.get_config()
+    assert config["visual_tokens_kept"] == 0.5
+    del config["visual_tokens_kept"]  # Files of earlier versions.
+    assert Captioner.from_config(config).visual_tokens_kept == 1.0
+    for training in (True, False):
+        whole = plain.compute_losses(batch, training)
+        some = keeping.compute_losses(batch, training)
+        assert np.array_equal(whole["loss"], some["loss"]) != training
+    labels = batch["labels"][:, 0]
+    for one in ("logits", "score"):
+        np.testing.assert_array_equal(
+            *(getattr(m, one)(batch["image"], labels) for m in (plain, keeping))
+        )
+
+
 def test_no_two_parts_drop_the_same():
     captioner = make_captioner({"dropout": 0.1})
     layers = [
@@ -222,6 +270,7 @@ def test_evaluate_leaves_padding_out(batch):
         ({"masked_pred_prob": 1.5}, "masked_pred_prob=1.5"),
         ({"masking_ratio": "1"}, "masking_ratio='1'"),
         ({"seed": 0.5}, "seed=0.5"),
+        ({"visual_tokens_kept": 0.0}, "> 0 and <= 1.*visual_tokens_kept=0.0"),
     ],
 )
 def test_refuses(kwargs, message):

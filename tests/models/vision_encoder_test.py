@@ -10,6 +10,7 @@ from cappa_tf.models.stateless_random import (
     StatelessDropout,
     StochasticDepth,
     example_seeds,
+    keep_tokens,
 )
 from cappa_tf.models.vision_encoder import VisionEncoder
 
@@ -101,23 +102,21 @@ def test_patch_dropout_drops_the_stated_number_in_training(rate, kept):
 
 def test_kept_patches_keep_content_and_order():
     """Without blocks that mix, what is kept are rows of the full output."""
-    model = encoder(patch_dropout=0.5)
     x = tf.reshape(tf.range(4.0 * PATCHES), (4, PATCHES, 1))
     seeds = example_seeds(7, np.arange(4))
-    kept = model._drop_patches(x, seeds).numpy()[..., 0]  # [4, 6]
+    kept = keep_tokens(x, 0.5, seeds, 3).numpy()[..., 0]  # [4, 6]
     assert np.all(np.diff(kept, axis=1) > 0)
     places = kept - PATCHES * np.arange(4)[:, None]
     assert places.min() >= 0
     assert places.max() < PATCHES
     assert len({tuple(row) for row in places}) > 1
-    again = model._drop_patches(x[2:3], seeds[2:3]).numpy()[..., 0]
+    again = keep_tokens(x[2:3], 0.5, seeds[2:3], 3).numpy()[..., 0]
     np.testing.assert_array_equal(again, kept[2:3])
 
 
 def test_patch_dropout_reaches_every_patch():
-    model = encoder(patch_dropout=0.5)
     x = tf.tile(tf.range(float(PATCHES))[None, :, None], (600, 1, 1))
-    kept = model._drop_patches(x, example_seeds(0, np.arange(600)))
+    kept = keep_tokens(x, 0.5, example_seeds(0, np.arange(600)), 3)
     counts = np.bincount(kept.numpy().ravel().astype(int), minlength=PATCHES)
     # 300 expected of each, with a standard deviation of 12.
     assert np.abs(counts - 300).max() < 60
