@@ -14,6 +14,7 @@ binding in a scope that nothing uses; and values of a wrong type.
 """
 
 import functools
+import gc
 import importlib.util  # noqa: F401  (gin's file search uses it unimported)
 import io
 import os
@@ -31,8 +32,9 @@ ROOT = "cappa_tf.training.train.train"
 PROBE_ROOT = "cappa_tf.training.linear_probe.linear_probe"
 EVALUATION_ROOT = "cappa_tf.evaluation.evaluate.evaluate"
 STUDY_ROOT = "cappa_tf.studies.comparison.compare"
+STAGES_ROOT = "cappa_tf.training.stages.earlier_stages"
 # A file may serve several roots, so a binding for another root is not an error.
-_ROOTS = (ROOT, PROBE_ROOT, EVALUATION_ROOT)
+_ROOTS = (ROOT, PROBE_ROOT, EVALUATION_ROOT, STAGES_ROOT)
 
 # gin has no public API to list bindings, so pyproject.toml bounds its version.
 _BINDINGS = gin.config._CONFIG
@@ -155,7 +157,21 @@ def parse(gin_files, gin_params=(), workdir=None, root=None):
         ConfigError: If nothing binds the root, a file cannot be found or
             parsed, or a binding is misspelled, missing, of a wrong type or
             without effect.
+
+    The configuration of each earlier stage (`training/stages.py`) is checked,
+    too.
     """
+    _parse(gin_files, gin_params, workdir, root)
+    bound = root or bound_root()
+    if bound == ROOT and ("", STAGES_ROOT) in _BINDINGS:
+        given = (gin_files, gin_params)
+        found = [_parse_part(part, *given) for part in _parts()]
+        if found:
+            _parse(*given, workdir, root)
+
+
+def _parse(gin_files, gin_params, workdir, root, part=None):
+    """`parse` of a run, or of the `stages.Part` of one, without its stages."""
     if isinstance(gin_files, str) or isinstance(gin_params, str):
         given = f"gin_files={gin_files!r}, gin_params={gin_params!r}"
         raise ValueError(f"Files and params must be lists. Received: {given}")
@@ -180,8 +196,15 @@ def parse(gin_files, gin_params=(), workdir=None, root=None):
     if workdir is not None:
         params.append(f"WORKDIR = {str(workdir)!r}")
     given = [_parse_param(param) for param in params]
-    _check(root or bound_root(), used, given)
+    if part is not None:
+        # They are checked where they matter, in the configuration of the run.
+        used = used | set(given)
+        given = [_parse_param(line) for line in part.stage.lines()]
+        _bind_part(part, workdir)
+    _check(root or bound_root(), used, given, part is not None)
     gin.finalize()
+    _given.clear()
+    _given.update(gin_files=gin_files, gin_params=gin_params, workdir=workdir)
 
 
 def bound_root():
@@ -193,14 +216,127 @@ def bound_root():
 def run(root=None, **kwargs):
     """Calls the root function with the parsed configuration.
 
+    A run with stages (`training/stages.py`) is a call for each of them that
+    is not over, with its own configuration.
+
     Args:
         root: Full name of the root function, as given to `parse`.
         **kwargs: Arguments that are not configured, such as `dry_run`.
 
     Returns:
-        The result of the root function.
+        The result of the root function; of the last stage, or the one that
+        was interrupted.
     """
-    return gin.get_configurable(root or bound_root())(**kwargs)
+    root = root or bound_root()
+    parts = _parts() if root == ROOT else []
+    if not parts:
+        return gin.get_configurable(root)(**kwargs)
+    given = dict(_given)
+    wanted = kwargs.pop("profile", None)
+    spans = [(part.first_step, part.last_step) for part in parts]
+    spans.append((parts[-1].last_step, _total_steps()))
+    if wanted and not any(_within(wanted, *span) for span in spans):
+        raise ValueError(
+            "`profile` must be steps of one stage of the run. Received: "
+            f"profile={tuple(wanted)}, stages that end at "
+            f"{', '.join(str(last) for _, last in spans)}"
+        )
+    dry_run = kwargs.get("dry_run", False)
+    for part, span in zip(parts, spans):
+        if part.is_over() and not dry_run:
+            continue
+        _parse_part(part, given["gin_files"], given["gin_params"])
+        kwargs["profile"] = _within(wanted, *span)
+        if dry_run:
+            print(f"Stage of {span[1] - span[0]} steps")
+            kwargs["continue_from"] = None
+        figures = gin.get_configurable(ROOT)(**kwargs)
+        if figures.get("interrupted"):
+            return figures
+        # What the stage has built would take the memory of the next.
+        gc.collect()
+    _parse(**given, root=None)
+    if not dry_run:
+        kwargs["continue_from"] = parts[-1].folder
+    else:
+        print(f"Last stage, of {spans[-1][1] - spans[-1][0]} steps")
+    kwargs["profile"] = _within(wanted, *spans[-1])
+    return gin.get_configurable(ROOT)(**kwargs)
+
+
+def stage_arguments():
+    """The shares of the stages of a parsed run, and their arguments.
+
+    Yields:
+        (share of the steps, dict of `arguments`) for each stage; the whole run
+        if it has none. The configuration is parsed anew for each of them, and
+        is that of the run in the end.
+    """
+    if bound_root() != ROOT:
+        yield 1.0, arguments()
+        return
+    given, total = dict(_given), _total_steps()
+    done = 0
+    for part in _parts():
+        _parse_part(part, given["gin_files"], given["gin_params"])
+        yield (part.last_step - done) / total, arguments()
+        done = part.last_step
+    if done:
+        _parse(**given, root=None)
+    yield (total - done) / total, arguments()
+
+
+def _within(steps, first, last):
+    """The steps to profile, if they are after `first` and up to `last`."""
+    return steps if steps and first < steps[0] and steps[1] <= last else None
+
+
+def _parts():
+    """The `stages.Part`s of the parsed run; none if it has no stages."""
+    if ("", STAGES_ROOT) not in _BINDINGS:
+        return []
+    from cappa_tf.training import stages
+
+    try:
+        return stages.parts(
+            gin.get_configurable(STAGES_ROOT)(),
+            _total_steps(),
+            _resolve(_BINDINGS["", ROOT]["workdir"])[0],
+        )
+    except ValueError as error:
+        raise ConfigError(_without_gin(error)) from error
+
+
+def _without_gin(error):
+    """An error's message without the lines that gin adds."""
+    return str(error).partition("\n  In call to")[0]
+
+
+def _total_steps():
+    settings = _BINDINGS.get(("", f"{_SETTINGS}.RunSettings"), {})
+    return _resolve(settings.get("total_steps"))[0]
+
+
+def _parse_part(part, gin_files, gin_params):
+    """Parses the configuration of an earlier stage, that of a run."""
+    try:
+        _parse(gin_files, gin_params, part.folder, None, part)
+    except ConfigError as error:
+        name = os.path.basename(part.folder)
+        raise ConfigError(f"In {name}: {error}") from error
+
+
+def _bind_part(part, folder):
+    """Binds what makes a run an earlier stage of another."""
+    gin.parse_config(
+        "from __gin__ import dynamic_registration\n"
+        "from cappa_tf.training import settings\n"
+        "from cappa_tf.training import train\n"
+        f"train.train.continue_from = {part.before!r}\n"
+        f"train.train.log_folder = {os.path.dirname(folder)!r}\n"
+        f"settings.RunSettings.total_steps = {part.last_step}\n"
+        "settings.EvaluationSettings.final_evaluation = False\n"
+    )
 
 
 def arguments(root=None):
@@ -441,15 +577,21 @@ def _reason(error):
 # -- Checks --------------------------------------------------------------------
 
 
-def _check(root, used, given):
+def _check(root, used, given, in_stage):
     """Raises ConfigError for bindings that would fail or have no effect.
 
     Args:
         root: Full name of the root function.
         used: Keys of bindings that had an effect after some file.
         given: Keys of the bindings on the command line.
+        in_stage: Whether it is the configuration of an earlier stage, which
+            has no stages itself.
     """
     walk = _Walk(root)
+    if root == ROOT and not in_stage:
+        of_stages = _Walk(STAGES_ROOT)
+        walk.used |= of_stages.used
+        walk.problems |= of_stages.problems
     if not walk.found_root:
         raise ConfigError(
             f"No --gin_file binds {root}; start from one of {_shipped()}."
@@ -576,6 +718,10 @@ class _Walk:
     def _problem(self, message, key=None):
         """Keeps one message per key; by default the message is its key."""
         self.problems.setdefault(key or message, message)
+
+
+# Arguments of the last `_parse`.
+_given = {}
 
 
 def _resolve(value):

@@ -118,11 +118,17 @@ def flops_of(gin_files, gin_params):
 
 
 def _count(gin_files, gin_params):
+    config.parse(gin_files, [*gin_params, "WORKDIR = 'none'"])
+    return sum(
+        share * _count_stage(bound) for share, bound in config.stage_arguments()
+    )
+
+
+def _count_stage(bound):
+    """FLOPs of training on one image, of one stage's arguments."""
     from cappa_tf.models.task import Task
     from cappa_tf.training import flops
 
-    config.parse(gin_files, [*gin_params, "WORKDIR = 'none'"])
-    bound = config.arguments()
     model, weights = bound["model"], bound["weights"]
     if not isinstance(model, Task):
         model = model()

@@ -130,6 +130,8 @@ def check_default_style(part, purpose):
         wrong.append(f"style={style}")
     if getattr(part, "position_embedding", None) in ("factorised", "rotary"):
         wrong.append(f"position_embedding={part.position_embedding!r}")
+    elif getattr(part, "position_grid", None):
+        wrong.append(f"position_grid={part.position_grid}")
     if getattr(part, "num_registers", 0):
         wrong.append(f"num_registers={part.num_registers}")
     if wrong:

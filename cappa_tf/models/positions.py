@@ -79,7 +79,7 @@ def _interpolation(old, new):
     return matrix
 
 
-def sincos2d(height, width, dim, temperature=10_000.0):
+def sincos2d(height, width, dim, temperature=10_000.0, stretched_to=None):
     """Fixed two-dimensional sine / cosine positions (MoCo v3's order).
 
     Args:
@@ -87,6 +87,8 @@ def sincos2d(height, width, dim, temperature=10_000.0):
         width: Columns of the grid.
         dim: Width D of the embedding, a multiple of 4 and at least 8.
         temperature: Ratio of the longest to the shortest wavelength.
+        stretched_to: (rows, columns) of a grid whose corners have the same
+            positions as those of this one; itself by default.
 
     Returns:
         NumPy float32 [1, height * width, dim]: sin(x), cos(x), sin(y), cos(y).
@@ -101,6 +103,9 @@ def sincos2d(height, width, dim, temperature=10_000.0):
     omega = np.arange(dim // 4) / (dim // 4 - 1)
     omega = 1.0 / temperature**omega
     y, x = np.mgrid[:height, :width]
+    if stretched_to is not None:
+        y = y * ((stretched_to[0] - 1) / max(height - 1, 1))
+        x = x * ((stretched_to[1] - 1) / max(width - 1, 1))
     y = y.reshape(-1, 1) * omega  # -> [P, D / 4]
     x = x.reshape(-1, 1) * omega
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)
@@ -119,7 +124,8 @@ class PositionEmbedding(keras.layers.Layer):
         table_grid: (rows, columns) of the tables of factorised positions, by
             default `grid`. Another grid is interpolated from them, linearly
             with fixed end points, so that one set of weights serves all
-            resolutions.
+            resolutions. Likewise sincos2d positions of `grid` are stretched
+            to this one.
 
     Reference of factorised positions: borisdayma/clip-jax
     clip_jax/modeling.py `CLIPVisionEmbeddings`.
@@ -137,7 +143,9 @@ class PositionEmbedding(keras.layers.Layer):
         dim = input_shape[-1]
         rows, columns = self.grid
         if self.kind == "sincos2d":
-            self.position_embedding = sincos2d(rows, columns, dim)
+            self.position_embedding = sincos2d(
+                rows, columns, dim, stretched_to=self.table_grid
+            )
             return
         if self.kind == "factorised":
             self.rows, self.columns = (

@@ -53,7 +53,9 @@ class VisionEncoder(keras.Model):
             multiple of the patch size.
         position_embedding: "learned", "sincos2d" or "factorised".
         position_grid: (rows, columns) of the tables of factorised positions,
-            by default the grid of patches.
+            or of the grid to which sincos2d positions are stretched, as at a
+            low resolution of which a higher one follows; by default the grid
+            of patches.
         num_registers: Number of registers R.
         keep_registers: Whether `encoded` includes the registers.
         style: `BlockStyle` of the blocks and the final norm (or a dict of its
@@ -156,16 +158,19 @@ class VisionEncoder(keras.Model):
         return height // h, width // w
 
     def _position_grid(self, position_grid):
-        """(rows, columns) of the tables of factorised positions, else None."""
+        """(rows, columns) of the positions where that is not the patches'."""
         if self.position_embedding == "factorised":
             return height_width("position_grid", position_grid or self.grid)
-        if position_grid is not None:
+        if position_grid is None:
+            return None
+        if self.position_embedding != "sincos2d":
             raise ValueError(
-                "`position_grid` is for factorised positions. Received: "
-                f"position_grid={position_grid!r}, "
+                "`position_grid` is for factorised and sincos2d positions. "
+                f"Received: position_grid={position_grid!r}, "
                 f"position_embedding={self.position_embedding!r}"
             )
-        return None
+        found = height_width("position_grid", position_grid)
+        return None if found == self.grid else found
 
     def _make_layers(self):
         dtype = self.dtype_policy

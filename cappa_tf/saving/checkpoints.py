@@ -181,6 +181,26 @@ def restore_model(path, model):
     _read(tf.train.Checkpoint(variables=variables), path)
 
 
+def read_arrays(path, types):
+    """Reads some arrays of a checkpoint, whatever their shapes.
+
+    Args:
+        path: Path of the checkpoint.
+        types: Dict from the names of arrays (`named_variables`) to their types.
+
+    Returns:
+        Dict from a name to a NumPy array, without the names that are missing.
+    """
+    shapes = dict(saved_state(path)["inventory"])
+    found = {
+        name: tf.Variable(tf.zeros(shapes[name], dtype))
+        for name, dtype in types.items()
+        if name in shapes
+    }
+    _read(tf.train.Checkpoint(variables=found), path)
+    return {name: variable.numpy() for name, variable in found.items()}
+
+
 def _read(checkpoint, path, variables=None):
     if variables is not None:
         saved = saved_state(path)["inventory"]

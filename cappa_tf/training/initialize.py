@@ -6,6 +6,9 @@ error that lists both sides.
 """
 
 import os
+import re
+
+import numpy as np
 
 from cappa_tf.models.positions import resample_positions
 from cappa_tf.models.task import Task
@@ -16,7 +19,12 @@ from cappa_tf.saving import (
     run_folder,
     siglip,
 )
-from cappa_tf.saving.checkpoints import latest_checkpoint
+from cappa_tf.saving.checkpoints import (
+    latest_checkpoint,
+    named_variables,
+    read_arrays,
+    saved_state,
+)
 from cappa_tf.saving.weights import to_numpy, variables_by_path
 from cappa_tf.utils import files
 
@@ -113,7 +121,94 @@ def initialize(model, path, parts=None):
         wanted,
         model.parts,
     )
-    source = _open(path, model, wanted)
+    return _copy(_open(path, model, wanted), model, wanted, path)
+
+
+def continue_run(model, optimizer, folder):
+    """Makes a new run the continuation of another one.
+
+    It takes over the weights of the newest checkpoint, the optimizer's state
+    and the number of steps. Positions are resampled, and so is the optimizer's
+    state of them; where that has another form (factored second moments), each
+    of its elements starts as their mean.
+
+    Args:
+        model: Built `Task`.
+        optimizer: Built optimizer, of the kind of the other run's.
+        folder: Folder of the other run.
+
+    Returns:
+        (log line, number of training examples that the other run has seen).
+
+    Raises:
+        ValueError: If there is no checkpoint, or it does not fit; the message
+            lists what each side has.
+    """
+    path = latest_checkpoint(folder)
+    if path is None:
+        raise ValueError(
+            "`continue_from` must be the folder of a run with a checkpoint. "
+            f"Received: continue_from={folder!r}"
+        )
+    parts = _parts_of(run_folder.load_model(folder, weights="latest"))
+    line = _copy(parts, model, list(model.parts), folder)
+    weights = named_variables(model)
+    slots = {
+        name: variable
+        for name, variable in named_variables(model, optimizer).items()
+        if name not in weights
+    }
+    saved = dict(saved_state(path)["inventory"])
+    # Those of the positions may be of another form.
+    types = {
+        **{name: "float32" for name in saved if _SECOND_MOMENT.search(name)},
+        **{name: variable.dtype for name, variable in slots.items()},
+    }
+    arrays = read_arrays(path, types)
+    grids = [
+        getattr(side.get("vision_encoder"), "grid", None)
+        for side in (parts, model.parts)
+    ]
+    for name, variable in slots.items():
+        value = _slot(name, tuple(variable.shape), arrays, *grids)
+        if value is None:
+            raise ValueError(
+                "The optimizer must be of the kind of the run that "
+                f"`continue_from` names. Received: {folder}, which has no "
+                f"{name} of shape {tuple(variable.shape)}"
+            )
+        variable.assign(value)
+    state = saved_state(path)
+    line = line.replace("initialized from", "continues", 1)
+    return f"{line}, at step {state['step']}", state.get("examples", 0)
+
+
+_SECOND_MOMENT = re.compile(r"positions[_/]position_embedding_velocity")
+
+
+def _slot(name, shape, arrays, old_grid, grid):
+    """A variable of the optimizer, as the other run leaves it; or None."""
+    value = arrays.get(name)
+    if value is not None and value.shape == shape:
+        return value
+    if "positions_position_embedding" not in name.replace("/", "_"):
+        return None
+    cells = [x and x[0] * x[1] for x in (old_grid, grid)]
+    if value is not None and [value.shape[1:2], shape[1:2]] == [
+        (count,) for count in cells
+    ]:
+        table = np.reshape(value, (1, cells[0], -1))
+        return resample_positions(table, grid, old_grid).reshape(shape)
+    if not _SECOND_MOMENT.search(name):
+        return None
+    of_table = name.partition("_velocity")[0] + "_velocity"
+    moments = [x for key, x in arrays.items() if key.startswith(of_table)]
+    # Each of them, factored or not, has the mean of the squared gradients.
+    return np.full(shape, np.mean(moments[0]), np.float32) if moments else None
+
+
+def _copy(source, model, wanted, path):
+    """Copies the parts `wanted` of `source`, a dict, which is at `path`."""
     _check_parts(
         f"`initialize_from` must have the parts to read. {path} has the parts",
         wanted,
@@ -180,7 +275,11 @@ def _open(path, model, wanted):
         raise ValueError(
             f"`initialize_from` (INITIALIZE_FROM) cannot be read: {error}"
         ) from error
-    return found.parts if isinstance(found, Task) else {"vision_encoder": found}
+    return _parts_of(found)
+
+
+def _parts_of(model):
+    return model.parts if isinstance(model, Task) else {"vision_encoder": model}
 
 
 def _open_npz(path, model, wanted):

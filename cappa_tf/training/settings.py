@@ -205,11 +205,7 @@ class WeightSettings:
 
     def __post_init__(self):
         path, parts = self.initialize_from, self.initialize_parts
-        if path is not None and not (isinstance(path, str) and path):
-            raise ValueError(
-                "`initialize_from` must be a path or None. Received: "
-                f"initialize_from={path!r}"
-            )
+        arguments.check_paths(initialize_from=path)
         if parts is not None:
             arguments.check_names(initialize_parts=parts)
             if path is None or not parts:

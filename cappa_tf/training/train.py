@@ -6,6 +6,7 @@
     devices, hosts              strategies.py, hosts.py
     model and optimizer built   construct.py
     initial weights read        initialize.py, unless the run resumes
+                                (stages.py: or those of the stage before)
     folder made and claimed     run_lock.py
     data prepared               the function `prepare`, if given
     data checked against model  `Task.check_data`
@@ -18,11 +19,13 @@ It knows nothing of gin: `cappa_tf.config` calls it with what the files bind.
 """
 
 import contextlib
+import dataclasses
 
 import tensorflow as tf
 
 from cappa_tf.evaluation.caption_metrics import check_installed
 from cappa_tf.evaluation.evaluator import check_evaluators
+from cappa_tf.saving.checkpoints import latest_checkpoint
 from cappa_tf.saving.run_lock import RunLock, WorkdirInUseError
 from cappa_tf.training import cached_features, memory_estimate
 from cappa_tf.training.construct import (
@@ -35,7 +38,11 @@ from cappa_tf.training.distribution.strategies import (
     check_batch_size,
     make_strategy,
 )
-from cappa_tf.training.initialize import check_vocabulary, first_weights
+from cappa_tf.training.initialize import (
+    check_vocabulary,
+    continue_run,
+    first_weights,
+)
 from cappa_tf.training.settings import (
     ComputeSettings,
     EvaluationSettings,
@@ -62,6 +69,8 @@ def train(
     compute: ComputeSettings = _COMPUTE,
     weights: WeightSettings = _WEIGHT,
     features: FeatureSettings = _FEATURES,
+    continue_from: str | None = None,
+    log_folder: str | None = None,
     eval_data=None,
     test_data=None,
     evaluators: list | tuple = (),
@@ -87,6 +96,11 @@ def train(
         compute: Devices, precision, compilation and determinism.
         weights: Where the initial weights come from, and which are frozen.
         features: Whether the features of a frozen vision encoder are cached.
+        continue_from: Folder of a run that this one continues with its
+            weights, optimizer, steps and data, perhaps at another resolution;
+            in place of `weights.initialize_from`. None for a run of its own.
+        log_folder: Folder of `train.log` and `tensorboard`; `workdir` by
+            default.
         eval_data: Data set for validation, or None.
         test_data: Data set for the final evaluation; `eval_data` by default.
         evaluators: `Evaluator`s to run between steps and at the end; their
@@ -113,6 +127,11 @@ def train(
         WorkerLostError: If another process of the run has ended.
     """
     _check_arguments(workdir, evaluators, dry_run)
+    arguments.check_paths(continue_from=continue_from, log_folder=log_folder)
+    if continue_from is not None:
+        weights = dataclasses.replace(
+            weights, initialize_from=continue_from, initialize_parts=None
+        )
     _check_profile(profile, settings.total_steps)
     arguments.check_callable(
         prepare=prepare, on_start=on_start, on_first_step=on_first_step
@@ -133,7 +152,11 @@ def train(
         _check_captions(model, evaluation)
         _check_pairs(model, settings, evaluation, hosts)
         cached_features.check(features, model, train_data)
-        origin = first_weights(model, weights, workdir)
+        origin, examples = None, 0
+        if continue_from is None:
+            origin = first_weights(model, weights, workdir)
+        elif not latest_checkpoint(workdir):
+            origin, examples = continue_run(model, optimizer, continue_from)
         if dry_run:
             return _report(
                 model, optimizer, strategy, settings, train_data, origin
@@ -159,6 +182,8 @@ def train(
                 hosts=hosts,
                 check_claim=check_claim,
                 origin=origin,
+                examples=examples,
+                log_folder=log_folder,
                 profile=profile and tuple(profile),
             )
             with plain_data_errors(*data), trainer:

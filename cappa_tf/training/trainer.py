@@ -37,6 +37,7 @@ from cappa_tf.training.settings import (
 )
 from cappa_tf.training.step import TrainLoop
 from cappa_tf.training.validation import Validation
+from cappa_tf.utils import files
 
 
 @contextlib.contextmanager
@@ -94,6 +95,8 @@ class Trainer:
         check_claim: Called between loops; raises an error once another run
             has taken over the folder.
         origin: Log line about the source of the initial weights, or None.
+        examples: Training examples seen by the run that this one continues.
+        log_folder: Folder of log and TensorBoard; `workdir` by default.
         profile: (first, last) of the steps to profile, or None.
     """
 
@@ -110,6 +113,8 @@ class Trainer:
     evaluators: list | tuple = ()
     check_claim: Callable = lambda: None
     origin: str | None = None
+    examples: int = 0
+    log_folder: str | None = None
     profile: tuple | None = None
 
     @property
@@ -131,7 +136,7 @@ class Trainer:
         )
         self.data = Data(**data)
         self._prepared = None
-        if not self._resumed:
+        if not self._resumed and not self.examples:
             self._prepared = self.model.prepare(self.data.train)
         if self.hosts.is_chief:
             describe_run(self.workdir, self.model, self.data.for_inference)
@@ -172,7 +177,9 @@ class Trainer:
                 )
                 self._image_use.open()
         chief = self.hosts.is_chief
-        folder = self.workdir if chief else None
+        folder = self.log_folder or self.workdir
+        files.makedirs(folder)
+        folder = folder if chief else None
         self._progress = Progress(
             folder,
             self.settings.total_steps,
@@ -181,7 +188,9 @@ class Trainer:
             short_names=self.model.short_names,
         )
         self._summaries = Summaries(folder)
-        self._profile = Profile(self.workdir, self.profile if chief else None)
+        self._profile = Profile(
+            self.log_folder or self.workdir, self.profile if chief else None
+        )
         self._utilization = Utilization(
             self.model,
             getattr(self.data.train, "captions_per_image", 1),
@@ -208,7 +217,7 @@ class Trainer:
         self.hosts.check_same("the same checkpoint", self._checkpoints.latest)
         state = self._checkpoints.state.values
         # Counted in examples, as the batch size may change between two starts.
-        self._examples = state.get("examples", 0)
+        self._examples = state.get("examples", self.examples)
         # "best_nll" in checkpoints of version 0.1.0.
         self._best = state.get("best", state.get("best_nll"))
 

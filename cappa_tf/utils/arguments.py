@@ -75,6 +75,15 @@ def check_fraction(**values):
         check_number(name, value, 0.0, 1.0)
 
 
+def check_paths(**values):
+    """Checks for paths, or None."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, str) and value):
+            raise ValueError(
+                f"`{name}` must be a path or None. Received: {name}={value!r}"
+            )
+
+
 def check_interval(name, value, most=math.inf, zero=False):
     """Checks that a value is (min, max) with 0 < min <= max <= most.
 

@@ -53,7 +53,7 @@ def make_strategy(name="auto", devices=None):
     if name == "auto":
         name = _best_choice(workers, devices)
     if name == "multi_worker":
-        return _multi_worker(workers, index, devices)
+        return _once(_multi_worker, tuple(workers), index, devices)
     if len(workers) > 1:
         raise ValueError(
             f"`strategy={name!r}` is for one process, and TF_CONFIG names "
@@ -62,11 +62,22 @@ def make_strategy(name="auto", devices=None):
             f"{os.environ['TF_CONFIG']}"
         )
     if name == "tpu":
-        return _tpu(devices)
+        return _once(_tpu, devices)
     devices = _check_devices(devices)
     if name == "one":
         return _one_device(devices)
     return _mirrored(devices)
+
+
+_made = {}
+
+
+def _once(make, *arguments):
+    """Connects to other machines once: TensorFlow cannot do it again."""
+    key = repr((make.__name__, arguments))
+    if key not in _made:
+        _made[key] = make(*arguments)
+    return _made[key]
 
 
 def _best_choice(workers, devices):
