@@ -141,5 +141,6 @@ def _report(study, folders, workdir):
         results.read_row(cell, folder, study.reached)
         for folder, cell in folders.items()
     ]
+    results.add_times(study, rows)
     write_report(study, rows, workdir)
     return rows

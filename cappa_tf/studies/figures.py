@@ -9,7 +9,8 @@ import re
 import numpy as np
 
 from cappa_tf.studies import statistics
-from cappa_tf.studies.table import lower_is_better, series
+from cappa_tf.studies.results import lower_is_better
+from cappa_tf.studies.table import series
 from cappa_tf.utils import arguments
 
 # Distinguishable for color-blind people, too (Okabe & Ito).
@@ -68,10 +69,11 @@ class Figures:
         }
 
 
-def draw_all(found, metrics, scalings):
+def draw_all(study, found, metrics, scalings):
     """Draws every figure that the results allow.
 
     Args:
+        study: The `Study`.
         found: List of `Group`.
         metrics: Names of the metrics of the table.
         scalings: List of `Scaling`.
@@ -81,21 +83,23 @@ def draw_all(found, metrics, scalings):
     """
     figures = Figures()
     trained = [g for g in found if g.done and not g.method.untrained]
-    _curves(figures, trained, metrics)
+    _curves(figures, trained, metrics, study.until)
     _few_shot(figures, [g for g in found if g.done])
     _ablations(figures, found, metrics)
     _scaling(figures, scalings)
     return figures
 
 
-def _curves(figures, trained, metrics):
-    """Loss and metrics measured during training, over images and FLOPs."""
+def _curves(figures, trained, metrics, timed):
+    """Metrics measured during training over images, FLOPs and, one, time."""
     names = {n for g in trained for row in g.done for n in row.curves}
     wanted = ["train/loss"] + [
         n for m in metrics for n in sorted(names) if n.endswith(f"/{m}")
     ]
+    if timed is not None and timed not in wanted:
+        wanted.append(timed)
     for name in dict.fromkeys(wanted):
-        for unit in ("images", "FLOPs"):
+        for unit in ("images", "FLOPs", *["seconds"] * (name == timed)):
             lines = []
             for index, group in enumerate(trained):
                 cell = group.rows[0].cell
@@ -106,13 +110,17 @@ def _curves(figures, trained, metrics):
                     factor = cell.flops / cell.steps
                 mean = _mean_curve([row.curves.get(name) for row in group.done])
                 if mean is not None:
-                    lines.append((index, group, mean[0] * factor, *mean[1:]))
+                    x = mean[0] * factor
+                    if unit == "seconds":
+                        rows = [r for r in group.done if r.curves.get(name)]
+                        x = _mean_seconds(rows, mean[0])
+                    lines.append((index, group, x, *mean[1:]))
             if not lines or (name == "train/loss" and unit == "FLOPs"):
                 continue
             slug = re.sub(r"\W+", "_", f"{name}_{unit}").strip("_").lower()
-            title = f"{name} against {unit}" + (
-                " seen" if unit == "images" else " of training"
-            )
+            units = {"images": "images seen", "seconds": "the wall time"}
+            unit = units.get(unit, f"{unit} of training")
+            title = f"{name} against {unit}"
             with figures.draw(slug, title, unit, name) as axis:
                 for index, group, x, y, low, high in lines:
                     style = figures.style(index)
@@ -122,6 +130,12 @@ def _curves(figures, trained, metrics):
                     axis.fill_between(
                         x, low, high, color=style["color"], alpha=0.15, lw=0
                     )
+
+
+def _mean_seconds(rows, steps):
+    """Wall time at each of the steps, mean over rows."""
+    times = [[row.seconds_at[s] for s in steps] for row in rows]
+    return np.mean(times, axis=0)
 
 
 def _mean_curve(curves):

@@ -66,7 +66,7 @@ def write_report(study, rows, workdir):
     found = table.groups(study, rows)
     metrics = table.shown_metrics(study, found)
     scalings = drawing.scalings(study, found, metrics)
-    figures = drawing.draw_all(found, metrics, scalings)
+    figures = drawing.draw_all(study, found, metrics, scalings)
     predictions = [scaling.predict() for scaling in scalings]
     folder = os.path.join(workdir, "figures")
     files.makedirs(folder)
@@ -127,7 +127,7 @@ def _table(study, found, metrics):
     for metric in metrics:
         values = [g.entries[metric].mean for g in found if metric in g.entries]
         if len(values) > 1:
-            lower = table.lower_is_better(metric)
+            lower = results.lower_is_better(metric)
             best[metric] = min(values) if lower else max(values)
     names = [html.escape(metric).replace("/", "/<wbr>") for metric in metrics]
     head = "".join(f"<th>{name}</th>" for name in names)
@@ -196,6 +196,7 @@ def _matched(study, found):
     by = {
         "images": "the number of images seen, repetitions counted",
         "flops": "the FLOPs of training, decoder and text tower included",
+        "time": "the time of training, as it was measured before",
     }[study.matched_by]
     return (
         f"<h2>What was matched</h2><p>Methods are matched by {by}. FLOPs are "

@@ -4,8 +4,8 @@
     for cell in study.cells(flops_of): ...
 
 A cell is one run of tools/train.py with its evaluations, in a folder of its
-own. Methods are matched by the images they see, or by the FLOPs of training;
-the other of the two is reported beside it.
+own. Methods are matched by the images they see, by the FLOPs of training or by
+its time; the others are reported beside it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import re
 
 from cappa_tf.utils import arguments
 
-MATCHED_BY = ("images", "flops")
+MATCHED_BY = ("images", "flops", "time")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+*-]*")
 
 
@@ -49,8 +49,14 @@ class Method:
     value: float | None = None
     """Where in the series it is."""
 
+    time: float | None = None
+    """Time that an image takes in training, in any unit, for studies that are
+    matched by time."""
+
     def __post_init__(self):
         _check_name("name", self.name)
+        if self.time is not None:
+            arguments.check_number("time", self.time, exclusive=True)
         for field in ("gin_files", "gin_params", "evaluation"):
             arguments.check_names(**{field: getattr(self, field)})
         if not self.gin_files:
@@ -190,8 +196,9 @@ class Study:
     study."""
 
     matched_by: str = "images"
-    """"images", or "flops": every method then gets the FLOPs of training that
-    the `reference` method spends on `images`."""
+    """"images"; or "flops" or "time": every method then gets the FLOPs of
+    training, or the time by its `time`, that the `reference` method spends on
+    `images`."""
 
     reference: str | None = None
     """Name of the method that others are compared with; the first by
@@ -218,6 +225,11 @@ class Study:
     reached: dict | None = None
     """Dict from a metric that is measured during training to a level; the
     images seen until it is reached are a metric, too."""
+
+    until: str | None = None
+    """A metric that is measured during training, by its name in TensorBoard,
+    such as "validation/nll_per_token". The wall time until a run is as good as
+    the reference's of the same seed ever was is a metric, too."""
 
     metrics: list | tuple = ()
     """Metrics of the table, "EVALUATOR/METRIC", in this order; all of them are
@@ -327,18 +339,33 @@ class Study:
             size_name = size and size.name
             cost = costs[method.name, size_name]
             images = length
-            if self.matched_by == "flops" and not method.untrained:
+            if self.matched_by != "images" and not method.untrained:
                 unit = costs[self.reference_method.name, size_name]
-                if not cost or not unit:
-                    raise ValueError(
-                        "`matched_by` must be 'images' where FLOPs cannot be "
-                        f"counted. Received: 'flops' with {method.name!r}"
-                    )
-                images = length * unit / cost
+                images *= self._cheaper(method, cost, unit)
             cells.append(
                 self._cell(method, seed, size, length, round(images), cost)
             )
         return cells
+
+    def _cheaper(self, method, cost, unit):
+        """How many images a method gets for one of the reference's.
+
+        Args:
+            method: `Method`.
+            cost: FLOPs of its training on an image, or None.
+            unit: Those of the reference.
+        """
+        if self.matched_by == "time":
+            cost, unit = method.time, self.reference_method.time
+            rule = "where a method has no `time`"
+        else:
+            rule = "where FLOPs cannot be counted"
+        if not cost or not unit:
+            raise ValueError(
+                f"`matched_by` must be 'images' {rule}. Received: "
+                f"{self.matched_by!r} with {method.name!r}"
+            )
+        return unit / cost
 
     def _cell(self, method, seed, size, length, images, cost):
         files, params = self.configuration(method, size)

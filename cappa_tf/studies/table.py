@@ -160,11 +160,3 @@ def series(found):
             named, key=lambda g: g.method.series
         )
     }
-
-
-_LOWER = ("loss", "nll", "perplexity", "error", "images until")
-
-
-def lower_is_better(metric):
-    """Whether a smaller value of a metric is better, by its name."""
-    return any(word in metric for word in _LOWER)

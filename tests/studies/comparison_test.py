@@ -2,14 +2,16 @@
 
 import json
 import os
+import time
 
 import pytest
 
 from cappa_tf.saving.run_lock import RunLock
 from cappa_tf.studies import cell as cells
-from cappa_tf.studies import comparison, runners
+from cappa_tf.studies import comparison, results, runners
+from cappa_tf.studies.results import lower_is_better
 from cappa_tf.studies.study import Method, Study, Transfer
-from cappa_tf.studies.table import lower_is_better
+from cappa_tf.training.reporting.summaries import Summaries
 from cappa_tf.utils import files
 
 pytest.importorskip("matplotlib", reason="pip install '.[study]'")
@@ -181,12 +183,60 @@ def test_lengths_give_a_power_law(tmp_path, programs):
         ("nll_per_token", True),
         ("classification/calibration_error", True),
         ("images until scenes/micro is 0.75", True),
+        ("seconds until the reference's top_1", True),
         ("fewshot/10_shot", False),
         ("cider", False),
     ],
 )
 def test_the_better_value_is_known_by_the_metric(metric, lower):
     assert lower_is_better(metric) == lower
+
+
+def test_the_time_until_the_references_loss_is_interpolated():
+    study = make(until="validation/nll")
+    planned = study.cells(lambda *_: 1e9)[:3]
+    curves = {
+        # The same seed: the best of the reference is 2.0 after 30 s.
+        "theirs-seed0": ([(1, 4.0), (2, 3.0), (3, 2.0), (4, 2.5)], 10.0),
+        "ours-seed0": ([(1, 3.0), (2, 1.0)], 8.0),
+        "ours-seed1": ([(1, 1.0)], 8.0),
+    }
+    rows = []
+    for cell in planned:
+        points, seconds = curves[cell.name]
+        rows.append(
+            results.Row(
+                cell,
+                "",
+                curves={"validation/nll": points},
+                seconds_at={step: step * seconds for step, _ in points},
+            )
+        )
+    results.add_times(study, rows)
+    found = {row.cell.name: row.metrics for row in rows}
+    seconds, share = "seconds until the reference's nll", "share of the"
+    share += " reference's time to nll"
+    assert found["theirs-seed0"] == {seconds: 30.0, share: 1.0}
+    # From 3.0 at 8 s to 1.0 at 16 s: 2.0 at 12 s.
+    assert found["ours-seed0"] == {seconds: 12.0, share: 12.0 / 30.0}
+    assert found["ours-seed1"] == {}
+
+
+def test_seconds_are_those_of_all_processes(tmp_path):
+    start, pause = time.time(), 1.0
+    for steps in ((1, 2), (2, 3)):
+        summaries = Summaries(str(tmp_path))
+        for step in steps:
+            summaries.scalars(step, {"loss": 10.0 * step + steps[0]}, "train/")
+            time.sleep(0.02)
+        summaries.close()
+        if steps == (1, 2):
+            time.sleep(pause)  # Also for another name of the file.
+    elapsed = time.time() - start
+    curves, seconds = results.read_curves(str(tmp_path / "tensorboard"))
+    # The step that was made twice has its second value.
+    assert curves["train/loss"] == [(1, 11.0), (2, 22.0), (3, 32.0)]
+    assert 0.0 <= seconds[1] < seconds[2] < seconds[3] <= elapsed - pause
 
 
 def test_an_unknown_cell_is_refused(tmp_path, programs):

@@ -49,6 +49,16 @@ def test_matched_by_flops_every_method_spends_the_same():
         study(matched_by="flops").cells(lambda *_: None)
 
 
+def test_matched_by_time_a_faster_method_sees_more_images():
+    methods = [method("a", time=2.0), method("b", time=0.5)]
+    cells = study(methods=methods, matched_by="time").cells(costs)
+    assert [c.images for c in cells[:2]] == [1_000, 4_000]
+    with pytest.raises(ValueError, match="no `time`.*'time' with 'c'"):
+        study(methods=[methods[0], method("c")], matched_by="time").cells(
+            lambda *_: None
+        )
+
+
 def test_a_method_may_have_another_batch_and_sees_as_many_images():
     methods = [method("a"), method("b", gin_params=["BATCH_SIZE = 40"])]
     a, b = study(methods=methods, seeds=1).cells(costs)
