@@ -177,9 +177,10 @@ class Trainer:
                 )
                 self._image_use.open()
         chief = self.hosts.is_chief
-        folder = self.log_folder or self.workdir
-        files.makedirs(folder)
-        folder = folder if chief else None
+        folder = None
+        if chief:
+            folder = self.log_folder or self.workdir
+            files.makedirs(folder)
         self._progress = Progress(
             folder,
             self.settings.total_steps,
