@@ -22,9 +22,10 @@ for kind in ("GIF", "BMP", "WebP", "PNG"):
     def checked(content):
         return image_files.why_unusable(content[:40]).encode()
 
-    contents = tf.data.Dataset.from_tensors(file)
-    contents = contents.map(lambda x: tf.numpy_function(checked, [x], tf.string))
-    print(kind, next(iter(contents)).numpy().decode())
+    reasons = tf.data.Dataset.from_tensors(file).map(
+        lambda x: tf.numpy_function(checked, [x], tf.string)
+    )
+    print(kind, next(iter(reasons)).numpy().decode())
 """
 
 
