@@ -156,10 +156,7 @@ def parse(gin_files, gin_params=(), workdir=None, root=None):
     Raises:
         ConfigError: If nothing binds the root, a file cannot be found or
             parsed, or a binding is misspelled, missing, of a wrong type or
-            without effect.
-
-    The configuration of each earlier stage (`training/stages.py`) is checked,
-    too.
+            without effect, in the configuration of any stage.
     """
     _parse(gin_files, gin_params, workdir, root)
     bound = root or bound_root()
