@@ -111,7 +111,7 @@ def read_curves(folder):
 
     The time is that of all processes and stages of the run from the moment at
     which each of them has built its model, with compilation and evaluation and
-    without the pauses between them.
+    without the pauses between them; to a second for each process.
 
     Args:
         folder: The folder; it need not exist.

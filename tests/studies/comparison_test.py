@@ -223,7 +223,7 @@ def test_the_time_until_the_references_loss_is_interpolated():
 
 
 def test_seconds_are_those_of_all_processes(tmp_path):
-    start, pause = time.time(), 1.0
+    start, pause = time.time(), 3.0
     for steps in ((1, 2), (2, 3)):
         summaries = Summaries(str(tmp_path))
         for step in steps:
@@ -231,12 +231,14 @@ def test_seconds_are_those_of_all_processes(tmp_path):
             time.sleep(0.02)
         summaries.close()
         if steps == (1, 2):
-            time.sleep(pause)  # Also for another name of the file.
+            time.sleep(pause)
     elapsed = time.time() - start
     curves, seconds = results.read_curves(str(tmp_path / "tensorboard"))
     # The step that was made twice has its second value.
     assert curves["train/loss"] == [(1, 11.0), (2, 22.0), (3, 32.0)]
-    assert 0.0 <= seconds[1] < seconds[2] < seconds[3] <= elapsed - pause
+    assert 0.0 <= seconds[1] < seconds[2] < seconds[3]
+    # TensorFlow truncates the beginning of each of two files to a second.
+    assert seconds[3] <= elapsed - pause + 2.0
 
 
 def test_an_unknown_cell_is_refused(tmp_path, programs):

@@ -195,7 +195,14 @@ def test_another_optimizer_is_refused(finished, data):
         (["FIRST_IMAGE_SIZE=12"], "multiple of `patch_size`"),
         (["FIRST_IMAGE_SIZE='a'"], "In stage_1: .*IMAGE_SIZE.*'a'"),
         (["FIRST_SIZE=8"], "FIRST_SIZE is set.*mean FIRST_IMAGE_SIZE"),
-        (["stages.Stage.bindings={'A': %FIRST_SHARE, 'B': 1}"], "A is set"),
+        (
+            [
+                "stages.Stage.bindings={'IMAGE_SIZE': %FIRST_IMAGE_SIZE, "
+                "'PATCH_DROPOUT': %FIRST_PATCH_DROPOUT, "
+                "'VISUAL_TOKENS_KEPT': %FIRST_TOKENS_KEPT, 'IMAGE': 8}"
+            ],
+            "In stage_1: IMAGE is set, but",
+        ),
         (["TOTAL_STEPS=1", "WARMUP_STEPS=0"], "a step to each stage"),
     ],
 )
