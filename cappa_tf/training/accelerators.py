@@ -1,4 +1,4 @@
-"""What accelerators can do, as far as the time of a step depends on it."""
+"""Accelerators: their peak rates, on which the time of a step depends."""
 
 import dataclasses
 import re
