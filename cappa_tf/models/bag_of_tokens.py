@@ -35,7 +35,7 @@ class BagOfTokens(Task):
 
     "SuperClass": every token of the vocabulary is a class. The target of an
     image is the set of tokens of its caption, weighted by inverse document
-    frequency and normalised to a sum of 1; the loss is the softmax
+    frequency and normalized to a sum of 1; the loss is the softmax
     cross-entropy. Order and repetition of tokens do not count.
 
     Args:

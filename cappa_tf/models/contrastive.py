@@ -122,7 +122,7 @@ class Contrastive(WholeBatchTask):
         return self.contrastive_head.embed_images(outputs["pre_logits"])
 
     def embed_features(self, features):
-        """Normalised embeddings of images by their features.
+        """Normalized embeddings of images by their features.
 
         Args:
             features: float [B, D], `pre_logits` of the vision encoder, or

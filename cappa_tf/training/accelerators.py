@@ -13,7 +13,7 @@ MEMORY_EFFICIENCY = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An accelerator, with figures of its maker.
+    """An accelerator, with its maker's figures.
 
     Attributes:
         name: Its name.
