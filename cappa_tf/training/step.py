@@ -168,6 +168,7 @@ class TrainLoop:
     def _update(self, batch):
         """Applies the gradients of a batch; returns its packed sums [M]."""
         gradients, sums = self._gradients.of_batch(batch)
+        sums = self._gradients.layout.unpacked(sums)
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
             gradients = context.all_reduce(
@@ -176,7 +177,6 @@ class TrainLoop:
         norm = tf.linalg.global_norm(gradients)
         variables = self._model.trainable_variables
         apply_summed(self._optimizer, gradients, variables)
-        sums = self._gradients.layout.unpacked(sums)
         # Every replica has the same norm, and all replicas' sums are added.
         share = tf.constant(1.0 / self._replicas)
         sums.figures["gradient_norm"] = (norm * share, share)
