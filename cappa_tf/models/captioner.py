@@ -152,6 +152,15 @@ class Captioner(Inference, Task):
         return not (self.samples_ratio and self.masked_pred_prob == 1.0)
 
     @property
+    def texts_may_be_cut(self):
+        """Whether no caption is predicted in parallel.
+
+        Those that are attend to MASK tokens at all L positions, in training and
+        when they are scored; what is left to right sees no padding.
+        """
+        return self.masked_pred_prob == 0.0
+
+    @property
     def predicts_texts(self):
         """Whether texts have a likelihood without images, too."""
         return self.left_to_right
