@@ -84,7 +84,9 @@ def decode(encoded, max_pixels=None, at_least=None, others=None):
     """
     # JPEG comes first and separately, as most photos are JPEGs and every
     # operation before it costs time for each image.
-    limit = tf.constant(_ANY if max_pixels is None else max_pixels, tf.int64)
+    limit = tf.convert_to_tensor(
+        _ANY if max_pixels is None else max_pixels, tf.int64
+    )
     wanted = [jpeg.FULL_SIZE] * 2 if at_least is None else at_least
     wanted = tf.cast(wanted, tf.int32)
     functions = _decoders()

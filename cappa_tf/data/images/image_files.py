@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cappa_tf.data.images import decode_resize, formats
+from cappa_tf.data.images import formats, from_python
 from cappa_tf.data.sources import folder_listing
 from cappa_tf.utils import files
 
@@ -183,8 +183,7 @@ def decode_other(encoded, max_pixels):
         limit = None if max_pixels < 0 else int(max_pixels)
         try:
             if kind != formats.OTHER:
-                with tf.device("CPU:0"):
-                    return decode_resize.decode(encoded, limit).numpy()
+                return from_python.decode(encoded, limit)
             return np.array(_decode_other(encoded, name, None, 1, limit))
         except UnusableError as error:
             raise ValueError(error.reason) from None
@@ -206,8 +205,7 @@ def check_side(content, min_side):
         UnusableError: If the image is smaller.
         tf.errors.OpError: If the header cannot be read.
     """
-    with tf.device("CPU:0"):
-        size = decode_resize.header_size(content).numpy().tolist()
+    size = from_python.header_size(content)
     _check_size(size, 0, None, min_side, None)
 
 
@@ -343,8 +341,7 @@ def _orientation(content):
     """The orientation by which `decode_resize.decode` rotates an image."""
     if content[2:4] == b"\xff\xdb" or b"Exif" not in content:
         return 1
-    with tf.device("CPU:0"):
-        return int(decode_resize.read_orientation(content))
+    return from_python.read_orientation(content)
 
 
 def _decode_in_graph(content, resize, min_side, max_pixels):
@@ -354,12 +351,11 @@ def _decode_in_graph(content, resize, min_side, max_pixels):
         An RGB image to downsize or store, or None to store the file as it is.
     """
     try:
-        with tf.device("CPU:0"):
-            size = decode_resize.header_size(content).numpy().tolist()
-            pixels = int(decode_resize.pixels_to_decode(content))
-            shrink = _check_size(size, pixels, resize, min_side, max_pixels)
-            turned = int(decode_resize.read_orientation(content)) != 1
-            image = decode_resize.decode(content).numpy()
+        size = from_python.header_size(content)
+        pixels = from_python.pixels_to_decode(content)
+        shrink = _check_size(size, pixels, resize, min_side, max_pixels)
+        turned = from_python.read_orientation(content) != 1
+        image = from_python.decode(content)
     except tf.errors.OpError:
         raise UnusableError("image cannot be decoded") from None
     return Image.fromarray(image) if shrink or turned else None

@@ -18,7 +18,7 @@ Dimensions:
 import tensorflow as tf
 
 from cappa_tf.data import schema
-from cappa_tf.data.images import decode_resize, image_files
+from cappa_tf.data.images import from_python, image_files
 from cappa_tf.data.stream import shuffling, stateless_random
 
 # Maximum number of records of a chunk; chunks are decoded in parallel.
@@ -274,8 +274,7 @@ def _is_too_large(encoded, max_pixels):
     if max_pixels is None:
         return False
     try:
-        with tf.device("CPU:0"):
-            return int(decode_resize.pixels_to_decode(encoded)) > max_pixels
+        return from_python.pixels_to_decode(encoded) > max_pixels
     except tf.errors.OpError:
         return False
 
