@@ -236,10 +236,10 @@ class Captioner(Inference, Task):
                 [B, K, L], padded; optionally `prompt_lengths` int32 [B, K],
                 how many first tokens of a caption are its prompt; in training
                 `index` int64 [B], the position of the example in the training
-                stream. If L is cut to the batch's
-                longest caption (`length_buckets`), parallel prediction sees
-                fewer MASK positions than in the reference, which always has
-                64: a deviation.
+                stream. If L is cut to the batch's longest caption
+                (`length_buckets`), parallel prediction sees fewer MASK
+                positions than in the reference, which always has 64: a
+                deviation, which `texts_may_be_cut` denies.
             training: Whether to choose objectives and apply dropout.
 
         Returns:
