@@ -65,8 +65,8 @@ def task_gradients(model, batch, accumulation_steps=1, jit_compile=False):
 
     @tf.function(jit_compile=jit_compile, autograph=False)
     def run():
-        gradients, sums = step(batch)
-        total, weight = sums.figures["loss"]
+        gradients, sums = step.of_batch(batch)
+        total, weight = step.layout.unpacked(sums).figures["loss"]
         return total / weight, gradients
 
     return run()

@@ -10,7 +10,7 @@
     python tools/caption.py --checkpoint=runs/flickr8k --sampler=top_p \
         --top_p=0.9 --temperature=0.8 --num_captions=5 --seed=1 photo.jpg
     python tools/caption.py --checkpoint=runs/decoder \
-        --prompt="answer: what colour is the car" photo.jpg
+        --prompt="answer: what color is the car" photo.jpg
 
 Prints one line per caption, the best of an image first: its log-likelihood (the
 sum over its tokens, in nats), the number of tokens including the end of the

@@ -23,7 +23,7 @@ image are merged. Text is UTF-8, or UTF-16 with a byte order mark.
 
 Questions are rows with question and answers (one or a list; also answer) in
 place of captions, and optionally question_type; or one row an image with
-"qa": [["what colour is it?", "red"], ...]. VQAv2 needs questions.json and
+"qa": [["what color is it?", "red"], ...]. VQAv2 needs questions.json and
 annotations.json beside each other, or both under the published names:
 
     python tools/prepare_data.py --input=coco --output=vqav2 \

@@ -9,7 +9,7 @@
         --text="a photo of a dog" --text="a photo of a cat" photo.jpg
     python tools/serving_client.py --signature=embed_text --format=jsonl \
         --texts_file=captions.txt
-    python tools/serving_client.py --prompt="answer: what colour is the car" \
+    python tools/serving_client.py --prompt="answer: what color is the car" \
         photo.jpg
     python tools/serving_client.py --concurrency=8 --batch_size=4 --repeat=10 \
         folder/

@@ -377,7 +377,7 @@ class ContrastiveService(Service):
         }
 
     def embed_image(self, image_bytes):
-        """Normalised embeddings of images.
+        """Normalized embeddings of images.
 
         Args:
             image_bytes: string [B].
@@ -389,7 +389,7 @@ class ContrastiveService(Service):
         return _answer(error, embedding=self._model.embed_images(images))
 
     def embed_text(self, texts):
-        """Normalised embeddings of texts.
+        """Normalized embeddings of texts.
 
         Args:
             texts: string [T], at most `max_batch_size`.

@@ -137,9 +137,28 @@ class FeatureCache:
         self._part_size = _part_size(self.num_examples, self._row_bytes)
         # Of the files of this cache, whose parts are of this size.
         self._id = f"{digest}-{self._part_size}"
+        start = time.monotonic()
+        computed = self._compute_missing(encoder, data, kind, batch_size, hosts)
+        self._open()
+        self.origin = (
+            f"features of {self._name}: {self.num_examples:,} x "
+            f"{list(self.row_shape)} {dtype}, "
+            + (
+                f"{computed:,} computed in {time.monotonic() - start:.0f} s, in"
+                if computed
+                else "read from"
+            )
+            + f" {self.path}"
+        )
+        return self
+
+    def _compute_missing(self, encoder, data, kind, batch_size, hosts):
+        """Computes what the cache lacks; returns the number of its examples.
+
+        Each host computes a share. What fails on one fails on all of them.
+        """
         index, count = (0, 1) if hosts is None else (hosts.index, hosts.count)
         gather = (lambda value: [value]) if hosts is None else hosts.gather
-        start, computed = time.monotonic(), 0
 
         def agreed(action):
             """Does it on all hosts; if one fails, all of them do."""
@@ -153,41 +172,28 @@ class FeatureCache:
                 raise ValueError(messages[0]) from problem
             return result
 
-        missing = agreed(self._missing)
-        if any(gather(missing)):
-            with contextlib.ExitStack() as stack:
-                if index == 0:
-                    agreed(lambda: self._prepare(stack))
-                else:
-                    agreed(lambda: None)
-                # Another process may have computed them in the meantime.
-                missing = agreed(self._missing)
-                begin, end = (
-                    len(missing) * i // count for i in (index, index + 1)
+        if not any(gather(agreed(self._missing))):
+            return 0
+        with contextlib.ExitStack() as stack:
+            if index == 0:
+                agreed(lambda: self._prepare(stack))
+            else:
+                agreed(lambda: None)
+            # Another process may have computed them in the meantime.
+            missing = agreed(self._missing)
+            begin, end = (len(missing) * i // count for i in (index, index + 1))
+            own = missing[begin:end]
+            computed = agreed(
+                lambda: self._compute(
+                    own, encoder, data, kind, batch_size, index == 0
                 )
-                own = missing[begin:end]
-                computed = agreed(
-                    lambda: self._compute(
-                        own, encoder, data, kind, batch_size, index == 0
-                    )
-                )
-                computed = sum(gather(computed))
-                missing = agreed(self._missing)
-                agreed(lambda: self._check_all(missing))
-                if index == 0:
-                    self._describe(complete=True)
-        self._open()
-        self.origin = (
-            f"features of {self._name}: {self.num_examples:,} x "
-            f"{list(self.row_shape)} {dtype}, "
-            + (
-                f"{computed:,} computed in {time.monotonic() - start:.0f} s, in"
-                if computed
-                else "read from"
             )
-            + f" {self.path}"
-        )
-        return self
+            computed = sum(gather(computed))
+            missing = agreed(self._missing)
+            agreed(lambda: self._check_all(missing))
+            if index == 0:
+                self._describe(complete=True)
+        return computed
 
     # Reading.
 

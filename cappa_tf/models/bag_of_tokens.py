@@ -35,7 +35,7 @@ class BagOfTokens(Task):
 
     "SuperClass": every token of the vocabulary is a class. The target of an
     image is the set of tokens of its caption, weighted by inverse document
-    frequency and normalised to a sum of 1; the loss is the softmax
+    frequency and normalized to a sum of 1; the loss is the softmax
     cross-entropy. Order and repetition of tokens do not count.
 
     Args:
@@ -183,10 +183,9 @@ class BagOfTokens(Task):
     def shapes(self, size, captions=1):
         """Shapes of `encoded` and `logits`, as `Task` defines them."""
         del captions
-        encoder = self.vision_encoder
-        patches = encoder.grid[0] * encoder.grid[1]
+        encoded = self.vision_encoder.output_shapes()["encoded"]
         return {
-            "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
+            "encoded": (size, *encoded),  # [B, P, D]
             "logits": (size, self.vocabulary_size),  # [B, V]
         }
 

@@ -1,4 +1,4 @@
-"""What varies between Transformer blocks of published models.
+"""Block style: how the Transformer blocks of published models differ.
 
     style = BlockStyle(norm="rms_norm", post_norm=True, gated_mlp=True)
     encoder = VisionEncoder(style=style)

@@ -193,10 +193,9 @@ class Classifier(Task):
     def shapes(self, size, captions=1):
         """Shapes of `encoded` and `logits`, as `Task` defines them."""
         del captions
-        encoder = self.vision_encoder
-        patches = encoder.grid[0] * encoder.grid[1]
+        encoded = self.vision_encoder.output_shapes()["encoded"]
         return {
-            "encoded": (size, patches, encoder.hidden_dim),  # [B, P, D]
+            "encoded": (size, *encoded),  # [B, P, D]
             "logits": (size, self.num_classes),  # [B, C]
         }
 

@@ -122,7 +122,7 @@ class Contrastive(WholeBatchTask):
         return self.contrastive_head.embed_images(outputs["pre_logits"])
 
     def embed_features(self, features):
-        """Normalised embeddings of images by their features.
+        """Normalized embeddings of images by their features.
 
         Args:
             features: float [B, D], `pre_logits` of the vision encoder, or
@@ -210,9 +210,9 @@ class Contrastive(WholeBatchTask):
     def shapes(self, size, captions=1):
         """Encoded images and texts, and the logits of a chunk."""
         del captions
-        image, text = self.vision_encoder, self.text_encoder
-        patches = image.grid[0] * image.grid[1]
-        encoded = {"encoded": (size, patches, image.hidden_dim)}
+        text = self.text_encoder
+        encoded = self.vision_encoder.output_shapes()["encoded"]
+        encoded = {"encoded": (size, *encoded)}  # [B, P, D]
         return {
             **(encoded if self.feature_kind is None else {}),
             "encoded_text": (size, text.max_length, text.hidden_dim),

@@ -84,7 +84,7 @@ class ContrastiveCaptioner(Captioner, WholeBatchTask):
     # Predictions.
 
     def embed_images(self, images):
-        """Normalised embeddings in inference.
+        """Normalized embeddings in inference.
 
         Args:
             images: float [B, H, W, 3] in [-1, 1].
@@ -96,7 +96,7 @@ class ContrastiveCaptioner(Captioner, WholeBatchTask):
         return self.contrastive_head.embed_images(outputs["pre_logits"])
 
     def embed_texts(self, labels, seeds=None, training=False):
-        """Normalised embeddings of texts.
+        """Normalized embeddings of texts.
 
         Args:
             labels: int [T, L] token ids, padded.

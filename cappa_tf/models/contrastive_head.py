@@ -133,11 +133,11 @@ class ContrastiveHead(keras.layers.Layer):
 
     def embed_images(self, features):
         """Normalized embeddings float32 [B, C] of features [B, D]."""
-        return _normalised(self._image, features)
+        return _normalized(self._image, features)
 
     def embed_texts(self, features):
         """Normalized embeddings float32 [B, C] of features [B, E]."""
-        return _normalised(self._text, features)
+        return _normalized(self._text, features)
 
     @property
     def scale_and_bias(self):
@@ -209,7 +209,7 @@ class ContrastiveHead(keras.layers.Layer):
         return {**super().get_config(), **own}
 
 
-def _normalised(projection, features):
+def _normalized(projection, features):
     features = tf.cast(features, tf.float32)
     if projection is not None:
         features = projection(features)

@@ -6,7 +6,7 @@
 
 Abbreviations for dimensions:
     B: batch.  H, W: height and width of the image in pixels.
-    P: number of patches.  N: tokens, P and those that are no patches.
+    P: number of patches.  N: tokens, P and those that are not patches.
     D: width.
 """
 

@@ -32,9 +32,9 @@ def find_step(folder):
     """The folder of a checkpoint's arrays.
 
     Args:
-        folder: It, or the folder of a step (which holds `default`), or that of
-            a training (whose steps are folders with numbers as names; the
-            last complete one is chosen).
+        folder: That folder itself, the folder of a step (which holds
+            `default`), or that of a training (whose steps are folders with
+            numbers as names; the last complete one is chosen).
 
     Returns:
         A path.

@@ -421,7 +421,7 @@ def _unreadable(path, error):
 
 
 def preprocessing(folder):
-    """What the model of a preset takes.
+    """The inputs of a preset's model, as it was trained with them.
 
     Args:
         folder: Folder of a preset.

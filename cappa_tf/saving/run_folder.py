@@ -232,7 +232,7 @@ def _read_json(path):
 
 
 def training_facts(path):
-    """What the files beside a model tell about its training.
+    """Facts about the training of a model, from the files beside it.
 
     Args:
         path: Folder of a run or of a preset, or a file.

@@ -1,4 +1,4 @@
-"""What accelerators can do, as far as the time of a step depends on it."""
+"""Accelerators: their peak rates, on which the time of a step depends."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ MEMORY_EFFICIENCY = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An accelerator, with figures of its maker.
+    """An accelerator, with its maker's figures.
 
     Attributes:
         name: Its name.

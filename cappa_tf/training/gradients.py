@@ -36,6 +36,11 @@ class TaskGradients:
         accumulation_steps: A.
         jit_compile: Whether to compile forward and backward pass with XLA,
             without the exchange between replicas.
+
+    Attributes:
+        of_batch: Function of the replica's batch, a dict of tensors [R, ...],
+            that returns (dense gradients, packed sums of the examples).
+        layout: `SumsLayout` that unpacks these sums.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class TaskGradients:
         self._model = model
         self._batch_size = batch_size
         self._accumulation_steps = accumulation_steps
-        self._layout = SumsLayout()
+        self.layout = SumsLayout()
         wrap = functools.partial(function, jit_compile=True)
         if not jit_compile:
             wrap = _unchanged
@@ -53,23 +58,13 @@ class TaskGradients:
             # Without the losses: nothing that only they need is computed.
             self._embed = wrap(lambda batch: model.embed(batch, True)[:2])
             self._backward = wrap(self._against_derivatives)
-            self._gradients = self._whole_batch
+            self.of_batch = self._of_whole_batch
+        elif accumulation_steps > 1:
+            self.of_batch = wrap(self._of_microbatches)
         else:
-            self._gradients = wrap(self._by_microbatch)
+            self.of_batch = wrap(self.of_microbatch)
 
-    def __call__(self, batch):
-        """Gradients and sums of a replica's batch.
-
-        Args:
-            batch: Dict of tensors [R, ...].
-
-        Returns:
-            (dense gradients, `Sums` of the examples).
-        """
-        gradients, sums = self._gradients(batch)
-        return gradients, self._layout.unpacked(sums)
-
-    def _by_microbatch(self, batch):
+    def _of_microbatches(self, batch):
         return self._accumulated(self.of_microbatch, batch)
 
     def of_microbatch(self, batch):
@@ -84,9 +79,9 @@ class TaskGradients:
         with self._tape() as tape:
             losses = self._model.example_losses(batch, training=True)
             loss = tf.reduce_sum(losses.loss) / self._batch_size
-        return self._dense(tape, loss), self._layout.packed(Sums.of(losses))
+        return self._dense(tape, loss), self.layout.packed(Sums.of(losses))
 
-    def _whole_batch(self, batch):
+    def _of_whole_batch(self, batch):
         model = self._model
         if self._accumulation_steps == 1:
             with self._tape() as tape:
@@ -117,13 +112,13 @@ class TaskGradients:
                 self._backward,
                 {**batch, _DERIVATIVES: tf.stack(derivatives, 1)},
             )
-            sums = self._layout.unpacked(sums)
+            sums = self.layout.unpacked(sums)
         # Gradients of the head's own variables, such as the temperature.
         gradients = [
             g if d is None else g + tf.convert_to_tensor(d)
             for g, d in zip(gradients, direct)
         ]
-        return gradients, self._layout.packed(sums.of_both(whole))
+        return gradients, self.layout.packed(sums.of_both(whole))
 
     def _against_derivatives(self, batch):
         """Gradients of a microbatch, from the derivatives of its embeddings."""
@@ -135,7 +130,7 @@ class TaskGradients:
         gradients = self._dense(
             tape, [images, texts, loss], [*derivatives, tf.ones([])]
         )
-        return gradients, self._layout.packed(Sums.of(losses))
+        return gradients, self.layout.packed(Sums.of(losses))
 
     def _compare(self, images, texts):
         """Compares this replica's pairs with those of all replicas.
@@ -200,8 +195,6 @@ class TaskGradients:
     def _accumulated(self, function, batch):
         """Sums the results of `function` over the microbatches."""
         count = self._accumulation_steps
-        if count == 1:
-            return function(batch)
         parts = {key: _microbatches(x, count) for key, x in batch.items()}
 
         def add_one(i, gradients, sums):

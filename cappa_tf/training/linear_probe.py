@@ -70,7 +70,7 @@ class SweepSettings:
     """"lbfgs" (full batch, needs SciPy) or "sgd" (momentum 0.9, cosine)."""
 
     weight_decays: list | tuple = DEFAULT_DECAYS
-    """Values of the weight decay, for standardised features."""
+    """Values of the weight decay, for standardized features."""
 
     learning_rates: list | tuple = DEFAULT_RATES
     """First learning rates, for "sgd" only."""
@@ -362,15 +362,8 @@ def _choose_and_fit(found, classes, sweep, log):
     Returns:
         (the `Head`, what the results say about the choice).
     """
-    train = found["train"]
-    if "eval" in found:
-        fitted, compared = train, found["eval"]
-        where = f"{len(compared.labels):,} images of the split for evaluation"
-    else:
-        kept, held_out = hold_out(train.labels, sweep.held_out, sweep.seed)
-        fitted, compared = train.at(kept), train.at(held_out)
-        where = f"{len(held_out):,} held-out images of train"
-    settings = sweep.settings()
+    train, settings = found["train"], sweep.settings()
+    fitted, compared, where = _compared_on(found, sweep)
     if not len(compared.labels) and len(settings) > 1:
         raise ValueError(
             "There are no images to compare settings on: set EVAL_SPLIT, or "
@@ -391,8 +384,47 @@ def _choose_and_fit(found, classes, sweep, log):
     # The first of equals has the strongest decay.
     best = max(range(len(rows)), key=lambda i: rows[i]["top_1"] or 0.0)
     chosen = settings[best]
-    names = list(chosen)
     log(f"settings compared on {where}:")
+    _log_sweep(rows, chosen, log)
+    if not rows[best]["converged"]:
+        log("the best setting took all steps: raise MAX_STEPS")
+    head = heads[best]
+    if "eval" not in found:
+        head = _fit(
+            SoftmaxRegression(*train, classes), sweep, chosen, heads[best]
+        )
+    told = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+    log(f"chosen: {told}; fitted to all {len(train.labels):,} images of train")
+    return head, {
+        "solver": sweep.solver,
+        "chosen": chosen,
+        "chosen_top_1": rows[best]["top_1"],
+        "compared_on": len(compared.labels),
+        "held_out": None if "eval" in found else sweep.held_out,
+        "images_per_second": rate,
+        "sweep": rows,
+    }
+
+
+def _compared_on(found, sweep):
+    """The images to fit the settings to and those to compare them on.
+
+    Returns:
+        (features to fit to, features to compare on, their description).
+    """
+    train = found["train"]
+    if "eval" in found:
+        compared = found["eval"]
+        count = len(compared.labels)
+        return train, compared, f"{count:,} images of the split for evaluation"
+    kept, held_out = hold_out(train.labels, sweep.held_out, sweep.seed)
+    where = f"{len(held_out):,} held-out images of train"
+    return train.at(kept), train.at(held_out), where
+
+
+def _log_sweep(rows, chosen, log):
+    """Logs the table of all settings, and if the best is at the end of one."""
+    names = list(chosen)
     log(
         "\n".join(
             table(
@@ -416,24 +448,6 @@ def _choose_and_fit(found, classes, sweep, log):
                 f"the best {name}, {chosen[name]:g}, is at the end of its "
                 "range: others beyond it may be better"
             )
-    if not rows[best]["converged"]:
-        log("the best setting took all steps: raise MAX_STEPS")
-    head = heads[best]
-    if "eval" not in found:
-        head = _fit(
-            SoftmaxRegression(*train, classes), sweep, chosen, heads[best]
-        )
-    told = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
-    log(f"chosen: {told}; fitted to all {len(train.labels):,} images of train")
-    return head, {
-        "solver": sweep.solver,
-        "chosen": chosen,
-        "chosen_top_1": rows[best]["top_1"],
-        "compared_on": len(compared.labels),
-        "held_out": None if "eval" in found else sweep.held_out,
-        "images_per_second": rate,
-        "sweep": rows,
-    }
 
 
 def _sweep(fitted, compared, classes, sweep, settings):

@@ -1,4 +1,4 @@
-"""The largest rate of matrix products that this machine reaches, measured."""
+"""Peak rate of matrix products on this machine, measured."""
 
 import functools
 import time

@@ -73,15 +73,15 @@ class Work:
     """What a step of a model takes, on one device.
 
     Attributes:
-        flops: FLOPs of products, an example.
-        fixed_flops: And a step.
-        traffic: Bytes of the other operations, an example.
-        fixed_traffic: And a microbatch.
-        update_traffic: Bytes of the optimizer's update, a step.
-        gradients: Bytes of gradients that devices exchange, a step.
-        gathered: Bytes that they gather, an example.
-        memory: Bytes of memory, an example of a microbatch.
-        fixed_memory: And in any case.
+        flops: FLOPs of matrix products per example.
+        fixed_flops: Further ones per step.
+        traffic: Bytes that the other operations move per example.
+        fixed_traffic: Further ones per microbatch.
+        update_traffic: Bytes that the optimizer's update moves per step.
+        gradients: Bytes of gradients that devices exchange per step.
+        gathered: Bytes that they gather per example.
+        memory: Bytes of memory per example of a microbatch.
+        fixed_memory: Further ones, whatever the size of the microbatch.
     """
 
     flops: float

@@ -237,7 +237,7 @@ class FeatureSettings:
 
     cache_folder: str | None = None
     """Folder of the caches, which runs may share; by default `features` below
-    the run's. All hosts must see it, as one that is not in a bucket."""
+    the run's. All hosts must see it, and it cannot be in a bucket."""
 
     dtype: str = "float32"
     """Type they are kept in: "float32", "float16" or "bfloat16"."""

@@ -18,7 +18,7 @@ _CHUNK = 16_384
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear head on features that are not standardised.
+    """A linear head on features that are not standardized.
 
     Attributes:
         kernel: float32 [D, C].
@@ -44,8 +44,8 @@ class Head:
 class SoftmaxRegression:
     """Cross-entropy of a linear head, plus decay / 2 of its squared weights.
 
-    Features are standardised by their own mean and standard deviation, which
-    the heads then contain; the decay is that of weights of standardised
+    Features are standardized by their own mean and standard deviation, which
+    the heads then contain; the decay is that of weights of standardized
     features. The bias is not decayed.
 
     Args:
@@ -157,7 +157,7 @@ class SoftmaxRegression:
     # Stochastic gradient descent.
 
     def sgd(self, learning_rate, decay, epochs=50, batch_size=512, seed=0):
-        """Minimises with momentum 0.9 and a cosine schedule.
+        """Minimizes with momentum 0.9 and a cosine schedule.
 
         Args:
             learning_rate: First learning rate.

@@ -174,7 +174,8 @@ class TrainLoop:
 
     def _update(self, batch):
         """Applies the gradients of a batch; returns its packed sums [M]."""
-        gradients, sums = self._gradients(batch)
+        gradients, sums = self._gradients.of_batch(batch)
+        sums = self._gradients.layout.unpacked(sums)
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
             gradients = context.all_reduce(

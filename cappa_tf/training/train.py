@@ -165,7 +165,8 @@ def train(
                 # Only now is it certain that the folder belongs to this run.
                 if on_start is not None and hosts.is_chief:
                     on_start(workdir)
-                return trainer.run(on_first_step)
+                signal = trainer.run(on_first_step)
+                return trainer.finish(signal)
 
 
 def _check_arguments(workdir, evaluators, dry_run):

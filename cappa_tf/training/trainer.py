@@ -80,8 +80,8 @@ class Data(NamedTuple):
 class Trainer:
     """Trains a built task on opened data, resuming from its folder.
 
-    Use it as `with Trainer(...) as trainer: trainer.run()`. All I/O happens
-    inside the block, none in the constructor.
+    Use it as `with Trainer(...) as trainer: trainer.finish(trainer.run())`. All
+    I/O happens inside the block, none in the constructor.
 
     Args:
         model: Built `Task`.
@@ -216,32 +216,6 @@ class Trainer:
         # "best_nll" in checkpoints of version 0.1.0.
         self._best = state.get("best", state.get("best_nll"))
 
-    def run(self, on_first_step=None):
-        """Trains until the end or until interrupted.
-
-        Args:
-            on_first_step: Called with folder and step after the first step.
-
-        Returns:
-            Dict of the final metrics, as `train.train` returns it.
-        """
-        self._announce()
-        with Interruption() as interruption:
-            if self.step < self.settings.total_steps:
-                self._train(interruption, on_first_step)
-        figures = {"step": self.step}
-        figures["interrupted"] = self.hosts.first(interruption.signal)
-        if figures["interrupted"]:
-            self._progress.line(
-                f"{figures['interrupted']} at step {self.step}: saved; the "
-                "same command resumes from here"
-            )
-        else:
-            figures |= self._finish()
-        # No host may exit while the chief could still be writing.
-        self.hosts.wait()
-        return figures
-
     def _announce(self):
         counts = parameter_counts(self.model)
         parts = ", ".join(
@@ -268,36 +242,57 @@ class Trainer:
 
     # The loop.
 
-    def _train(self, interruption, on_first_step):
+    def run(self, on_first_step=None):
+        """Trains until the last step or until interrupted.
+
+        Args:
+            on_first_step: Called with folder and step after the first step.
+
+        Returns:
+            Name of the signal that this host received, or None.
+        """
+        self._announce()
+        if self.step >= self.settings.total_steps:
+            return None
+        with Interruption() as interruption:
+            iterator = self._open_iterator()
+            loop = self._make_loop(interruption.stop)
+            interval = Interval(self.settings.batch_size)
+            first, stopped = True, self._stops_alone(interruption)
+            while self.step < self.settings.total_steps and not stopped:
+                # The first call traces and compiles, so it is one untimed step.
+                steps = 1 if first else self._steps_to_next_event()
+                self._profile.before(self.step)
+                with Stopwatch() as watch:
+                    sums, done, waited, weight_norm, stopped = loop(
+                        iterator, steps
+                    )
+                self._count(sums, done, weight_norm)
+                interval.add(sums, done, watch.seconds, waited, not first)
+                line = self._profile.after(self.step)
+                if line is not None:
+                    self._progress.line(line)
+                if first and on_first_step is not None and self.hosts.is_chief:
+                    on_first_step(self.workdir, self.step)
+                first = False
+                self._between_loops(interval)
+                stopped = stopped or self._stops_alone(interruption)
+            self._save()
+        return interruption.signal
+
+    def _make_loop(self, stop):
         settings, compute = self.settings, self.compute
-        iterator = self._open_iterator()
-        loop = TrainLoop(
+        return TrainLoop(
             self.strategy,
             self.model,
             self.optimizer,
             settings.batch_size,
             settings.accumulation_steps,
             use_xla(compute.jit_compile),
-            interruption.stop,
+            stop,
             measure_wait=not compute.deterministic,
             num_hosts=self.hosts.count,
         )
-        interval = Interval(settings.batch_size)
-        first, stopped = True, self._stops_alone(interruption)
-        while self.step < settings.total_steps and not stopped:
-            # The first call traces and compiles, so it is one untimed step.
-            steps = 1 if first else self._steps_to_next_event()
-            self._profile.before(self.step)
-            stopped = self._run_loop(loop, iterator, steps, interval, not first)
-            line = self._profile.after(self.step)
-            if line is not None:
-                self._progress.line(line)
-            if first and on_first_step is not None and self.hosts.is_chief:
-                on_first_step(self.workdir, self.step)
-            first = False
-            self._between_loops(interval)
-            stopped = stopped or self._stops_alone(interruption)
-        self._save()
 
     def _stops_alone(self, interruption):
         """Whether a single host was interrupted.
@@ -341,24 +336,18 @@ class Trainer:
         ahead += self._profile.ahead(step)
         return min(s.steps_per_loop, s.total_steps - step, *ahead)
 
-    def _run_loop(self, loop, iterator, steps, interval, timed):
-        """Runs up to `steps` steps; returns whether hosts agreed to stop."""
-        before = self.step
-        with Stopwatch() as watch:
-            sums, done, waited, self._weight_norm, stopped = loop(
-                iterator, steps
-            )
-        if not (sums.all_finite() and math.isfinite(self._weight_norm)):
+    def _count(self, sums, done, weight_norm):
+        """Counts finished steps, whose loss and weights must be finite."""
+        if not (sums.all_finite() and math.isfinite(weight_norm)):
             raise FloatingPointError(
                 f"Loss, gradients or weights are not finite between steps "
-                f"{before} and {before + done}. The last good checkpoint is "
-                f"{self._checkpoints.latest}; lower the learning rate or clip "
-                "more, and start again from it."
+                f"{self.step - done} and {self.step}. The last good checkpoint "
+                f"is {self._checkpoints.latest}; lower the learning rate or "
+                "clip more, and start again from it."
             )
-        interval.add(sums, done, watch.seconds, waited, timed)
+        self._weight_norm = weight_norm
         self._examples += done * self.settings.batch_size
         self._progress.advance(done)
-        return stopped
 
     def _between_loops(self, interval):
         self.check_claim()
@@ -369,7 +358,7 @@ class Trainer:
             self._log(interval.result())
         if evaluation.eval_steps and step % evaluation.eval_steps == 0 or last:
             self._validate()
-        # At the end `_finish` runs them with the final weights.
+        # At the end `finish` runs them with the final weights.
         every = evaluation.evaluator_steps
         if every and step % every == 0 and not last:
             with averaged_weights(self.model, self.optimizer):
@@ -437,7 +426,30 @@ class Trainer:
             self._progress.figures(self.step, figures)
         return figures
 
-    def _finish(self):
+    # The end.
+
+    def finish(self, signal):
+        """Ends the run: evaluation and export, unless it was interrupted.
+
+        Args:
+            signal: What `run` has returned on this host.
+
+        Returns:
+            Dict of the final metrics, as `train.train` returns it.
+        """
+        figures = {"step": self.step, "interrupted": self.hosts.first(signal)}
+        if figures["interrupted"]:
+            self._progress.line(
+                f"{figures['interrupted']} at step {self.step}: saved; the "
+                "same command resumes from here"
+            )
+        else:
+            figures |= self._evaluate_and_export()
+        # No host may exit while the chief could still be writing.
+        self.hosts.wait()
+        return figures
+
+    def _evaluate_and_export(self):
         """Runs the final evaluation and export with the chosen weights."""
         evaluation = self.evaluation
         with averaged_weights(self.model, self.optimizer):

@@ -161,13 +161,13 @@ def test_six_steps_of_training(name, run):
     optimizer = make_optimizer()
     variables = model.trainable_variables
     optimizer.build(variables)
-    gradients_of = TaskGradients(model, batch["image"].shape[0])
+    task_gradients = TaskGradients(model, batch["image"].shape[0])
 
     @tf.function(autograph=False)
     def step():
-        gradients, sums = gradients_of(batch)
+        gradients, sums = task_gradients.of_batch(batch)
         optimizer.apply(gradients, variables)
-        total, weight = sums.figures["loss"]
+        total, weight = task_gradients.layout.unpacked(sums).figures["loss"]
         return total / weight, global_norm(gradients)
 
     steps = [step() for _ in range(6)]

@@ -150,13 +150,13 @@ def test_six_steps_of_training(arrays, run):
     optimizer = make_optimizer()
     variables = model.trainable_variables
     optimizer.build(variables)
-    gradients_of = TaskGradients(model, len(arrays["label"]))
+    task_gradients = TaskGradients(model, len(arrays["label"]))
 
     @tf.function(autograph=False)
     def step(batch):
-        gradients, sums = gradients_of(batch)
+        gradients, sums = task_gradients.of_batch(batch)
         optimizer.apply(gradients, variables)
-        total, weight = sums.figures["loss"]
+        total, weight = task_gradients.layout.unpacked(sums).figures["loss"]
         return total / weight, global_norm(gradients)
 
     steps = [step(batches[number % 2]) for number in range(6)]

@@ -112,20 +112,19 @@ def resumed(folder):
     reach it.
     """
     workdir = "ram://bucket/runs/tiny"
-    real = run_module.Trainer._run_loop
+    real = run_module.Trainer._count
 
     def interrupted(self, *args):
-        stopped = real(self, *args)
+        real(self, *args)
         signal.raise_signal(signal.SIGTERM)
-        return stopped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_lock, "SETTLE", 0.0)
-        patch.setattr(run_module.Trainer, "_run_loop", interrupted)
+        patch.setattr(run_module.Trainer, "_count", interrupted)
         figures = tiny.run(folder, workdir=workdir)
         assert figures == {"step": 1, "interrupted": "SIGTERM"}
         assert not files.exists(os.path.join(workdir, "results.json"))
-        patch.setattr(run_module.Trainer, "_run_loop", real)
+        patch.setattr(run_module.Trainer, "_count", real)
         starts = _record_starts(patch)
         figures = tiny.run(
             folder,

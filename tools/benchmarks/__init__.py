@@ -81,15 +81,6 @@ def ratio(found, way, baseline, key):
     )
 
 
-def in_turns(ways, rounds, measure):
-    """The medians of the numbers of `turns_of`: dict name -> dict."""
-    found = turns_of(ways, rounds, measure)
-    return {
-        way: {key: median(found, way, key) for key in turns[0]}
-        for way, turns in found.items()
-    }
-
-
 class Here:
     """A contender that runs in this process.
 

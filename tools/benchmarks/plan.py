@@ -241,91 +241,49 @@ def check(given):
     Args:
         given: `config.arguments()`.
     """
-    import tensorflow as tf
-
-    from cappa_tf.training import accelerators, peak, step
+    from cappa_tf.training import accelerators
     from cappa_tf.training import plan as plans
-    from cappa_tf.training.distribution import strategies
 
-    settings, compute = given["settings"], given["compute"]
-    xla = strategies.use_xla(compute.jit_compile)
+    settings, products = given["settings"], _products(given)
     benchmarks.note("counting the operations of a step")
     model, optimizer = _build(given)
     steps = plans.record(model, _captions(given))
-    batch = {
-        name: tf.zeros(spec.shape, spec.dtype)
-        for name, spec in model.batch_spec(
-            settings.batch_size, _captions(given)
-        ).items()
-    }
-    if "labels" in batch:
-        batch["labels"] += 1
-    loop = step.TrainLoop(
-        tf.distribute.get_strategy(),
-        model,
-        optimizer,
-        settings.batch_size,
-        settings.accumulation_steps,
-        jit_compile=xla,
-    )
-    iterator = iter(tf.data.Dataset.from_tensors(batch).repeat())
-    products, size = _products(given), flags.FLAGS.matmul
-    peak_name = f"matmul {products}"
-    contenders = {
-        "step": benchmarks.Here(lambda: loop(iterator, 1)),
-        peak_name: benchmarks.Here(
-            peak.product(products, size), flops=2 * size**3
-        ),
-    }
     heaviest = plans.heaviest_products(steps, settings.microbatch)
-    for total, one, shapes, options in heaviest:
-        a, b = (
-            "x".join(map(str, shape)) + " transposed" * transposed
-            for shape, transposed in zip(shapes, options.values())
-        )
-        times = min(16, 1 + int(2e9 / one))
-        contenders[f"{a} by {b}"] = benchmarks.Here(
-            peak.product_of(products, shapes, times, **options),
-            flops=one * times,
-            total=total,
-        )
-    own = list(contenders)[2:]
-    for kind in ("copy", *plans.COSTLY):
-        moved, run_kind = peak.elementwise(kind, flags.FLAGS.copy * 8192)
-        contenders[kind] = benchmarks.Here(run_kind, moved=moved)
-    found = benchmarks.compete(contenders, flags.FLAGS.rounds)
-
-    def rate(name, fact, key):
-        per_run = contenders[name].facts[fact]
-        return per_run / benchmarks.median(found, name, key)
-
+    highest, own = _product_contenders(heaviest, products)
+    rated = {**highest, **own, **_copy_contenders()}
+    amounts = {
+        name: one.facts.get("flops") or one.facts["moved"]
+        for name, one in rated.items()
+    }
+    whole = benchmarks.Here(_one_step(given, model, optimizer))
+    found = benchmarks.compete({"step": whole, **rated}, flags.FLAGS.rounds)
+    (peak_name,) = highest
     rows = []
     for key, second in (("wall", "s"), ("cpu", "CPU s")):
-        totals = {name: contenders[name].facts["total"] for name in own}
-        seconds = [totals[name] / rate(name, "flops", key) for name in own]
+        rates = {
+            name: amount / benchmarks.median(found, name, key)
+            for name, amount in amounts.items()
+        }
+        totals = {name: own[name].facts["total"] for name in own}
+        seconds = [total / rates[name] for name, total in totals.items()]
         reached = sum(totals.values()) / sum(seconds)
-        bandwidth = rate("copy", "moved", key)
         work = plans.count_work(
             model,
             optimizer,
             captions=_captions(given),
             accumulation_steps=settings.accumulation_steps,
-            fused=xla,
+            fused=_is_compiled(given),
             memory=False,
             steps=steps,
-            costs={
-                kind: bandwidth / rate(kind, "moved", key)
-                for kind in plans.COSTLY
-            },
+            costs={kind: rates["copy"] / rates[kind] for kind in plans.COSTLY},
         )
-        highest = rate(peak_name, "flops", key)
         device = accelerators.Device(
             "this machine",
-            float32=highest,
-            bfloat16=highest,
-            bandwidth=bandwidth,
+            float32=rates[peak_name],
+            bfloat16=rates[peak_name],
+            bandwidth=rates["copy"],
             memory=0.0,
-            product_efficiency=reached / highest,
+            product_efficiency=reached / rates[peak_name],
             memory_efficiency=1.0,
         )
         planned = plans.step(
@@ -336,34 +294,113 @@ def check(given):
             products,
             settings.accumulation_steps,
         )
+        rows += _rate_rows(rates, peak_name, own, second)
         measured = benchmarks.median(found, "step", key)
-        rows += [
-            benchmarks.Row(peak_name, highest / 1e9, f"GFLOP/{second}"),
-            *(
-                benchmarks.Row(
-                    name,
-                    rate(name, "flops", key) / 1e9,
-                    f"GFLOP/{second}",
-                    peak_name,
-                    rate(name, "flops", key) / highest,
-                )
-                for name in own
-            ),
-            *(
-                benchmarks.Row(
-                    kind, rate(kind, "moved", key) / 1e9, f"GB/{second}"
-                )
-                for kind in ("copy", *plans.COSTLY)
-            ),
-            benchmarks.Row("planned: products", planned.products, second),
-            benchmarks.Row("planned: memory traffic", planned.memory, second),
-            benchmarks.Row("measured step", measured, second),
-            benchmarks.Row(
-                f"planned step, bound by {planned.bound}",
-                planned.seconds,
-                second,
-                "measured step",
-                planned.seconds / measured,
-            ),
-        ]
+        rows += _planned_rows(planned, measured, second)
     return rows
+
+
+def _is_compiled(given):
+    from cappa_tf.training.distribution import strategies
+
+    return strategies.use_xla(given["compute"].jit_compile)
+
+
+def _one_step(given, model, optimizer):
+    """A function that runs one training step, on a batch of zeros."""
+    import tensorflow as tf
+
+    from cappa_tf.training import step
+
+    settings = given["settings"]
+    specs = model.batch_spec(settings.batch_size, _captions(given))
+    batch = {name: tf.zeros(x.shape, x.dtype) for name, x in specs.items()}
+    if "labels" in batch:
+        batch["labels"] += 1
+    loop = step.TrainLoop(
+        tf.distribute.get_strategy(),
+        model,
+        optimizer,
+        settings.batch_size,
+        settings.accumulation_steps,
+        jit_compile=_is_compiled(given),
+    )
+    iterator = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    return lambda: loop(iterator, 1)
+
+
+def _product_contenders(heaviest, products):
+    """Contenders by name: the one of the peak, and the step's own products."""
+    from cappa_tf.training import peak
+
+    size = flags.FLAGS.matmul
+    run_peak = peak.product(products, size)
+    highest = {
+        f"matmul {products}": benchmarks.Here(run_peak, flops=2 * size**3)
+    }
+    own = {}
+    for total, one, shapes, options in heaviest:
+        a, b = (
+            "x".join(map(str, shape)) + " transposed" * transposed
+            for shape, transposed in zip(shapes, options.values())
+        )
+        times = min(16, 1 + int(2e9 / one))
+        own[f"{a} by {b}"] = benchmarks.Here(
+            peak.product_of(products, shapes, times, **options),
+            flops=one * times,
+            total=total,
+        )
+    return highest, own
+
+
+def _copy_contenders():
+    """Contenders by name: a copy, and operations that take longer than it."""
+    from cappa_tf.training import peak
+    from cappa_tf.training import plan as plans
+
+    contenders = {}
+    for kind in ("copy", *plans.COSTLY):
+        moved, run_kind = peak.elementwise(kind, flags.FLAGS.copy * 8192)
+        contenders[kind] = benchmarks.Here(run_kind, moved=moved)
+    return contenders
+
+
+def _rate_rows(rates, peak_name, own, second):
+    """Rows of the measured rates."""
+    from cappa_tf.training import plan as plans
+
+    highest = rates[peak_name]
+    flops = f"GFLOP/{second}"
+    return [
+        benchmarks.Row(peak_name, highest / 1e9, flops),
+        *(
+            benchmarks.Row(
+                name,
+                rates[name] / 1e9,
+                flops,
+                peak_name,
+                rates[name] / highest,
+            )
+            for name in own
+        ),
+        *(
+            benchmarks.Row(kind, rates[kind] / 1e9, f"GB/{second}")
+            for kind in ("copy", *plans.COSTLY)
+        ),
+    ]
+
+
+def _planned_rows(planned, measured, second):
+    """Rows that compare the planned step with the measured one."""
+    return [
+        benchmarks.Row("planned: products", planned.products, second),
+        benchmarks.Row("planned: memory traffic", planned.memory, second),
+        benchmarks.Row("measured step", measured, second),
+        benchmarks.Row(
+            f"planned step, bound by {planned.bound}",
+            planned.seconds,
+            second,
+            "measured step",
+            planned.seconds / measured,
+        ),
+    ]

@@ -23,7 +23,6 @@ from cappa_tf.data.sources.delimited import NotATableError
 # Columns that hold image files as bytes, in img2dataset and webdataset.
 _BYTES_COLUMNS = ("jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 _SUFFIXES = (".jpg", ".png", ".webp", ".jpeg")
-_BATCH = 1024
 _lock = threading.Lock()
 
 

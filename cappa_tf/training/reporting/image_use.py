@@ -1,7 +1,7 @@
-"""How much a decoder uses the images, measured during training.
+"""Image use: how much a decoder depends on the images during training.
 
 A decoder that has learned to write likely captions and ignores the image is
-the most frequent failure of captioners, and its loss looks well. The captions
+the most frequent failure of captioners, and its loss looks good. The captions
 of a few evaluation images are therefore scored three times: with their own
 image, with the image of another example, and without any. Where the image is
 ignored, the first two are equal. (Without an image is a weaker sign: the
