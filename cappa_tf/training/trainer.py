@@ -303,11 +303,11 @@ class Trainer:
 
     def _open_iterator(self):
         seed, start = self.settings.seed, self._examples
-        mixing = {}
+        options = {}
         if getattr(self.data.train, "mixes", False):
-            mixing["step_size"] = self.settings.batch_size
+            options["step_size"] = self.settings.batch_size
         if getattr(self.data.train, "length_buckets", None) == "auto":
-            mixing["fixed_length"] = not (
+            options["fixed_length"] = not (
                 self.model.texts_may_be_cut and may_vary(self.strategy)
             )
         return training_iterator(
@@ -318,7 +318,7 @@ class Trainer:
                 seed=seed,
                 host=host,
                 num_hosts=num_hosts,
-                **mixing,
+                **options,
             ),
             self.settings.batch_size,
         )
