@@ -74,7 +74,8 @@ class Inference:
                 blind decoder), with B of `prompts`, or 1.
             max_length: Maximum length L of a caption, including prefix and
                 eos; the decoder's by default.
-            sampler: None (greedy), `sampling.BeamSearch`, or a sampler of
+            sampler: None (greedy), `sampling.BeamSearch`, a greedy
+                `sampling.GreedySearch(draft=True)`, or a sampler of
                 `keras_nlp.samplers` that `sampling.search_of` supports.
             prefix: Beginning of every caption: a string (needs
                 `captioner.tokenizer`) or int32 token ids [tokens] or
@@ -108,6 +109,12 @@ class Inference:
             num_captions=num_captions,
         )
         prompts = self._checked_prompts(prompts)
+        drafts = getattr(plan.search, "draft", False)
+        if drafts and prompts is not None:
+            raise ValueError(
+                "Captions that follow prompts cannot be drafted. Received: "
+                f"{plan.search} and prompts of shape {prompts.shape}"
+            )
         if images is None:
             rows = tf.zeros([1]) if prompts is None else prompts
             memory = None
@@ -131,6 +138,7 @@ class Inference:
             uniform=uniform,
             masked=not self.left_to_right,
             prompts=prompts,
+            drafts=drafts,
         )
         wanted = 0 if num_captions == 1 else slice(num_captions)
         return _captions(tokens[:, wanted], log_probs[:, wanted])
@@ -162,6 +170,13 @@ class Inference:
             ValueError: If an option is invalid, alone or with the others.
         """
         search = sampling.search_of(sampler)
+        if getattr(search, "draft", False):
+            self._special_tokens.require_mask()
+            if not self.left_to_right:
+                raise ValueError(
+                    "Drafts are checked left to right, for which this "
+                    f"captioner is not trained. Received: sampler={search}"
+                )
         prefix = self._prefix_ids(prefix)
         length = self._caption_length(max_length, prefix.shape[1], min_length)
         return GenerationPlan(
@@ -262,9 +277,7 @@ class Inference:
             groups = likelihood.group_by_prefix(
                 known, self._special_tokens, prompt_lengths=prompt_lengths
             )
-            return likelihood.score_groups(
-                self.text_decoder, memory, groups, self.chunk_size
-            )
+            return likelihood.score_groups(self.text_decoder, memory, groups)
         count = 1 if images is None else tf.shape(images)[0]
         labels = tf.repeat(labels[None], count, axis=0)  # -> [B, T, L]
         if prompt_lengths is not None:

@@ -143,20 +143,20 @@ def _stack(rows, size):
     return stacked
 
 
-def score_groups(decoder, memory, groups, chunk_size):
+def score_groups(decoder, memory, groups):
     """Left-to-right log-likelihood of every text for every image.
 
     Args:
         decoder: `TextDecoder`.
         memory: From `decoder.project_memory`, or None (no image, B = 1).
         groups: `PrefixGroups` of T texts.
-        chunk_size: Rows whose logits are held in memory at a time.
 
     Returns:
         float32 [B, T].
     """
     count, pad = _batch_size(memory), decoder.special_tokens.pad
     kernel, bias = (tf.cast(w, tf.float32) for w in decoder.head_weights)
+    columns = tf.transpose(kernel)  # -> [V, D], to gather them as rows
 
     def one_group(parts):
         tokens, depths, ancestors, nodes, targets = parts
@@ -169,15 +169,13 @@ def score_groups(decoder, memory, groups, chunk_size):
         hidden = tf.cast(hidden, tf.float32)  # [B, N, D]
         # The logits of all tokens are needed only for the normalizer.
         sums = cross_entropy.log_normalizers(
-            tf.reshape(hidden, [-1, hidden.shape[-1]]), kernel, bias, chunk_size
+            tf.reshape(hidden, [-1, hidden.shape[-1]]), kernel, bias
         )
         sums = tf.reshape(sums, [count, -1])  # -> [B, N]
         flat = tf.reshape(targets, [-1])
-        columns = tf.gather(kernel, flat, axis=1)  # -> [D, C * L]
         chosen = tf.gather(hidden, tf.reshape(nodes, [-1]), axis=1)
-        logits = tf.einsum("bed,de->be", chosen, columns) + tf.gather(
-            bias, flat
-        )
+        logits = tf.reduce_sum(chosen * tf.gather(columns, flat), axis=-1)
+        logits += tf.gather(bias, flat)  # [B, C * L]
         log_probs = logits - tf.gather(sums, tf.reshape(nodes, [-1]), axis=1)
         log_probs = tf.where(flat != pad, log_probs, 0.0)
         shape = tf.concat([[count], tf.shape(targets)], 0)

@@ -343,20 +343,22 @@ class TextDecoder(keras.Model):
         zeros = ops.zeros(shape, dtype=self.compute_dtype)
         return [(zeros, zeros) for _ in self.blocks]
 
-    def fill_cache(self, prompts, memory, length):
-        """Cache of prompts, with room for captions after them.
+    def fill_cache(self, texts, memory, length):
+        """Reads texts left to right, with room for captions after them.
 
         Args:
-            prompts: int [N, M], padded; M may be unknown.
+            texts: int [N, M], padded; M may be unknown.
             memory: From `project_memory`, of B images with N = B * K; or None.
             length: Positions of a caption to reserve.
 
         Returns:
-            As `empty_cache`, [N, H, M + length, C]: first the keys and values
-            that lead to the last token of a prompt, from those of the start
-            token on. Entries at and after a prompt's length have no meaning.
+            Hidden states [N, M, D] after the final LayerNorm, of which each
+            predicts the text's token at its position; and a cache as of
+            `empty_cache`, [N, H, M + length, C]: first the keys and values
+            that lead to the last token of a text, from those of the start
+            token on. Entries at and after a text's length have no meaning.
         """
-        tokens = self.shift_right(prompts)
+        tokens = self.shift_right(texts)
         count = ops.shape(tokens)[1]
         x, rotation = self._embed(tokens)
         mask = self.attention_mask(count)
@@ -368,7 +370,7 @@ class TextDecoder(keras.Model):
             )
             empty = [(0, 0), (0, 0), (0, length), (0, 0)]
             filled.append(tuple(ops.pad(by_head(w), empty) for w in written))
-        return filled
+        return self._norm(x), filled
 
     def call_with_cache(
         self, tokens, memory, cache, index, positions=None, attention_mask=None

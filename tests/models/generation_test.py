@@ -1,14 +1,23 @@
 """Generation: properties of captions for every sampler."""
 
+import contextlib
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras_nlp import samplers
 from random_captioner import B, L, V, make_captioner, make_images
 
-from cappa_tf.models.sampling import BANNED, BeamSearch, RandomSearch, Rules
+from cappa_tf.models import generation
+from cappa_tf.models.sampling import (
+    BANNED,
+    BeamSearch,
+    GreedySearch,
+    RandomSearch,
+    Rules,
+)
 
 SAMPLERS = {
     "greedy": {},
@@ -86,6 +95,106 @@ def test_a_batch_is_its_images_one_by_one(captioner, images, name):
         np.testing.assert_allclose(
             together[1][row], alone[1][0], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("right", [0, 2, L])
+def test_drafted_captions_are_greedy(captioner, images, monkeypatch, right):
+    """However many tokens of a draft are right, from the second image on."""
+    options = {"prefix": [5], "min_length": 3, "no_repeat_ngram": 1}
+    for given in ({}, options):
+        wanted = captions(captioner, images, **given)
+        loop = captioner.text_decoder.call_with_cache
+        steps = []
+
+        def draft(decoder, memory, size, wanted=wanted):
+            drafted = tf.constant(wanted[0][:, 0])
+            wrong = (drafted + 1) % V
+            keep = tf.range(L) < tf.constant([[L]] + [[right]] * (B - 1))
+            return tf.where(keep, drafted, wrong)
+
+        def call_with_cache(*args, loop=loop, steps=steps):
+            steps.append(args[3])
+            return loop(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "draft", draft)
+            patch.setattr(
+                captioner.text_decoder, "call_with_cache", call_with_cache
+            )
+            found = captions(
+                captioner, images, sampler=GreedySearch(draft=True), **given
+            )
+        np.testing.assert_array_equal(found[0], wanted[0])
+        np.testing.assert_allclose(found[1], wanted[1], rtol=1e-4, atol=1e-5)
+        longest = (wanted[0] != 0).sum(-1).max()
+        first = max(right, len(given.get("prefix", []))) + 1
+        # The pass gave the first token that is not the draft's, too.
+        assert steps == list(range(first, longest)) or right == L and not steps
+
+
+def test_the_draft_is_the_parallel_prediction(captioner, images):
+    """No other text without pad that is as long has a higher score."""
+    memory = captioner.text_decoder.project_memory(captioner.encode(images))
+    drafted = generation.draft(captioner.text_decoder, memory, (B, 3)).numpy()
+    for row in range(B):
+        texts = np.tile(drafted[row], (1 + 3 * (V - 1), 1))
+        for place in range(3):
+            rows = slice(1 + place * (V - 1), 1 + (place + 1) * (V - 1))
+            texts[rows, place] = np.arange(1, V)
+        scores = captioner.score(images[row : row + 1], texts, parallel=True)
+        assert scores[0, 0] >= np.max(scores) - 1e-5
+
+
+def test_drafts_refuse_what_they_cannot_do(captioner, images):
+    search = GreedySearch(draft=True)
+    with pytest.raises(ValueError, match="follow prompts"):
+        captioner.generate(images, sampler=search, prompts=[[5]] * B)
+    masked = make_captioner(masked_pred_prob=1.0, masking_ratio=(0.0, 1.0))
+    with pytest.raises(ValueError, match="left to right"):
+        masked.plan_generation(sampler=search)
+
+
+def test_the_loop_does_not_cast_weights(images, monkeypatch):
+    """Under mixed precision; captions are those of weights cast each time."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        captioner = make_captioner()
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+    def casts(found):
+        """Casts to bfloat16 of variables that are read in the loop's body."""
+        total = 0
+        for function in found.graph.as_graph_def().library.function:
+            if "while_body" in function.signature.name:
+                nodes = {node.name: node for node in function.node_def}
+                sources = [
+                    nodes.get(node.input[0].split(":")[0])
+                    for node in function.node_def
+                    if node.op == "Cast"
+                    and node.attr["DstT"].type == tf.bfloat16.as_datatype_enum
+                ]
+                total += sum(
+                    source is not None and source.op == "ReadVariableOp"
+                    for source in sources
+                )
+        return total
+
+    def compiled():
+        function = tf.function(captioner.generate, autograph=False)
+        return function.get_concrete_function(tf.constant(images))
+
+    found = compiled()
+    monkeypatch.setattr(
+        generation, "_weights_cast_once", contextlib.nullcontext
+    )
+    plain = compiled()
+    # Per block: 4 of self-attention, 2 of cross-attention, 2 of the MLP.
+    kernels = 8 * len(captioner.text_decoder.blocks)
+    assert casts(found) == casts(plain) - kernels
+    for name, values in found(tf.constant(images)).items():
+        np.testing.assert_array_equal(values, plain(tf.constant(images))[name])
 
 
 def test_one_beam_is_greedy(captioner, images):
@@ -239,6 +348,7 @@ def test_refuses(captioner, images, kwargs, message):
 def test_samplers_refuse_what_makes_no_sense():
     for make, message in (
         (lambda: BeamSearch(0), "num_beams=0"),
+        (lambda: GreedySearch(draft=1), "draft=1"),
         (lambda: RandomSearch(temperature=0), "temperature=0"),
         (lambda: RandomSearch(p=0.0), "p=0.0"),
         (lambda: RandomSearch(k=0), "k=0"),

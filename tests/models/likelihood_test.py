@@ -86,7 +86,6 @@ def test_scores_do_not_depend_on_the_groups(captioner, images, nodes):
         captioner.text_decoder,
         memory,
         likelihood.group_by_prefix(texts(), SPECIAL, nodes),
-        chunk_size=7,
     )
     wanted = captioner.score(images, texts())
     np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-4)
@@ -110,9 +109,9 @@ def test_many_labels_share_prefixes_in_a_graph(captioner, images, monkeypatch):
     assert labels.size > 128
     used, real = [], likelihood.score_groups
 
-    def score_groups(decoder, memory, groups, chunk_size):
+    def score_groups(decoder, memory, groups):
         used.append(groups)
-        return real(decoder, memory, groups, chunk_size)
+        return real(decoder, memory, groups)
 
     monkeypatch.setattr(likelihood, "score_groups", score_groups)
     # By closure: a default argument would be an input of the graph.

@@ -103,12 +103,10 @@ def test_ways_to_caption_give_the_greedy_caption():
     for exact in (False, True):
         ways = caption.make_ways(captioner, 5, exact)
         same = caption.equal(
-            {k: ways[k] for k in ("greedy", "uncached")}, images
+            {k: ways[k] for k in ("greedy", "uncached", "draft")}, images
         )
-        assert same == {"greedy": 1.0, "uncached": 1.0}
-    tokens, passes = ways["greedy"](images)
-    assert passes == 5 and tf.math.count_nonzero(tokens) == 10
-    assert ways["draft"](images)[1] == 1
+        assert same == {"greedy": 1.0, "uncached": 1.0, "draft": 1.0}
+    assert tf.math.count_nonzero(ways["greedy"](images)) == 10
 
 
 @pytest.mark.parametrize("kind", ["pre_logits", "encoded"])

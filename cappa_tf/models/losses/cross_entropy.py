@@ -14,6 +14,8 @@ Abbreviations for dimensions:
 import tensorflow as tf
 
 DEFAULT_CHUNK_SIZE = 2048
+# Columns of the head whose logits are computed at a time for normalizers.
+_COLUMNS = 1024
 
 
 def token_cross_entropy(
@@ -75,31 +77,39 @@ def token_cross_entropy(
     return scattered[:, 0], tf.stop_gradient(scattered[:, 1])
 
 
-def log_normalizers(hidden, kernel, bias, chunk_size=DEFAULT_CHUNK_SIZE):
+def log_normalizers(hidden, kernel, bias):
     """Log-sum-exp of each position's logits.
+
+    The logits of some columns at a time stay in the processor's cache; the
+    product takes most of the time then.
 
     Args:
         hidden: [R, D], the decoder's outputs.
         kernel: [D, V] of the output head.
         bias: [V] of the output head.
-        chunk_size: Positions whose logits are held in memory at a time.
 
     Returns:
         float32 [R].
     """
-    count = tf.shape(hidden)[0]
-    chunks = -(-count // chunk_size)
-    # Chunks of equal size need at most as many rows of padding as chunks.
-    size = -(-count // tf.maximum(chunks, 1))
-    hidden = tf.pad(hidden, [[0, chunks * size - count], [0, 0]])
+    rows, (width, vocabulary) = tf.shape(hidden)[0], kernel.shape
+    chunks = -(-vocabulary // _COLUMNS)
+    size = -(-vocabulary // chunks)
 
-    def step(i, sums):
-        logits = _logits(hidden[i * size : (i + 1) * size], kernel, bias)
-        some = tf.reduce_logsumexp(logits, axis=-1)
-        where = (i * size + tf.range(size))[:, None]
-        return i + 1, tf.tensor_scatter_nd_update(sums, where, some)
+    def step(i, most, sums):
+        # The last chunk overlaps with the one before it.
+        start = tf.minimum(i * size, vocabulary - size)
+        is_new = start + tf.range(size) >= i * size
+        some = tf.where(is_new, tf.slice(bias, [start], [size]), -1e30)
+        logits = _logits(
+            hidden, tf.slice(kernel, [0, start], [width, size]), some
+        )
+        now = tf.maximum(most, tf.reduce_max(logits, axis=-1))
+        gained = tf.reduce_sum(tf.exp(logits - now[:, None]), axis=-1)
+        return i + 1, now, sums * tf.exp(most - now) + gained
 
-    return _loop(chunks, step, (tf.zeros([chunks * size]),))[1][:count]
+    state = (tf.fill([rows], -1e30), tf.zeros([rows]))
+    _, most, sums = _loop(chunks, step, state)
+    return most + tf.math.log(sums)
 
 
 def _chunked(hidden, kernel, bias, targets, chunks, chunk_size, smoothing):

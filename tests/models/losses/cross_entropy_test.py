@@ -129,3 +129,17 @@ def test_captions_count_alike_whatever_their_length():
 def test_refuses_smoothing_of_one():
     with pytest.raises(ValueError, match="label_smoothing=1.0"):
         cross_entropy.token_cross_entropy(**_inputs(), label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 11, 100])
+@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+def test_normalizers_do_not_depend_on_the_columns_at_a_time(
+    monkeypatch, columns, offset
+):
+    monkeypatch.setattr(cross_entropy, "_COLUMNS", columns)
+    inputs = _inputs()
+    hidden, kernel, bias = (inputs[x] for x in ("hidden", "kernel", "bias"))
+    bias += offset
+    found = cross_entropy.log_normalizers(hidden, kernel, bias)
+    wanted = tf.reduce_logsumexp(hidden @ kernel + bias, axis=-1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5)
