@@ -4,7 +4,9 @@ r"""Trains a SentencePiece vocabulary on the captions of a data set.
         --vocabulary_size=4000
 
 reads the captions of the training split and writes
-photos_prepared/tokenizer.model; --text=FILE reads one caption per line instead.
+photos_prepared/tokenizer.model and, beside it, how long the captions are
+(tokenizer.lengths.json, for LENGTH_BUCKETS='auto'); --text=FILE reads one
+caption per line instead.
 Any other data is read as in training, with the gin files and parameters of
 tools/train.py:
 
@@ -29,7 +31,7 @@ from cappa_tf import config
 from cappa_tf.utils import console, files
 
 FLAGS = flags.FLAGS
-SAMPLE = 2000
+SAMPLE = 20_000
 
 
 def define_flags():
@@ -79,7 +81,7 @@ def main(argv):
 def train():
     """Trains a vocabulary and prints its coverage, according to the flags."""
     # TensorFlow takes seconds to load, and --help does not need it.
-    from cappa_tf.data import tokenizer
+    from cappa_tf.data import text_lengths, tokenizer
 
     captions, output = find_captions()
     files.check_output("output", output)
@@ -104,7 +106,7 @@ def train():
     if size < FLAGS.vocabulary_size:
         print(f"the captions yield only {size} pieces")
     step = max(1, len(texts) // SAMPLE)
-    print_coverage(output, texts[::step])
+    text_lengths.write(output, print_coverage(output, texts[::step]))
 
 
 def find_captions():
@@ -154,7 +156,11 @@ def read_captions(records):
 
 
 def print_coverage(path, texts):
-    """Prints statistics of the vocabulary on a sample of the captions."""
+    """Prints statistics of the vocabulary on a sample of the captions.
+
+    Returns:
+        The number of tokens of each, with eos.
+    """
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -175,6 +181,7 @@ def print_coverage(path, texts):
     )
     for text in texts[:3]:
         print("  " + " ".join(processor.encode(text, out_type=str)))
+    return lengths
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 
 import tensorflow as tf
 
-from cappa_tf.data import dataset_arguments
+from cappa_tf.data import dataset_arguments, text_lengths
 from cappa_tf.data import prompts as prompts_lib
 from cappa_tf.data.images import augmentation, decode_resize
 from cappa_tf.data.preprocessing import ImagePreprocessing
@@ -100,7 +100,10 @@ class CaptionDataset:
             smallest scale that covers the requested size. False decodes all
             pixels and interpolates the four nearest ones, as in the recipe.
         length_buckets: Text lengths; "labels" are cut to the smallest one that
-            holds the batch's longest caption. None always uses L.
+            holds the batch's longest caption. None always uses L. "auto" cuts
+            those of `train` to lengths chosen from the counts that
+            `train_tokenizer` wrote beside the vocabulary, if there are any, and
+            unless `train` is asked for a fixed length.
         cache: "stream" reads the shards again in each epoch; "records" keeps
             their bytes in memory; "images" keeps pixels (decoded and resized,
             uint8) and token ids, and takes nearly no time after its first
@@ -143,7 +146,7 @@ class CaptionDataset:
         resize_small=None,
         antialias=False,
         reduced_decode=True,
-        length_buckets=None,
+        length_buckets: list | tuple | str | None = None,
         cache=None,
         max_pixels=25_000_000,
         max_skipped_fraction=0.001,
@@ -350,6 +353,7 @@ class CaptionDataset:
         host=0,
         num_hosts=1,
         step_size=None,
+        fixed_length=False,
     ):
         """The endless training stream.
 
@@ -367,6 +371,7 @@ class CaptionDataset:
             step_size: Examples of a training step, over all hosts and devices,
                 a multiple of their batches; each host mixes its own part. By
                 default one batch of each host.
+            fixed_length: Whether length_buckets="auto" stands for L.
 
         Returns:
             A `tf.data.Dataset` of the batches described in the class.
@@ -393,6 +398,7 @@ class CaptionDataset:
         diagnose = self._decoder(self.image_size, None).diagnose
         if self._table is not None:
             diagnose = features.diagnose
+        buckets = self._buckets(batch_size, fixed_length)
 
         def finish(batch):
             self._skips.report(
@@ -400,7 +406,7 @@ class CaptionDataset:
             )
             batch = decoding.replace_bad(batch)
             if self._table is not None:
-                return self._finish(batch)
+                return self._finish(batch, buckets)
             image = augmentation.augment(
                 batch["image"],
                 self._augmented_size,
@@ -414,7 +420,7 @@ class CaptionDataset:
             batch = {**batch, "image": image}
             if self.augmentations:
                 batch = self._augment(batch, seed, start_index, step_size)
-            return self._finish(batch)
+            return self._finish(batch, buckets)
 
         batches = batches.map(finish, num_parallel_calls=2)
         if together != batch_size:
@@ -471,6 +477,7 @@ class CaptionDataset:
         decoder = self._decoder(self.image_size, None)
         left_out = getattr(decoder.prompts, "too_long", None)
         diagnose = decoder.diagnose
+        buckets = self._buckets(batch_size, fixed_length=True)
         if self._table is not None:
             numbers = tf.data.Dataset.range(self.num_examples)
             numbers = of_host(numbers, tf.constant(-1, tf.int64))
@@ -488,7 +495,7 @@ class CaptionDataset:
         def finish(batch):
             self._skips.report(batch, diagnose, "evaluate", left_out=left_out)
             mask = tf.cast(batch["ok"], tf.float32)
-            return {**self._finish(batch), "_mask": mask}
+            return {**self._finish(batch, buckets), "_mask": mask}
 
         return batches.map(finish, num_parallel_calls=2).prefetch(2)
 
@@ -624,7 +631,21 @@ class CaptionDataset:
             prompts=self._prompts,
         )
 
-    def _finish(self, batch):
+    def _buckets(self, batch_size, fixed_length):
+        """Lengths to cut the labels of a batch to, or None."""
+        if self.length_buckets != "auto":
+            return self.length_buckets
+        counts = None
+        if not fixed_length:
+            counts = text_lengths.read(self.tokenizer.path)
+        if counts is None:
+            return None
+        chosen = text_lengths.choose(
+            counts, self.tokenizer.max_length, batch_size * self.num_captions
+        )
+        return chosen if len(chosen) > 1 else None
+
+    def _finish(self, batch, buckets):
         """Converts a decoded batch to the model's value range and labels."""
         result = {"index": batch["index"]}
         if self._table is not None:
@@ -645,8 +666,8 @@ class CaptionDataset:
             labels = self.tokenizer(batch["captions"])  # [B, K, L]
         if lengths is not None:
             result["prompt_lengths"] = lengths
-        if self.length_buckets is not None:
-            labels = _cut(labels, self.length_buckets, self.tokenizer.pad_id)
+        if buckets is not None:
+            labels = _cut(labels, buckets, self.tokenizer.pad_id)
         return {**result, "labels": labels}
 
     def _with_known_labels(self, batch):

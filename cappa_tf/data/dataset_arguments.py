@@ -59,9 +59,15 @@ def caption_dataset(data):
 
 
 def buckets(length_buckets, tokenizer):
-    """Sorted text lengths to cut to, including the maximum; None for none."""
+    """Sorted text lengths to cut to, including the maximum; None for none.
+
+    "auto" remains as it is.
+    """
     if length_buckets is None or tokenizer is None:
         return None
+    if isinstance(length_buckets, str):
+        arguments.check_choice(("auto",), length_buckets=length_buckets)
+        return length_buckets
     longest = tokenizer.max_length
     for bucket in length_buckets:
         arguments.check_integer("length_buckets", bucket, 1)

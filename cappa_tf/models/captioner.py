@@ -166,6 +166,15 @@ class Captioner(Inference, Task):
         return not (self.samples_ratio and self.masked_pred_prob == 1.0)
 
     @property
+    def texts_may_be_cut(self):
+        """Whether no caption is predicted in parallel.
+
+        Those that are attend to MASK tokens at all L positions, in training and
+        when they are scored; what is left to right sees no padding.
+        """
+        return self.masked_pred_prob == 0.0
+
+    @property
     def predicts_texts(self):
         """Whether texts have a likelihood without images, too."""
         return self.left_to_right
@@ -241,10 +250,10 @@ class Captioner(Inference, Task):
                 [B, K, L], padded; optionally `prompt_lengths` int32 [B, K],
                 how many first tokens of a caption are its prompt; in training
                 `index` int64 [B], the position of the example in the training
-                stream. If L is cut to the batch's
-                longest caption (`length_buckets`), parallel prediction sees
-                fewer MASK positions than in the reference, which always has
-                64: a deviation.
+                stream. If L is cut to the batch's longest caption
+                (`length_buckets`), parallel prediction sees fewer MASK
+                positions than in the reference, which always has 64: a
+                deviation, which `texts_may_be_cut` denies.
             training: Whether to choose objectives and apply dropout.
 
         Returns:

@@ -67,6 +67,8 @@ class Task(keras.Model):
             the texts depend on the images.
         needs_whole_batch: Whether the loss of an example depends on the others
             of the global batch, as in a `WholeBatchTask`.
+        texts_may_be_cut: Whether the loss is the same if padding at the end of
+            all texts of a batch is cut off.
         frozen_parts: Names of the parts that `freeze` excludes from training.
         trained_parts: Names of what is trained inside frozen parts.
         takes_features: Whether a batch may have features of a frozen vision
@@ -81,6 +83,7 @@ class Task(keras.Model):
     can_generate = False
     predicts_texts = False
     needs_whole_batch = False
+    texts_may_be_cut = False
     frozen_parts = ()
     trained_parts = ()
     takes_features = False

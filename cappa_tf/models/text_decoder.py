@@ -10,6 +10,7 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
+from cappa_tf.models import repeated_blocks
 from cappa_tf.models.attention import by_head
 from cappa_tf.models.block_style import BlockStyle
 from cappa_tf.models.blocks import DecoderBlock
@@ -282,21 +283,23 @@ class TextDecoder(keras.Model):
         mask = attention_mask
         if mask is None:
             mask = self.attention_mask(ops.shape(tokens)[1], parallel)
-        for i, block in enumerate(self.blocks):
 
-            def run(x, *keys_values, block=block):
-                return block(
-                    x,
-                    keys_values or None,
-                    attention_mask=mask,
-                    seeds=seeds,
-                    training=training,
-                    rotation=rotation,
-                )[0]
+        def call_block(block, x, *keys_values):
+            return block(
+                x,
+                keys_values or None,
+                attention_mask=mask,
+                seeds=seeds,
+                training=training,
+                rotation=rotation,
+            )[0]
 
-            keys_values = () if memory is None else memory[i]
-            run = keras.remat(run) if self.remat and training else run
-            x = run(x, *keys_values)
+        for i, run in enumerate(
+            repeated_blocks.callers(
+                self.blocks, call_block, training, self.remat
+            )
+        ):
+            x = run(x, *(() if memory is None else memory[i]))
         return self._norm(x)
 
     def image_attention(self, tokens, memory):

@@ -4,11 +4,10 @@ Abbreviations for dimensions:
     N: batch of texts.  L: `max_length`.  D: width.
 """
 
-import functools
-
 import keras
 from keras import ops
 
+from cappa_tf.models import repeated_blocks
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.norms import layer_norm
 from cappa_tf.models.positions import PositionEmbedding
@@ -200,9 +199,14 @@ class TextEncoder(keras.Model):
             seeds = next_seeds(self.seed_generator, ops.shape(labels)[0])
         x = self._positions(self._embedding(self.pad(labels)))  # -> [N, L, D]
         x = self._embedding_dropout(x, seeds, training=training)
-        for block in self.blocks:
-            run = functools.partial(block, seeds=seeds, training=training)
-            x = keras.remat(run)(x) if self.remat and training else run(x)
+
+        def call_block(block, x):
+            return block(x, seeds=seeds, training=training)
+
+        for run in repeated_blocks.callers(
+            self.blocks, call_block, training, self.remat
+        ):
+            x = run(x)
         x = self._norm(x)
         return {"encoded": x, "pre_logits": self._pooled(x)}
 

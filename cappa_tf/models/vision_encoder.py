@@ -5,12 +5,12 @@ Abbreviations for dimensions:
     P: number of patches.  D: width.  R: number of registers.
 """
 
-import functools
 import warnings
 
 import keras
 from keras import ops
 
+from cappa_tf.models import repeated_blocks
 from cappa_tf.models.block_style import BlockStyle
 from cappa_tf.models.blocks import AttentionPooling, EncoderBlock
 from cappa_tf.models.patch_embedding import PatchEmbedding
@@ -282,9 +282,14 @@ class VisionEncoder(keras.Model):
             registers = ops.broadcast_to(registers, shape)
             x = ops.concatenate([x, registers], axis=1)
         x = self._embedding_dropout(x, seeds, training=training)
-        for block in self.blocks:
-            run = functools.partial(block, seeds=seeds, training=training)
-            x = keras.remat(run)(x) if self.remat and training else run(x)
+
+        def call_block(block, x):
+            return block(x, seeds=seeds, training=training)
+
+        for run in repeated_blocks.callers(
+            self.blocks, call_block, training, self.remat
+        ):
+            x = run(x)
         x = self._norm(x)
         if self.num_registers > 0 and not self.keep_registers:
             x = x[:, : -self.num_registers]

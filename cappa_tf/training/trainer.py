@@ -19,7 +19,11 @@ from cappa_tf.training.cached_features import replace_images
 from cappa_tf.training.construct import parameter_counts
 from cappa_tf.training.distribution.hosts import Hosts
 from cappa_tf.training.distribution.interruption import Interruption
-from cappa_tf.training.distribution.strategies import training_iterator, use_xla
+from cappa_tf.training.distribution.strategies import (
+    may_vary,
+    training_iterator,
+    use_xla,
+)
 from cappa_tf.training.evaluators import Evaluators
 from cappa_tf.training.optimizers.averaging import averaged_weights
 from cappa_tf.training.reporting.image_use import ImageUse
@@ -309,9 +313,13 @@ class Trainer:
 
     def _open_iterator(self):
         seed, start = self.settings.seed, self._examples
-        mixing = {}
+        options = {}
         if getattr(self.data.train, "mixes", False):
-            mixing["step_size"] = self.settings.batch_size
+            options["step_size"] = self.settings.batch_size
+        if getattr(self.data.train, "length_buckets", None) == "auto":
+            options["fixed_length"] = not (
+                self.model.texts_may_be_cut and may_vary(self.strategy)
+            )
         return training_iterator(
             self.strategy,
             lambda size, host, num_hosts: self.data.train.train(
@@ -320,7 +328,7 @@ class Trainer:
                 seed=seed,
                 host=host,
                 num_hosts=num_hosts,
-                **mixing,
+                **options,
             ),
             self.settings.batch_size,
         )

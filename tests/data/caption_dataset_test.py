@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cappa_tf.data import caption_dataset, schema, tokenizer
+from cappa_tf.data import caption_dataset, schema, text_lengths, tokenizer
 
 SIZE = 8
 COUNT = 21
@@ -242,6 +242,24 @@ def test_evaluation_counts_every_example_once(data, examples, batch_size):
     assert dataset.skipped == {}
 
 
+def test_lengths_are_chosen_from_the_counts_beside_the_vocabulary(
+    data, monkeypatch
+):
+    dataset = make(data, length_buckets="auto", batch_size=3)
+    monkeypatch.setattr(text_lengths, "read", lambda path: None)
+
+    def shape(**options):
+        return dataset.train(**options).element_spec["labels"].shape
+
+    assert shape() == (3, 1, 12)
+    monkeypatch.setattr(text_lengths, "read", lambda path: {4: 10})
+    assert shape() == (3, 1, None)
+    assert shape(fixed_length=True) == (3, 1, 12)
+    assert dataset.evaluate().element_spec["labels"].shape == (3, 1, 12)
+    (batch,) = take(dataset.train(), 1)
+    assert batch["labels"].shape in [(3, 1, 8), (3, 1, 12)]
+
+
 def test_length_buckets_hold_the_longest_caption(data):
     dataset = make(data, length_buckets=(2, 6), batch_size=3)
     plain = make(data, batch_size=3)
@@ -292,6 +310,7 @@ def test_the_constructor_opens_nothing(tmp_path):
         ({"crop_scale": (0.5, 1), "shift": 1}, "exclude each other"),
         ({"shift": 8}, "shift=8"),
         ({"length_buckets": (4, 99)}, "max_length=12"),
+        ({"length_buckets": "some"}, "length_buckets='some'"),
         ({"max_skipped_fraction": 2}, "max_skipped_fraction=2"),
         ({"split": None}, "split=None"),
         ({"tokenizer": "path"}, "tokenizer='path'"),

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from tool_flags import defined
 
-from cappa_tf.data import schema, tokenizer
+from cappa_tf.data import schema, text_lengths, tokenizer
 from tools import train_tokenizer
 
 
@@ -54,6 +54,9 @@ def test_vocabulary_of_the_training_split(run, data, capsys):
     assert "unknown               0.0000% of tokens" in printed
     assert made.detokenize(made(["A Red Cat"])) == ["a red cat"]
     assert tokenizer.UNKNOWN_ID in made("7").numpy()
+    counts = text_lengths.read(made.path)
+    lengths = made.count_tokens(["a red dog", "a blue cat"]).numpy() + 1
+    assert sum(counts.values()) == 12 and set(lengths.tolist()) <= set(counts)
     # The description does not mention it, and the data set is unchanged.
     schema.DatasetDescription.load(data).verify(checksums=True)
 

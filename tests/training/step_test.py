@@ -7,6 +7,7 @@ import tensorflow as tf
 import tiny
 from conftest import two_devices
 
+from cappa_tf.training import step
 from cappa_tf.training.construct import build_model
 from cappa_tf.training.distribution.strategies import (
     make_strategy,
@@ -94,6 +95,12 @@ def test_an_optimizer_of_keras_sums_no_second_time(folder):
 def test_compiled_step_is_the_step(folder, plain):
     compiled = _train(folder, jit_compile=True, accumulation_steps=2)
     _assert_same(plain, compiled, 1e-5)
+
+
+def test_compiled_updates_are_the_updates(folder, plain, monkeypatch):
+    """Those of a model that is not tiny, on a CPU."""
+    monkeypatch.setattr(step, "_SIZE_TO_FUSE", 0)
+    _assert_same(plain, _train(folder), 1e-5)
 
 
 def test_only_the_wait_for_data_is_timed(folder, monkeypatch):

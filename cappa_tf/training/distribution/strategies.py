@@ -217,6 +217,11 @@ def use_xla(jit_compile):
     if unknown:
         logging.warning("jit_compile='auto' leaves XLA off: %s", unknown)
         return False
+    return has_accelerator()
+
+
+def has_accelerator():
+    """Whether TensorFlow sees a GPU or a TPU."""
     return bool(_names("GPU") or _names("TPU"))
 
 
@@ -291,6 +296,19 @@ def training_iterator(strategy, make_dataset, batch_size):
         )
 
     return iter(strategy.distribute_datasets_from_function(one_host))
+
+
+def may_vary(strategy):
+    """Whether the shapes of batches may vary from step to step.
+
+    Several replicas would each have another one, and a TPU compiles for a long
+    time.
+
+    Args:
+        strategy: The run's strategy.
+    """
+    on_tpu = isinstance(strategy, tf.distribute.TPUStrategy) or _names("TPU")
+    return strategy.num_replicas_in_sync == 1 and not on_tpu
 
 
 def check_static_shapes(spec):

@@ -35,30 +35,25 @@ def dense_gradients(gradients):
 
 def global_norm(tensors):
     """L2 norm of all dense tensors together, float32; skips `None`."""
-    squares = [
-        ops.sum(ops.square(ops.cast(tensor, "float32")))
-        for tensor in tensors
-        if tensor is not None
-    ]
-    return ops.sqrt(sum(squares))
+    return tf.linalg.global_norm(
+        [tf.cast(x, tf.float32) for x in tensors if x is not None]
+    )
 
 
-def clip_by_global_norm(gradients, max_norm):
-    """Scales all gradients by one factor so that their norm is in bounds.
+def clip_scale(norm, max_norm):
+    """The factor that scales gradients so that their norm is in bounds.
 
     Same as `optax.clip_by_global_norm`: below `max_norm` nothing changes, not
     even by rounding, and a gradient that is not finite remains so.
 
     Args:
-        gradients: List of dense tensors.
+        norm: float32 scalar, the global norm of the gradients.
         max_norm: Largest allowed norm, above 0.
 
     Returns:
-        The list of scaled gradients.
+        float32 scalar.
     """
-    norm = global_norm(gradients)
-    scale = ops.where(norm < max_norm, 1.0, max_norm / norm)
-    return [g * ops.cast(scale, g.dtype) for g in gradients]
+    return ops.where(norm < max_norm, 1.0, max_norm / norm)
 
 
 def moving_average(average, value, decay):
@@ -107,7 +102,7 @@ def _round_to_bfloat16(x):
     return tf.bitcast(bits, tf.float32)
 
 
-def apply_summed(optimizer, gradients, variables):
+def apply_summed(optimizer, gradients, variables, norm=None):
     """Applies gradients that have already been summed over the replicas.
 
     Keras' `Optimizer.apply` sums the gradients of all replicas itself. If the
@@ -118,30 +113,34 @@ def apply_summed(optimizer, gradients, variables):
         optimizer: Any built Keras optimizer.
         gradients: List of tensors, the same on every replica.
         variables: List of variables, in the order of the gradients.
+        norm: Their global norm, if it is known: a `ScheduledOptimizer` then
+            does not compute it again.
     """
-    with _summed(optimizer):
+    with _summed(optimizer, norm):
         optimizer.apply(gradients, variables)
 
 
 @contextlib.contextmanager
-def _summed(optimizer):
+def _summed(optimizer, norm=None):
     """Makes an optimizer skip its own sum over replicas inside the block."""
     # An instance attribute hides the method. The replicas' threads enter and
     # leave the block in lockstep.
     optimizer._all_reduce_sum_gradients = list
+    optimizer._known_norm = norm
     try:
         yield
     finally:
         optimizer.__dict__.pop("_all_reduce_sum_gradients", None)
+        optimizer.__dict__.pop("_known_norm", None)
 
 
 class ScheduledOptimizer(keras.optimizers.Optimizer):
     """Optimizer with clipping, decoupled decay and a schedule.
 
     A subclass creates its state in `build` and implements `state_of` and
-    `direction`. An update is a function of tensors, which is traced once for
-    all variables of one shape: a model of equal layers would otherwise spend
-    most of its start on it.
+    `direction`. An update is a function that is traced once for all variables
+    of one shape: a model of equal layers would otherwise spend most of its
+    start on it. `fuse_updates` has XLA compile it, too.
 
     `apply` and `apply_gradients` sum the gradients over the replicas as in
     Keras, but before clipping. Code that has already summed them calls
@@ -233,14 +232,25 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             for v, factor in zip(variables, of_decay)
         ]
         # Not inlined: optimizing a copy for each variable would cost as much as
-        # tracing it did. Wrapped, as Keras would track and save a function.
-        self._traced = functools.partial(
-            tf.function(
-                self._new_values,
-                autograph=False,
-                experimental_attributes={"_noinline": True},
-            )
+        # tracing it did.
+        self._trace_updates(experimental_attributes={"_noinline": True})
+
+    def _trace_updates(self, **options):
+        # Wrapped, as Keras would track and save a function.
+        self._traced, self._traced_in_place = (
+            functools.partial(tf.function(f, autograph=False, **options))
+            for f in (self._new_values, self._update_in_place)
         )
+
+    def fuse_updates(self):
+        """Has XLA compile the updates, for a step that it does not compile.
+
+        It makes one pass over the memory of each variable and its state, where
+        TensorFlow makes one for each operation. To be called once the optimizer
+        is built and before it is traced. Only for a single device: XLA fails to
+        compile for the second of several.
+        """
+        self._trace_updates(jit_compile=True)
 
     def state_of(self, index):
         """The state of a variable.
@@ -277,33 +287,52 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
             gradient: Dense tensor.
             variable: The variable.
             learning_rate: (multiplier of the schedule, number of this step
-                from 1), which every replica has computed once for all
-                variables; with them the rate is more than one number.
+                from 1, factor that clips the gradient), which every replica has
+                computed once for all variables; with them the rate is more than
+                one number.
         """
         index = self._get_variable_index(variable)
-        variables = [variable, *self.state_of(index)]
+        variables = [variable, *(v.value for v in self.state_of(index))]
         if self.use_ema:
-            variables.append(self._model_variables_moving_average[index])
-        decay = self._decays[index]
-        values = self._traced(
-            gradient,
-            [tf.convert_to_tensor(v) for v in variables],
-            *learning_rate,
-            # Tensors, as numbers would be traced one by one.
-            tf.constant(self._rates[index]),
-            tf.constant(decay) if decay else None,
-        )
-        for one, value in zip(variables, values, strict=True):
-            self.assign(one, value)
+            variables.append(self._model_variables_moving_average[index].value)
+        # Numbers are traced one by one, so with many they must be tensors.
+        number = tf.constant if self.multipliers else float
+        rate, decay = self._rates[index], self._decays[index]
+        numbers = number(rate), number(decay) if decay else None
+        if any(
+            isinstance(v, tf.distribute.DistributedValues) for v in variables
+        ):
+            values = self._traced(
+                gradient,
+                [tf.convert_to_tensor(v) for v in variables],
+                *learning_rate,
+                *numbers,
+            )
+            for one, value in zip(variables, values, strict=True):
+                self.assign(one, value)
+        else:
+            # Reading and writing inside leaves one node of the graph a
+            # variable.
+            self._traced_in_place(gradient, variables, *learning_rate, *numbers)
 
-    def _new_values(self, gradient, values, multiplier, step, rate, decay):
+    def _update_in_place(self, gradient, variables, *numbers):
+        """Updates a variable, its state and its average."""
+        values = [tf.convert_to_tensor(v) for v in variables]
+        values = self._new_values(gradient, values, *numbers)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    def _new_values(
+        self, gradient, values, multiplier, step, scale, rate, decay
+    ):
         """New values of a variable, of its state and of its average."""
         value, *state = values
         average = state.pop() if self.use_ema else None
         weight = tf.cast(value, tf.float32)
-        direction, new_state = self.direction(
-            tf.cast(gradient, tf.float32), tuple(state), step
-        )
+        gradient = tf.cast(gradient, tf.float32)
+        if scale is not None:
+            gradient *= scale
+        direction, new_state = self.direction(gradient, tuple(state), step)
         update = rate * direction
         if decay is not None:
             update += decay * weight
@@ -319,13 +348,17 @@ class ScheduledOptimizer(keras.optimizers.Optimizer):
     def _backend_apply_gradients(self, grads, trainable_variables):
         # Replaces Keras' clipping, coupled decay, accumulation and averages,
         # none of which follow the order of this module.
+        norm = self.__dict__.get("_known_norm")
         pairs = self._all_reduce_sum_gradients(zip(grads, trainable_variables))
         grads, trainable_variables = zip(*pairs)
+        scale = None
         if self.global_clip_norm is not None:
-            grads = clip_by_global_norm(grads, self.global_clip_norm)
+            norm = global_norm(grads) if norm is None else norm
+            scale = clip_scale(norm, self.global_clip_norm)
         rate = (
             tf.cast(self.multiplier_at(self.iterations), tf.float32),
             tf.cast(self.iterations + 1, tf.float32),
+            scale,
         )
         with _summed(self):
             self._backend_update_step(grads, trainable_variables, rate)
