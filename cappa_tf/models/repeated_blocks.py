@@ -19,8 +19,8 @@ def callers(blocks, call, training, remat=False):
         blocks: List of built layers.
         call: Function (block, *tensors) that returns a tensor. It may use other
             tensors, if these are the same for all blocks.
-        training: Whether in training. Otherwise each block is traced, as
-            gradients double the work.
+        training: Whether in training. Otherwise, and where XLA compiles the
+            graph, each block is traced: gradients double the work.
         remat: Whether training recomputes the activations of a block for the
             gradient instead of storing them.
 
@@ -76,9 +76,18 @@ def _can_share(blocks):
     kinds = [_kind(block) for block in blocks]
     return (
         tf.inside_function()
+        and not _in_xla(tf.compat.v1.get_default_graph())
         and not random
         and all(kind == kinds[0] for kind in kinds)
     )
+
+
+def _in_xla(graph):
+    """Whether XLA compiles a graph; it takes minutes for shared blocks."""
+    # There is no public way to ask.
+    from tensorflow.python.ops import control_flow_util
+
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def _kind(block):

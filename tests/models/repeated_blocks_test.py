@@ -49,10 +49,10 @@ BATCH = {
 }
 
 
-def gradients_of(model):
+def gradients_of(model, jit_compile=None):
     """A traced function that returns loss and gradients of `BATCH`."""
 
-    @tf.function(autograph=False)
+    @tf.function(autograph=False, jit_compile=jit_compile)
     def gradients():
         values = [v.value for v in model.trainable_variables]
         with tf.GradientTape() as tape:
@@ -109,9 +109,13 @@ def test_the_graph_does_not_grow_with_equal_blocks():
     assert more < 7 * (weights[1] - weights[0])
 
 
-def test_blocks_that_differ_are_traced_each():
-    names = functions_in(gradients_of(make(dropout=0.5)))
-    assert not any("with_weights" in name for name in names)
+def test_blocks_that_differ_are_traced_each_as_all_are_under_xla():
+    for traced in (
+        gradients_of(make(dropout=0.5)),
+        gradients_of(make(), jit_compile=True),
+    ):
+        names = functions_in(traced)
+        assert not any("with_weights" in name for name in names)
     assert any(
         "with_weights" in name for name in functions_in(gradients_of(make()))
     )
