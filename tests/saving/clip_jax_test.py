@@ -304,7 +304,7 @@ def test_wrong_styles(arguments, message):
 def test_unknown_field_of_a_style():
     with pytest.raises(ValueError, match="must be None, a BlockStyle or"):
         BlockStyle.of({"norms": "rms_norm"})
-    with pytest.raises(ValueError, match="is for factorised positions"):
+    with pytest.raises(ValueError, match="is for factorised and sincos2d"):
         VisionEncoder(8, 1, num_heads=2, mlp_dim=8, position_grid=2)
 
 
