@@ -1,7 +1,10 @@
 """Images in a process with one CPU, where TensorFlow has a single thread."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 _SCRIPT = """
 import io, os
@@ -29,6 +32,9 @@ for kind in ("GIF", "BMP", "WebP", "PNG"):
 """
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="CPUs are chosen on Linux only"
+)
 def test_python_in_a_graph_waits_for_no_other_thread():
     """Its graph functions had waited for the thread that Python held."""
     done = subprocess.run(
