@@ -10,14 +10,9 @@ data that does not fit, a loss that is not finite) end it with a message and
 exit code 1.
 """
 
-import os
 import pathlib
 import sys
 
-# Keeps the memory of a step for the next one. By default large blocks are
-# returned to the system after every use, and of 70 s of CPU time 10 s were page
-# faults.
-os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
@@ -33,10 +28,8 @@ def main(argv):
     with console.errors_as_lines("train"):
         profile = parse_profile(flags.FLAGS.profile)
     # TensorFlow takes seconds to load, and --help does not need it.
-    from cappa_tf.data.stream import caching
     from cappa_tf.training.distribution.hosts import WorkerLostError
 
-    caching.keep_freed_memory()
     config.parse_flags(STRATEGY=flags.FLAGS.strategy)
     if profile is not None and config.bound_root() != config.ROOT:
         raise SystemExit(

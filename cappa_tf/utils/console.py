@@ -19,6 +19,8 @@ import time
 
 from absl import app, logging
 
+from cappa_tf.utils import cpu
+
 # Python modules whose messages below WARNING are for their own developers.
 # gin's reader logs an error for a path that is found in the next folder.
 _TENSORFLOW = f"{os.sep}tensorflow{os.sep}python{os.sep}"
@@ -36,6 +38,7 @@ def run(main, define_flags):
             first) that returns the exit code.
         define_flags: Function that defines the tool's flags.
     """
+    cpu.prepare()
     keep_what_cannot_be_encoded()
     hide_native_info()
     hide_tensorflow_info()

@@ -16,8 +16,8 @@ to 1,024 x 768, and these as `tools/prepare_data.py --resize` would store them:
 
 Then measures reading without decoding: the bare files, TensorFlow's reader
 alone, and the shuffled stream after one epoch. Finally measures the resident
-memory for two numbers of records. As in training, freed memory is kept
-(`keep_freed_memory`).
+memory for two numbers of records. Freed memory is kept, as by all
+tools (`cpu.prepare`).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from PIL import Image
 
 from cappa_tf.data import caption_dataset, schema, tokenizer
 from cappa_tf.data.images import decode_resize, image_files
-from cappa_tf.data.stream import caching, shuffling
+from cappa_tf.data.stream import shuffling
 from tools import benchmarks
 
 _ENLARGED = (1024, 768)
@@ -80,7 +80,6 @@ def define_flags():
 
 def run():
     """Returns rows of all methods, or reads a data set, prints its memory."""
-    caching.keep_freed_memory()
     if flags.FLAGS.read:
         print(json.dumps(read_everything(flags.FLAGS.read)))
         return None

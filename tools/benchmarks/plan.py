@@ -17,8 +17,6 @@ of it, in place of an assumption; the bandwidth; and how much longer than a copy
 a tanh, a sum and a transposition take on a CPU. XLA fuses these.
 """
 
-import os
-
 from absl import flags
 
 from cappa_tf import config
@@ -53,8 +51,6 @@ def define_flags():
 def run():
     """Returns rows of all devices, or of the check."""
     devices = [] if flags.FLAGS.check else _devices()
-    if flags.FLAGS.check:  # As tools/train.py, before TensorFlow is loaded.
-        os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
     try:
         config.parse(
             flags.FLAGS.gin_file, flags.FLAGS.gin_param, workdir="plan"

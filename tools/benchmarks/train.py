@@ -128,10 +128,8 @@ def _records(options, batch):
 
     Which are deleted with the process.
     """
-    from cappa_tf.data.stream import caching
     from tools.benchmarks import data
 
-    caching.keep_freed_memory()
     folder = tempfile.TemporaryDirectory()
     side = round(options["image_size"] * 256 / 224)
     data.write(folder.name, data.shrink(data.load_photos(None), side) * 8)

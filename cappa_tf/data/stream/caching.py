@@ -1,4 +1,4 @@
-"""Caching of small data sets in memory, and reuse of the records' memory.
+"""Caching of small data sets in memory.
 
 Dimensions:
     B: batch size.
@@ -9,7 +9,6 @@ Dimensions:
     H, W: height and width of the images held.
 """
 
-import ctypes
 import os
 
 import numpy as np
@@ -20,24 +19,6 @@ from cappa_tf.data.stream import decoding, shuffling
 
 # Maximum fraction of the machine's memory that a split may take.
 MEMORY_FRACTION = 0.6
-# From glibc's malloc.h, which refuses a threshold above 32 MB.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_TRIM_BYTES, _MMAP_BYTES = (1 << 31) - 1, 32 << 20
-
-
-def keep_freed_memory():
-    """Makes this process reuse the memory of records it has read.
-
-    A record is a string of some 100 KB, which TensorFlow allocates with the C
-    library's `malloc`. By default that returns much of it to the system as soon
-    as it is free, and the next record causes page faults, which took a fifth of
-    the CPU time of the shuffled stream. Only glibc has these settings; other C
-    libraries are left unchanged.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 def load_records(shards, name="the data"):

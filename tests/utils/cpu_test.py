@@ -1,20 +1,21 @@
-"""Memory of records is reused instead of returned to the system."""
+"""Settings of a process: memory is kept, and what the user has set wins."""
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from cappa_tf.data.stream import caching
+from cappa_tf.utils import cpu
 
 # Takes, fills and frees the memory of 500 records as TensorFlow does, by the
 # C library's malloc, and prints the page faults of the second and fourth time.
 _TAKE_AND_FREE = f"""
 import ctypes, json, resource
-import {caching.__name__} as memory
+import {cpu.__name__} as memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -52,3 +53,31 @@ def test_freed_memory_is_kept():
     # interpreter has taken before.
     assert given_back > 5_000
     assert kept < 1_000
+
+
+def settings(**environment):
+    """The variables of a process after `cpu.prepare`."""
+    code = (
+        "import json, os; from cappa_tf.utils import cpu; cpu.prepare(); "
+        "print(json.dumps(dict(os.environ)))"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    return json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**clean, **environment},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+    )
+
+
+def test_variables_that_are_set_win():
+    default = settings()
+    assert default["TF_ENABLE_ONEDNN_OPTS"] == "1"
+    assert default["TF_CPU_ALLOCATOR_USE_BFC"] == "true"
+    given = settings(TF_ENABLE_ONEDNN_OPTS="0")
+    assert given["TF_ENABLE_ONEDNN_OPTS"] == "0"
+    assert given["TF_CPU_ALLOCATOR_USE_BFC"] == "true"

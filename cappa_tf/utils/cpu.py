@@ -1,0 +1,44 @@
+"""How TensorFlow uses CPU and memory: settings made before it is loaded.
+
+TensorFlow reads them once. A program that imports this package, and has not
+loaded TensorFlow, may call `prepare` as the tools do.
+"""
+
+import ctypes
+import os
+
+# Variables of the environment; those that are set already win.
+_VARIABLES = {
+    # Keeps the memory of a step for the next one. By default large blocks are
+    # returned to the system after every use, and page faults took a seventh of
+    # the CPU time of training, and a third of that of encoding.
+    "TF_CPU_ALLOCATOR_USE_BFC": "true",
+    # By default only on processors with instructions for bfloat16 or int8. On
+    # others oneDNN computes attention's products in a third of the time.
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+}
+# From glibc's malloc.h, which refuses a threshold above 32 MB.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_TRIM_BYTES, _MMAP_BYTES = (1 << 31) - 1, 32 << 20
+
+
+def prepare():
+    """Makes this process use its CPU and memory well; before TensorFlow."""
+    for name, value in _VARIABLES.items():
+        os.environ.setdefault(name, value)
+    keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Makes this process reuse the memory of records it has read.
+
+    A record is a string of some 100 KB, which TensorFlow allocates with the C
+    library's `malloc`. By default that returns much of it to the system as soon
+    as it is free, and the next record causes page faults, which took a fifth of
+    the CPU time of the shuffled stream. Only glibc has these settings; other C
+    libraries are left unchanged.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
