@@ -25,7 +25,7 @@ import tokenize
 import gin
 from absl import flags
 
-from cappa_tf import config_checks
+from cappa_tf import config_checks, config_moves
 from cappa_tf.utils import files
 
 ROOT = "cappa_tf.training.train.train"
@@ -38,56 +38,6 @@ _ROOTS = (ROOT, PROBE_ROOT, EVALUATION_ROOT, STAGES_ROOT)
 
 # gin has no public API to list bindings, so pyproject.toml bounds its version.
 _BINDINGS = gin.config._CONFIG
-
-
-# New locations of modules that files of version 0.1.0, including a run's
-# config.gin, import from their old ones, by their names in bindings.
-_MOVED = {
-    "cappa_tf.data": {
-        "img2dataset": "sources.tfrecords",
-        "label_captions": "sources.class_captions",
-        "mixture": "sources.mixture",
-        "pipeline": "caption_dataset",
-        "records": "sources.prepared",
-        "scenes": "scenes.world",
-        "tfds": "sources.tfds_source",
-        "webdataset": "sources.webdataset",
-    },
-    "cappa_tf.evaluation": {
-        "compositional": "compositional.benchmarks",
-        "judgments": "human_judgments",
-    },
-    "cappa_tf.training": {
-        "adafactor": "optimizers.adafactor",
-        "optimizers": "optimizers.adamw",
-        "schedules": "optimizers.schedules",
-        "trainer": "train",
-    },
-}
-
-
-# Files of version 0.1.0 that combined a size and a captioner.
-_SIZED = re.compile(
-    r"gin/models/(ti16|s16|m16|b16|l16|l14|so400m14|mini8|small16|tiny8)\.gin"
-)
-_CAPTIONER = "gin/models/captioner.gin"
-
-# Arguments of the root function in version 0.1.0 that are now fields of a
-# settings object: (its class, the root's argument for it) -> the fields.
-_SETTINGS = "cappa_tf.training.settings"
-_MOVED_ARGUMENTS = {
-    ("RunSettings", "settings"): (
-        "total_steps batch_size accumulation_steps steps_per_loop log_steps "
-        "checkpoint_steps keep_checkpoints seed"
-    ),
-    ("EvaluationSettings", "evaluation"): (
-        "eval_steps evaluator_steps eval_batch_size sample_images "
-        "final_evaluation final_weights caption_metrics sheet_images"
-    ),
-    ("ComputeSettings", "compute"): (
-        "strategy devices precision jit_compile deterministic"
-    ),
-}
 
 
 class ConfigError(ValueError):
@@ -181,11 +131,8 @@ def _parse(gin_files, gin_params, workdir, root, part=None):
     used = set()
     wanted = () if root is None else (root,)
     for path in gin_files:
-        sized = _SIZED.fullmatch(str(path))
-        if sized:
-            _parse_file(_CAPTIONER)
-            path = f"gin/sizes/{sized[1]}.gin"
-        _parse_file(path)
+        for current in config_moves.files_for(path):
+            _parse_file(current)
         # Bindings that a later file replaces (another optimizer) count as used.
         for one in {*wanted, *_ROOTS}:
             used |= _Walk(one).used
@@ -310,7 +257,7 @@ def _without_gin(error):
 
 
 def _total_steps():
-    settings = _BINDINGS.get(("", f"{_SETTINGS}.RunSettings"), {})
+    settings = _BINDINGS.get(("", f"{config_moves.SETTINGS}.RunSettings"), {})
     return _resolve(settings.get("total_steps"))[0]
 
 
@@ -418,55 +365,6 @@ def _shipped():
     return ", ".join(f"gin/{path.name}" for path in names)
 
 
-def _moved(text):
-    """Updates a gin file to the new names of moved modules and files."""
-    text = re.sub(
-        rf"^include '{_SIZED.pattern}'",
-        rf"include '{_CAPTIONER}'\ninclude 'gin/sizes/\1.gin'",
-        text,
-        flags=re.M,
-    )
-    # A file without imports has the names from the files that it includes.
-    names = {} if "dynamic_registration" in text else _new_names()
-
-    def imported(found):
-        package, name, alias = found.groups()
-        if name not in _MOVED.get(package, ()):
-            return found[0]
-        package, _, new = f"{package}.{_MOVED[package][name]}".rpartition(".")
-        if not alias:
-            names[name] = new
-        return f"from {package} import {new}{alias or ''}"
-
-    text = re.sub(
-        r"^from (cappa_tf\.\w+) import (\w+)( as \w+)?(?=\s*(?:#|$))",
-        imported,
-        text,
-        flags=re.M,
-    )
-    return _renamed(text, names)
-
-
-def _new_names():
-    """Dict from the old to the new name of each moved module."""
-    return {
-        old: new.rpartition(".")[2]
-        for moved in _MOVED.values()
-        for old, new in moved.items()
-    }
-
-
-def _renamed(text, names):
-    """Renames modules in bindings and references."""
-    # "scope/module.Class.argument = @scope/module.Class()"
-    return re.sub(
-        r"(^|@)((?:\w+/)*)(\w+)(?=\.)",
-        lambda m: m[1] + m[2] + names.get(m[3], m[3]),
-        text,
-        flags=re.M,
-    )
-
-
 _parse_key = gin.config.ParsedBindingKey.parse
 
 
@@ -485,10 +383,10 @@ def _parse_moved_key(key):
     name = key[-1]
     configurable = gin.config._parse_context().get_configurable(key[1])
     if configurable is not None and configurable.selector == ROOT:
-        for (cls, argument), moved in _MOVED_ARGUMENTS.items():
+        for (cls, argument), moved in config_moves.MOVED_ARGUMENTS.items():
             if name in moved.split():
                 _bind_settings(cls, argument)
-                selector = f"{_SETTINGS}.{cls}"
+                selector = f"{config_moves.SETTINGS}.{cls}"
                 return gin.config.ParsedBindingKey(
                     key[0], key[1], selector, name
                 )
@@ -514,10 +412,10 @@ _SIZE_MACROS = set()
 
 
 class _GinFile(io.StringIO):
-    """A gin file updated by `_moved`; its name appears in gin's messages."""
+    """A gin file with current names; its own appears in gin's messages."""
 
     def __init__(self, path):
-        text = _moved(files.read_text(path))
+        text = config_moves.updated(files.read_text(path))
         if os.path.basename(os.path.dirname(path)) == "sizes":
             _SIZE_MACROS.update(re.findall(r"^(\w+) *=", text, re.MULTILINE))
         super().__init__(text)
@@ -541,7 +439,7 @@ def _parse_file(path):
 
 def _parse_param(param):
     """Parses one "NAME = VALUE"; returns the key of the binding."""
-    param = _renamed(param, _new_names())
+    param = config_moves.renamed(param)
     name, equals, value = param.partition("=")
     name = name.strip()
     if not (name and equals and value.strip()):
