@@ -82,6 +82,9 @@ NEWS = (
     "target more than once.",
     "E0000 00:00:1731.4 99 node_def_util.cc:682] NodeDef mentions attribute "
     "use_unbounded_threadpool which is not in the op definition: Op<name=M>",
+    "E0000 00:00:1795758348.137932     456 util.cc:131] oneDNN supports "
+    "DT_BFLOAT16 only on platforms with AVX-512. Falling back to the default "
+    "Eigen-based implementation if present.",
     "I0000 00:00:1731.4 99 gpu_device.cc:2020] Created device /job:localhost",
 )
 WORDS = (
