@@ -6,6 +6,7 @@ loaded TensorFlow, may call `prepare` as the tools do.
 
 import ctypes
 import os
+import platform
 
 # Variables of the environment; those that are set already win.
 _VARIABLES = {
@@ -13,10 +14,11 @@ _VARIABLES = {
     # returned to the system after every use, and page faults took a seventh of
     # the CPU time of training, and a third of that of encoding.
     "TF_CPU_ALLOCATOR_USE_BFC": "true",
-    # By default only on processors with instructions for bfloat16 or int8. On
-    # others oneDNN computes attention's products in a third of the time.
-    "TF_ENABLE_ONEDNN_OPTS": "1",
 }
+# The same of x86. By default oneDNN is on for processors with instructions for
+# bfloat16 or int8. On others it computes attention's products in a third of the
+# time.
+_X86_VARIABLES = {"TF_ENABLE_ONEDNN_OPTS": "1"}
 # From glibc's malloc.h, which refuses a threshold above 32 MB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIM_BYTES, _MMAP_BYTES = (1 << 31) - 1, 32 << 20
@@ -24,7 +26,10 @@ _TRIM_BYTES, _MMAP_BYTES = (1 << 31) - 1, 32 << 20
 
 def prepare():
     """Makes this process use its CPU and memory well; before TensorFlow."""
-    for name, value in _VARIABLES.items():
+    variables = dict(_VARIABLES)
+    if platform.machine() in ("x86_64", "AMD64"):
+        variables |= _X86_VARIABLES
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     keep_freed_memory()
 
