@@ -168,9 +168,9 @@ _NATIVE = re.compile(
 )
 # Harmless messages of a higher level: TensorFlow's libraries register the same
 # plug-ins twice, look for a GPU driver without a GPU (303: the driver's library
-# is missing; NO_DEVICE: it finds no GPU), mark the operations of tf.data with an
-# attribute that these do not have, and compute bfloat16 without oneDNN where it
-# cannot.
+# is missing; NO_DEVICE: it finds no GPU), mark the operations of tf.data with
+# an attribute that these do not have, and compute bfloat16 without oneDNN where
+# it cannot.
 _HARMLESS = re.compile(
     rb"Unable to register cu\w+ factory"
     rb"|computation placer already registered"
