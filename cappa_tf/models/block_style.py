@@ -37,9 +37,10 @@ def gelu_tanh(x):
 def _gelu_tanh(x):
     def gradient(upstream):
         square = ops.square(x)
-        p = ops.sigmoid(x * (_A + _B * square))
-        slope = 1.0 + x * (1.0 - p) * (_A + 3.0 * _B * square)
-        return upstream * p * slope
+        z = x * (_A + _B * square)
+        # In bfloat16 little is left of 1 - sigmoid(z).
+        slope = 1.0 + x * ops.sigmoid(-z) * (_A + 3.0 * _B * square)
+        return upstream * ops.sigmoid(z) * slope
 
     return x * ops.sigmoid(x * (_A + _B * ops.square(x))), gradient
 

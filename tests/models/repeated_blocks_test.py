@@ -80,7 +80,9 @@ def nodes(traced):
     "options, tolerance",
     [
         ({}, 1e-6),
-        ({"precision": "mixed_bfloat16"}, 1e-2),
+        # TensorFlow optimizes each graph its own way, which rounds differently;
+        # the step between neighbors of bfloat16 is up to 0.8%.
+        ({"precision": "mixed_bfloat16"}, 2e-2),
         ({"remat": True, "position_embedding": "rotary"}, 1e-6),
     ],
     ids=["float32", "bfloat16", "remat, rotary"],
