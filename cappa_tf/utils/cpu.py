@@ -1,7 +1,7 @@
-"""How TensorFlow uses CPU and memory: settings made before it is loaded.
+"""The CPU and the memory of this machine, and how TensorFlow uses them.
 
-TensorFlow reads them once. A program that imports this package, and has not
-loaded TensorFlow, may call `prepare` as the tools do.
+TensorFlow reads such settings once, when it is loaded. The tools make them
+before that; a program that imports this package may call `prepare`, too.
 """
 
 import ctypes
@@ -24,9 +24,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIM_BYTES, _MMAP_BYTES = (1 << 31) - 1, 32 << 20
 
 
+def memory_bytes():
+    """Bytes of physical memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def prepare():
-    """Makes this process use its CPU and memory well; before TensorFlow."""
+    """Sets what makes TensorFlow fast on a CPU; call it before importing it.
+
+    Environment variables that are set already stay as they are.
+    """
     variables = dict(_VARIABLES)
+    # 64 GiB by default, however much there is.
+    variables["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(memory_bytes() >> 20)
     if platform.machine() in ("x86_64", "AMD64"):
         variables |= _X86_VARIABLES
     for name, value in variables.items():

@@ -148,6 +148,35 @@ def test_who_asks_for_the_news_gets_them(tmp_path):
     assert process.communicate(timeout=60)[1].decode() == NEWS[1]
 
 
+def test_a_tool_makes_the_settings_of_the_cpu_before_tensorflow(tmp_path):
+    body = (
+        "assert 'tensorflow' not in sys.modules\n"
+        "print(os.environ['TF_CPU_ALLOCATOR_USE_BFC'])"
+    )
+    out, err = _start(body, tmp_path).communicate(timeout=60)
+    assert (out, err) == (b"true\n", b"")
+
+
+def test_no_tool_loads_tensorflow_before_it_is_started():
+    """The settings would come too late."""
+    code = (
+        "import pathlib, runpy, sys\n"
+        "from cappa_tf.utils import console\n"
+        "def run(main, define_flags):\n"
+        "    assert 'tensorflow' not in sys.modules, path\n"
+        "    started.append(path.name)\n"
+        "console.run, started = run, []\n"
+        "for path in sorted(pathlib.Path('tools').glob('*.py')):\n"
+        "    runpy.run_path(str(path), run_name='__main__')\n"
+        "print(*started)"
+    )
+    started = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=ROOT, text=True
+    ).split()
+    tools = {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert set(started) == tools - {"__init__.py"}
+
+
 def test_a_reader_that_has_gone_ends_the_program_quietly(tmp_path):
     body = (
         "with console.errors_as_lines('tool'):\n"

@@ -80,6 +80,8 @@ def test_variables_that_are_set_win():
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     assert default.get("TF_ENABLE_ONEDNN_OPTS") == ("1" if is_x86 else None)
     assert default["TF_CPU_ALLOCATOR_USE_BFC"] == "true"
+    limit = int(default["TF_CPU_BFC_MEM_LIMIT_IN_MB"])
+    assert limit == cpu.memory_bytes() // 2**20
     given = settings(TF_ENABLE_ONEDNN_OPTS="0")
     assert given["TF_ENABLE_ONEDNN_OPTS"] == "0"
     assert given["TF_CPU_ALLOCATOR_USE_BFC"] == "true"

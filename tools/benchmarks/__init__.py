@@ -19,6 +19,7 @@ import sys
 
 from absl import flags
 
+from cappa_tf.utils import cpu
 from tools.benchmarks.workers import protocol
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -332,11 +333,10 @@ peak_bytes = protocol.peak_bytes
 
 def machine():
     """Dict that describes this machine and what else it was doing."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "memory": f"{pages / 2**30:.0f} GiB",
+        "memory": f"{cpu.memory_bytes() / 2**30:.0f} GiB",
         "python": platform.python_version(),
         "tensorflow": importlib.metadata.version("tensorflow"),
         "load": round(os.getloadavg()[0], 2),

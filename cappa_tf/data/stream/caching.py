@@ -9,13 +9,12 @@ Dimensions:
     H, W: height and width of the images held.
 """
 
-import os
-
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from cappa_tf.data.stream import decoding, shuffling
+from cappa_tf.utils import cpu
 
 # Maximum fraction of the machine's memory that a split may take.
 MEMORY_FRACTION = 0.6
@@ -150,8 +149,7 @@ def _existing(chunk, name):
 
 def _check_memory(cache, needed, name, instead):
     """Checks that the machine has memory for a number of bytes."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = int(MEMORY_FRACTION * pages)
+    allowed = int(MEMORY_FRACTION * cpu.memory_bytes())
     if needed > allowed:
         raise ValueError(
             f'cache="{cache}" would take {needed / 1e9:.1f} GB of memory for '
