@@ -12,12 +12,13 @@ import platform
 _VARIABLES = {
     # Keeps the memory of a step for the next one. By default large blocks are
     # returned to the system after every use, and page faults took a seventh of
-    # the CPU time of training, and a third of that of encoding.
+    # the CPU time of a training step.
     "TF_CPU_ALLOCATOR_USE_BFC": "true",
 }
-# The same of x86. By default oneDNN is on for processors with instructions for
-# bfloat16 or int8. On others it computes attention's products in a third of the
-# time.
+# The same of x86. By default oneDNN is on only for processors with instructions
+# for bfloat16 or int8. On one without, it encoded images in 0.85 of the CPU time
+# (`TF_ENABLE_ONEDNN_OPTS=0 python tools/benchmark.py embed` is the other side):
+# attention's products take a quarter to a half of theirs.
 _X86_VARIABLES = {"TF_ENABLE_ONEDNN_OPTS": "1"}
 # From glibc's malloc.h, which refuses a threshold above 32 MB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
