@@ -16,8 +16,7 @@ _VARIABLES = {
     "TF_CPU_ALLOCATOR_USE_BFC": "true",
 }
 # The same of x86. By default oneDNN is on only for processors with instructions
-# for bfloat16 or int8. On one without, it encoded images in 0.85 of the CPU time
-# (`TF_ENABLE_ONEDNN_OPTS=0 python tools/benchmark.py embed` is the other side):
+# for bfloat16 or int8. One without encoded images in 0.85 of the CPU time, as
 # attention's products take a quarter to a half of theirs.
 _X86_VARIABLES = {"TF_ENABLE_ONEDNN_OPTS": "1"}
 # From glibc's malloc.h, which refuses a threshold above 32 MB.
