@@ -13,9 +13,10 @@ is a page that needs nothing else; the same figures are in report.json,
 cells.csv and figures/.
 
 --runner says where cells run: on this machine one after the other (local; one
-on each of --devices), on a Ray cluster (ray, which needs pip install
-'cappa-tf[ray]'), as an array of Slurm jobs, whose script is written (slurm), or
-nowhere, to write the report of what is there (none).
+on each of --devices, or --processes at a time, each on its share of the CPU
+cores), on a Ray cluster (ray, which needs pip install 'cappa-tf[ray]'), as an
+array of Slurm jobs, whose script is written (slurm), or nowhere, to write the
+report of what is there (none).
 """
 
 import pathlib
@@ -44,6 +45,11 @@ def define_flags():
     )
     flags.DEFINE_list(
         "devices", None, "local: numbers of the GPUs, a cell on each."
+    )
+    flags.DEFINE_integer(
+        "processes",
+        None,
+        "local: cells at a time, each on its share of the CPU cores.",
     )
     flags.DEFINE_string(
         "ray_address", None, "ray: address of a cluster; by default a new one."
@@ -89,6 +95,7 @@ _ARGUMENTS = {
     "again": "again",
     "only": "only",
     "devices": "devices",
+    "processes": "processes",
     "ray_address": "ray_address",
     "cpus": "cpus",
     "gpus": "gpus",

@@ -12,9 +12,10 @@ Its folder holds
     status.json     how it ended
 
 Started again, it resumes: a run from its checkpoint, evaluations that are
-complete not at all.
+complete not at all. `--cores=2,3` binds it to CPU cores.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -168,7 +169,14 @@ def _last_line(log):
 
 def main():
     """Runs the cell of the folder on the command line."""
-    found = run(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--cores")
+    given = parser.parse_args()
+    if given.cores:
+        # The tools inherit it, and make as many threads as they have cores.
+        os.sched_setaffinity(0, map(int, given.cores.split(",")))
+    found = run(given.folder)
     print(found["state"], found["message"] or "")
     sys.exit(found["state"] == FAILED)
 

@@ -26,6 +26,7 @@ def compare(
     again: list | tuple = (),
     only: list | tuple = (),
     devices: list | tuple | None = None,
+    processes: int | None = None,
     ray_address: str | None = None,
     cpus=1.0,
     gpus=0.0,
@@ -42,6 +43,8 @@ def compare(
         again: Names of cells to run again from their start.
         only: Names of the cells to run; all by default.
         devices: Numbers of the GPUs for "local", a cell on each.
+        processes: Cells at a time for "local", each on its share of the CPU
+            cores.
         ray_address: Address of a cluster for "ray"; None starts one here.
         cpus: CPU cores of a cell, for "ray".
         gpus: GPUs of a cell, for "ray".
@@ -75,7 +78,7 @@ def compare(
             log,
             run={
                 "local": lambda folders, report: runners.run_local(
-                    folders, report, devices
+                    folders, report, devices, processes
                 ),
                 "ray": lambda folders, report: runners.run_ray(
                     folders, report, ray_address, cpus, gpus

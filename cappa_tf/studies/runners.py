@@ -1,6 +1,7 @@
 """Where the cells of a study run: this machine, a Ray cluster, Slurm."""
 
 import concurrent.futures
+import itertools
 import os
 import shlex
 import subprocess
@@ -12,26 +13,40 @@ from cappa_tf.utils import arguments, files
 _RETRIES = 3
 
 
-def run_local(folders, report, devices=None):
-    """Runs cells on this machine, one at a time or one a device.
+def run_local(folders, report, devices=None, processes=None):
+    """Runs cells on this machine, one at a time or several.
 
     Args:
         folders: Folders of the cells.
         report: Function (folder, status), called when a cell has ended.
         devices: Numbers of the GPUs to use, one cell each; None for one cell
             at a time on all devices.
+        processes: Number of cells at a time, each on its share of the CPU
+            cores. Small models train faster so, as they keep one core busy
+            and not several.
+
+    Raises:
+        ValueError: If there are both, or fewer cores than processes.
     """
-    free = list(devices or [None])
+    if devices and processes is not None:
+        raise ValueError(
+            "--devices runs a cell on each device, --processes one on each "
+            "share of the CPU cores: give one of them. Received: "
+            f"devices={devices!r}, processes={processes!r}"
+        )
+    if processes is not None:
+        free = [_core_options(cores) for cores in _share_cores(processes)]
+    elif devices:
+        free = [_device_options(device) for device in devices]
+    else:
+        free = [{}]
 
     def run(folder):
-        device = free.pop()
-        environment = dict(os.environ)
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        options = free.pop()
         try:
-            return _run(folder, environment)
+            return _run(folder, **options)
         finally:
-            free.append(device)
+            free.append(options)
 
     with concurrent.futures.ThreadPoolExecutor(len(free)) as pool:
         waiting = {pool.submit(run, folder): folder for folder in folders}
@@ -44,12 +59,38 @@ def run_local(folders, report, devices=None):
             raise
 
 
-def _run(folder, environment=None):
+def _device_options(device):
+    return {"environment": {"CUDA_VISIBLE_DEVICES": str(device)}}
+
+
+def _core_options(cores):
+    return {"options": [f"--cores={','.join(map(str, cores))}"]}
+
+
+def _share_cores(processes):
+    """Lists of the cores that this process may use, one a cell."""
+    arguments.check_counts(processes=processes)
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError(
+            "--processes needs an operating system that binds processes to "
+            f"CPU cores, such as Linux. Received: processes={processes}"
+        )
+    cores = sorted(os.sched_getaffinity(0))
+    if processes > len(cores):
+        raise ValueError(
+            f"--processes must be at most the {len(cores)} CPU cores that this "
+            f"program may use. Received: processes={processes}"
+        )
+    bounds = [len(cores) * i // processes for i in range(processes + 1)]
+    return [cores[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _run(folder, environment=None, options=()):
     """Runs a cell in a process of its own; returns its status."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cappa_tf.studies.cell", folder],
+        [sys.executable, "-m", "cappa_tf.studies.cell", *options, folder],
         stdout=subprocess.DEVNULL,
-        env=environment,
+        env={**os.environ, **(environment or {})},
     )
     code = process.wait()
     found = cell.status(folder)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -70,7 +73,7 @@ def programs(monkeypatch):
     programs = Programs()
     monkeypatch.setattr(cells, "_call", programs)
     monkeypatch.setattr(
-        runners, "_run", lambda folder, environment=None: cells.run(folder)
+        runners, "_run", lambda folder, **options: cells.run(folder)
     )
     return programs
 
@@ -163,6 +166,72 @@ def test_a_second_program_on_the_study_is_refused(tmp_path, programs):
     ):
         compare(tmp_path)
     assert not programs.calls
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="cores cannot be bound here"
+)
+class TestProcesses:
+    """`--processes`, with as many cores as it says."""
+
+    @pytest.fixture(autouse=True)
+    def cores(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4, 6, 7})
+
+    def test_cells_share_the_cores_and_run_at_the_same_time(
+        self, tmp_path, programs, monkeypatch
+    ):
+        both = threading.Barrier(2, timeout=60)
+        given = []
+
+        def run(folder, options):
+            both.wait()
+            given.append(tuple(options))
+            return cells.run(folder)
+
+        monkeypatch.setattr(runners, "_run", run)
+        rows, _ = compare(tmp_path, processes=2)
+        assert [row.state for row in rows] == ["done"] * 4
+        assert set(given) == {("--cores=1,3",), ("--cores=4,6,7",)}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"processes": 6}, "at most the 5 CPU cores"),
+            ({"processes": 0}, "processes"),
+            ({"processes": 2, "devices": ["0"]}, "give one of them"),
+        ],
+    )
+    def test_what_cannot_be_shared_is_refused(
+        self, tmp_path, programs, options, message
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(tmp_path, **options)
+        assert not programs.calls
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="cores cannot be bound here"
+)
+def test_the_programs_of_a_cell_run_on_its_cores(tmp_path, monkeypatch):
+    cells.write(str(tmp_path), {"train": [], "transfer": {}, "evaluate": []})
+    allowed, seen = os.sched_getaffinity(0), []
+
+    def program(tool, arguments, log):
+        command = "import os; print(*os.sched_getaffinity(0))"
+        seen.append(subprocess.check_output([sys.executable, "-c", command]))
+        files.write_text(log, "out of disk\n")
+        return 1
+
+    monkeypatch.setattr(cells, "_call", program)
+    core = max(allowed)
+    monkeypatch.setattr(sys, "argv", ["cell", f"--cores={core}", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit):
+            cells.main()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert seen == [f"{core}\n".encode()]
 
 
 def test_lengths_give_a_power_law(tmp_path, programs):
