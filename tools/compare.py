@@ -10,7 +10,7 @@ of tools/train.py with evaluations by tools/evaluate.py, in a process of its own
 below WORKDIR/cells. Run again, the command resumes where it was interrupted; a
 cell that failed is a row that says so, and is tried again. WORKDIR/report.html
 is a page that needs nothing else; the same figures are in report.json,
-cells.csv and figures/.
+cells.csv and figures/, and the table, which is printed, too, is in table.md.
 
 --runner says where cells run: on this machine one after the other (local; one
 on each of --devices, or --processes at a time, each on its share of the CPU

@@ -129,7 +129,8 @@ def _compare(study, workdir, flops_of, again, only, log, run):
 
     if waiting:
         run(waiting, report)
-    rows = _report(study, folders, workdir)
+    rows, table = _report(study, folders, workdir)
+    log(table.rstrip())
     log(f"report: {os.path.join(workdir, 'report.html')}")
     return rows
 
@@ -145,5 +146,4 @@ def _report(study, folders, workdir):
         for folder, cell in folders.items()
     ]
     results.add_times(study, rows)
-    write_report(study, rows, workdir)
-    return rows
+    return rows, write_report(study, rows, workdir)

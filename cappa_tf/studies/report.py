@@ -4,6 +4,7 @@ Below the study's folder:
 
     report.html     the page, with its images inside
     report.json     the table, differences, predictions and versions
+    table.md        the table in Markdown
     cells.csv       a line for each cell with all its metrics
     figures/        every figure as a PNG file
 """
@@ -62,6 +63,9 @@ def write_report(study, rows, workdir):
         study: The `Study`.
         rows: List of `results.Row`, one for each cell.
         workdir: Folder of the study.
+
+    Returns:
+        The table in Markdown.
     """
     found = table.groups(study, rows)
     metrics = table.shown_metrics(study, found)
@@ -99,6 +103,9 @@ def write_report(study, rows, workdir):
         f"<body>{''.join(parts)}</body></html>\n"
     )
     files.write_text(os.path.join(workdir, "report.html"), page)
+    in_markdown = table.markdown(found, metrics)
+    files.write_text(os.path.join(workdir, "table.md"), in_markdown)
+    return in_markdown
 
 
 def _versions():
@@ -166,9 +173,7 @@ def _table(study, found, metrics):
 
 
 def _entry(entry):
-    text = f"{entry.mean:.4g}"
-    if entry.deviation is not None:
-        text += f" &plusmn; {entry.deviation:.2g}"
+    text = table.mean_and_deviation(entry)
     one = entry.difference
     if one is not None:
         text += (

@@ -150,6 +150,48 @@ def summary(study, found):
     ]
 
 
+def mean_and_deviation(entry):
+    """An `Entry` as text, such as "0.751 ± 0.012" or "25,600 ± 3,200"."""
+    text = _number(entry.mean, 3)
+    if entry.deviation is not None:
+        text += f" ± {_number(entry.deviation, 2)}"
+    return text
+
+
+def _number(value, digits):
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+
+
+def markdown(found, metrics):
+    """The table in Markdown: mean and standard deviation over seeds.
+
+    With the p-value of the difference from the reference method in brackets,
+    where there is one.
+    """
+    lines = [
+        ["method", "seeds", *metrics],
+        ["---"] * (len(metrics) + 2),
+        *(
+            [
+                group.name.replace("*", r"\*"),
+                f"{len(group.done)} of {len(group.rows)}",
+                *(_cell(group.entries.get(metric)) for metric in metrics),
+            ]
+            for group in found
+        ),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(entry):
+    if entry is None:
+        return ""
+    text = mean_and_deviation(entry)
+    if entry.difference is not None:
+        text += f" (p {entry.difference.p_value:.2g})"
+    return text
+
+
 def series(found):
     """Dict from the name of an ablation to its groups, ordered by value."""
     named = [g for g in found if g.method.series is not None]

@@ -14,6 +14,7 @@ from cappa_tf.studies import cell as cells
 from cappa_tf.studies import comparison, results, runners
 from cappa_tf.studies.results import lower_is_better
 from cappa_tf.studies.study import Method, Study, Transfer
+from cappa_tf.studies.table import Entry, mean_and_deviation
 from cappa_tf.training.reporting.summaries import Summaries
 from cappa_tf.utils import files
 
@@ -91,9 +92,14 @@ def compare(tmp_path, study=None, **kwargs):
 
 
 def test_a_study_ends_in_a_report(tmp_path, programs):
-    rows, _ = compare(tmp_path)
+    rows, lines = compare(tmp_path, make(metrics=["fewshot/10_shot", "top_1"]))
     assert [row.state for row in rows] == ["done"] * 4
     assert len(programs.calls) == 4 * 3
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0] == "| method | seeds | fewshot/10_shot | top_1 |"
+    assert table[2].startswith("| ours | 2 of 2 | 0.75 ± 0 (p ")
+    assert table[3] == "| theirs | 2 of 2 | 0.5 ± 0 | 0.5 ± 0 |"
+    assert "\n".join(table) in lines
     content = json.loads((tmp_path / "report.json").read_text())
     ours, theirs = content["table"]
     assert ours["metrics"]["fewshot/10_shot"]["mean"] == 0.75
@@ -109,6 +115,18 @@ def test_a_study_ends_in_a_report(tmp_path, programs):
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
     assert "ours,0" in (tmp_path / "cells.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "text"),
+    [
+        (0.75123, 0.01234, "0.751 ± 0.012"),
+        (25_600.0, 3_200.0, "25,600 ± 3,200"),
+        (99.9, None, "99.9"),
+    ],
+)
+def test_numbers_of_the_table(mean, deviation, text):
+    assert mean_and_deviation(Entry(mean, deviation, 2)) == text
 
 
 def test_what_is_done_is_not_done_again(tmp_path, programs):
