@@ -33,7 +33,7 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #8889; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem;
-  max-width: 70rem; }
+  max-width: 80rem; }
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -177,7 +177,7 @@ def _entry(entry):
     one = entry.difference
     if one is not None:
         text += (
-            f"<small>{one.mean:+.3g} ({one.low:+.3g} to {one.high:+.3g}), "
+            f"<small>{one.mean:+.3g} ({one.low:+.3g} to {one.high:+.3g})<br>"
             f"p {'&le;' if one.p_value <= 2e-4 else '='} {one.p_value:.2g}"
             "</small>"
         )

@@ -289,6 +289,40 @@ def test_features_print_rows(rows, tmp_path):
     assert named(found, "cached", "images/s")["baseline"] == "images"
 
 
+def test_a_plan_has_all_stages_of_a_run(rows, tmp_path):
+    bindings = """
+    include 'gin/cappa_b16_fast.gin'
+    HIDDEN_DIM = 16
+    NUM_LAYERS = 1
+    DECODER_LAYERS = 1
+    NUM_HEADS = 2
+    MLP_DIM = 32
+    MAX_LENGTH = 8
+    VOCABULARY_SIZE = 27
+    DATA = 'none'
+    TOTAL_STEPS = 1000
+    BATCH_SIZE = 8
+    WARMUP_STEPS = 1
+    """
+    path = tmp_path / "fast.gin"
+    path.write_text(bindings.replace("\n    ", "\n"))
+    device = "name=x,bfloat16=1e12,bandwidth=1e11,memory=1e9,price=3"
+    found = rows("plan", gin_file=path, device=device, count=1)
+    seconds = [
+        next(r["value"] for r in found if r["name"].startswith(name))
+        for name in (
+            "1 x x, stage 1 of 800 steps: step",
+            "1 x x, stage 2 of 200 steps: step",
+        )
+    ]
+    assert seconds[0] < seconds[1]
+    hours = (800 * seconds[0] + 200 * seconds[1]) / 3600
+    assert named(found, "1 x x: run", "days")["value"] == pytest.approx(
+        hours / 24
+    )
+    assert named(found, "1 x x: cost", "$")["value"] == pytest.approx(3 * hours)
+
+
 @pytest.mark.parametrize(
     "name, given, message",
     [

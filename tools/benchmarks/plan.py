@@ -7,15 +7,19 @@
 For --count devices of each of --devices (or of --device, with figures of your
 own): the time of a step and its parts, the images per second, the share of the
 peak, the memory of a device, the largest batch that would fit, and the time and
-cost of the whole run. No data is read. cappa_tf/training/plan.py describes the
-arithmetic, cappa_tf/training/accelerators.py the devices; what of the peak and
-of the bandwidth is reached, and prices, are assumptions printed first.
+cost of the whole run. A run of several stages has these for each of them, with
+the time and cost of all at the end. No data is read.
+cappa_tf/training/plan.py describes the arithmetic,
+cappa_tf/training/accelerators.py the devices; what of the peak and of the
+bandwidth is reached, and prices, are assumptions printed first.
 
 --check plans a step on this machine and compares it with the measured one. In
 the same turns it measures the peak; what the step's own largest products reach
 of it, in place of an assumption; the bandwidth; and how much longer than a copy
 a tanh, a sum and a transposition take on a CPU. XLA fuses these.
 """
+
+import dataclasses
 
 from absl import flags
 
@@ -65,7 +69,7 @@ def run():
         )
     if flags.FLAGS.check:
         return check(given)
-    return plan(given, devices, flags.FLAGS.count)
+    return plan(config.stage_arguments(), devices, flags.FLAGS.count)
 
 
 def _devices():
@@ -111,17 +115,67 @@ def _captions(given):
     return 1 if captions == "all" else captions
 
 
-def plan(given, devices, count):
+def plan(stages, devices, count):
     """Rows of a run on each of some devices.
 
     Args:
-        given: `config.arguments()`.
+        stages: Iterator over (share of the steps, `config.arguments()`) of
+            the run's stages.
         devices: List of `accelerators.Device`.
         count: Number of devices.
 
     Raises:
         ValueError: If the batch cannot be divided among them.
     """
+    counted, done = [], 0
+    for _, given in stages:
+        counted.append(_count(given, done, count))
+        done = given["settings"].total_steps
+    rows = _assumptions(devices)
+    first = [None] * len(counted)
+    for device in devices:
+        name, hours = f"{count} x {device.name}", 0.0
+        for i, stage in enumerate(counted):
+            step = stage.on(device, count)
+            named = name
+            if len(counted) > 1:
+                named += f", stage {i + 1} of {stage.steps:,} steps"
+            rows += _rows(named, step, device, stage.batch_size, first[i])
+            first[i] = first[i] or (named, step)
+            hours += step.seconds * stage.steps / 3600
+        rows += [
+            benchmarks.Row(f"{name}: run", hours / 24, "days"),
+            benchmarks.Row(f"{name}: cost", hours * count * device.price, "$"),
+        ]
+    return rows
+
+
+@dataclasses.dataclass
+class _Stage:
+    """The operations of a step of a stage, and the number of its steps."""
+
+    work: object
+    steps: int
+    batch_size: int
+    products: str
+    accumulation_steps: int
+
+    def on(self, device, count):
+        """The planned `Step` on some devices."""
+        from cappa_tf.training import plan as plans
+
+        return plans.step(
+            self.work,
+            device,
+            count,
+            self.batch_size,
+            self.products,
+            self.accumulation_steps,
+        )
+
+
+def _count(given, first, count):
+    """Counts the operations of a stage, after the run's first steps."""
     from cappa_tf.training import plan as plans
 
     settings = given["settings"]
@@ -141,21 +195,13 @@ def plan(given, devices, count):
         accumulation_steps=settings.accumulation_steps,
         fused=given["compute"].jit_compile is not False,
     )
-    rows = _assumptions(devices)
-    first = None
-    for device in devices:
-        step = plans.step(
-            work,
-            device,
-            count,
-            settings.batch_size,
-            _products(given),
-            settings.accumulation_steps,
-        )
-        name = f"{count} x {device.name}"
-        rows += _rows(name, step, device, count, settings, first)
-        first = first or (name, step)
-    return rows
+    return _Stage(
+        work,
+        settings.total_steps - first,
+        settings.batch_size,
+        _products(given),
+        settings.accumulation_steps,
+    )
 
 
 def _assumptions(devices):
@@ -181,10 +227,8 @@ def _assumptions(devices):
     return rows
 
 
-def _rows(name, step, device, count, settings, first):
-    size = settings.batch_size
+def _rows(name, step, device, size, first):
     seconds = step.seconds
-    hours = seconds * settings.total_steps / 3600
     whole = f"{name}: step, bound by {step.bound}"
 
     def compared(what, value, unit, base):
@@ -220,8 +264,6 @@ def _rows(name, step, device, count, settings, first):
             step.bytes / device.memory,
         ),
         benchmarks.Row(f"{name}: largest batch", step.largest, "images"),
-        benchmarks.Row(f"{name}: run", hours / 24, "days"),
-        benchmarks.Row(f"{name}: cost", hours * count * device.price, "$"),
     ]
 
 
