@@ -68,11 +68,13 @@ def finish(
 
 def _caption(model, data, workdir, evaluation, batch_size, strategy, hosts):
     """Captions all images of a split and writes a sheet of the first ones."""
+    sampler = evaluation.sampler
     decoder = CaptionDecoder(
         model,
         data.tokenizer,
         batch_size // hosts.count,
         compiled=lambda f: on_replicas(strategy, f, hosts.count),
+        **({} if sampler is None else {"sampler": sampler}),
     )
     with tqdm.tqdm(
         total=-(-data.num_examples // hosts.count),

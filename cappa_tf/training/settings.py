@@ -102,7 +102,17 @@ class EvaluationSettings:
     sheet_images: int = 24
     """Number of captioned images on the final sheet."""
 
+    sampler: object = None
+    """How the final captions are searched, as for `Captioner.generate`, such as
+    `cappa_tf.models.sampling.BeamSearch()`; None for greedy. The samples during
+    training are greedy."""
+
     def __post_init__(self):
+        if self.sampler is not None:
+            # Here, so that an unknown one does not end the run at its end.
+            from cappa_tf.models import sampling
+
+            sampling.search_of(self.sampler)
         arguments.check_counts(
             optional=True,
             eval_steps=self.eval_steps,
