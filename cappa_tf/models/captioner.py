@@ -177,7 +177,7 @@ class Captioner(Inference, Task):
     @property
     def predicts_texts(self):
         """Whether texts have a likelihood without images, too."""
-        return self.left_to_right
+        return self.masked_pred_prob < 1.0
 
     @property
     def selection_metric(self):
@@ -553,9 +553,9 @@ class Captioner(Inference, Task):
     @property
     def score_kinds(self):
         """Kinds of scores; "blind" is the decoder without any image."""
-        if not self.left_to_right:
+        # A model that was never trained one way has no meaningful score of it.
+        if self.masked_pred_prob == 1.0:
             return ("parallel",)
-        # A model never trained in parallel yields noise as parallel scores.
         parallel = ("parallel",) if self.masked_pred_prob > 0.0 else ()
         return ("autoregressive", *parallel, "blind")
 

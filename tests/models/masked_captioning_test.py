@@ -137,6 +137,18 @@ def test_evaluation_masks_a_caption_always_alike(captioner, batch):
     assert len({*seeds[0].numpy().tolist()}) == 4
 
 
+@pytest.mark.parametrize(
+    ("share", "kinds"),
+    [
+        (0.0, ("autoregressive", "blind")),
+        (0.5, ("autoregressive", "parallel", "blind")),
+        (1.0, ("parallel",)),
+    ],
+)
+def test_texts_are_ranked_as_the_captioner_was_trained(share, kinds):
+    assert make_captioner(masked_pred_prob=share).score_kinds == kinds
+
+
 def test_it_reports_what_it_is_trained_for(captioner, batch):
     assert captioner.score_kinds == ("parallel",)
     assert captioner.selection_metric == "loss"
