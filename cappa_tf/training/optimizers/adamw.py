@@ -84,15 +84,22 @@ class AdamW(ScheduledOptimizer):
                     name=f"{prefix}_momentum",
                 )
             )
-            self._second_moments.append(
-                self.add_variable(
+            second = None
+            if self.adapts(variable):
+                second = self.add_variable(
                     variable.shape, dtype="float32", name=f"{prefix}_velocity"
                 )
-            )
+            self._second_moments.append(second)
+
+    def adapts(self, variable):
+        """Whether the rate of each number of a variable is adapted."""
+        del variable
+        return True
 
     def state_of(self, index):
-        """The first and the second moment of a variable."""
-        return self._first_moments[index], self._second_moments[index]
+        """The first and, if it has one, the second moment of a variable."""
+        second = self._second_moments[index]
+        return (self._first_moments[index], *([second] * (second is not None)))
 
     def direction(self, gradient, state, step):
         """Average gradient divided by the root of the average square."""
