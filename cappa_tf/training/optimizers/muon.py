@@ -3,9 +3,9 @@
 The momentum of a matrix is replaced by the nearest (semi-)orthogonal matrix, so
 that directions with small singular values are learned as fast as the others
 (K. Jordan and others, "Muon: An optimizer for hidden layers in neural
-networks", 2024, https://kellerjordan.github.io/posts/muon). The update is scaled
-to the root mean square of AdamW's, so that both have the same learning rate and
-decay (arXiv 2502.16982, section 2.2).
+networks", 2024, https://kellerjordan.github.io/posts/muon). The update is
+scaled to the root mean square of AdamW's, so that both have the same learning
+rate and decay (arXiv 2502.16982, section 2.2).
 """
 
 import math
