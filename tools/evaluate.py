@@ -19,9 +19,9 @@ A gin file may have several evaluators, the same ones as during training; --data
 is its macro DATA. --task and the flags that go with it are short forms.
 
 Tasks:
-    caption      greedy captions: CIDEr, BLEU, ROUGE-L, METEOR (with Java);
-                 the result of each image, and image sheets of the worst and
-                 the best
+    caption      captions, greedy or by --beams: CIDEr, BLEU, ROUGE-L, METEOR
+                 (with Java); the result of each image, and image sheets of the
+                 worst and the best
     perplexity   likelihood of people's captions, with and without the image
     retrieval    captions of an image and images of a caption: Recall@1, 5, 10
     zero_shot    classification by the class name that fits an image best
@@ -131,6 +131,7 @@ def define_flags(flag_values=flags.FLAGS):
         "it exists as a folder, the folder of these files.",
         **where,
     )
+    _define_caption_flags(where)
     _define_label_flags(where)
     _define_question_flags(where)
     _define_fewshot_flags(where)
@@ -149,6 +150,22 @@ def _define_benchmark_flags(where):
         "expert",
         ["expert", "crowdflower"],
         "judgments: source of the judgments.",
+        **where,
+    )
+
+
+def _define_caption_flags(where):
+    flags.DEFINE_integer(
+        "beams",
+        None,
+        "caption: number of beams; by default captions are greedy.",
+        lower_bound=1,
+        **where,
+    )
+    flags.DEFINE_float(
+        "length_penalty",
+        None,
+        "caption: length penalty of --beams; 0.6 by default.",
         **where,
     )
 
@@ -253,7 +270,24 @@ def _caption(options):
         _split(options),
         limit=options.limit,
         prompt=options.prompt,
+        sampler=_sampler(options),
     )
+
+
+def _sampler(options):
+    """Beam search if --beams asks for it, or None."""
+    penalty = options.length_penalty
+    if options.beams is None:
+        if penalty is not None:
+            raise ValueError(
+                "--length_penalty is that of --beams, so both must be given. "
+                f"Received: --length_penalty={penalty:g}"
+            )
+        return None
+    from cappa_tf.inference import samplers
+
+    given = {} if penalty is None else {"length_penalty": penalty}
+    return samplers.make_sampler("beam", beams=options.beams, **given)
 
 
 def _perplexity(options):
@@ -448,7 +482,7 @@ def _numbers(name, values, kind):
 # Flags that only --task reads.
 _OF_TASKS = (
     "test_split limit parallel templates labels aliases class_names prompt "
-    "answers "
+    "answers beams length_penalty "
     "train_split shots l2 num_seeds resize pictures judgments"
 ).split()
 

@@ -14,11 +14,12 @@ from cappa_tf.evaluation.evaluator import (
 )
 from cappa_tf.evaluation.images import EvaluationImages
 from cappa_tf.inference.predictor import GENERATE
+from cappa_tf.models import sampling
 from cappa_tf.utils.arguments import check_choice, check_integer
 
 
 class Captions(Evaluator):
-    """Greedy captions compared to people's: CIDEr, BLEU, ROUGE-L, METEOR.
+    """Captions compared to people's: CIDEr, BLEU, ROUGE-L, METEOR.
 
     Args:
         path: Path of the data, as in `EvaluationImages`.
@@ -29,6 +30,8 @@ class Captions(Evaluator):
             the lowest and those with the highest CIDEr.
         prompt: Template of what the captions answer, such as "caption:", for a
             model that was trained with prompts; as in `CaptionDataset`.
+        sampler: How captions are searched, as for `Captioner.generate`, such
+            as `cappa_tf.models.sampling.BeamSearch()`; None for greedy.
         name: Name of the evaluator in the results.
     """
 
@@ -43,13 +46,17 @@ class Captions(Evaluator):
         meteor: bool | None = None,
         sheet_images=12,
         prompt: str | None = None,
+        sampler=None,
         name="caption",
     ):
         super().__init__(name)
+        if sampler is not None:
+            sampling.search_of(sampler)
         check_choice((None, True, False), meteor=meteor)
         check_integer("sheet_images", sheet_images, 0)
         self._data = EvaluationImages(path, split, limit, prompt)
         self._meteor, self._sheet_images = meteor, sheet_images
+        self._sampler, self._decoders = sampler, {}
 
     def open(self):
         """Checks that the data can be found."""
@@ -65,11 +72,9 @@ class Captions(Evaluator):
             `cider`, and the sheets "worst" and "best".
         """
         self.check(predictor)
-        rows = []
+        rows, decoder = [], self._decoder(predictor)
         for images, examples in self._data.captioned(predictor):
-            for i, row in captioning.caption_batch(
-                predictor.decoder, images, examples
-            ):
+            for i, row in captioning.caption_batch(decoder, images, examples):
                 row.image = examples[i].image if self._sheet_images else None
                 rows.append(row)
         meteor = self._meteor
@@ -94,6 +99,15 @@ class Captions(Evaluator):
                 "exact_match": [float(row.exact_match) for row in rows],
             },
         )
+
+    def _decoder(self, predictor):
+        if self._sampler is None:
+            return predictor.decoder
+        # Evaluated again during training, it is not traced again.
+        if predictor not in self._decoders:
+            made = predictor.make_decoder(sampler=self._sampler)
+            self._decoders = {predictor: made}
+        return self._decoders[predictor]
 
     def _sheets(self, rows, order):
         count = self._sheet_images

@@ -6,6 +6,7 @@ import scoring
 
 from cappa_tf.evaluation import caption_metrics
 from cappa_tf.evaluation.caption_report import Captions
+from cappa_tf.models.sampling import BeamSearch
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,30 @@ def test_worst_and_best(report):
     best = {row.caption for row in report.sheets["best"][1]}
     assert worst == {"left above"} and "left above" not in best
     assert all(row.image for row in report.sheets["worst"][1])
+
+
+def test_captions_are_searched_by_the_given_sampler(tmp_path, monkeypatch):
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
+    scoring.write_colours(tmp_path)
+    predictor = scoring.tiny_predictor(tmp_path)
+    made, make = [], predictor.make_decoder
+    monkeypatch.setattr(
+        predictor, "make_decoder", lambda **x: made.append(x) or make(**x)
+    )
+    options = {"meteor": False, "sheet_images": 0}
+    sampler = BeamSearch(num_beams=3, length_penalty=0.0)
+    beam = Captions(tmp_path / "captions", sampler=sampler, **options)
+    found, again = (beam.evaluate(predictor).rows for _ in range(2))
+    assert found == again
+    # Once for both, as a decoder is traced.
+    assert made == [{"sampler": sampler}]
+    greedy = Captions(tmp_path / "captions", **options).evaluate(predictor).rows
+    better = [
+        x["log_likelihood"] > y["log_likelihood"] for x, y in zip(found, greedy)
+    ]
+    assert any(better)
+    with pytest.raises(ValueError, match="`sampler` must be"):
+        Captions(tmp_path / "captions", sampler="beam")
 
 
 @pytest.mark.slow  # The Java program reads a large table first.

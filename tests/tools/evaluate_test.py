@@ -263,6 +263,15 @@ def test_tasks_on_captions(run_folder, colours, task):
     assert all(value >= 0 for value in report["metrics"].values())
 
 
+def test_captions_by_beams(run_folder, colours):
+    pytest.importorskip("pycocoevalcap", reason="pip install '.[test]'")
+    values = {"checkpoint": run_folder, "data": colours / "captions"}
+    found = run("caption", beams=2, length_penalty=0.5, **values)
+    assert found["metrics"]["num_images"] == 6
+    with pytest.raises(ValueError, match="--length_penalty is that of --beams"):
+        run("caption", length_penalty=0.5, **values)
+
+
 def test_hard_negatives_and_what_they_need(run_folder, colours, tmp_path):
     items = [
         {
