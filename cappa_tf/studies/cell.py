@@ -18,6 +18,7 @@ complete not at all. `--cores=2,3` binds it to CPU cores.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ DONE, FAILED, INTERRUPTED = "done", "failed", "interrupted"
 _TAIL = 20_000
 # gin adds lines to the message of an error.
 _OF_GIN = ("In call to configurable", "No values supplied by Gin")
+_PROGRESS_BAR = re.compile(r"\d+%\|")
 
 
 def write(folder, description):
@@ -158,12 +160,16 @@ def _call(tool, arguments, log):
 
 
 def _last_line(log):
-    """The last line that a program printed, apart from gin's comments."""
+    """The last line of a log, apart from gin's comments and progress bars."""
     with open(log, "rb") as file:
         file.seek(max(0, os.path.getsize(log) - _TAIL))
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]
-    lines = [x for x in lines if x and not x.startswith(_OF_GIN)]
+    lines = [
+        x
+        for x in lines
+        if x and not x.startswith(_OF_GIN) and not _PROGRESS_BAR.match(x)
+    ]
     return lines[-1] if lines else "no output"
 
 

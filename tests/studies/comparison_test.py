@@ -186,6 +186,15 @@ def test_a_second_program_on_the_study_is_refused(tmp_path, programs):
     assert not programs.calls
 
 
+def test_the_message_of_a_log_is_not_its_progress_bar(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(
+        "  7%|7 | 186/2500 [01:30<12:46]\rSIGTERM at step 186: saved\n"
+        "  7%|7 | 186/2500 [01:31<12:46]\r 7%|7 | 186/2500\n\n"
+    )
+    assert cells._last_line(str(path)) == "SIGTERM at step 186: saved"
+
+
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="cores cannot be bound here"
 )
