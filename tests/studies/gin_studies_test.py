@@ -6,6 +6,7 @@ import pytest
 
 from cappa_tf import config
 from cappa_tf.studies.study import Study
+from cappa_tf.training import train as train_module
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUDIES = [
@@ -21,7 +22,9 @@ def read(path):
 
 
 @pytest.mark.parametrize("path", STUDIES)
-def test_every_run_probe_and_evaluation_can_be_parsed(path):
+def test_what_every_process_gets_can_be_used(path, monkeypatch, capsys):
+    """Runs are built, too, and refused as they would be when they start."""
+    monkeypatch.setattr(train_module, "_report", lambda *_: {})
     study = read(path)
     assert isinstance(study, Study)
     seen = set()
@@ -35,6 +38,7 @@ def test_every_run_probe_and_evaluation_can_be_parsed(path):
         assert train["settings"].total_steps == max(1, cell.steps)
         assert train["settings"].batch_size == cell.batch_size
         assert train["settings"].seed == cell.seed
+        config.run(dry_run=True)
         if cell.evaluation:
             config.parse(
                 cell.evaluation,
