@@ -18,6 +18,8 @@ _COLORS = (
     "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7a5195 #666666".split()
 )
 _MARKERS = "osD^vPX*"
+# For the methods beyond the colors.
+_LINES = ("solid", "dashed", "dotted")
 _SHOTS = re.compile(r"(?:.*/)?(\d+)_shot$")
 
 
@@ -61,9 +63,10 @@ class Figures:
         self.png[name], self.titles[name] = image.getvalue(), title
 
     def style(self, index):
-        """Color and marker of the method of a number."""
+        """Color, marker and line of the method of a number."""
         return {
             "color": _COLORS[index % len(_COLORS)],
+            "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
             "marker": _MARKERS[index % len(_MARKERS)],
             "markersize": 4,
         }
@@ -291,7 +294,7 @@ def _scaling(figures, scalings):
         ) as axis:
             for one in some:
                 style, law = figures.style(one.index), one.law
-                axis.plot(one.flops, one.errors, linestyle="", **style)
+                axis.plot(one.flops, one.errors, **style | {"linestyle": ""})
                 places = np.geomspace(min(one.flops), 4 * max(one.flops), 50)
                 value, low, high = law.at(places)
                 axis.plot(

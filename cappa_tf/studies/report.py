@@ -39,11 +39,11 @@ h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
-th { white-space: normal; vertical-align: bottom; }
+th { white-space: normal; vertical-align: bottom; min-width: 6rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: Canvas; }
 td small { display: block; color: GrayText; }
-.best { font-weight: 700; }
+.best { font-weight: 700; } .best small { font-weight: 400; }
 .failed td { color: #c33; }
 .grid { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
