@@ -147,7 +147,7 @@ def _table(study, found, metrics):
                 cells.append("<td>")
                 continue
             mark = " class=best" if entry.mean == best.get(metric) else ""
-            cells.append(f"<td{mark}>{_entry(entry)}")
+            cells.append(f"<td{mark}>{_entry(entry, len(group.done))}")
         failed = [row for row in group.rows if row.state == "failed"]
         note = "".join(
             f"<small>{html.escape(row.cell.name)}: "
@@ -172,8 +172,8 @@ def _table(study, found, metrics):
     )
 
 
-def _entry(entry):
-    text = table.mean_and_deviation(entry)
+def _entry(entry, seeds):
+    text = table.mean_and_deviation(entry, seeds)
     one = entry.difference
     if one is not None:
         text += (

@@ -150,11 +150,19 @@ def summary(study, found):
     ]
 
 
-def mean_and_deviation(entry):
-    """An `Entry` as text, such as "0.751 ± 0.012" or "25,600 ± 3,200"."""
+def mean_and_deviation(entry, seeds):
+    """An `Entry` as text, such as "0.751 ± 0.012" or "25,600 (1 of 2 seeds)".
+
+    Args:
+        entry: The `Entry`.
+        seeds: Number of runs; those without the metric, as they did not reach a
+            level, are not in the mean.
+    """
     text = _number(entry.mean, 3)
     if entry.deviation is not None:
         text += f" ± {_number(entry.deviation, 2)}"
+    if entry.seeds < seeds:
+        text += f" ({entry.seeds} of {seeds} seeds)"
     return text
 
 
@@ -175,7 +183,7 @@ def markdown(found, metrics):
             [
                 group.name.replace("*", r"\*"),
                 f"{len(group.done)} of {len(group.rows)}",
-                *(_cell(group.entries.get(metric)) for metric in metrics),
+                *(_cell(group, metric) for metric in metrics),
             ]
             for group in found
         ),
@@ -183,10 +191,11 @@ def markdown(found, metrics):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(entry):
+def _cell(group, metric):
+    entry = group.entries.get(metric)
     if entry is None:
         return ""
-    text = mean_and_deviation(entry)
+    text = mean_and_deviation(entry, len(group.done))
     if entry.difference is not None:
         text += f" (p {entry.difference.p_value:.2g})"
     return text

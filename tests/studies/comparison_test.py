@@ -118,15 +118,15 @@ def test_a_study_ends_in_a_report(tmp_path, programs):
 
 
 @pytest.mark.parametrize(
-    ("mean", "deviation", "text"),
+    ("mean", "deviation", "seeds", "text"),
     [
-        (0.75123, 0.01234, "0.751 ± 0.012"),
-        (25_600.0, 3_200.0, "25,600 ± 3,200"),
-        (99.9, None, "99.9"),
+        (0.75123, 0.01234, 2, "0.751 ± 0.012"),
+        (25_600.0, 3_200.0, 2, "25,600 ± 3,200"),
+        (99.9, None, 1, "99.9 (1 of 2 seeds)"),
     ],
 )
-def test_numbers_of_the_table(mean, deviation, text):
-    assert mean_and_deviation(Entry(mean, deviation, 2)) == text
+def test_numbers_of_the_table(mean, deviation, seeds, text):
+    assert mean_and_deviation(Entry(mean, deviation, seeds), 2) == text
 
 
 def test_what_is_done_is_not_done_again(tmp_path, programs):
