@@ -131,6 +131,11 @@ def _compare(study, workdir, flops_of, again, only, log, run):
         run(waiting, report)
     rows, table = _report(study, folders, workdir)
     log(table.rstrip())
+    if all(row.state == cells.DONE for row in rows):
+        measured = {name for row in rows for name in row.metrics}
+        for name in study.metrics:
+            if name not in measured:
+                log(f"No run has the metric {name!r} of the study")
     log(f"report: {os.path.join(workdir, 'report.html')}")
     return rows
 

@@ -100,6 +100,7 @@ def test_a_study_ends_in_a_report(tmp_path, programs):
     assert table[2].startswith("| ours | 2 of 2 | 0.75 ± 0 (p ")
     assert table[3] == "| theirs | 2 of 2 | 0.5 ± 0 | 0.5 ± 0 |"
     assert "\n".join(table) in lines
+    assert "No run has the metric 'top_one' of the study" in lines
     content = json.loads((tmp_path / "report.json").read_text())
     ours, theirs = content["table"]
     assert ours["metrics"]["fewshot/10_shot"]["mean"] == 0.75
