@@ -92,7 +92,8 @@ def compare(tmp_path, study=None, **kwargs):
 
 
 def test_a_study_ends_in_a_report(tmp_path, programs):
-    rows, lines = compare(tmp_path, make(metrics=["fewshot/10_shot", "top_1"]))
+    study = make(metrics=["fewshot/10_shot", "top_1", "top_one"])
+    rows, lines = compare(tmp_path, study)
     assert [row.state for row in rows] == ["done"] * 4
     assert len(programs.calls) == 4 * 3
     table = (tmp_path / "table.md").read_text().splitlines()
