@@ -1,14 +1,13 @@
 """Figures of a study, drawn by matplotlib."""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import re
 
 import numpy as np
 
-from cappa_tf.studies import statistics
+from cappa_tf.studies import scaling
 from cappa_tf.studies.results import lower_is_better
 from cappa_tf.studies.table import series
 from cappa_tf.utils import arguments
@@ -219,92 +218,68 @@ def _ablations(figures, found, metrics):
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """How a metric of a method follows the FLOPs of training.
-
-    Attributes:
-        metric: Name of the metric.
-        method: Name of the method.
-        index: Its number in the study.
-        flops: FLOPs of each of its groups.
-        errors: The metric if lower is better, 1 minus it otherwise.
-        law: `statistics.PowerLaw` of the two.
-    """
-
-    metric: str
-    method: str
-    index: int
-    flops: list
-    errors: list
-    law: statistics.PowerLaw
-
-    def predict(self, factor=4.0):
-        """What the law says of `factor` times the most FLOPs, JSON-able."""
-        flops = factor * max(self.flops)
-        value, low, high = (float(v[0]) for v in self.law.at([flops]))
-        if not lower_is_better(self.metric):
-            value, low, high = 1 - value, 1 - high, 1 - low
-        return {
-            "method": self.method,
-            "metric": self.metric,
-            "exponent": self.law.exponent,
-            "exponent_range": self.law.exponent_range,
-            "flops": flops,
-            "predicted": value,
-            "interval": (low, high),
-        }
-
-
-def scalings(study, found, metrics):
-    """`Scaling`s of every metric and method with enough different points."""
-    scalings = []
-    for metric, (index, method) in itertools.product(
-        metrics, enumerate(study.methods)
-    ):
-        points = [
-            (group.flops, group.entries[metric].mean)
-            for group in found
-            if group.method is method
-            and group.flops
-            and metric in group.entries
-        ]
-        flops = [x for x, _ in points]
-        errors = [y if lower_is_better(metric) else 1.0 - y for _, y in points]
-        try:
-            law = statistics.PowerLaw.fit(flops, errors)
-        except ValueError:
-            continue  # Too few points, or errors of zero.
-        scalings.append(Scaling(metric, method.name, index, flops, errors, law))
-    return scalings
-
-
 def _scaling(figures, scalings):
-    """Errors over FLOPs with their power laws, a figure for each metric."""
+    """Errors with their power laws, a figure for each metric.
+
+    Methods share it if the FLOPs are the only factor.
+    """
     for metric, some in itertools.groupby(scalings, key=lambda s: s.metric):
-        slug = re.sub(r"\W+", "_", f"scaling_{metric}").lower()
-        label = metric if lower_is_better(metric) else f"1 - {metric}"
-        with figures.draw(
-            slug,
-            f"Scaling of {label}",
-            "FLOPs of training",
-            label,
-            xscale="log",
-            yscale="log",
-        ) as axis:
-            for one in some:
-                style, law = figures.style(one.index), one.law
-                axis.plot(one.flops, one.errors, **style | {"linestyle": ""})
-                places = np.geomspace(min(one.flops), 4 * max(one.flops), 50)
-                value, low, high = law.at(places)
-                axis.plot(
-                    places,
-                    value,
-                    color=style["color"],
-                    label=f"{one.method}: exponent {law.exponent:.3f} "
-                    f"({law.exponent_range[0]:.3f} to "
-                    f"{law.exponent_range[1]:.3f})",
-                )
-                axis.fill_between(
-                    places, low, high, color=style["color"], alpha=0.15, lw=0
-                )
+        some = list(some)
+        of_flops = [x for x in some if x.factors == (scaling.FLOPS,)]
+        of_sizes = [x for x in some if x.factors != (scaling.FLOPS,)]
+        if of_flops:
+            with _scaling_axis(figures, metric, scaling.FLOPS) as axis:
+                for one in of_flops:
+                    _law_of_flops(figures, axis, one)
+        for one in of_sizes:
+            name = one.method if len(some) > 1 else ""
+            with _scaling_axis(figures, metric, scaling.IMAGES, name) as axis:
+                _law_of_sizes(figures, axis, one)
+
+
+def _scaling_axis(figures, metric, x, method=""):
+    label = metric if lower_is_better(metric) else f"1 - {metric}"
+    slug = re.sub(r"\W+", "_", f"scaling_{metric}_{method}").strip("_")
+    title = f"Scaling of {label}" + (method and f", {method}")
+    return figures.draw(
+        slug.lower(), title, x, label, xscale="log", yscale="log"
+    )
+
+
+def _law_of_flops(figures, axis, one):
+    flops = [x for (x,) in one.places]
+    style = figures.style(one.index)
+    axis.plot(flops, one.errors, **style | {"linestyle": ""})
+    x = np.geomspace(min(flops), *one.next_place, 50)
+    (exponent,), ((low, high),) = one.law.exponents, one.law.exponent_ranges
+    _law(axis, x, one.law, x[:, None], style["color"], "solid")
+    axis.lines[-1].set_label(
+        f"{one.method}: exponent {exponent:.3f} ({low:.3f} to {high:.3f})"
+    )
+
+
+def _law_of_sizes(figures, axis, one):
+    """A line of each size over the images, and one of the next size."""
+    images = [x for _, x in one.places]
+    x = np.geomspace(min(images), max(images), 50)
+    sizes = dict(zip([size for size, _ in one.places], one.sizes))
+    for index, (size, name) in enumerate(sorted(sizes.items())):
+        style = figures.style(index)
+        points = [
+            (place[1], error)
+            for place, error in zip(one.places, one.errors)
+            if place[0] == size
+        ]
+        axis.plot(*zip(*points), label=f"{name}", **style | {"linestyle": ""})
+        place = np.stack([np.full_like(x, size), x], 1)
+        _law(axis, x, one.law, place, style["color"], "solid", band=False)
+    place = np.stack([np.full_like(x, one.next_place[0]), x], 1)
+    _law(axis, x, one.law, place, "black", "dashed")
+    axis.lines[-1].set_label("next size, predicted")
+
+
+def _law(axis, x, law, places, color, linestyle, band=True):
+    value, low, high = law.at(places)
+    axis.plot(x, value, color=color, linestyle=linestyle)
+    if band:
+        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)

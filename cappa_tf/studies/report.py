@@ -21,7 +21,7 @@ from PIL import Image
 
 from cappa_tf.evaluation.evaluator import json_value
 from cappa_tf.studies import figures as drawing
-from cappa_tf.studies import results, table
+from cappa_tf.studies import results, scaling, table
 from cappa_tf.training.flops import readable
 from cappa_tf.utils import files
 
@@ -69,9 +69,9 @@ def write_report(study, rows, workdir):
     """
     found = table.groups(study, rows)
     metrics = table.shown_metrics(study, found)
-    scalings = drawing.scalings(study, found, metrics)
+    scalings = scaling.scalings(study, found, metrics)
     figures = drawing.draw_all(study, found, metrics, scalings)
-    predictions = [scaling.predict() for scaling in scalings]
+    predictions = [one.predict() for one in scalings]
     folder = os.path.join(workdir, "figures")
     files.makedirs(folder)
     for name, image in figures.png.items():
@@ -230,17 +230,36 @@ def _predictions(predictions):
         return ""
     lines = "".join(
         f"<tr><td>{html.escape(p['method'])}<td>{html.escape(p['metric'])}"
-        f"<td>{p['exponent']:.3f} ({p['exponent_range'][0]:.3f} to "
-        f"{p['exponent_range'][1]:.3f})<td>{readable(p['flops'])}"
+        f"<td>{_exponents(p)}<td>{_place(p)}"
         f"<td>{p['predicted']:.4g} ({p['interval'][0]:.4g} to "
         f"{p['interval'][1]:.4g})"
         for p in predictions
     )
     return (
         "<h2>What the power laws predict</h2><div class=wide><table><tr>"
-        "<th>method<th>metric<th>exponent<th>at<th>predicted (95%)"
-        f"{lines}</table></div>"
+        "<th>method<th>metric<th>exponent (95%) of<th>at<th>predicted (95%)"
+        f"{lines}</table></div><p>The error (1 minus a metric of which more is "
+        "better) is a constant times a power of each factor. Intervals are "
+        "those of the law, fitted again to resampled residuals, and hold only "
+        "as far as the law does.</p>"
     )
+
+
+def _exponents(prediction):
+    ranges = prediction["exponent_ranges"]
+    return "<br>".join(
+        f"{name}: {value:.3f} ({ranges[name][0]:.3f} to {ranges[name][1]:.3f})"
+        for name, value in prediction["exponents"].items()
+    )
+
+
+def _place(prediction):
+    at = prediction["at"]
+    images = f", {at[scaling.IMAGES]:,.0f} images" if len(at) > 1 else ""
+    each = (
+        f"{readable(at[scaling.SIZE])} an image{images}<br>" if images else ""
+    )
+    return f"{each}{readable(prediction['flops'])}"
 
 
 def _sheets(found, title, name):

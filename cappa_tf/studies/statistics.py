@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 _SAMPLES = 10_000
-_LEVEL = 0.95
+LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def paired_bootstrap(ours, theirs, seed=0, samples=_SAMPLES):
         chosen = random.integers(count, size=(size, count))
         means[start : start + size] = differences[chosen].mean(1)
     tail = min((means <= 0).mean(), (means >= 0).mean())
-    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Difference(
         float(differences.mean()),
         float(low),
@@ -76,65 +76,3 @@ def paired_bootstrap(ours, theirs, seed=0, samples=_SAMPLES):
         float(min(1.0, 2 * max(tail, 1 / samples))),
         count,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class PowerLaw:
-    """y = scale * x ** exponent, fitted in logarithms.
-
-    Attributes:
-        scale: Factor.
-        exponent: Negative where y falls with x.
-        exponent_range: 95% confidence interval of the exponent.
-        samples: float [S, 2], (log scale, exponent) of resampled fits.
-    """
-
-    scale: float
-    exponent: float
-    exponent_range: tuple
-    samples: np.ndarray
-
-    @classmethod
-    def fit(cls, x, y, seed=0, samples=2_000):
-        """Fits points by least squares; resampled points give the bands.
-
-        Args:
-            x: float [N], above 0, at least 3 different ones.
-            y: float [N], above 0.
-            seed: Seed of the samples.
-            samples: S.
-
-        Raises:
-            ValueError: If there are too few points, or some are not above 0.
-        """
-        x, y = (np.asarray(values, np.float64) for values in (x, y))
-        if len(set(x.tolist())) < 3 or (x <= 0).any() or (y <= 0).any():
-            raise ValueError(
-                "A power law needs points above 0 at 3 places at least. "
-                f"Received: x={x.tolist()}, y={y.tolist()}"
-            )
-        x, y = np.log(x), np.log(y)
-        exponent, scale = np.polyfit(x, y, 1)
-        # Residuals are sampled, as there are few places: leaving one of them
-        # out would often leave too few.
-        predicted = scale + exponent * x
-        degrees = max(1, len(x) - 2)
-        residuals = (y - predicted) * np.sqrt(len(x) / degrees)
-        random = np.random.default_rng(seed)
-        noise = random.choice(residuals, size=(samples, len(x)))
-        exponents, scales = np.polyfit(x, (predicted + noise).T, 1)
-        bounds = np.quantile(exponents, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-        return cls(
-            float(np.exp(scale)),
-            float(exponent),
-            tuple(bounds.tolist()),
-            np.stack([scales, exponents], 1),
-        )
-
-    def at(self, x):
-        """Value, lower and upper bound (95%) of the law at float [N]."""
-        x = np.log(np.asarray(x, np.float64))
-        value = self.scale * np.exp(self.exponent * x)
-        lines = np.exp(self.samples[:, :1] + self.samples[:, 1:] * x)
-        quantiles = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
-        return value, *np.quantile(lines, quantiles, axis=0)

@@ -269,7 +269,7 @@ def test_lengths_give_a_power_law(tmp_path, programs):
     laws = {(p["method"], p["metric"]): p for p in content["predictions"]}
     # The programs find the same whatever the length.
     law = laws["ours", "fewshot/10_shot"]
-    assert law["exponent"] == pytest.approx(0.0, abs=1e-9)
+    assert law["exponents"]["FLOPs of training"] == pytest.approx(0, abs=1e-9)
     assert law["predicted"] == pytest.approx(0.75)
     assert law["flops"] == 4 * 160e9
     assert (tmp_path / "figures" / "scaling_fewshot_10_shot.png").exists()

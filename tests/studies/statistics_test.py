@@ -38,28 +38,3 @@ def test_bootstrap_interval_is_that_of_the_normal_law():
 def test_bootstrap_needs_the_same_items():
     with pytest.raises(ValueError, match="of the same items"):
         statistics.paired_bootstrap(np.ones((1, 3)), np.ones((1, 4)))
-
-
-def test_a_power_law_is_found_and_its_bands_cover_it():
-    x = np.geomspace(1e3, 1e6, 8)
-    exponents, values = 0, 0
-    for seed in range(40):
-        noise = np.exp(np.random.default_rng(seed).normal(0, 0.02, 8))
-        law = statistics.PowerLaw.fit(x, 5 * x**-0.3 * noise, samples=500)
-        low, high = law.exponent_range
-        assert low < law.exponent < high and high - low < 0.05
-        value, below, above = law.at([1e7])
-        assert below[0] < value[0] < above[0]
-        exponents += low < -0.3 < high
-        values += below[0] < 5 * 1e7**-0.3 < above[0]
-    # 95% of 40, but the residuals of 8 points are few to sample from.
-    assert exponents >= 32 and values >= 32
-
-
-@pytest.mark.parametrize(
-    ("x", "y"),
-    [([1, 2], [1, 2]), ([1, 1, 2], [1, 2, 3]), ([1, 2, 3], [1, 0, 1])],
-)
-def test_too_few_or_impossible_points_are_refused(x, y):
-    with pytest.raises(ValueError, match="3 places"):
-        statistics.PowerLaw.fit(x, y)
