@@ -167,6 +167,7 @@ def mean_and_deviation(entry, seeds):
 
 
 def _number(value, digits):
+    value = round(value, 12)  # The spread of equal values is rounding.
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 

@@ -125,6 +125,7 @@ def test_a_study_ends_in_a_report(tmp_path, programs):
         (0.75123, 0.01234, 2, "0.751 ± 0.012"),
         (25_600.0, 3_200.0, 2, "25,600 ± 3,200"),
         (99.9, None, 1, "99.9 (1 of 2 seeds)"),
+        (0.045, 8.5e-18, 2, "0.045 ± 0"),
     ],
 )
 def test_numbers_of_the_table(mean, deviation, seeds, text):
