@@ -122,10 +122,10 @@ def _head(study, rows):
     for row in rows:
         counts[row.state] = counts.get(row.state, 0) + 1
     states = ", ".join(f"{n} {state}" for state, n in counts.items())
-    seeds = len(study.seed_list)
+    seeds, methods = len(study.seed_list), len(study.methods)
     return (
-        f"<h1>{html.escape(study.name)}</h1><p>{len(study.methods)} methods, "
-        f"{seeds} seed{'s' if seeds > 1 else ''}; runs: {states}.</p>"
+        f"<h1>{html.escape(study.name)}</h1><p>{methods} "
+        f"method{'s' * (methods > 1)}, {seeds} seed{'s' * (seeds > 1)}; runs: {states}.</p>"
     )
 
 
