@@ -125,7 +125,8 @@ def _head(study, rows):
     seeds, methods = len(study.seed_list), len(study.methods)
     return (
         f"<h1>{html.escape(study.name)}</h1><p>{methods} "
-        f"method{'s' * (methods > 1)}, {seeds} seed{'s' * (seeds > 1)}; runs: {states}.</p>"
+        f"method{'s' * (methods > 1)}, {seeds} seed{'s' * (seeds > 1)}; runs: "
+        f"{states}.</p>"
     )
 
 
