@@ -61,7 +61,7 @@ def test_every_word_has_a_map_of_the_grid(model, data, tmp_path):
     rows = decoder.decode(images, ["a", "b", "c"])
     maps = attention_maps(model, data.tokenizer, images, rows)
     for row, words in zip(rows, maps, strict=True):
-        assert [word for word, _ in words] == row.caption.split()
+        assert [word for word, _ in words] == [word for word, _ in row.words]
         for _, one in words:
             assert one.shape == (2, 2)
             assert one.sum() == pytest.approx(1.0, rel=1e-5)
