@@ -157,7 +157,8 @@ def test_captions_are_those_of_each_image_alone(recaptioned, runs):
     for example, feature in examples_of(output):
         image = predictor.preprocessing.read_bytes(example.image)
         (row,) = predictor.decoder.decode(image[None], [example.key])
-        assert example.captions == [row.caption]
+        # Random weights may end in an unknown token, which has a space.
+        assert example.captions == [row.caption.strip()]
         np.testing.assert_allclose(
             feature["log_likelihoods"].float_list.value,
             [row.log_likelihood],
