@@ -112,7 +112,6 @@ class SoftmaxRegression:
             initial.ravel(),
             jac=True,
             method="L-BFGS-B",
-            # Gradients in float32 are not exact enough for less.
             options={"maxiter": max_steps, "maxcor": 20, "gtol": 1e-5},
         )
         weights = found.x.reshape(width + 1, classes)
@@ -130,12 +129,16 @@ class SoftmaxRegression:
 
         @tf.function(reduce_retracing=True, autograph=False)
         def of_chunk(weights, features, labels):
+            # In float32 the line search fails before the minimum: losses that
+            # it has to compare differ by less than they are rounded by.
+            features = tf.cast(features, tf.float64)
             kernel, bias = weights[:-1], weights[-1]
             logits = features @ kernel + bias
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
                 labels, logits
             )
-            wrong = tf.nn.softmax(logits) - tf.one_hot(labels, classes)
+            wrong = tf.nn.softmax(logits)
+            wrong -= tf.one_hot(labels, classes, dtype=tf.float64)
             gradient = tf.matmul(features, wrong, transpose_a=True)
             return tf.reduce_sum(losses), tf.concat(
                 [gradient, tf.reduce_sum(wrong, axis=0)[None]], axis=0
@@ -143,7 +146,7 @@ class SoftmaxRegression:
 
         def total(flat):
             weights = flat.reshape(width + 1, classes)
-            found = tf.constant(weights, tf.float32)
+            found = tf.constant(weights, tf.float64)
             parts = [of_chunk(found, *chunk) for chunk in chunks]
             loss = sum(float(part[0]) for part in parts) / len(self._labels)
             gradient = sum(part[1].numpy().astype(np.float64) for part in parts)
