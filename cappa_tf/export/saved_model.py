@@ -315,7 +315,7 @@ class CaptionService(Service):
         memory = captioner.text_decoder.project_memory(captioner.encode(images))
         longest = tf.reduce_max(tf.math.count_nonzero(labels, axis=-1))
         labels = labels[:, :, :longest]
-        if not captioner.left_to_right:
+        if captioner.score_kinds[0] == "parallel":
             return likelihood.score_parallel(
                 captioner.text_decoder, memory, labels, prompt_lengths
             )

@@ -64,6 +64,17 @@ def compare(
             f"study={study!r}, workdir={workdir!r}"
         )
     arguments.check_choice(RUNNERS, runner=runner)
+    for name, value, only_for in (
+        ("devices", devices, "local"),
+        ("processes", processes, "local"),
+        ("ray_address", ray_address, "ray"),
+        ("slurm_options", slurm_options or None, "slurm"),
+    ):
+        if value is not None and runner != only_for:
+            raise ValueError(
+                f"`{name}` goes with runner={only_for!r}. Received: "
+                f"{name}={value!r}, runner={runner!r}"
+            )
     with contextlib.ExitStack() as stack:
         if runner in ("local", "ray"):
             # Two programs would run the same cells.

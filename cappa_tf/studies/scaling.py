@@ -195,7 +195,11 @@ def scalings(study, found, metrics):
 
 def _places(groups):
     """Names of the factors, and their values for each group."""
-    places = [(group.flops / group.images, group.images) for group in groups]
+    # One size is one number, whatever the length that it was divided by.
+    places = [
+        (float(f"{group.flops / group.images:.9g}"), group.images)
+        for group in groups
+    ]
     if all(len(set(values)) > 1 for values in zip(*places)) and places:
         return (SIZE, IMAGES), places
     return (FLOPS,), [(size * images,) for size, images in places]

@@ -174,9 +174,10 @@ def test_scores_do_not_depend_on_the_passes(served, captioner, contents):
     np.testing.assert_allclose(answer["log_likelihood"], expected, atol=1e-3)
 
 
-def test_a_captioner_that_fills_masks_scores_in_parallel():
+@pytest.mark.parametrize("ratio", [1.0, (0.0, 1.0)])
+def test_a_captioner_trained_in_parallel_scores_so(ratio):
     captioner = random_captioner.make_captioner(
-        masked_pred_prob=1.0, masking_ratio=(0.0, 1.0)
+        masked_pred_prob=1.0, masking_ratio=ratio
     )
     size = captioner.vision_encoder.image_size
     service = CaptionService(captioner, None, ImagePreprocessing(size))

@@ -230,6 +230,8 @@ class TestProcesses:
             ({"processes": 6}, "at most the 5 CPU cores"),
             ({"processes": 0}, "processes"),
             ({"processes": 2, "devices": ["0"]}, "give one of them"),
+            ({"processes": 2, "runner": "none"}, "goes with runner='local'"),
+            ({"slurm_options": ["--gres=gpu:1"]}, "goes with runner='slurm'"),
         ],
     )
     def test_what_cannot_be_shared_is_refused(

@@ -116,3 +116,15 @@ def test_of_a_better_metric_the_error_follows_the_law():
     assert prediction["predicted"] == pytest.approx(1 - flops**-0.1)
     low, high = prediction["interval"]
     assert low <= prediction["predicted"] + 1e-9 and high >= low
+
+
+def test_a_size_is_one_whatever_the_length():
+    """The FLOPs of a run, divided by its images, differ in the last digit."""
+    method = Method(name="ours", gin_files=["ours.gin"])
+    found = groups(
+        method, {"a": 0.1}, (3, 7, 30, 49), "nll_per_token", lambda *_: 1.0
+    )
+    sizes = {group.flops / group.images for group in found}
+    assert len(sizes) > 1
+    (one,) = scaling.scalings(study_of(method), found, ["nll_per_token"])
+    assert one.factors == ("FLOPs of training",)
