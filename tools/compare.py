@@ -7,10 +7,11 @@
 
 A study has methods, seeds, sizes and lengths; each combination is a cell, a run
 of tools/train.py with evaluations by tools/evaluate.py, in a process of its own
-below WORKDIR/cells. Run again, the command resumes where it was interrupted; a
-cell that failed is a row that says so, and is tried again. WORKDIR/report.html
-is a page that needs nothing else; the same figures are in report.json,
-cells.csv and figures/, and the table, which is printed, too, is in table.md.
+below WORKDIR/cells. Run again, the command resumes where it was interrupted. A
+cell that failed is a row that says so, and is tried again; the command fails
+then. WORKDIR/report.html is a page that needs nothing else; the same figures
+are in report.json, cells.csv and figures/, and the table, which is printed,
+too, is in table.md.
 
 --runner says where cells run: on this machine one after the other (local; one
 on each of --devices, or --processes at a time, each on its share of the CPU
@@ -152,7 +153,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     with console.errors_as_lines("compare"):
-        compare(flags.FLAGS)
+        rows = compare(flags.FLAGS)
+    failed = [row.cell.name for row in rows if row.state == "failed"]
+    if failed:
+        raise SystemExit(
+            f"compare: {len(failed)} of {len(rows)} cells failed: "
+            f"{', '.join(failed)}. Run it again to try them again."
+        )
 
 
 if __name__ == "__main__":

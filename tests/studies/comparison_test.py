@@ -17,6 +17,7 @@ from cappa_tf.studies.study import Method, Study, Transfer
 from cappa_tf.studies.table import Entry, mean_and_deviation
 from cappa_tf.training.reporting.summaries import Summaries
 from cappa_tf.utils import files
+from tools import compare as compare_tool
 
 pytest.importorskip("matplotlib", reason="pip install '.[study]'")
 
@@ -161,6 +162,16 @@ def test_a_cell_that_fails_is_a_row_that_says_so(tmp_path, programs):
     assert "ours-seed0: train: ValueError: no data" in page
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["table"][0]["metrics"]["fewshot/10_shot"]["seeds"] == 1
+
+
+def test_the_command_fails_if_a_cell_did(tmp_path, programs, monkeypatch):
+    programs.broken = "ours-seed0/run"
+    rows, _ = compare(tmp_path)
+    monkeypatch.setattr(compare_tool, "compare", lambda options: rows)
+    with pytest.raises(SystemExit, match="1 of 4 cells failed: ours-seed0"):
+        compare_tool.main(["compare"])
+    monkeypatch.setattr(compare_tool, "compare", lambda options: rows[1:])
+    compare_tool.main(["compare"])
 
 
 def test_a_cell_of_other_arguments_is_refused(tmp_path, programs):
