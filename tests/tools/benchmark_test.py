@@ -198,7 +198,13 @@ def test_memory_grows_on_a_line(rows, monkeypatch):
         # What a step takes, without making one.
         images = values.get("images", 3)
         size = 2**20 * (5 + 2 * images)
-        return {"bytes": size, "estimate": size, "seconds": images, "loss": 1}
+        estimate = 2**20 * 3 * images
+        return {
+            "bytes": size,
+            "estimate": estimate,
+            "seconds": images,
+            "loss": 1,
+        }
 
     monkeypatch.setattr(benchmarks, "in_a_process", in_this_process)
     found = rows(
@@ -216,6 +222,8 @@ def test_memory_grows_on_a_line(rows, monkeypatch):
     way = "mixed_bfloat16"
     slope = named(found, f"a further image, {way}", "MiB")["value"]
     assert slope == pytest.approx(2.0)
+    estimate = named(found, f"a further image, {way}, estimated", "MiB")
+    assert (estimate["value"], estimate["ratio"]) == (3.0, 1.5)
     middle = named(found, f"step of 2, {way}", "MiB")
     assert (middle["value"], middle["ratio"]) == (9.0, 1.0)
     assert named(found, f"step of 4, {way}", "ms/image")["ratio"] == 1.0
