@@ -28,6 +28,7 @@ _PUBLIC = {
     "Predictor": "cappa_tf.inference.predictor",
     "Pretrained": "cappa_tf.presets",
     "RunSettings": "cappa_tf.training.settings",
+    "SelfCriticalCaptioner": "cappa_tf.models.self_critical",
     "TextDecoder": "cappa_tf.models.text_decoder",
     "TextEncoder": "cappa_tf.models.text_encoder",
     "Tokenizer": "cappa_tf.data.tokenizer",

@@ -13,6 +13,7 @@ from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.contrastive import Contrastive
 from cappa_tf.models.contrastive_captioner import ContrastiveCaptioner
 from cappa_tf.models.contrastive_head import ContrastiveHead
+from cappa_tf.models.self_critical import SelfCriticalCaptioner
 from cappa_tf.models.text_decoder import TextDecoder
 from cappa_tf.models.text_encoder import TextEncoder
 from cappa_tf.models.vision_encoder import VisionEncoder
@@ -45,6 +46,23 @@ def make_model(size, **kwargs):
         ),
         masked_pred_prob=0.5,
         chunk_size=64,
+    )
+
+
+def make_self_critical(size, dropout=0.0, **kwargs):
+    """`make_model`'s captioner, trained on samples of its own.
+
+    Args:
+        size: Of the vocabulary.
+        dropout: Of both parts.
+        **kwargs: Arguments of `SelfCriticalCaptioner`.
+    """
+    small = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+    small["dropout"] = dropout
+    return SelfCriticalCaptioner(
+        VisionEncoder(patch_size=8, image_size=16, **small),
+        TextDecoder(size, LENGTH, **small),
+        **{"masked_pred_prob": 0.5, "chunk_size": 64, **kwargs},
     )
 
 

@@ -18,5 +18,6 @@ if keras.config.backend() == "tensorflow":
         classifier,
         contrastive,
         contrastive_captioner,
+        self_critical,
         text_decoder,
     )

@@ -529,11 +529,16 @@ class Captioner(Inference, Task):
         inputs = tf.where(parallel[:, None], masked, shifted)
         return inputs, predicted, weight
 
-    def _token_losses(self, hidden, labels, predicted=None):
+    def _token_losses(
+        self, hidden, labels, predicted=None, label_smoothing=None
+    ):
         """Loss and nll, each float32 [N, L], 0 where nothing is predicted.
 
-        `predicted` is bool [N, L], by default True for all but padding.
+        `predicted` is bool [N, L], by default True for all but padding. Only
+        the loss has a gradient.
         """
+        if label_smoothing is None:
+            label_smoothing = self.label_smoothing
         if predicted is None:
             predicted = labels != self.text_decoder.special_tokens.pad
         shape = tf.shape(labels)
@@ -543,7 +548,7 @@ class Captioner(Inference, Task):
             tf.reshape(labels, [-1]),
             tf.reshape(predicted, [-1]),
             *self.text_decoder.head_weights,
-            label_smoothing=self.label_smoothing,
+            label_smoothing=label_smoothing,
             chunk_size=self.chunk_size,
         )
         return tf.reshape(loss, shape), tf.reshape(nll, shape)

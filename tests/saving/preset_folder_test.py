@@ -82,8 +82,8 @@ def preset(whole, tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    "model contrastive contrastive_captioner bag_of_tokens classifier headless "
-    "encoder".split(),
+    "model self_critical contrastive contrastive_captioner bag_of_tokens "
+    "classifier headless encoder".split(),
 )
 def test_every_kind_of_model_comes_back(kind, tmp_path):
     model = make(kind)
