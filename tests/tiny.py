@@ -62,7 +62,12 @@ def make_self_critical(size, dropout=0.0, **kwargs):
     return SelfCriticalCaptioner(
         VisionEncoder(patch_size=8, image_size=16, **small),
         TextDecoder(size, LENGTH, **small),
-        **{"masked_pred_prob": 0.5, "chunk_size": 64, **kwargs},
+        **{
+            "masked_pred_prob": 0.5,
+            "chunk_size": 64,
+            "captioning_weight": 0.0,
+            **kwargs,
+        },
     )
 
 
