@@ -272,7 +272,7 @@ def test_nothing_half_written_is_left(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("include", ["quickstart", "flickr8k"])
+@pytest.mark.parametrize("include", ["quickstart", "clip_flickr8k"])
 def test_a_file_of_version_0_1_0_means_what_it_did(include, tmp_path):
     """By the old places of its modules, on the command line, too."""
     path = tmp_path / "mine.gin"
