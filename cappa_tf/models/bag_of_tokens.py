@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from cappa_tf.models import stateless_random
 from cappa_tf.models.contrastive import check_pooling
+from cappa_tf.models.counted_captions import counted_captions
 from cappa_tf.models.data_checks import (
     check_image_size,
     check_texts,
@@ -23,8 +24,6 @@ from cappa_tf.models.special_tokens import SpecialTokens
 from cappa_tf.models.task import ExampleLosses, Task
 from cappa_tf.utils.arguments import check_counts, check_integer
 
-# Captions that are tokenized at a time while they are counted.
-_CHUNK = 4096
 # Predictions among which the tokens of a caption are looked for.
 _PREDICTIONS = 10
 
@@ -114,28 +113,18 @@ class BagOfTokens(Task):
         Returns:
             A log line that says how many captions were counted.
         """
-        counts, documents, some = 0, 0, []
-        for captions in data.read_captions(self.counted_images):
-            some += captions
-            if len(some) >= _CHUNK:
-                counts = counts + self._count(data.tokenizer, some)
-                documents, some = documents + len(some), []
-        if some:
-            counts = counts + self._count(data.tokenizer, some)
-            documents += len(some)
-        if not documents:
-            raise ValueError(
-                "The training data must have captions to count. Received: "
-                f"{data.path} without any"
-            )
+        counts = documents = 0
+        for images in counted_captions(data, self.counted_images):
+            tokens = np.concatenate(images)  # [captions, L]
+            counts = counts + self._count(tokens)
+            documents += len(tokens)
         self.head.document_frequency.assign(counts)
         self.head.num_documents.assign([documents])
         return f"token frequencies counted over {documents:,} captions"
 
-    def _count(self, tokenizer, captions):
-        """The number of captions with each token, int64 [V]."""
+    def _count(self, tokens):
+        """The number of captions [N, L] with each token, int64 [V]."""
         size = self.vocabulary_size
-        tokens = np.asarray(tokenizer(captions), np.int64)  # [N, L]
         rows = np.arange(len(tokens))[:, None]
         once = np.unique(rows * size + tokens)
         return np.bincount(once % size, minlength=size)

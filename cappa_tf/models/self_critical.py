@@ -7,11 +7,11 @@ Abbreviations for dimensions:
 """
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from cappa_tf.models import generation, sampling, stateless_random
 from cappa_tf.models.captioner import Captioner
+from cappa_tf.models.counted_captions import counted_captions
 from cappa_tf.models.data_checks import check_without_prompts
 from cappa_tf.models.losses import cider
 from cappa_tf.models.task import ExampleLosses
@@ -22,8 +22,6 @@ from cappa_tf.utils.arguments import (
 )
 
 _SAMPLES_SALT = stateless_random.salt_of("self_critical/samples")
-# Images whose captions are tokenized at a time while they are counted.
-_CHUNK = 1024
 
 
 @keras.saving.register_keras_serializable("cappa_tf")
@@ -109,23 +107,10 @@ class SelfCriticalCaptioner(Captioner):
             A log line that says how many images were counted.
         """
         pad = self._special_tokens.pad
-        counts, documents, some = 0, 0, []
-        for captions in [*data.read_captions(self.counted_images), None]:
-            if captions:
-                some.append(captions)
-            if some and (captions is None or len(some) == _CHUNK):
-                flat = [caption for captions in some for caption in captions]
-                tokens = np.asarray(data.tokenizer(flat))
-                ends = np.cumsum([len(captions) for captions in some])
-                counts = counts + cider.count_documents(
-                    np.split(tokens, ends[:-1]), pad
-                )
-                documents, some = documents + len(some), []
-        if not documents:
-            raise ValueError(
-                "The training data must have captions to count. Received: "
-                f"{data.path} without any"
-            )
+        counts = documents = 0
+        for images in counted_captions(data, self.counted_images):
+            counts = counts + cider.count_documents(images, pad)
+            documents += len(images)
         self.rarity.frequencies.assign(counts)
         self.rarity.documents.assign([documents])
         return f"n-grams counted in the captions of {documents:,} images"
@@ -156,7 +141,9 @@ class SelfCriticalCaptioner(Captioner):
                 batch["labels"], encoded, seeds, training
             )
             figures = self._figures(parts, training)
+            tokens = losses.counts["tokens"] + figures.counts["tokens"]
             losses = losses.plus(figures.times(self.captioning_weight))
+            losses = losses._replace(counts={"tokens": tokens})
         return losses
 
     def _sampled_losses(self, references, encoded, seeds):

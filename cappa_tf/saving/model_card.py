@@ -20,6 +20,10 @@ _MACRO = re.compile(r"^(\w+) = (.+)$", re.MULTILINE)
 # Class -> (what it is, the Hub's name of the task).
 _KINDS = {
     "Captioner": ("image captioner", "image-to-text"),
+    "SelfCriticalCaptioner": (
+        "image captioner, trained on captions of its own",
+        "image-to-text",
+    ),
     "ContrastiveCaptioner": (
         "image captioner with contrastive towers",
         "image-to-text",
@@ -33,6 +37,7 @@ _KINDS = {
 _ENCODER = ("vision encoder", "image-feature-extraction")
 _METHODS = {
     "Captioner": 'model.caption(["photo.jpg"])  # ["..."]',
+    "SelfCriticalCaptioner": 'model.caption(["photo.jpg"])  # ["..."]',
     "ContrastiveCaptioner": 'model.caption(["photo.jpg"])  # ["..."]',
     "Contrastive": 'model.classify(["photo.jpg"], ["dog", "cat"])',
     "Classifier": 'model.classify(["photo.jpg"])',

@@ -63,6 +63,17 @@ def test_a_reference_of_padding_does_not_count():
     np.testing.assert_array_equal(alone, 0.0)
 
 
+def test_until_captions_are_counted_all_ngrams_weigh_alike():
+    random = np.random.RandomState(2)
+    references, found = captions(random, (4, 2)), captions(random, (4, 3))
+    table = tf.zeros([cider.ORDERS, cider.BUCKETS])
+    scores = cider.cider_d(found, references, table, tf.zeros([]), pad=0)
+    assert np.isfinite(scores).all() and np.std(scores) > 0.0
+    whole = np.array([[[2, 3, 4, 5, 2, 1, 0, 0]]], "int32")
+    itself = cider.cider_d(whole, whole, table, tf.zeros([]), pad=0)
+    np.testing.assert_allclose(itself, [[10.0]], rtol=1e-5)
+
+
 @pytest.fixture(name="batch")
 def _batch():
     random = np.random.RandomState(0)
@@ -157,6 +168,11 @@ def test_the_captioning_loss_is_added(batch):
     _, of_samples = gradients(only, batch)
     losses, found = gradients(both, batch)
     assert "sampled/cider" in losses.metrics
+    of_both = (
+        only.example_losses(batch, True).counts["tokens"]
+        + plain.example_losses(batch, True).counts["tokens"]
+    )
+    np.testing.assert_array_equal(losses.counts["tokens"], of_both)
     assert "autoregressive/loss" in losses.metrics
     for one, captioning, sampled in zip(
         found, of_captions, of_samples, strict=True

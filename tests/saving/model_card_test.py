@@ -54,6 +54,15 @@ def test_other_data(tmp_path, value, wanted):
     assert write(tmp_path, f"DATA = {value}\n") == wanted
 
 
+@pytest.mark.parametrize("kind", ["model", "self_critical"])
+def test_a_captioner_captions(kind):
+    model = getattr(tiny, f"make_{kind}")(40)
+    model.build()
+    text = model_card.card(model, {}, IMAGE, None)
+    assert "pipeline_tag: image-to-text" in text
+    assert "model.caption(" in text
+
+
 def test_nothing_known_is_said(tmp_path):
     assert model_card.run_facts(str(tmp_path)) == {}
     model = tiny.make_contrastive(40)

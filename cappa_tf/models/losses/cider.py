@@ -2,7 +2,7 @@
 
 `evaluation.caption_metrics` scores the words of texts, as is commonly reported;
 this is the same formula on tokens, fast enough for every training step. n-grams
-are hashed: where two share a hash, both count as the more frequent one.
+are hashed: those that share an entry of the table count as often as all of it.
 
 Abbreviations for dimensions:
     B: batch (of images).      S: sampled captions per image.
@@ -34,16 +34,11 @@ def count_documents(tokens, pad):
         int64 [ORDERS, BUCKETS].
     """
     image = np.repeat(np.arange(len(tokens)), [len(some) for some in tokens])
-    rows = np.concatenate(tokens).astype(np.int64)  # [captions, L]
+    rows = tf.constant(np.concatenate(tokens))  # [captions, L]
     counts = []
     for n in range(1, ORDERS + 1):
-        ends = np.pad(rows, [(0, 0), (0, n - 1)], constant_values=pad)
-        hashed = np.zeros_like(rows)
-        for i in range(n):
-            token = ends[:, i : i + rows.shape[1]]
-            hashed = (hashed * _BASE + token + 1) % _PRIME
-        real = token != pad  # The last one, so all of them are.
-        of_image = np.broadcast_to(image[:, None], rows.shape)[real]
+        hashed, real = (x.numpy() for x in _ngrams(rows, n, pad))
+        of_image = np.broadcast_to(image[:, None], real.shape)[real]
         once = np.unique(of_image * BUCKETS + hashed[real] % BUCKETS)
         counts.append(np.bincount(once % BUCKETS, minlength=BUCKETS))
     return np.stack(counts)
@@ -58,7 +53,8 @@ def cider_d(captions, references, frequencies, documents, pad):
         references: int32 [B, K, M], padded; one that is all padding does not
             count.
         frequencies: float32 [ORDERS, BUCKETS], from `count_documents`.
-        documents: float32 scalar, the number of images counted.
+        documents: float32 scalar, the number of images counted; as long as it
+            is 0, all n-grams weigh alike.
         pad: Id of the padding.
 
     Returns:
@@ -69,8 +65,8 @@ def cider_d(captions, references, frequencies, documents, pad):
     similarity = 0.0
     for n in range(1, ORDERS + 1):
         similarity += _similarity(
-            *_ngrams(captions, n, pad),
-            *_ngrams(references, n, pad),
+            *_ngrams(tf.convert_to_tensor(captions), n, pad),
+            *_ngrams(tf.convert_to_tensor(references), n, pad),
             frequencies[n - 1],
             documents,
         )
@@ -88,10 +84,12 @@ def cider_d(captions, references, frequencies, documents, pad):
 def _ngrams(tokens, n, pad):
     """Hashes int64 and whether they are real, both [..., L], of n-grams.
 
-    The one at position i begins there.
+    The one at position i begins there; it is real if its last token is, as
+    padding comes last.
     """
     length = tf.shape(tokens)[-1]
-    tokens = tf.pad(tokens, [[0, 0], [0, 0], [0, n - 1]], constant_values=pad)
+    room = [[0, 0]] * (tokens.shape.rank - 1) + [[0, n - 1]]
+    tokens = tf.pad(tokens, room, constant_values=pad)
     hashed = tf.zeros([], tf.int64)
     for i in range(n):
         token = tf.cast(tokens[..., i : i + length], tf.int64)
@@ -104,7 +102,8 @@ def _similarity(hashed, real, wanted, wanted_real, frequencies, documents):
 
     def squared_idf(hashes, real):
         found = tf.gather(frequencies, hashes % BUCKETS)
-        idf = tf.math.log(documents) - tf.math.log(tf.maximum(found, 1.0))
+        idf = tf.math.log(tf.maximum(documents, 1.0) / tf.maximum(found, 1.0))
+        idf = tf.where(documents > 0.0, idf, 1.0)
         return tf.where(real, idf**2, 0.0)
 
     def count(ones, others, real):
