@@ -2,7 +2,7 @@
 
 `evaluation.caption_metrics` scores the words of texts, as is commonly reported;
 this is the same formula on tokens, fast enough for every training step. n-grams
-are hashed: those that share an entry of the table count as often as all of it.
+are hashed: those that share an entry of the table share its count.
 
 Abbreviations for dimensions:
     B: batch (of images).      S: sampled captions per image.
