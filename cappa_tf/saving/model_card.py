@@ -21,7 +21,7 @@ _MACRO = re.compile(r"^(\w+) = (.+)$", re.MULTILINE)
 _KINDS = {
     "Captioner": ("image captioner", "image-to-text"),
     "SelfCriticalCaptioner": (
-        "image captioner, trained on captions of its own",
+        "self-critical image captioner",
         "image-to-text",
     ),
     "ContrastiveCaptioner": (
