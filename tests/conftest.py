@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import os
 import pathlib
 
@@ -13,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import tensorflow as tf
+from tensorflow.python.framework import ops
 
 # Two devices for tests of several replicas; possible only before the first op.
 tf.config.set_logical_device_configuration(
@@ -27,14 +29,31 @@ tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+# pytest and the tests each import this file, so it may be wrapped already.
+_init_strategy = inspect.unwrap(tf.distribute.MirroredStrategy.__init__)
+
+
+@functools.wraps(_init_strategy)
+def _refuse_strategy(self, *args, **kwargs):
+    raise AssertionError("Tests share the strategy of conftest.two_devices().")
+
+
+tf.distribute.MirroredStrategy.__init__ = _refuse_strategy
+
+
 @functools.cache
 def two_devices():
     """The strategy over both devices, shared by all tests.
 
     Each strategy numbers its collective operations from the start, so those of
-    a second one in the same process would meet the numbers of the first.
+    a second one in the same process would meet the numbers of the first: they
+    give wrong sums, or wait for each other for ever.
     """
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tf.distribute.MirroredStrategy, "__init__", _init_strategy
+        )
+        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 def shared_data(name):
@@ -68,6 +87,22 @@ def shared_reference(name):
 def pytest_collection_finish():
     """What was imported is not searched by each collection of garbage."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_graphs():
+    """Frees the graphs that the tests of a file have traced.
+
+    TensorFlow keeps the gradient of each use of `tf.custom_gradient` in a graph
+    under a name of its own, and with it the graph: gigabytes over all tests.
+    """
+    registry = ops.gradient_registry._registry
+    known = set(registry)
+    yield
+    for name in registry.keys() - known:
+        if name.startswith("CustomGradient-"):
+            del registry[name]
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
+from conftest import two_devices
 
 from cappa_tf.models.losses import cider
 from cappa_tf.saving.run_folder import load_model
+from cappa_tf.training import train
+from cappa_tf.training.distribution.strategies import make_strategy
 from cappa_tf.training.optimizers.sgd import SGD
 
 V, L = 7, 8
@@ -227,14 +230,15 @@ def test_a_run_counts_once_and_resumes_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-def test_replicas_and_microbatches_make_the_same_step(tmp_path):
+def test_replicas_and_microbatches_make_the_same_step(tmp_path, monkeypatch):
     size = tiny.vocabulary(tmp_path)[1]
     found = []
-    for name, options in (
-        ("plain", {}),
-        ("replicas", {"strategy": "mirrored", "devices": ["CPU:0", "CPU:1"]}),
-        ("microbatches", {"accumulation_steps": 2}),
+    for name, strategy, options in (
+        ("plain", make_strategy("one"), {}),
+        ("replicas", two_devices(), {}),
+        ("microbatches", make_strategy("one"), {"accumulation_steps": 2}),
     ):
+        monkeypatch.setattr(train, "make_strategy", lambda *_, s=strategy: s)
         tiny.run(
             tmp_path,
             model=lambda: tiny.make_self_critical(size, num_samples=2),
