@@ -12,6 +12,7 @@ Abbreviations for dimensions:
 import keras
 from keras import ops
 
+from cappa_tf.models.linear import linear
 from cappa_tf.models.norms import RMSNorm
 from cappa_tf.models.positions import rotate
 from cappa_tf.utils.arguments import (
@@ -220,8 +221,8 @@ def _as_one_product(layer, x):
         `layer(x)`, but for rounding.
     """
     batch, length, *rest = ops.shape(x)
-    y = layer(ops.reshape(x, (1, batch * length, *rest)))
-    return ops.reshape(y, (batch, length, *ops.shape(y)[2:]))
+    y = linear(layer, ops.reshape(x, (batch * length, *rest)))
+    return ops.reshape(y, (batch, length, *ops.shape(y)[1:]))
 
 
 @keras.saving.register_keras_serializable("cappa_tf")

@@ -8,8 +8,10 @@ Abbreviations for dimensions:
 """
 
 import keras
+from keras import ops
 
 from cappa_tf.models.block_style import BlockStyle
+from cappa_tf.models.linear import linear
 from cappa_tf.models.stateless_random import StatelessDropout
 from cappa_tf.utils.arguments import (
     check_bool,
@@ -90,14 +92,22 @@ class MLP(keras.layers.Layer):
             seeds: uint32 [B], dropout seeds, as in `StatelessDropout`.
             training: Whether to apply dropout.
         """
-        hidden = self._expand(x)
+        shape = ops.shape(x)
+        rows = ops.reshape(x, (-1, shape[-1]))
+        hidden = linear(self._expand, rows)
+        fused = self.use_bias and not training
         if self.style.gated_mlp:
-            hidden = self.style.activate(self._gate(x)) * hidden
+            gate = linear(self._gate, rows)
+            hidden = self.style.activate(gate, fused) * hidden
         else:
-            hidden = self.style.activate(hidden)
+            hidden = self.style.activate(hidden, fused)
         if self.style.post_norm:
             hidden = self._norm(hidden)
-        return self._project(self._dropout(hidden, seeds, training=training))
+        if training:
+            hidden = ops.reshape(hidden, (*shape[:-1], self.mlp_dim))
+            hidden = self._dropout(hidden, seeds, training=True)
+            hidden = ops.reshape(hidden, (-1, self.mlp_dim))
+        return ops.reshape(linear(self._project, hidden), shape)
 
     def compute_output_shape(self, input_shape, *unused, **also_unused):
         """The shape of the input."""

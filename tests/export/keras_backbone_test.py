@@ -219,7 +219,9 @@ def test_what_only_pretraining_needs_stays_behind(tmp_path):
     assert encoder.dtype_policy.name == "float32"
     # `fit` passes training=True and no seeds.
     plain, training = encoder(images()), encoder(images(), training=True)
-    np.testing.assert_array_equal(plain["encoded"], training["encoded"])
+    np.testing.assert_allclose(
+        plain["encoded"], training["encoded"], rtol=1e-5, atol=1e-5
+    )
     half = cappa_tf.load_backbone(path, dtype="mixed_bfloat16")
     np.testing.assert_array_equal(
         np.asarray(half(images())["encoded"], "float32"),
