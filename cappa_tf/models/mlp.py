@@ -75,6 +75,7 @@ class MLP(keras.layers.Layer):
         self._expand.build((None, None, width))
         hidden = (None, None, self.mlp_dim)
         self._project.build(hidden)
+        self._dropout.build(hidden)  # `quantize` wants that of every layer.
         if self.style.gated_mlp:
             self._gate = keras.layers.Dense(self.mlp_dim, name="gate", **args)
             self._gate.build((None, None, width))
