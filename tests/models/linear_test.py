@@ -1,6 +1,7 @@
 """Products as TensorFlow fuses them are those of Keras' layers."""
 
-import platform
+import os
+import pathlib
 
 import keras
 import numpy as np
@@ -12,6 +13,17 @@ from cappa_tf.models.linear import linear
 from cappa_tf.models.mlp import MLP
 
 D, E, H, C = 6, 10, 2, 5
+
+
+def has_onednn():
+    """Whether TensorFlow uses oneDNN by itself, for bfloat16 as well.
+
+    It depends on the processor, and the setting is read before any test.
+    """
+    cpus = pathlib.Path("/proc/cpuinfo")
+    flags = cpus.read_text() if cpus.exists() else ""
+    wanted = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") == "1"
+    return wanted and "avx512_bf16" in flags
 
 
 def built(kind, bias, dtype="float32"):
@@ -48,6 +60,18 @@ def test_has_the_layers_precision(kind):
     assert linear(layer, rows).dtype == tf.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["dense", "heads"])
+def test_low_rank_updates_count(kind):
+    layer, rows = built(kind, True)
+    before = linear(layer, rows)
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(tf.random.normal(layer.lora_kernel_b.shape))
+    expected = layer(rows) if kind == "dense" else layer(rows[None])[0]
+    found = linear(layer, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(found - before).max() > 0.1
+
+
 def test_quantized_layers_stay_so():
     layer, rows = built("dense", True)
     exact = linear(layer, rows)
@@ -66,9 +90,7 @@ def grappler():
     tf.config.optimizer.set_experimental_options({option: True})
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="needs oneDNN"
-)
+@pytest.mark.skipif(not has_onednn(), reason="needs oneDNN for bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_an_mlp_is_two_fused_products(grappler, dtype):
     """In inference; the gradient needs the input of the gelu."""
