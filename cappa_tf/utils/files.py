@@ -82,12 +82,20 @@ def isfile(path):
     return os.path.isfile(path)
 
 
-def listdir(path):
-    """Names of the files and folders in a folder."""
-    if not is_remote(path):
-        return os.listdir(path)
-    # Names of folders in a bucket end with a slash.
-    return [name.rstrip("/") for name in _ask("listdir", path)]
+def listdir(path, unfinished=False):
+    """Names of the files and folders in a folder.
+
+    Args:
+        path: The folder.
+        unfinished: Whether temporary names are among them. Their files may be
+            half written, and gone the next moment.
+    """
+    if is_remote(path):
+        # Names of folders in a bucket end with a slash.
+        names = [name.rstrip("/") for name in _ask("listdir", path)]
+    else:
+        names = os.listdir(path)
+    return [n for n in names if unfinished or not n.startswith(UNFINISHED)]
 
 
 def makedirs(path):
@@ -349,7 +357,7 @@ def temporary_name(path):
 
 def remove_abandoned(path):
     """Deletes temporary files that killed processes of this host have left."""
-    for name in listdir(path):
+    for name in listdir(path, unfinished=True):
         if not name.startswith(_of_this_host()):
             continue
         if _is_running(name.removeprefix(_of_this_host()).split("-")[0]):
@@ -422,9 +430,10 @@ def check_folder(path):
     probe = temporary_name(os.path.join(path, "probe"))
     for content in (b"1", b"2"):
         write_bytes(probe, content)
-    found = read_bytes(probe), os.path.basename(probe) in listdir(path)
+    is_listed = os.path.basename(probe) in listdir(path, unfinished=True)
+    found = read_bytes(probe)
     remove(probe)
-    if found != (b"2", True):
+    if (found, is_listed) != (b"2", True):
         raise OSError(f"a replaced file does not have its new content: {path}")
 
 

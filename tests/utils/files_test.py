@@ -39,15 +39,15 @@ def test_a_file_is_written_replaced_and_read(place):
     )
     assert json.loads(files.read_text(path)) == {"ä": [1, None]}
     folder = os.path.dirname(path)
-    assert files.listdir(folder) == ["file.json"]
+    assert files.listdir(folder, unfinished=True) == ["file.json"]
     assert files.isfile(path) and not files.isdir(path)
     assert files.isdir(folder) and not files.isfile(folder)
-    assert files.listdir(os.path.dirname(folder)) == ["folder"]
+    assert files.listdir(os.path.dirname(folder), unfinished=True) == ["folder"]
     files.write_bytes(path, b"a\r\nb\rc\n")
     assert files.read_text(path) == "a\nb\nc\n"
     files.rename(path, os.path.join(folder, "other"))
     files.remove(os.path.join(folder, "other"))
-    assert files.listdir(folder) == []
+    assert files.listdir(folder, unfinished=True) == []
     files.rmtree(folder)
     assert not files.isdir(folder)
 
@@ -62,7 +62,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(place):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(path, float("nan"))
     assert files.read_text(path) == "old"
-    assert files.listdir(place) == ["file.txt"]
+    assert files.listdir(place, unfinished=True) == ["file.txt"]
 
 
 def test_a_writer_to_disks_reaches_any_file_system(place):
@@ -73,7 +73,7 @@ def test_a_writer_to_disks_reaches_any_file_system(place):
             file.write(b"model")
         assert not files.exists(path)
     assert files.read_bytes(path) == b"model"
-    assert files.listdir(place) == ["model.keras"]
+    assert files.listdir(place, unfinished=True) == ["model.keras"]
 
 
 def test_a_file_right_below_the_root_of_a_file_system():
@@ -113,11 +113,11 @@ def test_a_folder_is_written_whole(place):
     with pytest.raises(KeyError), files.replacing_folder(path) as unfinished:
         write(unfinished)
         raise KeyError
-    assert files.listdir(place) == []
+    assert files.listdir(place, unfinished=True) == []
     with files.replacing_folder(path) as unfinished:
         write(unfinished)
         assert not files.exists(path)
-    assert files.listdir(place) == ["model.d"]
+    assert files.listdir(place, unfinished=True) == ["model.d"]
     assert files.read_text(os.path.join(path, "graph")) == "graph"
     below = os.path.join(path, "variables", "data")
     assert files.read_text(below) == "variables/data"
@@ -193,7 +193,7 @@ def test_a_folder_in_which_files_cannot_be_replaced(monkeypatch):
             patch.setattr(tf.io.gfile, name, double)
             with pytest.raises(OSError, match=reason):
                 files.check_folder(path)
-        assert files.listdir(path) == []
+        assert files.listdir(path, unfinished=True) == []
 
 
 def test_what_a_killed_process_left_goes(place):
@@ -202,7 +202,18 @@ def test_what_a_killed_process_left_goes(place):
     for path in (mine, theirs, os.path.join(f"{theirs}-folder", "file")):
         files.write_text(path, "half")
     files.remove_abandoned(place)
-    assert files.listdir(place) == [os.path.basename(mine)]
+    assert files.listdir(place, unfinished=True) == [os.path.basename(mine)]
+
+
+def test_a_folder_is_listed_without_what_is_being_written(place):
+    path = os.path.join(place, "done.json")
+    files.write_json(path, 1)
+    with files.replacing(path) as unfinished:
+        with open(unfinished, "w") as file:
+            file.write("ha")
+        files.write_text(files.temporary_name(path), "half")
+        assert files.listdir(place) == ["done.json"]
+        assert len(files.listdir(place, unfinished=True)) > 1
 
 
 def test_a_file_grows_by_lines(place):

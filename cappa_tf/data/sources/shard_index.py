@@ -347,6 +347,13 @@ def find_files(path, split, suffix):
                     f"The names of shards must be UTF-8. Received: {name}, "
                     "which matches others as well"
                 ) from None
+            # As in a shell: among them are files that are being written.
+            if not os.path.basename(name).startswith("."):
+                matches = [
+                    path
+                    for path in matches
+                    if not os.path.basename(path).startswith(".")
+                ]
             found += sorted(matches)
             if not matches:
                 absent.append(name)

@@ -239,6 +239,20 @@ def test_ways_to_name_shards(shards):
         assert found.root == str(shards)
 
 
+def test_hidden_files_are_no_shards(shards):
+    found = shard_index.find_files(shards, "train", ".tar").paths
+    below = shards / "train"
+    below.mkdir()
+    for path in found:
+        os.rename(path, below / os.path.basename(path))
+    (below / "._train-0.tar").write_text("of macOS")
+    (below / ".incomplete-host-1-a.tar").write_text("half")
+    there = shard_index.find_files(shards, "train", ".tar").paths
+    assert [os.path.basename(path) for path in there] == [
+        os.path.basename(path) for path in found
+    ]
+
+
 def test_no_records_at_all(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match="must hold records.*damaged shard"):
