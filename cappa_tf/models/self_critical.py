@@ -1,4 +1,4 @@
-"""Captioner that is fine-tuned for the CIDEr of the captions it samples.
+"""Captioner that is fine-tuned for the scores of the captions it samples.
 
 Abbreviations for dimensions:
     B: batch (of images).      K: captions per image.
@@ -13,7 +13,7 @@ from cappa_tf.models import generation, sampling, stateless_random
 from cappa_tf.models.captioner import Captioner
 from cappa_tf.models.counted_captions import counted_captions
 from cappa_tf.models.data_checks import check_without_prompts
-from cappa_tf.models.losses import cider
+from cappa_tf.models.losses import bleu, cider
 from cappa_tf.models.task import ExampleLosses
 from cappa_tf.utils.arguments import (
     check_counts,
@@ -29,9 +29,10 @@ class SelfCriticalCaptioner(Captioner):
     """Captioner trained on its own samples: those of high CIDEr get likelier.
 
     For each image some captions are sampled left to right. Each one's reward is
-    its CIDEr-D against the captions of the image, and the gradient that of the
-    expected reward (REINFORCE); its baseline is the mean reward of the image's
-    other samples. Samples are of the decoder without dropout, as in inference.
+    its CIDEr-D against the captions of the image, and, if it has a weight, its
+    BLEU-4; the gradient is that of the expected reward (REINFORCE), with the
+    mean reward of the image's other samples as the baseline. Samples are of the
+    decoder without dropout, as in inference.
 
     It is meant for a captioner that is trained already: one that knows nothing
     samples nothing that is worth a reward. Captions become more like the
@@ -42,6 +43,8 @@ class SelfCriticalCaptioner(Captioner):
         text_decoder: As in `Captioner`.
         num_samples: S, at least 2; 0 trains as `Captioner` does, as in the
             first stage of a run.
+        bleu_weight: Weight of BLEU-4, in [0, 1], in a reward where CIDEr-D, in
+            [0, 10], has the weight 1.
         captioning_weight: Weight of `Captioner`'s loss, which is added. With 0
             captions lose their grammar to n-grams that are often right.
         counted_images: Number of training images whose captions `prepare`
@@ -49,14 +52,19 @@ class SelfCriticalCaptioner(Captioner):
         **kwargs: Further arguments of `Captioner`.
 
     Reference: arXiv 1612.00563 (self-critical sequence training); arXiv
-    2003.09971 for the baseline. Deviation: CIDEr-D is that of tokens, eos among
-    them, not of words.
+    2003.09971 for the baseline. Deviation: the scores are those of tokens, eos
+    among them, not of words.
     """
 
-    short_names = {**Captioner.short_names, "sampled/cider": "cider"}
+    short_names = {
+        **Captioner.short_names,
+        "sampled/cider": "cider",
+        "sampled/bleu_4": "bleu",
+    }
     _ARGUMENTS = (
         *Captioner._ARGUMENTS,
         "num_samples",
+        "bleu_weight",
         "captioning_weight",
         "counted_images",
     )
@@ -67,12 +75,14 @@ class SelfCriticalCaptioner(Captioner):
         text_decoder,
         *,
         num_samples=5,
+        bleu_weight=0.0,
         captioning_weight=1.0,
         counted_images=100_000,
         **kwargs,
     ):
         super().__init__(vision_encoder, text_decoder, **kwargs)
         check_integer("num_samples", num_samples, 0)
+        check_number("bleu_weight", bleu_weight)
         check_number("captioning_weight", captioning_weight)
         check_counts(counted_images=counted_images)
         if num_samples == 1:
@@ -87,6 +97,7 @@ class SelfCriticalCaptioner(Captioner):
                 f"masked_pred_prob={self.masked_pred_prob}"
             )
         self.num_samples = num_samples
+        self.bleu_weight = bleu_weight
         self.captioning_weight = captioning_weight
         self.counted_images = counted_images
         self.rarity = NgramRarity(name="rarity")
@@ -129,7 +140,8 @@ class SelfCriticalCaptioner(Captioner):
             training: Whether to sample; if not, as `Captioner`.
 
         Returns:
-            `ExampleLosses`, whose metric `sampled/cider` is the mean reward.
+            `ExampleLosses`, with the metrics `sampled/cider` and, if it is
+            rewarded, `sampled/bleu_4`: means over the samples.
         """
         if not training or not self.num_samples:
             return super().example_losses(batch, training)
@@ -150,13 +162,20 @@ class SelfCriticalCaptioner(Captioner):
         """The loss of the samples, whose gradient is that of the reward."""
         samples = self._sample(tf.stop_gradient(encoded), seeds)  # [B, S, L]
         pad = self._special_tokens.pad
-        rewards = cider.cider_d(
-            samples,
-            references,
-            tf.convert_to_tensor(self.rarity.frequencies),
-            tf.convert_to_tensor(self.rarity.documents)[0],
-            pad,
-        )
+        scores = {
+            "sampled/cider": cider.cider_d(
+                samples,
+                references,
+                tf.convert_to_tensor(self.rarity.frequencies),
+                tf.convert_to_tensor(self.rarity.documents)[0],
+                pad,
+            )
+        }
+        rewards = scores["sampled/cider"]  # [B, S]
+        if self.bleu_weight:
+            found = bleu.bleu_4(samples, references, pad)
+            scores["sampled/bleu_4"] = found
+            rewards += self.bleu_weight * found
         others = tf.reduce_sum(rewards, 1, keepdims=True) - rewards
         advantage = rewards - others / (self.num_samples - 1)  # [B, S]
         flat = tf.reshape(samples, [-1, samples.shape[2]])  # [N, L]
@@ -170,7 +189,10 @@ class SelfCriticalCaptioner(Captioner):
         real = tf.cast(samples != pad, tf.float32)
         return ExampleLosses(
             tf.reduce_mean(tf.stop_gradient(advantage) * nll, 1),
-            {"sampled/cider": (tf.reduce_mean(rewards, 1), ones)},
+            {
+                name: (tf.reduce_mean(score, 1), ones)
+                for name, score in scores.items()
+            },
             {"tokens": tf.reduce_sum(real, [1, 2])},
         )
 

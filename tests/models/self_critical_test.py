@@ -1,4 +1,4 @@
-"""CIDEr of samples against pycocoevalcap, and the gradient of the reward."""
+"""Scores of samples against pycocoevalcap, and the gradient of the reward."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ import tensorflow as tf
 import tiny
 from conftest import two_devices
 
-from cappa_tf.models.losses import cider
+from cappa_tf.models.losses import bleu, cider
 from cappa_tf.saving.run_folder import load_model
 from cappa_tf.training import train
 from cappa_tf.training.distribution.strategies import make_strategy
@@ -32,6 +32,10 @@ def counted(references):
     )
 
 
+def words(tokens):
+    return " ".join(f"t{token}" for token in tokens if token != 0)
+
+
 def test_cider_equals_pycocoevalcap():
     """Of tokens as words, with the references as the corpus."""
     scorer = pytest.importorskip(
@@ -43,9 +47,6 @@ def test_cider_equals_pycocoevalcap():
     found[0, 0] = references[0, 0, : L - 1]
     scores = cider.cider_d(found, references, *counted(references), pad=0)
 
-    def words(tokens):
-        return " ".join(f"t{token}" for token in tokens if token != 0)
-
     wanted = {i: [*map(words, some)] for i, some in enumerate(references)}
     for sample in range(3):
         texts = {i: [words(some[sample])] for i, some in enumerate(found)}
@@ -53,11 +54,41 @@ def test_cider_equals_pycocoevalcap():
         np.testing.assert_allclose(scores[:, sample], each, rtol=1e-4)
 
 
+def test_bleu_has_the_counts_of_pycocoevalcap():
+    """With one match and one n-gram more for 2 to 4 tokens."""
+    scorer = pytest.importorskip(
+        "pycocoevalcap.bleu.bleu_scorer", reason="pip install '.[eval]'"
+    )
+    random = np.random.RandomState(0)
+    references = captions(random, (30, 3))
+    found = captions(random, (30, 2), L - 1)
+    found[0, 0] = references[0, 0, : L - 1]
+    scores = bleu.bleu_4(found, references, pad=0)
+    more = np.array([0, 1, 1, 1])
+    for image, some in enumerate(found):
+        cooked = scorer.cook_refs([*map(words, references[image])], "closest")
+        for sample, tokens in enumerate(some):
+            counts = scorer.cook_test(words(tokens), cooked, "closest")
+            precisions = (counts["correct"] + more) / (counts["guess"] + more)
+            closest = min(
+                cooked[0], key=lambda n: (abs(n - counts["testlen"]), n)
+            )
+            penalty = min(0.0, 1 - closest / counts["testlen"])
+            wanted = np.prod(precisions) ** 0.25 * np.exp(penalty)
+            np.testing.assert_allclose(scores[image, sample], wanted, rtol=1e-5)
+    assert 0.0 < np.min(scores) < 0.5 < np.max(scores) <= 1.0
+
+
 def test_a_reference_of_padding_does_not_count():
     random = np.random.RandomState(1)
     references, found = captions(random, (4, 2)), captions(random, (4, 3))
     table = counted(references)
     more = np.concatenate([references, np.zeros((4, 1, L), "int32")], axis=1)
+    np.testing.assert_array_equal(
+        bleu.bleu_4(found, more, pad=0), bleu.bleu_4(found, references, pad=0)
+    )
+    alone = bleu.bleu_4(found, np.zeros((4, 1, L), "int32"), pad=0)
+    np.testing.assert_array_equal(alone, 0.0)
     np.testing.assert_array_equal(
         cider.cider_d(found, more, *table, pad=0),
         cider.cider_d(found, references, *table, pad=0),
@@ -110,9 +141,10 @@ def gradients(model, batch):
     return losses, [tf.convert_to_tensor(g).numpy() for g in found]
 
 
-def test_the_gradient_is_that_of_the_expected_reward(batch):
+@pytest.mark.parametrize("bleu_weight", [0.0, 3.0])
+def test_the_gradient_is_that_of_the_expected_reward(batch, bleu_weight):
     """Mean over samples of (reward - mean of the others) * grad(-log p)."""
-    model = make(batch, num_samples=6)
+    model = make(batch, num_samples=6, bleu_weight=bleu_weight)
     losses, found = gradients(model, batch)
     seeds = model._example_seeds(batch, True)
     samples = model._sample(model.encode(batch["image"]), seeds)
@@ -122,6 +154,12 @@ def test_the_gradient_is_that_of_the_expected_reward(batch):
     assert rewards.std() > 0.1
     mean, _ = losses.metrics["sampled/cider"]
     np.testing.assert_allclose(mean, rewards.mean(1), rtol=1e-5)
+    assert ("sampled/bleu_4" in losses.metrics) == bool(bleu_weight)
+    if bleu_weight:
+        scores = bleu.bleu_4(samples, batch["labels"], pad=0).numpy()
+        mean, _ = losses.metrics["sampled/bleu_4"]
+        np.testing.assert_allclose(mean, scores.mean(1), rtol=1e-5)
+        rewards += bleu_weight * scores
     advantage = np.stack(
         [
             rewards[:, i] - np.delete(rewards, i, 1).mean(1)
@@ -186,7 +224,7 @@ def test_the_captioning_loss_is_added(batch):
 
 
 def test_training_raises_the_reward(batch):
-    model = make(batch, num_samples=16)
+    model = make(batch, num_samples=16, bleu_weight=1.0)
     optimizer = keras.optimizers.Adam(0.02)
     optimizer.build(model.trainable_variables)
 
@@ -260,6 +298,7 @@ def test_replicas_and_microbatches_make_the_same_step(tmp_path, monkeypatch):
         ({"num_samples": 1}, "0 or at least 2"),
         ({"masked_pred_prob": 1.0}, "masked_pred_prob=1.0"),
         ({"captioning_weight": -1.0}, "captioning_weight"),
+        ({"bleu_weight": -1.0}, "bleu_weight"),
     ],
 )
 def test_what_cannot_work_is_refused(kwargs, message):
