@@ -2,7 +2,8 @@
 
 A step's time is the sum of three parts, none of which hides another:
 
-    products   FLOPs of matrix products / (peak * what of it is reached)
+    products   FLOPs of matrix products / (peak * what of it is reached); those
+               of the update are of float32
     memory     bytes that all other operations read and write, and the update
                of the weights / (bandwidth * what of it is reached)
     network    ring all-reduce of the gradients, 2 (n - 1) / n of their bytes,
@@ -78,6 +79,7 @@ class Work:
         traffic: Bytes that the other operations move per example.
         fixed_traffic: Further ones per microbatch.
         update_traffic: Bytes that the optimizer's update moves per step.
+        update_flops: FLOPs of its matrix products, which are of float32.
         gradients: Bytes of gradients that devices exchange per step.
         gathered: Bytes that they gather per example.
         memory: Bytes of memory per example of a microbatch.
@@ -89,6 +91,7 @@ class Work:
     traffic: float
     fixed_traffic: float
     update_traffic: float
+    update_flops: float
     gradients: float
     gathered: float
     memory: float
@@ -106,7 +109,8 @@ class Step:
         bytes: Bytes of memory that a device needs.
         largest: Largest global batch that fits in the memory of the devices,
             in as many microbatches; 0 if not even one example does.
-        share: FLOPs a second, as a fraction of the devices' peak.
+        share: FLOPs a second, without those of the update, as a fraction of
+            the devices' peak.
     """
 
     products: float
@@ -173,7 +177,8 @@ def step(
     if work.memory:
         room = device.memory - work.fixed_memory
         fits = int(room / work.memory) * accumulation_steps * count
-    products = done / (peak * device.product_efficiency)
+    products = done / peak + work.update_flops / device.float32
+    products /= device.product_efficiency
     memory = traffic / (device.bandwidth * device.memory_efficiency)
     network = exchanged / speed if count > 1 else 0.0
     return Step(
@@ -195,6 +200,7 @@ def count_work(
     fused=True,
     memory=True,
     steps=None,
+    update=None,
     costs=None,
 ):
     """Counts what a step of a model takes. Changes its weights.
@@ -208,6 +214,7 @@ def count_work(
         memory: Whether to estimate memory, too, which takes longest: it traces
             two steps.
         steps: What `record` returns of the model, if it is known already.
+        update: What `record_update` returns, if it is known already.
         costs: Dict of the keys of `COSTLY`: how many times as long as a copy
             an operation takes. By default all take as long, as on a GPU.
 
@@ -218,8 +225,7 @@ def count_work(
     total = [sum(op.flops for op in ops) for ops in steps]
     moved = [traffic(ops, fused, costs) for ops in steps]
     variables = model.trainable_variables
-    zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
-    update = _recorded(lambda: optimizer.apply(zeros, variables))
+    update = update or record_update(model, optimizer)
     an_example, fixed = 0.0, 0.0
     if memory:
         an_example, fixed = _memory(
@@ -232,6 +238,7 @@ def count_work(
         traffic=moved[1] - moved[0],
         fixed_traffic=max(0, 2 * moved[0] - moved[1]),
         update_traffic=traffic(update, fused, costs),
+        update_flops=sum(op.flops for op in update),
         gradients=sum(_size(v.value) for v in variables),
         # Two embeddings in float32, and their derivatives.
         gathered=16 * width,
@@ -245,11 +252,18 @@ def record(model, captions=1):
     return [_step(model, size, captions) for size in (1, 2)]
 
 
+def record_update(model, optimizer):
+    """The operations of an update of the weights. Changes them."""
+    variables = model.trainable_variables
+    zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
+    return _recorded(lambda: optimizer.apply(zeros, variables))
+
+
 def heaviest_products(steps, batch_size, most=12):
     """The products that take most of a step's FLOPs.
 
     Args:
-        steps: What `record` returns.
+        steps: What `record` returns; or what `record_update` does, twice.
         batch_size: Examples of a microbatch, for the shapes.
         most: How many.
 

@@ -8,6 +8,7 @@ import tiny
 
 from cappa_tf.training import accelerators, construct, plan
 from cappa_tf.training.optimizers.adafactor import Adafactor
+from cappa_tf.training.optimizers.muon import Muon
 
 DEVICE = accelerators.Device(
     "mine",
@@ -27,6 +28,7 @@ WORK = plan.Work(
     traffic=3.0,
     fixed_traffic=4.0,
     update_traffic=5.0,
+    update_flops=25.0,
     gradients=8.0,
     gathered=1.0,
     memory=40.0,
@@ -37,16 +39,17 @@ WORK = plan.Work(
 def test_a_step_takes_the_sum_of_its_parts():
     """16 examples on 4 devices in 2 microbatches: 4 each, 2 at a time."""
     found = plan.step(WORK, DEVICE, 4, 16, "bfloat16", 2)
-    assert found.products == (4 * 30 + 20) / (100 * 0.5)
+    # The update is of float32, at half the rate.
+    assert found.products == (4 * 30 + 20) / (100 * 0.5) + 25 / (50 * 0.5)
     assert found.memory == (4 * 3 + 2 * 4 + 5) / 10
     # A ring sends 3/4 of the gradients twice; embeddings go to 3 others.
     assert found.network == (2 * 3 / 4 * 8 + 3 * 4 * 1) / 4
-    assert found.seconds == 2.8 + 2.5 + 6.0
+    assert found.seconds == pytest.approx(3.8 + 2.5 + 6.0)
     assert found.bound == "network"
     assert found.bytes == 100 + 2 * 40
     # 22 examples of 40 bytes fit beside the 100, on each, in each part.
     assert found.largest == 22 * 4 * 2
-    assert found.share == pytest.approx(140 / 11.3 / 100)
+    assert found.share == pytest.approx(140 / 12.3 / 100)
 
 
 def test_one_device_sends_nothing_and_many_use_the_network():
@@ -87,7 +90,23 @@ def test_the_work_of_a_small_model():
     assert found.fixed_memory >= 4 * parameters + state
     # Each gradient is read at least once, each weight read and written.
     assert found.update_traffic >= 12 * parameters
+    assert found.update_flops == 0
     assert 0 < found.traffic < 10 * found.memory
+
+
+def test_the_products_of_an_update_are_counted():
+    """Muon's: in each of five steps two of n x n by n x m and one of n ** 3."""
+    strategy = tf.distribute.get_strategy()
+    model, optimizer = construct.build_model(
+        lambda: tiny.make_model(40), Muon, strategy
+    )
+    found = plan.count_work(model, optimizer, memory=False)
+    expected = 0
+    for v in model.trainable_variables:
+        if not optimizer.adapts(v):
+            n, m = sorted((16, math.prod(v.shape) // 16))
+            expected += 5 * (2 * 2 * n**2 * m + 2 * n**3)
+    assert found.update_flops == expected > 0
 
 
 def test_traffic_of_a_chain_is_what_enters_and_leaves_it():

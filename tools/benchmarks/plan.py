@@ -286,25 +286,35 @@ def check(given):
     benchmarks.note("counting the operations of a step")
     model, optimizer = _build(given)
     steps = plans.record(model, _captions(given))
+    update = plans.record_update(model, optimizer)
     heaviest = plans.heaviest_products(steps, settings.microbatch)
-    highest, own = _product_contenders(heaviest, products)
-    rated = {**highest, **own, **_copy_contenders()}
+    of_update = plans.heaviest_products([update, update], 1)
+    products_of = {products: _own_products(heaviest, products)}
+    if of_update:
+        products_of.setdefault("float32", {})
+        products_of["float32"] |= _own_products(
+            of_update, "float32", "update: "
+        )
+    own = {
+        name: x for found in products_of.values() for name, x in found.items()
+    }
+    peak_name = f"matmul {products}"
+    rated = {peak_name: _highest(products), **own, **_copy_contenders()}
     amounts = {
         name: one.facts.get("flops") or one.facts["moved"]
         for name, one in rated.items()
     }
     whole = benchmarks.Here(_one_step(given, model, optimizer))
     found = benchmarks.compete({"step": whole, **rated}, flags.FLAGS.rounds)
-    (peak_name,) = highest
     rows = []
     for key, second in (("wall", "s"), ("cpu", "CPU s")):
         rates = {
             name: amount / benchmarks.median(found, name, key)
             for name, amount in amounts.items()
         }
-        totals = {name: own[name].facts["total"] for name in own}
-        seconds = [total / rates[name] for name, total in totals.items()]
-        reached = sum(totals.values()) / sum(seconds)
+        reached = {
+            dtype: _reached(one, rates) for dtype, one in products_of.items()
+        }
         work = plans.count_work(
             model,
             optimizer,
@@ -313,15 +323,16 @@ def check(given):
             fused=_is_compiled(given),
             memory=False,
             steps=steps,
+            update=update,
             costs={kind: rates["copy"] / rates[kind] for kind in plans.COSTLY},
         )
         device = accelerators.Device(
             "this machine",
-            float32=rates[peak_name],
-            bfloat16=rates[peak_name],
+            float32=reached.get("float32", rates[peak_name]),
+            bfloat16=reached.get("bfloat16", rates[peak_name]),
             bandwidth=rates["copy"],
             memory=0.0,
-            product_efficiency=reached / rates[peak_name],
+            product_efficiency=1.0,
             memory_efficiency=1.0,
         )
         planned = plans.step(
@@ -367,15 +378,18 @@ def _one_step(given, model, optimizer):
     return lambda: loop(iterator, 1)
 
 
-def _product_contenders(heaviest, products):
-    """Contenders by name: the one of the peak, and the step's own products."""
+def _highest(dtype):
+    """Contender: the product whose rate is called the peak."""
     from cappa_tf.training import peak
 
     size = flags.FLAGS.matmul
-    run_peak = peak.product(products, size)
-    highest = {
-        f"matmul {products}": benchmarks.Here(run_peak, flops=2 * size**3)
-    }
+    return benchmarks.Here(peak.product(dtype, size), flops=2 * size**3)
+
+
+def _own_products(heaviest, dtype, prefix=""):
+    """Contenders by name: the heaviest products of a step or an update."""
+    from cappa_tf.training import peak
+
     own = {}
     for total, one, shapes, options in heaviest:
         a, b = (
@@ -383,12 +397,19 @@ def _product_contenders(heaviest, products):
             for shape, transposed in zip(shapes, options.values())
         )
         times = min(16, 1 + int(2e9 / one))
-        own[f"{a} by {b}"] = benchmarks.Here(
-            peak.product_of(products, shapes, times, **options),
+        own[f"{prefix}{a} by {b}"] = benchmarks.Here(
+            peak.product_of(dtype, shapes, times, **options),
             flops=one * times,
             total=total,
         )
-    return highest, own
+    return own
+
+
+def _reached(own, rates):
+    """FLOP/s of some products together, each as often as the step has it."""
+    totals = {name: one.facts["total"] for name, one in own.items()}
+    seconds = sum(total / rates[name] for name, total in totals.items())
+    return sum(totals.values()) / seconds
 
 
 def _copy_contenders():
