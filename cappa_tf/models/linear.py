@@ -13,7 +13,8 @@ def linear(layer, rows):
     operation: an MLP of S/16 then takes half the time in bfloat16. TensorFlow
     recognizes only a bias that `tf.nn.bias_add` adds to a product of matrices,
     and a gelu that alone uses their sum. Keras adds biases in another way, and
-    makes an input [B, ...] B products.
+    makes an input [B, ...] B products and as many gradients of the kernel,
+    which is slower, the more so the narrower the model.
 
     Args:
         layer: A built layer without activation. The first axes of its kernel
