@@ -21,7 +21,7 @@ from cappa_tf.models.losses import cross_entropy
 
 # Nodes that pass through the decoder together for an image. Attention is
 # quadratic in them; beyond a few hundred it costs more than sharing saves.
-NODES_PER_GROUP = 128
+NODES_PER_GROUP = 192
 
 
 @dataclasses.dataclass(frozen=True)

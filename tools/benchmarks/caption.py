@@ -35,12 +35,7 @@ def define_flags():
     models.define_turns()
     models.define_peers("peers")
     flags.DEFINE_string("checkpoint", None, "Folder of a run.")
-    flags.DEFINE_enum(
-        "precision",
-        "float32",
-        ["float32", "mixed_bfloat16", "bfloat16"],
-        "Dtype policy of the model without --checkpoint.",
-    )
+    models.define_precision(" without --checkpoint")
     flags.DEFINE_list("ways", list(WAYS), "Ways to measure.")
 
 
@@ -126,12 +121,10 @@ def equal(ways, images):
 
 def _make_model(options):
     from cappa_tf.saving import run_folder
-    from cappa_tf.training import construct
 
     if flags.FLAGS.checkpoint:
         return run_folder.load_model(flags.FLAGS.checkpoint)
-    with construct.dtype_policy(flags.FLAGS.precision):
-        return models.make_scorer(options)
+    return models.make_scorer(options, flags.FLAGS.precision)
 
 
 def run():

@@ -157,13 +157,26 @@ def make_captioner(options, remat=False):
     return captioner.Captioner(encoder, decoder)
 
 
-def make_scorer(options):
+def define_precision(note=""):
+    """Defines --precision of the model that `make_scorer` makes."""
+    flags.DEFINE_enum(
+        "precision",
+        "float32",
+        ["float32", "mixed_bfloat16", "bfloat16"],
+        f"Dtype policy of the model{note}.",
+    )
+
+
+def make_scorer(options, precision="float32"):
     """A built captioner whose head is random, too, and not zero."""
     import keras
 
+    from cappa_tf.training import construct
+
     keras.utils.set_random_seed(0)
-    captioner = make_captioner(options)
-    captioner.build()
+    with construct.dtype_policy(precision):
+        captioner = make_captioner(options)
+        captioner.build()
     kernel = captioner.text_decoder.head_weights[0]
     kernel.assign(keras.random.normal(kernel.shape, stddev=0.05, seed=1))
     return captioner

@@ -11,7 +11,7 @@ score. Labels are a shared prompt and 1 to 8 random tokens; weights are random.
 The methods without sharing run on --part of the labels, and their time is
 scaled up. The authors' implementation in JAX does so, too, with the same
 weights, with labels of --length positions and with labels that are cut. It is
-the baseline if it is given, else the first method is.
+the baseline if it is given, and computes in float32; else the first method is.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ def define_flags():
     models.define_flags(tokens=None)
     models.define_turns(rounds=1, steps=1)
     models.define_peers("reference")
+    models.define_precision()
     flags.DEFINE_integer("labels", 1000, "Number of labels.", **count)
     flags.DEFINE_integer(
         "part", 8, "Labels scored by the methods without sharing.", **count
@@ -95,7 +96,7 @@ def run():
     values = flags.FLAGS
     options = models.given()
     reference = references.check()
-    captioner = models.make_scorer(options)
+    captioner = models.make_scorer(options, values.precision)
     pad = captioner.text_decoder.special_tokens.pad
     labels = make_labels(values.labels, values.length, values.vocabulary_size)
     part = min(values.part, values.labels)
