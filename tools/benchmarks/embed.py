@@ -56,11 +56,9 @@ def make(options):
     """
     import tensorflow as tf
 
-    from cappa_tf.training import construct
-
     precision, *xla = options["way"].split("-")
-    with construct.dtype_policy(_POLICIES.get(precision, "float32")):
-        encoder = models.make_scorer(options).vision_encoder
+    policy = _POLICIES.get(precision, "float32")
+    encoder = models.make_scorer(options, policy).vision_encoder
     if precision == "half":
         # By itself it would start from other random numbers.
         exact = models.make_scorer(options).vision_encoder
