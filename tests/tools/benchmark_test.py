@@ -331,6 +331,33 @@ def test_a_plan_has_all_stages_of_a_run(rows, tmp_path):
     assert named(found, "1 x x: cost", "$")["value"] == pytest.approx(3 * hours)
 
 
+def test_the_check_of_a_plan_measures_products_of_step_and_update(
+    rows, tmp_path
+):
+    bindings = """
+    include 'gin/flickr8k.gin'
+    HIDDEN_DIM = 16
+    NUM_LAYERS = 1
+    DECODER_LAYERS = 1
+    NUM_HEADS = 2
+    MLP_DIM = 32
+    MAX_LENGTH = 8
+    VOCABULARY_SIZE = 27
+    IMAGE_SIZE = 32
+    DATA = 'none'
+    BATCH_SIZE = 4
+    JIT_COMPILE = False
+    """
+    path = tmp_path / "muon.gin"
+    path.write_text(bindings.replace("\n    ", "\n"))
+    found = rows("plan", gin_file=path, check=True, matmul=32, copy=1, rounds=1)
+    measured = {row["name"] for row in found if "GFLOP/s" in row["unit"]}
+    assert "update: 16x16 by 16x32" in measured
+    assert any(not name.startswith(("update", "matmul")) for name in measured)
+    planned = named(found, "planned: products", "s")["value"]
+    assert 0.0 < planned < named(found, "measured step", "s")["value"] * 10
+
+
 @pytest.mark.parametrize(
     "name, given, message",
     [
